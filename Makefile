@@ -1,0 +1,67 @@
+# `make demo` and `make test` do their own set-up: all they need is Python >= 3.10 and a C++ compiler.
+#
+#   make demo [ARGS="--rounds 5"]   the offline federation, with a report to look at
+#   make test                       ruff, mypy, then every test
+#   make test-fast                  the tests that are not marked slow
+#   make lint | venv | clean        the checks alone | the virtual environment alone | remove everything made here, .venv included
+#
+# Which torch: pip takes TORCH from the index it is configured for, and on Linux that is usually the build with CUDA (a few GB). On a machine without
+# an NVIDIA GPU the CPU build is smaller and enough. To choose it, set the index of PyTorch's CPU wheels in pip's configuration
+# (`pip config set global.extra-index-url ...`, or PIP_EXTRA_INDEX_URL), or name the build or a wheel file:
+#   make venv TORCH="torch==2.13.0+cpu"        make venv TORCH=/path/to/torch-....whl
+# Another torch release on Linux wants the triton of that release: set TRITON too (TRITON= for none).
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+ifneq ($(filter Linux-x86_64 Linux-aarch64,$(shell uname -sm | tr ' ' '-')),)
+TRITON ?= triton==3.7.1
+endif
+JOBS   ?= 2
+ARGS   ?=
+
+BIN := .venv/bin
+CHOICE := $(foreach word,$(TORCH) $(TRITON),'$(word)')
+# Its name carries the choice of Python and torch, so that asking for another one makes the environment anew rather than being ignored.
+BASE := .venv/.base-$(shell printf '%s\n' '$(PYTHON)' $(CHOICE) | cksum | cut -d ' ' -f 1)
+
+.PHONY: demo test test-fast lint venv clean
+.DELETE_ON_ERROR:
+
+demo: venv
+	$(BIN)/hetlora demo $(ARGS)
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+test-fast: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/mypy hetlora_kernels hetlora
+
+venv: .venv/.installed
+
+$(BASE):
+	@command -v '$(PYTHON)' >/dev/null || { echo "make: no '$(PYTHON)' found; install Python >= 3.10 or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "make: Python >= 3.10 is needed, '$(PYTHON)' is $$('$(PYTHON)' --version 2>&1); name another: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "make: '$(PYTHON)' has no venv module; install it (Debian, Ubuntu: apt install python3-venv) or name another: make PYTHON=..." >&2; exit 1; }
+	@echo "[1/3] making the virtual environment .venv with $$('$(PYTHON)' --version)"
+	@'$(PYTHON)' -m venv --clear .venv
+	@$(BIN)/python -m pip install -q 'setuptools>=77' wheel
+	@echo "[2/3] installing $(TORCH) $(TRITON) (the CPU build is about 200 MB, the CUDA build a few GB)"
+	@$(BIN)/python -m pip install $(CHOICE)
+	@touch $@
+
+.venv/.installed: $(BASE) pyproject.toml setup.py
+	@echo "[3/3] installing hetlora and what its tests need (about 60 packages; a few quiet minutes)"
+	@# The constraint holds torch at the build just installed, whatever a dependency would rather have.
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > .venv/constraints.txt
+	@$(BIN)/python -m pip install -q --no-build-isolation -c .venv/constraints.txt -e '.[test]'
+	@touch $@
+	@$(BIN)/python -c 'import torch; print("ready: torch", torch.__version__, "with CUDA" if torch.cuda.is_available() else "on the CPU")'
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find hetlora hetlora_kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +

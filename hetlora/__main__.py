@@ -1,0 +1,22 @@
+"""Entry of the `hetlora` command and of `python -m hetlora`: one line and exit status 2 where the `fed` extra is not installed."""
+
+from __future__ import annotations
+
+import sys
+
+from hetlora import _missing_extra
+
+
+def main() -> int | None:
+    """Run the command line; returns its exit status."""
+    message = _missing_extra()
+    if message is not None:
+        print(message, file=sys.stderr)
+        return 2
+    from hetlora.cli import main as command_line
+
+    return command_line()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""What is shipped and what it needs: metadata, source distribution, and both packages without the `fed` extra."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.message import Message
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+import hetlora
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+SHIPPED_FOLDERS = [name for name in ("hetlora", "hetlora_kernels", "tests", "docs", "examples", "benchmarks", "csrc", ".ci") if (ROOT / name).is_dir()]
+TOP_FILES = [
+    *("pyproject.toml", "setup.py", "MANIFEST.in", "Makefile", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"),
+    *(".clang-format", ".pre-commit-config.yaml", ".gitignore"),
+]
+NOT_SHIPPED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", "*.o", "*.egg-info", ".DS_Store")
+FED_DISTRIBUTIONS = {re.split(r"[<>=;]", line)[0].strip() for line in PROJECT["optional-dependencies"]["fed"]}
+
+
+def run_python(*arguments: str | Path, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run this interpreter; `path` goes first on its module path."""
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(str(p) for p in (path, ROOT) if p is not None))
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def build(kind: str, source: Path, target: Path) -> Path:
+    """Call the build backend as pip does with --no-build-isolation; returns the archive made."""
+    target.mkdir()
+    result = run_python("-c", f"import sys; from setuptools import build_meta as b; print(b.build_{kind}(sys.argv[1]))", target, cwd=source)
+    assert result.returncode == 0, result.stderr
+    (archive,) = target.iterdir()
+    return archive
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, built from a copy so that no build product lands in the tree and none of the tree's is used."""
+    folder = tmp_path_factory.mktemp("sdist")
+    for name in SHIPPED_FOLDERS:
+        shutil.copytree(ROOT / name, folder / "tree" / name, ignore=NOT_SHIPPED)
+    for file in ROOT.iterdir():
+        if file.is_file():
+            shutil.copy(file, folder / "tree")
+    return build("sdist", folder / "tree", folder / "dist")
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path) -> zipfile.ZipFile:
+    """The wheel, built from nothing but the source distribution."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(sdist.parent.parent)
+    return zipfile.ZipFile(build("wheel", sdist.parent.parent / sdist.name.removesuffix(".tar.gz"), sdist.parent.parent / "wheel"))
+
+
+def metadata(wheel: zipfile.ZipFile) -> Message:
+    (name,) = [n for n in wheel.namelist() if n.endswith(".dist-info/METADATA")]
+    return Parser().parsestr(wheel.read(name).decode())
+
+
+@pytest.fixture
+def without_fed(tmp_path: Path) -> Path:
+    """A module path under which every import of a module of the `fed` extra fails, in any interpreter started with it."""
+    names = hetlora._FED_MODULES
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nfor name in {names!r}:\n    sys.modules[name] = None\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_sdist_holds_every_file_of_the_project(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        shipped = {name.partition("/")[2] for name in archive.getnames()}
+    expected = set(TOP_FILES)
+    for folder in SHIPPED_FOLDERS:
+        for path in (sdist.parent.parent / "tree" / folder).rglob("*"):
+            if path.is_file():
+                expected.add(path.relative_to(sdist.parent.parent / "tree").as_posix())
+    assert not expected - shipped
+
+
+def test_wheel_from_the_sdist_holds_both_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    modules = {p.relative_to(ROOT).as_posix() for package in ("hetlora", "hetlora_kernels") for p in (ROOT / package).rglob("*.py")}
+    assert not modules - set(wheel.namelist())
+    tops = {name.partition("/")[0] for name in wheel.namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"hetlora", "hetlora_kernels"}
+
+
+def test_wheel_requires_torch_only(wheel: zipfile.ZipFile) -> None:
+    required = [line for line in metadata(wheel).get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert required == ["torch>=2.10"]
+
+
+def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
+    fields = metadata(wheel)
+    assert (fields["Name"], fields["Version"], fields["Requires-Python"]) == ("hetlora", hetlora.__version__, ">=3.10")
+    assert fields["License-Expression"] == "Apache-2.0"
+    assert set(fields.get_all("Provides-Extra")) == {"fed", "hub", "flower", "bench", "test"}
+    (entry_points,) = [n for n in wheel.namelist() if n.endswith("entry_points.txt")]
+    assert "hetlora = hetlora.__main__:main" in wheel.read(entry_points).decode()
+
+
+def test_build_needs_no_torch() -> None:
+    system = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]
+    assert all(line.startswith("setuptools") for line in system["requires"])
+
+
+def test_named_modules_of_the_fed_extra_are_the_declared_ones() -> None:
+    names = {"yaml": "pyyaml"}
+    checked = {names.get(name, name) for name in hetlora._FED_MODULES}
+    assert checked | {"tomli"} == FED_DISTRIBUTIONS
+
+
+def test_kernels_import_without_the_fed_extra(without_fed: Path) -> None:
+    result = run_python("-c", "import hetlora_kernels", cwd=without_fed, path=without_fed)
+    assert result.returncode == 0, result.stderr
+
+
+def test_import_without_the_fed_extra_says_what_to_install(without_fed: Path) -> None:
+    result = run_python("-c", "import hetlora", cwd=without_fed, path=without_fed)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: ") and "pip install hetlora[fed]" in last and "pydantic" in last
+
+
+def test_import_names_only_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['peft'] = None\n", encoding="utf-8")
+    result = run_python("-c", "import hetlora", cwd=tmp_path, path=tmp_path)
+    assert "(not installed: peft)" in result.stderr
+
+
+def test_command_without_the_fed_extra_prints_one_line_and_exits_2(without_fed: Path) -> None:
+    script = without_fed / "hetlora"
+    script.write_text("import sys\nfrom hetlora.__main__ import main\nsys.exit(main())\n", encoding="utf-8")
+    for arguments in (["-m", "hetlora", "demo"], [script, "demo"]):
+        # `script` lies in `path`, which is also first on the module path: a file without .py cannot shadow the package.
+        result = run_python(*arguments, cwd=without_fed, path=without_fed)
+        assert (result.returncode, result.stdout) == (2, ""), result.stderr
+        assert "pip install hetlora[fed]" in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_public_names_load_at_first_use(tmp_path: Path) -> None:
+    code = "import sys, hetlora; assert not {'torch', 'transformers', 'pydantic'} & set(sys.modules); assert hetlora.Config.__module__ == 'hetlora.config'"
+    result = run_python("-c", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert set(hetlora.__all__) <= set(dir(hetlora))
+    assert callable(hetlora.simulate) and issubclass(hetlora.ConfigError, ValueError)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = hetlora.nothing
+
+
+def test_readme_names_the_two_commands() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "make demo" in text and "make test" in text
+
+
+def test_ci_runs_the_make_targets() -> None:
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert {"demo", "test", "test-fast", "lint", "clean", "venv"} <= set(targets)
