@@ -1,0 +1,169 @@
+"""The configuration of a federation: one model, the same names on the command line, in a file and in Python."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A setting, a file or a data set that the run cannot use; the message is one line that says what, where and what to do."""
+
+
+def _setting(default: Any, group: str, text: str, **limits: Any) -> Any:
+    return Field(default, description=text, json_schema_extra={"group": group}, **limits)
+
+
+class Config(BaseModel):
+    """Settings of one federated run. Units are in the descriptions; every default is what the paper uses where it says so.
+
+    Raises `ConfigError` (from `Config.create` and `Config.from_file`) naming the setting, what was expected and what came.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, frozen=True)
+
+    # model
+    model: str = _setting("demo", "model", "Causal language model: a local folder, a hub id, or 'demo' (a small byte-level decoder made on this machine).")
+    dtype: Literal["float32", "bfloat16", "float64"] = _setting("float32", "model", "Data type of the frozen base model.")
+    adapter_dtype: Literal["float32", "bfloat16", "float64"] = _setting("float32", "model", "Data type of the adapters and their optimiser.")
+    device: str = _setting("auto", "model", "Torch device: 'auto', 'cpu', 'cuda', 'cuda:1', ...")
+    target_modules: str = _setting(
+        "attention",
+        "model",
+        "Modules that carry adapters: 'attention' (all linear layers of self-attention, as in the paper), 'all-linear', 'peft' (PEFT's default for "
+        "the architecture), a comma-separated list of name suffixes, or a regular expression over full module names.",
+    )
+    quantize: Literal["none", "8bit", "4bit"] = _setting("none", "model", "Load the frozen base through bitsandbytes in 8 or 4 bits.")
+    scale: float = _setting(2.0, "model", "Constant s in dW = s * B A, the same for every rank.", gt=0)
+    dropout: float = _setting(0.0, "model", "Probability of dropping an input element in front of A while training.", ge=0, lt=1)
+
+    # data
+    data: str = _setting(
+        "stdlib", "data", "Folder (each sub-folder, or else each file, is a client), a .jsonl file, 'hub:ORG/NAME', or 'stdlib' (packages of Python's library)."
+    )
+    text_field: str = _setting("text", "data", "JSONL key or hub column that holds the text.")
+    client_field: str = _setting("client", "data", "JSONL key or hub column that names the client.")
+    split: str = _setting("train", "data", "Split of a hub data set.")
+    seq_len: int = _setting(256, "data", "Tokens per sequence.", ge=2)
+    max_tokens_per_client: int = _setting(0, "data", "Use at most this many tokens of each client; 0 = all.", ge=0)
+    test_fraction: float = _setting(0.2, "data", "Share of each client's own text kept for evaluation.", gt=0, lt=1)
+    held_out_clients: int = _setting(0, "data", "Clients that never train and only evaluate the global adapter.", ge=0)
+    skip_empty: bool = _setting(False, "data", "Leave out clients with too little text instead of stopping.")
+
+    # federation
+    rounds: int = _setting(20, "federation", "Rounds.", ge=1)
+    clients_per_round: int = _setting(8, "federation", "Clients sampled per round, uniformly without replacement.", ge=1)
+    ranks: str = _setting(
+        "powerlaw:5:50",
+        "federation",
+        "Ranks of the clients: 'powerlaw:MIN:MAX[:A]', a comma-separated list (one per client, by name order), a JSON or CSV file client -> rank, or "
+        "'column:FIELD:MIN:MAX' (a numeric capability in the data, mapped linearly).",
+    )
+    gamma: float = _setting(0.99, "federation", "Rank decay: a pruning client keeps max(r_min, floor(gamma * r)) rows; 1 = no pruning.", gt=0, le=1)
+    prune_lambda: float = _setting(1e-3, "federation", "Weight of the pruning regulariser ||B[:, q:]|| * ||A[q:, :]||.", ge=0)
+    prune_scope: Literal["client", "module"] = _setting("client", "federation", "One rank per client (tail summed over modules), or one per client and module.")
+    weights: Literal["sparsity", "uniform", "samples"] = _setting("sparsity", "federation", "Aggregation weights: ||B_k A_k||, equal, or number of sequences.")
+    weight_scope: Literal["module", "client"] = _setting("module", "federation", "Scope of ||B_k A_k||: one weight per client and module, or one per client.")
+    weight_cap: float = _setting(0.0, "federation", "Clip ||B_k A_k|| at this multiple of the round's median; 0 = no cap.", ge=0)
+    clip_update: float = _setting(0.0, "federation", "Scale a client's update (upload - download) to at most this Frobenius norm; 0 = no clip.", ge=0)
+    shared_rows: Literal["none", "owners"] = _setting(
+        "none", "federation", "A row that only some uploads own: zero-padded as published, or divided by its owners' weight."
+    )
+    unowned_rows: Literal["keep", "zero"] = _setting("keep", "federation", "A row that no upload owns keeps its old value or becomes zero.")
+    merge: Literal["factors", "svd", "stack"] = _setting(
+        "factors", "federation", "Average the factors (as published), truncate the SVD of the exact sum, or fold the exact sum into the base (for comparisons)."
+    )
+
+    # local training
+    local_steps: int = _setting(5, "training", "Optimiser steps per client and round (a client without that much data repeats it).", ge=1)
+    local_epochs: int = _setting(0, "training", "Passes over the client's own data per round instead of local_steps; 0 = use local_steps.", ge=0)
+    batch_size: int = _setting(8, "training", "Sequences per client and step.", ge=1)
+    lr: float = _setting(3e-3, "training", "Learning rate.", gt=0)
+    lr_schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "training", "Learning rate over the rounds.")
+    optimizer: Literal["adamw", "sgd"] = _setting("adamw", "training", "Local optimiser; its state starts fresh each round.")
+    weight_decay: float = _setting(0.0, "training", "Decoupled weight decay (adamw) or L2 (sgd).", ge=0)
+    momentum: float = _setting(0.0, "training", "Momentum (sgd).", ge=0, lt=1)
+    clip_norm: float = _setting(1.0, "training", "Clip each client's gradient norm; 0 = no clip.", ge=0)
+    max_tokens_per_step: int = _setting(16384, "training", "Largest forward/backward in tokens; larger batches are split with the same result.", ge=1)
+    cobatch: bool = _setting(True, "training", "Train all sampled clients in one batch; false = one client at a time.")
+
+    # run
+    seed: int = _setting(0, "run", "Seed of everything drawn in the run.", ge=0)
+    eval_every: int = _setting(1, "run", "Evaluate every this many rounds (and after the last).", ge=1)
+    eval_tokens: int = _setting(65536, "run", "Evaluate on at most this many tokens of each held-out set; 0 = all.", ge=0)
+    output: str = _setting("runs/hetlora", "run", "Folder of the run; it must not exist unless --resume is given.")
+    save_clients: bool = _setting(True, "run", "Keep each client's last trained adapter in the run folder.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_to_text(cls, values: Any) -> Any:
+        """In files and Python, `ranks` and `target_modules` may be lists."""
+        if isinstance(values, dict):
+            values = dict(values)
+            for key in ("ranks", "target_modules"):
+                if isinstance(values.get(key), (list, tuple)):
+                    values[key] = ",".join(str(v) for v in values[key])
+        return values
+
+    @classmethod
+    def create(cls, source: str = "settings", **values: Any) -> Config:
+        """Validate `values`; every fault becomes one `ConfigError` line that names `source` and the setting."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            faults = []
+            for fault in error.errors():
+                name = ".".join(str(p) for p in fault["loc"]) or "settings"
+                if fault["type"] == "extra_forbidden":
+                    faults.append(f"unknown setting '{name}'{_nearest(name, cls.model_fields)}")
+                else:
+                    faults.append(f"{name}: {fault['msg'].lower()}, got {fault['input']!r}")
+            raise ConfigError(f"{source}: " + "; ".join(faults)) from None
+
+    @classmethod
+    def read(cls, path: str | Path) -> dict[str, Any]:
+        """Settings of a YAML, TOML or JSON file as a dict, not yet validated."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config file {path}: cannot be read ({getattr(error, 'strerror', None) or error}); give a YAML, TOML or JSON file") from None
+        try:
+            values = _parse(path.suffix.lower(), text)
+        except Exception as error:  # the three parsers raise unrelated types
+            raise ConfigError(f"config file {path}: not valid {path.suffix or 'YAML'} ({str(error).splitlines()[0]})") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"config file {path}: expected settings as 'name: value', got {type(values).__name__}")
+        return values
+
+    @classmethod
+    def from_file(cls, path: str | Path, **overrides: Any) -> Config:
+        """Read a config file and apply `overrides` on top."""
+        return cls.create(f"config file {path}", **{**cls.read(path), **overrides})
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(), indent=2) + "\n"
+
+
+def _nearest(name: str, known: Any) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean '{close[0]}'?)" if close else " ('hetlora run --help' lists them)"
+
+
+def _parse(suffix: str, text: str) -> Any:
+    if suffix == ".toml":
+        try:
+            import tomllib
+        except ModuleNotFoundError:  # Python 3.10
+            import tomli as tomllib  # type: ignore[no-redef]
+        return tomllib.loads(text)
+    if suffix == ".json":
+        return json.loads(text)
+    import yaml
+
+    return yaml.safe_load(text) or {}

@@ -1,0 +1,242 @@
+"""AdapterBank: the packed LoRA factors of K clients over all target modules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from hetlora_kernels.layout import RankLayout
+from hetlora_kernels.ops.aggregate import Normalize, aggregate
+from hetlora_kernels.ops.norms import delta_norms, tail_norms
+from hetlora_kernels.ops.truncate import truncate
+
+Ranks = Sequence[int] | Mapping[str, Sequence[int]]
+_PREFIX = "base_model.model."
+
+
+class AdapterBank:
+    """K adapters over the same modules: for each module a [S, n] and bt [S, m] (B transposed), client k owning the rows its layout says.
+
+    shapes: {dotted module name: (out_features m, in_features n)}.
+    ranks: one integer >= 0 per client, or {module: one per client}.
+    dtype, device: of the factors.   generator: torch generator of the initial draw, default torch's own.
+
+    Initially A is Kaiming-uniform as in PEFT (bound 1 / sqrt(n)) and B is zero, the same for all clients: a client of rank r starts from the
+    leading r rows of one common draw. A server bank is a bank of one client.
+
+    Attributes
+      a, bt: {module: Parameter};  layouts: {module: RankLayout};  shapes;  num_clients;  device, dtype;
+      ranks: tuple of K ints where all modules agree, else {module: tuple}.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        ranks: Ranks,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        layouts = _layouts(shapes, ranks)
+        a, bt = {}, {}
+        for name, (m, n) in shapes.items():
+            layout = layouts[name]
+            bound = 1 / math.sqrt(n) if n else 0.0
+            draw = torch.empty(layout.max_rank, n, dtype=dtype, device=generator.device if generator else device)
+            draw = draw.uniform_(-bound, bound, generator=generator).to(device)
+            a[name] = truncate(draw, layout)
+            bt[name] = torch.zeros(layout.total, m, dtype=dtype, device=device)
+        self._set(shapes, layouts, a, bt)
+
+    def _set(self, shapes: Mapping[str, tuple[int, int]], layouts: dict[str, RankLayout], a: Mapping[str, Tensor], bt: Mapping[str, Tensor]) -> None:
+        self.shapes = {name: (int(m), int(n)) for name, (m, n) in shapes.items()}
+        self.layouts = layouts
+        self.a = {name: Parameter(a[name]) for name in shapes}
+        self.bt = {name: Parameter(bt[name]) for name in shapes}
+
+    @classmethod
+    def _build(cls, shapes: Mapping[str, tuple[int, int]], layouts: dict[str, RankLayout], a: Sequence[Tensor], bt: Sequence[Tensor]) -> AdapterBank:
+        bank = cls.__new__(cls)
+        bank._set(shapes, layouts, dict(zip(shapes, a, strict=True)), dict(zip(shapes, bt, strict=True)))
+        return bank
+
+    # -- what it is
+
+    @property
+    def num_clients(self) -> int:
+        return next(iter(self.layouts.values())).num_clients
+
+    @property
+    def ranks(self) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+        per_module = {name: layout.ranks for name, layout in self.layouts.items()}
+        distinct = set(per_module.values())
+        return distinct.pop() if len(distinct) == 1 else per_module
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.a.values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.a.values())).device
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Every factor: all A, then all B, in module order."""
+        yield from self.a.values()
+        yield from self.bt.values()
+
+    def num_bytes(self, client: int) -> int:
+        """Bytes of one client's factors."""
+        size = self.dtype.itemsize
+        return sum(self.layouts[name].ranks[client] * (m + n) * size for name, (m, n) in self.shapes.items())
+
+    def __repr__(self) -> str:
+        return f"AdapterBank({len(self.shapes)} modules, ranks={self.ranks}, dtype={self.dtype}, device={self.device})"
+
+    # -- new banks
+
+    def truncate(self, ranks: Ranks) -> AdapterBank:
+        """Distribution: from a bank of one client, a bank of K clients that hold its leading `ranks` rows. `ValueError` on a rank above the bank's."""
+        if self.num_clients != 1:
+            raise ValueError(f"truncate: expected a bank of one client, got {self.num_clients}; `prune` shortens every client of a bank")
+        layouts = _layouts(self.shapes, ranks)
+        return self._build(self.shapes, layouts, *(truncate(list(rows.values()), list(layouts.values())) for rows in (self.a, self.bt)))
+
+    def prune(self, ranks: Ranks) -> AdapterBank:
+        """Each client keeps its leading `ranks[k]` rows. `ValueError` on a rank above the client's present one."""
+        layouts = _layouts(self.shapes, ranks)
+        a, bt = [], []
+        for name, layout in layouts.items():
+            old = self.layouts[name]
+            if layout.num_clients != old.num_clients:
+                raise ValueError(f"ranks: expected {old.num_clients} integers, one per client, got {layout.num_clients}")
+            for k, (rank, present) in enumerate(zip(layout.ranks, old.ranks, strict=True)):
+                if rank > present:
+                    raise ValueError(f"ranks: expected at most {present} for client {k} in {name} (ranks never grow), got {rank}")
+            rows = torch.tensor([old.offsets[k] + i for k, rank in enumerate(layout.ranks) for i in range(rank)], dtype=torch.int64, device=self.device)
+            a.append(self.a[name].detach()[rows])
+            bt.append(self.bt[name].detach()[rows])
+        return self._build(self.shapes, layouts, a, bt)
+
+    def select(self, clients: Sequence[int]) -> AdapterBank:
+        """A copy of some clients, in the order given."""
+        layouts = {name: RankLayout([layout.ranks[k] for k in clients]) for name, layout in self.layouts.items()}
+
+        def pick(rows: Mapping[str, Tensor]) -> list[Tensor]:
+            return [torch.cat([t.detach()[self.layouts[name].rows(k)] for k in clients] or [t.detach()[:0]]) for name, t in rows.items()]
+
+        return self._build(self.shapes, layouts, pick(self.a), pick(self.bt))
+
+    @classmethod
+    def concat(cls, banks: Sequence[AdapterBank]) -> AdapterBank:
+        """One bank of all clients of `banks`, in order. `ValueError` when the modules differ."""
+        first = banks[0]
+        if any(bank.shapes != first.shapes for bank in banks):
+            raise ValueError("banks: expected the same modules and shapes in every bank")
+        layouts = {name: RankLayout([r for bank in banks for r in bank.layouts[name].ranks]) for name in first.shapes}
+        joined = ([torch.cat([getattr(bank, side)[name].detach() for bank in banks]) for name in first.shapes] for side in ("a", "bt"))
+        return cls._build(first.shapes, layouts, *joined)
+
+    def aggregate(self, weights: Tensor | Sequence[float], max_rank: int, normalize: Normalize = "none", keep: AdapterBank | None = None) -> AdapterBank:
+        """Server merge of A and of B separately: a bank of one client of rank `max_rank` (see `hetlora_kernels.aggregate`).
+
+        weights: [K] or [K, modules] in module order.   keep: bank of one client that supplies the rows no client owns; default zero.
+        """
+        if keep is not None and (keep.num_clients != 1 or keep.shapes != self.shapes):
+            raise ValueError("keep: expected a bank of one client over the same modules")
+        layouts = list(self.layouts.values())
+        merged = []
+        for side in ("a", "bt"):
+            rows = list(getattr(self, side).values())
+            kept = None if keep is None else list(getattr(keep, side).values())
+            merged.append(aggregate(rows, layouts, weights, max_rank, normalize=normalize, keep=kept))
+        return self._build(self.shapes, {name: RankLayout([max_rank]) for name in self.shapes}, *merged)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> AdapterBank:
+        """A copy on another device or in another type."""
+        moved = ([t.detach().to(device=device, dtype=dtype, copy=True) for t in rows.values()] for rows in (self.a, self.bt))
+        return self._build(self.shapes, dict(self.layouts), *moved)
+
+    # -- norms
+
+    def delta_norms(self, exact: bool = False) -> Tensor:
+        """||B_k A_k||_F, [K, modules] (see `hetlora_kernels.delta_norms`)."""
+        return delta_norms(list(self.a.values()), list(self.bt.values()), list(self.layouts.values()), exact)
+
+    def tail_norms(self, keep: Ranks) -> tuple[Tensor, Tensor]:
+        """(||A_k[q:]||_F, ||B_k[:, q:]||_F) with q = keep[k], each [K, modules]; their product summed over modules is the tail score."""
+        cuts = [list(own) for own in _per_module(self.shapes, keep, "keep").values()]
+        layouts = list(self.layouts.values())
+        return tail_norms(list(self.a.values()), layouts, cuts), tail_norms(list(self.bt.values()), layouts, cuts)
+
+    # -- in and out
+
+    def adapter(self, client: int) -> dict[str, Tensor]:
+        """Client's factors in PEFT's format: `base_model.model.<module>.lora_A.weight` [r, n] and `.lora_B.weight` [m, r]; copies.
+
+        A module in which the client's rank is 0 has no keys.
+        """
+        out = {}
+        for name, layout in self.layouts.items():
+            rows = layout.rows(client)
+            if layout.ranks[client]:
+                out[f"{_PREFIX}{name}.lora_A.weight"] = self.a[name].detach()[rows].clone()
+                out[f"{_PREFIX}{name}.lora_B.weight"] = self.bt[name].detach()[rows].t().contiguous()
+        return out
+
+    @torch.no_grad()
+    def load_adapter(self, client: int, state_dict: Mapping[str, Tensor]) -> None:
+        """Write client's factors from PEFT's format, strictly: unknown, missing or mis-shaped keys are a `ValueError` that names them."""
+        expected = self.adapter(client)
+        unknown, missing = sorted(set(state_dict) - set(expected)), sorted(set(expected) - set(state_dict))
+        if unknown or missing:
+            raise ValueError(f"state_dict: unknown keys {unknown[:5]}, missing keys {missing[:5]} ({len(unknown)} and {len(missing)} in all)")
+        for key, like in expected.items():
+            if tuple(state_dict[key].shape) != tuple(like.shape):
+                raise ValueError(f"state_dict: expected shape {tuple(like.shape)} for {key}, got {tuple(state_dict[key].shape)}")
+        for name, layout in self.layouts.items():
+            rows = layout.rows(client)
+            if layout.ranks[client]:
+                self.a[name][rows] = state_dict[f"{_PREFIX}{name}.lora_A.weight"].to(self.a[name])
+                self.bt[name][rows] = state_dict[f"{_PREFIX}{name}.lora_B.weight"].t().to(self.bt[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """{"a.<module>": [S, n], "bt.<module>": [S, m]}, the packed factors themselves."""
+        return {f"{side}.{name}": tensor.detach() for side in ("a", "bt") for name, tensor in getattr(self, side).items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Copy packed factors in, strictly: same keys, same shapes."""
+        own = self.state_dict()
+        if set(own) != set(state_dict):
+            raise ValueError(f"state_dict: expected the keys of this bank; unknown or missing: {sorted(set(own) ^ set(state_dict))[:5]}")
+        for key, tensor in own.items():
+            if tuple(tensor.shape) != tuple(state_dict[key].shape):
+                raise ValueError(f"state_dict: expected shape {tuple(tensor.shape)} for {key}, got {tuple(state_dict[key].shape)}")
+            tensor.copy_(state_dict[key])
+
+
+def _per_module(shapes: Mapping[str, Any], values: Ranks, name: str) -> dict[str, Sequence[int]]:
+    if not isinstance(values, Mapping):
+        return {module: values for module in shapes}
+    if set(values) != set(shapes):
+        raise ValueError(f"{name}: expected the modules {list(shapes)[:5]}, unknown or missing: {sorted(set(values) ^ set(shapes))[:5]}")
+    return {module: values[module] for module in shapes}
+
+
+def _layouts(shapes: Mapping[str, Any], ranks: Ranks) -> dict[str, RankLayout]:
+    """One layout per module; a common one is shared. `ValueError` when the modules disagree on the number of clients or there are none."""
+    if not shapes:
+        raise ValueError("shapes: expected at least one module, got none")
+    if not isinstance(ranks, Mapping):
+        return dict.fromkeys(shapes, RankLayout(ranks))
+    layouts = {module: RankLayout(own) for module, own in _per_module(shapes, ranks, "ranks").items()}
+    counts = {layout.num_clients for layout in layouts.values()}
+    if len(counts) > 1:
+        raise ValueError(f"ranks: expected the same number of clients in every module, got {sorted(counts)}")
+    return layouts

@@ -1,0 +1,174 @@
+"""Where each client's rank rows and each client's batch rows are: host integers first, device tensors built once and reused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+def _int_list(name: str, values: Sequence[int] | Tensor) -> list[int]:
+    """`values` as Python integers; `TypeError` naming the argument for anything else."""
+    if isinstance(values, Tensor):
+        if values.dim() != 1 or values.dtype.is_floating_point or values.dtype in (torch.bool, torch.complex64, torch.complex128):
+            raise TypeError(f"{name}: expected a sequence of integers, got a tensor of shape {tuple(values.shape)} and type {values.dtype}")
+        return [int(v) for v in values.tolist()]
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{name}: expected a sequence of integers, got {values!r}")
+    out = []
+    for value in values:
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{name}: expected integers, got {value!r}")
+        out.append(int(value.__index__()))
+    return out
+
+
+class RankLayout:
+    """Ranks of K clients whose rank rows are packed one client after another: client k owns rows `offsets[k] : offsets[k + 1]`.
+
+    ranks: K integers >= 0 (0 = a client without an adapter).
+
+    Attributes
+      ranks: tuple of K ints;  offsets: tuple of K + 1 ints, offsets[0] = 0;  total: S = sum of the ranks;  max_rank: R, 0 when there are no clients.
+
+    Immutable and hashable; equal when the ranks are equal. `ValueError` on a negative rank, `TypeError` on anything but integers.
+    """
+
+    __slots__ = ("_device_offsets", "max_rank", "offsets", "ranks", "total")
+
+    def __init__(self, ranks: Sequence[int] | Tensor) -> None:
+        values = _int_list("ranks", ranks)
+        for k, rank in enumerate(values):
+            if rank < 0:
+                raise ValueError(f"ranks: expected integers >= 0, got {rank} for client {k}")
+        self.ranks = tuple(values)
+        self.offsets = (0, *accumulate(values))
+        self.total = self.offsets[-1]
+        self.max_rank = max(values, default=0)
+        self._device_offsets: dict[torch.device, Tensor] = {}
+
+    @property
+    def num_clients(self) -> int:
+        return len(self.ranks)
+
+    def rows(self, client: int) -> slice:
+        """Rows of `client` in a packed buffer."""
+        return slice(self.offsets[client], self.offsets[client + 1])
+
+    def device_offsets(self, device: torch.device | str) -> Tensor:
+        """`offsets` as an int32 tensor [K + 1] on `device`; built once per device."""
+        device = torch.device(device)
+        if device not in self._device_offsets:
+            self._device_offsets[device] = torch.tensor(self.offsets, dtype=torch.int32, device=device)
+        return self._device_offsets[device]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RankLayout) and self.ranks == other.ranks
+
+    def __hash__(self) -> int:
+        return hash(self.ranks)
+
+    def __repr__(self) -> str:
+        return f"RankLayout({list(self.ranks)})"
+
+
+class Segments:
+    """Which rows of x belong to which client, and the key of each row (the part of a dropout counter that names the row).
+
+    Build one per batch with `from_lengths` or `from_ids` and pass it to every layer: forward and backward reuse it.
+
+    Attributes
+      num_rows: T, rows of x;  num_clients: K;
+      starts, lengths: K ints each; client k owns rows `starts[k] : starts[k] + lengths[k]` of x, or of `x[index]` where `index` is given;
+      index: int64 [sum(lengths)] or None; None when every client's rows are contiguous in x, so that nothing is gathered;
+      row_keys: int64 [T] or None; None means the default keys 0, 1, 2, ... within each client.
+
+    Rows that no client owns are base only: their output is the frozen layer's, their gradient flows through it alone.
+    """
+
+    __slots__ = ("_key_cache", "index", "lengths", "num_rows", "row_keys", "starts")
+
+    def __init__(self, num_rows: int, starts: list[int], lengths: list[int], index: Tensor | None, row_keys: Tensor | None) -> None:
+        self.num_rows, self.starts, self.lengths = num_rows, starts, lengths
+        self.index, self.row_keys = index, row_keys
+        self._key_cache: dict[torch.device, Tensor] = {}
+
+    @property
+    def num_clients(self) -> int:
+        return len(self.lengths)
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int] | Tensor, row_keys: Tensor | None = None) -> Segments:
+        """Client k owns the next `lengths[k]` rows of x, in order; 0 is legal.
+
+        row_keys: int64 [sum(lengths)], default 0, 1, 2, ... within each client.
+        """
+        counts = _int_list("lengths", lengths)
+        for k, count in enumerate(counts):
+            if count < 0:
+                raise ValueError(f"lengths: expected integers >= 0, got {count} for client {k}")
+        ends = list(accumulate(counts))
+        total = ends[-1] if ends else 0
+        _check_keys(row_keys, total)
+        return cls(total, [end - count for end, count in zip(ends, counts, strict=True)], counts, None, row_keys)
+
+    @classmethod
+    def from_ids(cls, ids: Sequence[int] | Tensor, row_keys: Tensor | None = None, num_clients: int | None = None) -> Segments:
+        """Row t of x belongs to client `ids[t]`, in any order; -1 = base only. Copies `ids` to the host once.
+
+        row_keys: int64 [T], default 0, 1, 2, ... within each client in the order of its rows.
+        num_clients: K, default the largest id + 1; an id outside -1 .. K - 1 is a `ValueError`.
+        """
+        device = ids.device if isinstance(ids, Tensor) else torch.device("cpu")
+        flat = torch.tensor(_int_list("ids", ids), dtype=torch.int64)
+        highest = int(flat.max()) if flat.numel() else -1
+        count = highest + 1 if num_clients is None else int(num_clients)
+        if flat.numel() and int(flat.min()) < -1:
+            raise ValueError(f"ids: expected -1 (base only) or a client >= 0, got {int(flat.min())}")
+        if highest >= count:
+            raise ValueError(f"ids: expected ids below num_clients = {count}, got {highest}")
+        _check_keys(row_keys, flat.numel())
+        order = torch.argsort(flat, stable=True)
+        sizes = torch.bincount(flat + 1, minlength=count + 1).tolist() if flat.numel() else [0] * (count + 1)
+        base_rows, lengths = sizes[0], sizes[1:]
+        ends = list(accumulate(lengths))
+        starts = [end - length for end, length in zip(ends, lengths, strict=True)]
+        order = order[base_rows:]
+        direct = [int(order[s]) if n else 0 for s, n in zip(starts, lengths, strict=True)]
+        contiguous = all(n == 0 or int(order[s + n - 1]) - int(order[s]) == n - 1 for s, n in zip(starts, lengths, strict=True))
+        if contiguous:
+            return cls(flat.numel(), direct, lengths, None, row_keys)
+        return cls(flat.numel(), starts, lengths, order.to(device), row_keys)
+
+    def keys_on(self, device: torch.device) -> Tensor:
+        """Row keys in the order of the segments' rows (`x[index]` where `index` is given, else x): int64, built once per device."""
+        if device not in self._key_cache:
+            if self.row_keys is not None:
+                keys = self.row_keys.to(device)
+                keys = keys if self.index is None else keys[self.index.to(device)]
+            else:
+                host = torch.zeros(self.num_rows if self.index is None else self.index.numel(), dtype=torch.int64)
+                for start, length in zip(self.starts, self.lengths, strict=True):
+                    host[start : start + length] = torch.arange(length)
+                keys = host.to(device)
+            self._key_cache[device] = keys.contiguous()
+        return self._key_cache[device]
+
+    def index_on(self, device: torch.device) -> Tensor | None:
+        """`index` on `device`; moved once."""
+        if self.index is not None and self.index.device != device:
+            self.index = self.index.to(device)
+        return self.index
+
+    def __repr__(self) -> str:
+        return f"Segments(num_rows={self.num_rows}, lengths={self.lengths}, gathered={self.index is not None})"
+
+
+def _check_keys(row_keys: Tensor | None, rows: int) -> None:
+    if row_keys is None:
+        return
+    if not isinstance(row_keys, Tensor) or row_keys.dtype != torch.int64 or tuple(row_keys.shape) != (rows,):
+        got = f"{row_keys.dtype} {tuple(row_keys.shape)}" if isinstance(row_keys, Tensor) else type(row_keys).__name__
+        raise ValueError(f"row_keys: expected an int64 tensor of shape ({rows},), one per row, got {got}")

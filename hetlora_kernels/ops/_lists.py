@@ -1,0 +1,97 @@
+"""What the server ops share: one tensor or a list of modules, one layout or one per module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hetlora_kernels.layout import RankLayout
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Layouts = RankLayout | Sequence[RankLayout]
+
+
+def module_list(name: str, tensors: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], bool]:
+    """(list of 2-D floating-point tensors of one type and device, whether a list came in)."""
+    if isinstance(tensors, Tensor):
+        listed, many = [tensors], False
+    elif isinstance(tensors, (list, tuple)) and tensors and all(isinstance(t, Tensor) for t in tensors):
+        listed, many = list(tensors), True
+    else:
+        raise TypeError(f"{name}: expected a tensor or a non-empty list of tensors, got {type(tensors).__name__}")
+    first = listed[0]
+    for position, tensor in enumerate(listed):
+        where = f"{name}[{position}]" if many else name
+        if tensor.dim() != 2:
+            raise ValueError(f"{where}: expected 2 dimensions [rows, width], got shape {tuple(tensor.shape)}")
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"{where}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
+        if tensor.dtype != first.dtype or tensor.device != first.device:
+            raise ValueError(f"{where}: expected the type and device of the first module ({first.dtype}, {first.device}), got {tensor.dtype}, {tensor.device}")
+    return [t.detach() for t in listed], many
+
+
+def module_layouts(layout: Layouts, modules: int) -> list[RankLayout]:
+    """One `RankLayout` per module, all with the same number of clients."""
+    layouts = [layout] * modules if isinstance(layout, RankLayout) else list(layout)
+    if not all(isinstance(each, RankLayout) for each in layouts):
+        raise TypeError(f"layout: expected a RankLayout or one per module, got {[type(each).__name__ for each in layouts]}")
+    if len(layouts) != modules:
+        raise ValueError(f"layout: expected one RankLayout or {modules} of them (one per module), got {len(layouts)}")
+    if len({each.num_clients for each in layouts}) > 1:
+        raise ValueError(f"layout: expected the same number of clients in every module, got {[each.num_clients for each in layouts]}")
+    return layouts
+
+
+def flat_ranks(layouts: Sequence[RankLayout]) -> list[int]:
+    """[M * K] ranks, module by module, as the schemas take them."""
+    return [rank for layout in layouts for rank in layout.ranks]
+
+
+def check_packed(name: str, tensors: Sequence[Tensor], layouts: Sequence[RankLayout]) -> None:
+    for position, (tensor, layout) in enumerate(zip(tensors, layouts, strict=True)):
+        if tensor.shape[0] != layout.total:
+            raise ValueError(f"{name}[{position}]: expected {layout.total} rows (the sum of the layout's ranks), got {tensor.shape[0]}")
+
+
+def prepare(name: str, tensors: Tensor | Sequence[Tensor], layout: Layouts) -> tuple[list[Tensor], bool, list[RankLayout]]:
+    """Checked modules that hold packed rows, whether a list came in, and one layout per module."""
+    listed, many = module_list(name, tensors)
+    layouts = module_layouts(layout, len(listed))
+    check_packed(name, listed, layouts)
+    return listed, many, layouts
+
+
+def client_integers(name: str, values: object, layouts: Sequence[RankLayout]) -> list[int]:
+    """`values` (one per client, or one sequence per module) as [M * K] integers >= 0."""
+    from hetlora_kernels.layout import _int_list
+
+    clients = layouts[0].num_clients
+    nested = isinstance(values, (list, tuple)) and values and isinstance(values[0], (list, tuple))
+    per_module = [_int_list(name, v) for v in values] if nested else [_int_list(name, values)] * len(layouts)  # type: ignore[union-attr, arg-type]
+    if len(per_module) != len(layouts):
+        raise ValueError(f"{name}: expected one sequence per module ({len(layouts)}), got {len(per_module)}")
+    for own in per_module:
+        if len(own) != clients:
+            raise ValueError(f"{name}: expected {clients} integers, one per client, got {len(own)}")
+        if any(value < 0 for value in own):
+            raise ValueError(f"{name}: expected integers >= 0, got {min(own)}")
+    return [value for own in per_module for value in own]
+
+
+def outputs(name: str, out: Tensor | Sequence[Tensor] | None, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """`out` checked against what the op writes, or fresh tensors."""
+    if out is None:
+        return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+    listed = [out] if isinstance(out, Tensor) else list(out)
+    if len(listed) != len(shapes):
+        raise ValueError(f"{name}: expected {len(shapes)} tensors, got {len(listed)}")
+    for position, (tensor, shape) in enumerate(zip(listed, shapes, strict=True)):
+        if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name}[{position}]: expected a contiguous {dtype} tensor of shape {tuple(shape)} on {device}, got {tensor.dtype} {tuple(tensor.shape)} "
+                f"on {tensor.device}"
+            )
+    return [t.detach() for t in listed]

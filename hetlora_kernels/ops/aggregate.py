@@ -1,0 +1,144 @@
+"""Aggregation: the weighted ragged sum of the clients' rank rows (HETLORA section 3.3), in one call or one client at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hetlora_kernels._library import call, register_fake
+from hetlora_kernels.ops._lists import FLOATS, Layouts, flat_ranks, module_list, outputs, prepare
+from hetlora_kernels.reference import compute_dtype
+
+Normalize = Literal["none", "owners"]
+
+
+def _check_normalize(normalize: str) -> bool:
+    if normalize not in ("none", "owners"):
+        raise ValueError(f"normalize: expected 'none' or 'owners', got {normalize!r}")
+    return normalize == "owners"
+
+
+def _check_keep(keep: Tensor | Sequence[Tensor] | None, shapes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
+    if keep is None:
+        return []
+    kept, _ = module_list("keep", keep)
+    if [tuple(t.shape) for t in kept] != list(shapes) or kept[0].device != device:
+        raise ValueError(f"keep: expected shapes {list(shapes)} on {device}, got {[tuple(t.shape) for t in kept]} on {kept[0].device}")
+    return kept
+
+
+def client_weights(weights: Tensor | Sequence[float], clients: int, modules: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[K, M] from [K] or [K, M], in the type of the sums."""
+    table = torch.as_tensor(weights, device=device)
+    if table.dtype.is_complex or tuple(table.shape) not in ((clients,), (clients, modules)):
+        raise ValueError(f"weights: expected shape ({clients},) or ({clients}, {modules}), got {tuple(table.shape)} {table.dtype}")
+    table = table.detach().to(dtype)
+    return (table[:, None].expand(clients, modules) if table.dim() == 1 else table).contiguous()
+
+
+def aggregate(
+    rows: Tensor | Sequence[Tensor],  # [S, d], or one per module
+    layout: Layouts,
+    weights: Tensor | Sequence[float],  # [K] or [K, M]
+    max_rank: int,
+    normalize: Normalize = "none",
+    keep: Tensor | Sequence[Tensor] | None = None,  # [R, d]
+    dtype: torch.dtype | None = None,
+    out: Tensor | Sequence[Tensor] | None = None,  # [R, d]
+) -> Tensor | list[Tensor]:
+    """out[i] = sum over the clients k with r_k > i of weights[k] * rows_k[i], for i < max_rank: zero-padding without the zeros.
+
+    rows: packed rank rows [S, d] of the uploads; a list does all modules in one call.   layout: one RankLayout, or one per module.
+    weights: [K], or [K, modules]; used as given (not renormalised).   max_rank: R, at least the largest rank.
+    normalize: 'none' as published; 'owners' divides a row by the total weight of the clients that own it (a total of zero gives zero).
+    keep: [R, d] values for rows that no client owns (owned = its rank exceeds the row's index, whatever its weight); default zero.
+    dtype: type of the result; default: that of `rows`.   out: tensor(s) to write instead of fresh ones; must not overlap the inputs.
+
+    Sums in float32 (float64 for float64) in client order, so the result is bitwise repeatable. Not differentiable.
+    Returns [R, d], a list when a list came in. `ValueError` for shapes that do not fit.
+    """
+    listed, many, layouts = prepare("rows", rows, layout)
+    owners = _check_normalize(normalize)
+    largest = max(own.max_rank for own in layouts)
+    if max_rank < largest:
+        raise ValueError(f"max_rank: expected at least the largest rank {largest}, got {max_rank}")
+    shapes = [(max_rank, tensor.shape[1]) for tensor in listed]
+    device = listed[0].device
+    table = client_weights(weights, layouts[0].num_clients, len(listed), device, compute_dtype(listed[0].dtype))
+    dtype = listed[0].dtype if dtype is None else dtype
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
+    kept = _check_keep(keep, shapes, device)
+    result = outputs("out", out, shapes, dtype, device)
+    call("aggregate_")(result, listed, table, kept, flat_ranks(layouts), owners)
+    return result if many else result[0]
+
+
+class Accumulator:
+    """Aggregation of uploads that arrive one at a time: memory O(bank), whatever the number of clients; the order of `add` is the order of sums.
+
+    like: tensors [*, d], one per module, that give width, type and device.   max_rank: R.
+
+    `add(rows, weight)` then `result(...)` equals `aggregate` of the same uploads in the same order. Sums in float32 (float64 for float64).
+    """
+
+    def __init__(self, like: Sequence[Tensor], max_rank: int) -> None:
+        listed, _ = module_list("like", list(like))
+        self._dtype = listed[0].dtype
+        sums = compute_dtype(self._dtype)
+        self._total = [torch.zeros(max_rank, t.shape[1], dtype=sums, device=t.device) for t in listed]
+        self._owner_weight = torch.zeros(len(listed), max_rank, dtype=sums, device=listed[0].device)
+        self._index = torch.arange(max_rank, device=listed[0].device)
+        self._owned = [0] * len(listed)
+        self.max_rank = max_rank
+        self.count = 0
+
+    def add(self, rows: Sequence[Tensor], weight: float | Tensor) -> None:
+        """Add one client's rows [r_m, d_m] of every module with `weight`: a number, or [modules]."""
+        listed, _ = module_list("rows", list(rows))
+        if len(listed) != len(self._total):
+            raise ValueError(f"rows: expected {len(self._total)} modules, got {len(listed)}")
+        for position, (tensor, total) in enumerate(zip(listed, self._total, strict=True)):
+            if tensor.shape[0] > self.max_rank or tensor.shape[1] != total.shape[1] or tensor.device != total.device:
+                raise ValueError(
+                    f"rows[{position}]: expected at most {self.max_rank} rows of width {total.shape[1]} on {total.device}, got {tuple(tensor.shape)} "
+                    f"on {tensor.device}"
+                )
+        sums = self._total[0].dtype
+        if not torch.is_tensor(weight) or weight.dim() == 0:
+            weight = torch.as_tensor(weight, dtype=sums).expand(len(listed))
+        weights = client_weights(weight[None], 1, len(listed), self._total[0].device, sums)[0]
+        call("accumulate_")(self._total, listed, weights)
+        ranks = torch.tensor([t.shape[0] for t in listed], device=self._index.device)
+        self._owner_weight += (self._index[None] < ranks[:, None]) * weights[:, None]
+        self._owned = [max(owned, t.shape[0]) for owned, t in zip(self._owned, listed, strict=True)]
+        self.count += 1
+
+    def result(self, normalize: Normalize = "none", keep: Sequence[Tensor] | None = None, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """The aggregate so far, [R, d] per module, in the type of `like` unless `dtype` says else; more clients may be added afterwards."""
+        owners = _check_normalize(normalize)
+        kept = _check_keep(None if keep is None else list(keep), [(self.max_rank, t.shape[1]) for t in self._total], self._total[0].device)
+        out = []
+        for module, (total, owned) in enumerate(zip(self._total, self._owned, strict=True)):
+            value = total
+            if owners:
+                weight = self._owner_weight[module][:, None]
+                value = torch.where(weight != 0, total / weight, 0.0)
+            value = value.to(dtype or self._dtype, copy=True)
+            if kept:
+                value[owned:] = kept[module][owned:].to(value.dtype)
+            out.append(value)
+        return out
+
+
+@register_fake("aggregate_")
+def _(out, rows, weights, keep, ranks, owners):
+    return None
+
+
+@register_fake("accumulate_")
+def _(total, rows, weights):
+    return None

@@ -1,0 +1,192 @@
+"""The multi-rank LoRA layer: many clients of different ranks in one batch on one frozen weight, with exact gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hetlora_kernels._library import call, register_fake
+from hetlora_kernels.layout import RankLayout, Segments
+from hetlora_kernels.ops._lists import FLOATS
+from hetlora_kernels.reference import compute_dtype, dropout_threshold
+
+
+def lora_linear(
+    x: Tensor,  # [..., n]
+    weight: Tensor,  # [m, n]
+    bias: Tensor | None,  # [m]
+    a: Tensor,  # [S, n]
+    bt: Tensor,  # [S, m]
+    layout: RankLayout,
+    seg: Segments,
+    scale: float | Sequence[float] | Tensor = 1.0,
+    dropout: float = 0.0,
+    seeds: Tensor | None = None,
+    training: bool = True,
+) -> Tensor:
+    """y = x W^T + bias + scale_k * (drop(x) A_k^T) B_k^T for the rows of each client k; base-only rows get x W^T + bias.
+
+    x: [..., n] input, any leading shape; its rows, flattened, are those of `seg`.
+    weight: [m, n] frozen; one that requires a gradient is refused.   bias: [m] or None; may require a gradient.
+    a: [S, n], bt: [S, m] packed rank rows (bt is B transposed), S = layout.total; any floating-point type, cast to x's once.
+    layout: ranks of the K clients.   seg: rows of each client; clients past seg.num_clients have no rows and get zero gradients.
+    scale: number or [K].   dropout: probability p in [0, 1), in steps of 1/65536; kept elements are divided by 1 - p.
+    seeds: int64 [K], one dropout seed per client for this layer and step; None with p > 0 draws them from torch's generator.
+    training: False switches dropout off.
+
+    Returns y: [..., m] in x's type (the autocast type inside autocast). Products accumulate in float32 (float64 for float64). Differentiable
+    once, in x, a, bt and bias; the mask is regenerated in backward from the seeds (Philox4x32-7, see `reference.keep_mask`), so what is kept
+    is x, S and the seeds. Given the same x and dY rows, a client's gradients do not depend on the other clients in the batch.
+    Raises `ValueError` or `TypeError` naming the argument. Source: HETLORA section 2; LoRA, Hu et al. 2022, equation 3.
+    """
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise ValueError(f"weight: expected a tensor [out, in], got {tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__}")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weight: expected a frozen weight, got one that requires a gradient; call weight.requires_grad_(False)")
+    m, n = weight.shape
+    if bias is not None and tuple(bias.shape) != (m,):
+        raise ValueError(f"bias: expected shape ({m},), got {tuple(bias.shape)}")
+    _check_input(x, n)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if weight.dtype != x.dtype or weight.device != x.device:
+        raise ValueError(f"weight: expected the type and device of x ({x.dtype}, {x.device}), got {weight.dtype}, {weight.device}")
+    arguments = _adapter_arguments(x, m, a, bt, layout, seg, scale, dropout if training else 0.0, seeds)
+    y = _Lora.apply(x.reshape(-1, n), weight, bias, None, *arguments)
+    return y.view(*x.shape[:-1], m)
+
+
+def lora_add(
+    base_out: Tensor,  # [..., m]
+    x: Tensor,  # [..., n]
+    a: Tensor,  # [S, n]
+    bt: Tensor,  # [S, m]
+    layout: RankLayout,
+    seg: Segments,
+    scale: float | Sequence[float] | Tensor = 1.0,
+    dropout: float = 0.0,
+    seeds: Tensor | None = None,
+    training: bool = True,
+) -> Tensor:
+    """base_out + scale_k * (drop(x) A_k^T) B_k^T, not in place: for any base layer, quantised or a user's own.
+
+    base_out: [..., m] the base layer's output; its type is the result's.   x: [..., n] the base layer's input.
+    The other arguments, gradients and errors are those of `lora_linear`; the gradient of base_out is that of the result.
+    """
+    if not isinstance(base_out, Tensor) or not isinstance(x, Tensor) or base_out.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"base_out: expected the leading shape of x, got {getattr(base_out, 'shape', base_out)} for x {getattr(x, 'shape', x)}")
+    _check_input(x, None)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    m = base_out.shape[-1]
+    arguments = _adapter_arguments(x, m, a, bt, layout, seg, scale, dropout if training else 0.0, seeds)
+    y = _Lora.apply(x.reshape(-1, x.shape[-1]), None, None, base_out.reshape(-1, m), *arguments)
+    return y.view(base_out.shape)
+
+
+def _check_input(x: Tensor, n: int | None) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+        raise TypeError(f"x: expected a float32, bfloat16, float16 or float64 tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+    if x.dim() < 1 or (n is not None and x.shape[-1] != n):
+        raise ValueError(f"x: expected a last dimension of {n if n is not None else 'in_features'}, got shape {tuple(x.shape)}")
+
+
+def _adapter_arguments(x, m, a, bt, layout, seg, scale, dropout, seeds):
+    """Checks of everything but the base; returns (a, bt, scale [K], seeds or None, keys, index, ranks, starts, lengths, dropout)."""
+    if not isinstance(layout, RankLayout):
+        raise TypeError(f"layout: expected a RankLayout, got {type(layout).__name__}")
+    if not isinstance(seg, Segments):
+        raise TypeError(f"seg: expected Segments, got {type(seg).__name__}")
+    n, clients = x.shape[-1], layout.num_clients
+    for name, factor, width in (("a", a, n), ("bt", bt, m)):
+        if not isinstance(factor, Tensor) or tuple(factor.shape) != (layout.total, width) or factor.dtype not in FLOATS:
+            got = f"{tuple(factor.shape)} {factor.dtype}" if isinstance(factor, Tensor) else type(factor).__name__
+            raise ValueError(f"{name}: expected a floating-point tensor of shape ({layout.total}, {width}), got {got}")
+        if factor.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device} as x, got {factor.device}")
+    rows = x.numel() // n if n else 0
+    if seg.num_rows != rows:
+        raise ValueError(f"seg: expected segments over the {rows} rows of x, got {seg.num_rows}")
+    if seg.num_clients > clients:
+        raise ValueError(f"seg: expected at most the layout's {clients} clients, got {seg.num_clients}")
+    scales = torch.as_tensor(scale, device=x.device).detach().to(compute_dtype(x.dtype))
+    if scales.dim() > 1 or (scales.dim() == 1 and scales.numel() != clients):
+        raise ValueError(f"scale: expected a number or {clients} numbers, one per client, got shape {tuple(scales.shape)}")
+    seeds = _check_seeds(dropout, seeds, clients, x.device)
+    keys = None if seeds is None else seg.keys_on(x.device)
+    return (a, bt, scales.expand(clients).contiguous(), seeds, keys, seg.index_on(x.device), list(layout.ranks), seg.starts, seg.lengths, float(dropout))
+
+
+def _check_seeds(dropout: float, seeds: Tensor | None, clients: int, device: torch.device) -> Tensor | None:
+    """int64 [K] on `device`, or None where nothing is dropped."""
+    if not 0 <= dropout < 1 or dropout_threshold(dropout) > 65535:
+        raise ValueError(f"dropout: expected a probability in [0, 1 - 1/131072), got {dropout}")
+    if dropout_threshold(dropout) == 0:
+        return None
+    if seeds is None:
+        return torch.randint(-(2**63), 2**63 - 1, (clients,), dtype=torch.int64, device=device)
+    if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or tuple(seeds.shape) != (clients,):
+        got = f"{seeds.dtype} {tuple(seeds.shape)}" if isinstance(seeds, Tensor) else type(seeds).__name__
+        raise ValueError(f"seeds: expected an int64 tensor of shape ({clients},), got {got}")
+    return seeds.to(device)
+
+
+class _Lora(torch.autograd.Function):
+    """Forward and backward over the three ops. Either `weight` (the base is computed here) or `base` (its output is given) is a tensor."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, base, a, bt, scale, seeds, keys, index, ranks, starts, lengths, dropout):
+        segments = (seeds, keys, index, ranks, starts, lengths, dropout)
+        plain = (None, None, index, ranks, starts, lengths, 0.0)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.contiguous()
+            s = call("shrink")(x, a.to(x.dtype), scale, *segments)
+            out = F.linear(x, weight, bias) if base is None else base.clone(memory_format=torch.contiguous_format)
+            call("expand_")(out, s, bt.to(x.dtype), *plain)
+        ctx.save_for_backward(x, weight, a, bt, s, scale, seeds, keys, index)
+        ctx.layout = (ranks, starts, lengths, dropout)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_y):
+        x, weight, a, bt, s, scale, seeds, keys, index = ctx.saved_tensors
+        ranks, starts, lengths, dropout = ctx.layout
+        segments = (seeds, keys, index, ranks, starts, lengths, dropout)
+        plain = (None, None, index, ranks, starts, lengths, 0.0)
+        need_x, _, need_bias, need_base, need_a, need_bt = ctx.needs_input_grad[:6]
+        d_x = d_bias = d_a = d_bt = None
+        with torch.autocast(x.device.type, enabled=False):
+            d_out = d_y.to(x.dtype).contiguous()
+            if need_x or need_a:
+                d_s = call("shrink")(d_out, bt.to(x.dtype), scale, *plain)
+            if need_x:
+                d_x = x.new_zeros(x.shape) if weight is None else d_out @ weight
+                call("expand_")(d_x, d_s, a.to(x.dtype), *segments)
+            if need_a:
+                d_a = call("grouped_gram")(d_s, x, *segments, a.dtype)
+            if need_bt:
+                d_bt = call("grouped_gram")(s, d_out, *plain, bt.dtype)
+            if need_bias:
+                d_bias = d_y.sum(0, dtype=compute_dtype(d_y.dtype)).to(ctx.bias_dtype)
+        return d_x, None, d_bias, d_y if need_base else None, d_a, d_bt, *([None] * 8)
+
+
+@register_fake("shrink")
+def _(x, rows, scale, seeds, row_keys, index, ranks, starts, lengths, dropout):
+    return x.new_empty(sum(r * n for r, n in zip(ranks, lengths, strict=False)))
+
+
+@register_fake("expand_")
+def _(out, s, rows, seeds, row_keys, index, ranks, starts, lengths, dropout):
+    return None
+
+
+@register_fake("grouped_gram")
+def _(s, x, seeds, row_keys, index, ranks, starts, lengths, dropout, dtype):
+    return x.new_empty((sum(ranks), x.shape[1]), dtype=dtype)

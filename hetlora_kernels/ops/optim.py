@@ -1,0 +1,154 @@
+"""Multi-client optimisers: one call steps every client of a bank, each with its own learning rate, step count, clipping and tail regulariser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hetlora_kernels._library import call, register_fake
+from hetlora_kernels.ops._lists import client_integers, flat_ranks
+
+if TYPE_CHECKING:
+    from hetlora_kernels.bank import AdapterBank
+
+PerClient = float | Sequence[float] | Tensor
+
+
+class _BankOptimizer:
+    """What AdamW and SGD share: the bank's factors, per-client settings and state.
+
+    bank: the `AdapterBank` to train.   lr: learning rate, a number or [K]; `opt.lr` is a float64 tensor [K] that may be written between steps.
+    clip_norm: None or 0 = no clipping; else a number or [K]: the gradient of each client, over all its modules and the regulariser
+    included, is scaled by min(1, clip / (norm + 1e-6)).
+    tail_penalty: (lam, keep): adds the gradient of lam_k * sum over modules of ||B[:, q:]||_F ||A[q:, :]||_F, q = keep[k], to that of the loss,
+    before clipping and moments: equal to autograd of loss + penalty, with the zero sub-gradient at a zero norm (HETLORA section 3.2).
+    lam: a number or [K]; keep: K integers, or {module: K integers}.
+    """
+
+    def __init__(self, bank: AdapterBank, lr: PerClient, clip_norm: PerClient | None, tail_penalty: tuple | None) -> None:
+        self.bank = bank
+        self._layouts = [bank.layouts[name] for name in bank.layouts]
+        self._ranks = flat_ranks(self._layouts)
+        self._params = [*bank.a.values(), *bank.bt.values()]
+        self.lr = self._per_client("lr", lr)
+        self.clip_norm = None if clip_norm is None else self._per_client("clip_norm", clip_norm)
+        self._lam, self._keep = None, []
+        if tail_penalty is not None:
+            if not isinstance(tail_penalty, (tuple, list)) or len(tail_penalty) != 2:
+                raise TypeError(f"tail_penalty: expected a pair (lam, keep), got {tail_penalty!r}")
+            lam, keep = tail_penalty
+            self._lam = self._per_client("tail_penalty", lam)
+            if isinstance(keep, Mapping):
+                if set(keep) != set(bank.layouts):
+                    raise ValueError(f"tail_penalty: expected keep for the modules {list(bank.layouts)}, got {list(keep)}")
+                keep = [list(keep[name]) for name in bank.layouts]
+            self._keep = client_integers("tail_penalty", keep, self._layouts)
+
+    def _per_client(self, name: str, value: PerClient) -> Tensor:
+        tensor = torch.as_tensor(value, dtype=torch.float64, device=self.bank.device)
+        clients = self.bank.num_clients
+        if tensor.dim() > 1 or (tensor.dim() == 1 and tensor.numel() != clients):
+            raise ValueError(f"{name}: expected a number or {clients} numbers, one per client, got shape {tuple(tensor.shape)}")
+        if bool((tensor < 0).any()) or not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name}: expected finite values >= 0, got {value}")
+        return tensor.expand(clients).clone()
+
+    def _state_like_params(self) -> list[Tensor]:
+        return [torch.zeros_like(p, requires_grad=False) for p in self._params]
+
+    def _active(self, active: Sequence[bool] | Tensor | None) -> Tensor:
+        clients = self.bank.num_clients
+        mask = torch.ones(clients, dtype=torch.bool) if active is None else torch.as_tensor(active, dtype=torch.bool)
+        if tuple(mask.shape) != (clients,):
+            raise ValueError(f"active: expected {clients} booleans, one per client, got shape {tuple(mask.shape)}")
+        return mask.to(self.bank.device)
+
+    def _grads(self) -> list[Tensor]:
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of every factor."""
+        for parameter in self._params:
+            parameter.grad = None
+
+
+class AdamW(_BankOptimizer):
+    """Decoupled-weight-decay Adam for every client of a bank in one fused step (Loshchilov & Hutter 2019; `torch.optim.AdamW` per client).
+
+    m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2;  w = w (1 - lr wd) - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps),
+    t = the client's own step count. See `_BankOptimizer` for lr, clip_norm and tail_penalty. Moments are kept in the factors' type.
+    """
+
+    def __init__(
+        self,
+        bank: AdapterBank,
+        lr: PerClient = 1e-3,
+        weight_decay: float = 0.0,
+        clip_norm: PerClient | None = None,
+        tail_penalty: tuple | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__(bank, lr, clip_norm, tail_penalty)
+        if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
+            raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")
+        if eps <= 0 or weight_decay < 0:
+            raise ValueError(f"eps, weight_decay: expected eps > 0 and weight_decay >= 0, got {eps}, {weight_decay}")
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self.exp_avg, self.exp_avg_sq = self._state_like_params(), self._state_like_params()
+        self.step_count = torch.zeros(bank.num_clients, dtype=torch.int64, device=bank.device)
+
+    @torch.no_grad()
+    def step(self, active: Sequence[bool] | Tensor | None = None) -> None:
+        """Step the clients of `active` (K booleans, default all); the others' factors, moments and counts do not change."""
+        mask = self._active(active)
+        self.step_count += mask
+        call("adamw_")(
+            *([p.detach() for p in self._params], self._grads(), self.exp_avg, self.exp_avg_sq),
+            *(self.lr, self.step_count, mask, self.clip_norm, self._lam, self._ranks, self._keep),
+            *(*self.betas, self.eps, self.weight_decay),
+        )
+
+
+class SGD(_BankOptimizer):
+    """SGD for every client of a bank in one fused step: d = g + wd w;  buf = momentum buf + d;  w = w - lr buf (`torch.optim.SGD` per client).
+
+    See `_BankOptimizer` for lr, clip_norm and tail_penalty.
+    """
+
+    def __init__(
+        self,
+        bank: AdapterBank,
+        lr: PerClient = 1e-3,
+        weight_decay: float = 0.0,
+        clip_norm: PerClient | None = None,
+        tail_penalty: tuple | None = None,
+        momentum: float = 0.0,
+    ) -> None:
+        super().__init__(bank, lr, clip_norm, tail_penalty)
+        if not 0 <= momentum < 1 or weight_decay < 0:
+            raise ValueError(f"momentum, weight_decay: expected momentum in [0, 1) and weight_decay >= 0, got {momentum}, {weight_decay}")
+        self.momentum, self.weight_decay = momentum, weight_decay
+        self.buffers = self._state_like_params() if momentum else []
+
+    @torch.no_grad()
+    def step(self, active: Sequence[bool] | Tensor | None = None) -> None:
+        """Step the clients of `active` (K booleans, default all); the others' factors and buffers do not change."""
+        call("sgd_")(
+            *([p.detach() for p in self._params], self._grads(), self.buffers),
+            *(self.lr, self._active(active), self.clip_norm, self._lam, self._ranks, self._keep),
+            *(self.momentum, self.weight_decay),
+        )
+
+
+@register_fake("adamw_")
+def _(params, grads, exp_avg, exp_avg_sq, lr, step, active, clip, lam, ranks, keep, beta1, beta2, eps, weight_decay):
+    return None
+
+
+@register_fake("sgd_")
+def _(params, grads, buffers, lr, active, clip, lam, ranks, keep, momentum, weight_decay):
+    return None

@@ -1,0 +1,46 @@
+"""Distribution: each client receives the leading rank rows of the bank (HETLORA section 3.1, "truncation")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hetlora_kernels._library import call, register_fake
+from hetlora_kernels.ops._lists import FLOATS, Layouts, flat_ranks, module_layouts, module_list, outputs
+
+
+def truncate(
+    bank_rows: Tensor | Sequence[Tensor],  # [R, d], or one per module
+    layout: Layouts,
+    dtype: torch.dtype | None = None,
+    dense: bool = False,
+    out: Tensor | Sequence[Tensor] | None = None,
+) -> Tensor | list[Tensor]:
+    """rows of client k = bank_rows[: r_k], cast to `dtype`.
+
+    bank_rows: [R, d] rank rows of the global bank (A, or B transposed); a list does all modules in one call.
+    layout: ranks of the K clients; one RankLayout, or one per module. Every rank must be <= R.
+    dtype: type of the result; default: the bank's.   dense: False -> packed [S, d]; True -> zero-masked [K, R, d].
+    out: tensor(s) to write instead of fresh ones; every element is written.
+
+    Returns packed rows [S, d] (or [K, R, d]), a list when a list came in. Not differentiable. `ValueError` on a rank above R.
+    """
+    banks, many = module_list("bank_rows", bank_rows)
+    layouts = module_layouts(layout, len(banks))
+    dtype = banks[0].dtype if dtype is None else dtype
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
+    for position, (bank, own) in enumerate(zip(banks, layouts, strict=True)):
+        if own.max_rank > bank.shape[0]:
+            raise ValueError(f"layout: expected ranks <= {bank.shape[0]} (rows of bank_rows[{position}]), got {own.max_rank}")
+    shapes = [(own.num_clients, *bank.shape) if dense else (own.total, bank.shape[1]) for bank, own in zip(banks, layouts, strict=True)]
+    result = outputs("out", out, shapes, dtype, banks[0].device)
+    call("truncate_")(result, banks, flat_ranks(layouts), dense)
+    return result if many else result[0]
+
+
+@register_fake("truncate_")
+def _(out, bank, ranks, dense):
+    return None

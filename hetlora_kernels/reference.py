@@ -1,0 +1,276 @@
+"""Every op once in plain PyTorch: the executable specification, and the kernel of last resort on every device.
+
+Arithmetic is float32 inside (float64 for float64 tensors); results are rounded once, when they are stored. Arguments are those of the
+schemas in `_library.py`, already checked by `ops/`. K clients, M modules; `ranks` holds M * K integers, module by module.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+_PHILOX_ROUNDS = 7
+_MASK32 = 0xFFFFFFFF
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of the arithmetic on tensors of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _clients(ranks: list[int], module: int, modules: int) -> list[tuple[int, int]]:
+    """(first row, rank) of each client in the packed rows of `module`."""
+    count = len(ranks) // modules if modules else 0
+    own = ranks[module * count : (module + 1) * count]
+    return [(end - rank, rank) for end, rank in zip(accumulate(own), own, strict=True)]
+
+
+# ---------------------------------------------------------------- dropout
+
+
+def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = _PHILOX_ROUNDS) -> tuple[Tensor, ...]:
+    """Philox4x32 (Salmon et al., SC 2011): four 32-bit words from a 4-word counter and a 2-word key, all held in int64."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        p0, p1 = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
+        hi0, hi1 = (p0 >> 32) & _MASK32, (p1 >> 32) & _MASK32
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, p1 & _MASK32, hi0 ^ c3 ^ k1, p0 & _MASK32
+        k0, k1 = (k0 + _PHILOX_WEYL[0]) & _MASK32, (k1 + _PHILOX_WEYL[1]) & _MASK32
+    return c0, c1, c2, c3
+
+
+def dropout_threshold(p: float) -> int:
+    """Of the 65536 values of a 16-bit draw, how many drop an element: round(65536 p)."""
+    return round(65536 * p)
+
+
+def keep_mask(seed: Tensor, row_keys: Tensor, columns: int, p: float) -> Tensor:
+    """Boolean [rows, columns], True where an element is kept.
+
+    Key = the 64 bits of `seed`; counter = (row key low, row key high, column // 8, 0); 16-bit value j of the 128 output bits, low half of
+    each word first, belongs to column 8 c + j; an element is dropped when its value < round(65536 p).
+    """
+    blocks = (columns + 7) // 8
+    column = torch.arange(blocks, device=row_keys.device, dtype=torch.int64)[None, :]
+    low, high = (row_keys & _MASK32)[:, None], ((row_keys >> 32) & _MASK32)[:, None]
+    counter = tuple(t.expand(row_keys.numel(), blocks) for t in (low, high, column, torch.zeros_like(column)))
+    words = torch.stack(philox4x32(counter, (seed & _MASK32, (seed >> 32) & _MASK32)), dim=-1)
+    values = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(row_keys.numel(), blocks * 8)
+    return values[:, :columns] >= dropout_threshold(p)
+
+
+def _drop(x: Tensor, seed: Tensor, row_keys: Tensor, p: float) -> Tensor:
+    kept = keep_mask(seed, row_keys, x.shape[1], p)
+    return torch.where(kept, x / (1 - dropout_threshold(p) / 65536), 0.0)
+
+
+# ---------------------------------------------------------------- layer: shrink, expand, grouped Gram
+
+
+def _segments(ranks: list[int], starts: list[int], lengths: list[int]):
+    """(client, first rank row, rank, first batch row, batch rows, first element in the packed S) of each client that has work."""
+    row = flat = 0
+    for k, rank in enumerate(ranks):
+        length = lengths[k] if k < len(lengths) else 0
+        if rank and length:
+            yield k, row, rank, starts[k], length, flat
+        row += rank
+        flat += rank * length
+
+
+def _take(x: Tensor, index: Tensor | None, start: int, length: int) -> Tensor:
+    return x[start : start + length] if index is None else x[index[start : start + length]]
+
+
+def shrink(x, rows, scale, seeds, row_keys, index, ranks, starts, lengths, dropout):
+    """S_k = scale_k * drop(x_k) rows_k^T for each client; packed [sum T_k r_k], client k's [T_k, r_k] in order, in x's type."""
+    out = x.new_zeros(sum(r * n for r, n in zip(ranks, lengths, strict=False)))
+    dtype = compute_dtype(x.dtype)
+    for k, row, rank, start, length, flat in _segments(ranks, starts, lengths):
+        own = _take(x, index, start, length).to(dtype)
+        if seeds is not None:
+            own = _drop(own, seeds[k], row_keys[start : start + length], dropout)
+        product = own @ rows[row : row + rank].to(x.dtype).to(dtype).t() * scale[k]
+        out[flat : flat + rank * length] = product.reshape(-1).to(x.dtype)
+    return out
+
+
+def expand_(out, s, rows, seeds, row_keys, index, ranks, starts, lengths, dropout):
+    """out[rows of client k] += S_k rows_k, with the dropout mask and 1 / (1 - p) on the product when `seeds` is given (the way of dx)."""
+    dtype = compute_dtype(s.dtype)
+    for k, row, rank, start, length, flat in _segments(ranks, starts, lengths):
+        product = s[flat : flat + rank * length].view(length, rank).to(dtype) @ rows[row : row + rank].to(s.dtype).to(dtype)
+        if seeds is not None:
+            product = _drop(product, seeds[k], row_keys[start : start + length], dropout)
+        if index is None:
+            target = out[start : start + length]
+            target.copy_((target.to(dtype) + product).to(out.dtype))
+        else:
+            own = index[start : start + length]
+            out[own] = (out[own].to(dtype) + product).to(out.dtype)
+
+
+def grouped_gram(s, x, seeds, row_keys, index, ranks, starts, lengths, dropout, dtype):
+    """[S, d]: S_k^T drop(x_k) for each client, exactly zero for a client without rows; in `dtype`."""
+    out = x.new_zeros((sum(ranks), x.shape[1]), dtype=dtype)
+    compute = compute_dtype(x.dtype)
+    for k, row, rank, start, length, flat in _segments(ranks, starts, lengths):
+        own = _take(x, index, start, length).to(compute)
+        if seeds is not None:
+            own = _drop(own, seeds[k], row_keys[start : start + length], dropout)
+        out[row : row + rank] = (s[flat : flat + rank * length].view(length, rank).to(compute).t() @ own).to(dtype)
+    return out
+
+
+# ---------------------------------------------------------------- server: truncate, aggregate, norms
+
+
+def truncate_(out, bank, ranks, dense):
+    """out = each client's leading rows of the bank: packed [S, d], or zero-masked [K, R, d] when `dense`."""
+    for module, (target, source) in enumerate(zip(out, bank, strict=True)):
+        for k, (row, rank) in enumerate(_clients(ranks, module, len(bank))):
+            if dense:
+                target[k, :rank] = source[:rank].to(target.dtype)
+                target[k, rank:] = 0
+            else:
+                target[row : row + rank] = source[:rank].to(target.dtype)
+
+
+def aggregate_(out, rows, weights, keep, ranks, owners):
+    """out[i] = sum over the clients k with r_k > i of weights[k] * rows_k[i], in client order; divided by the owners' weight when `owners`.
+
+    A row that no client owns is keep[i], or zero without `keep`. An owned row whose owners' weights sum to zero stays at zero.
+    """
+    for module, (target, source) in enumerate(zip(out, rows, strict=True)):
+        dtype = compute_dtype(source.dtype)
+        total = torch.zeros(target.shape, dtype=dtype, device=source.device)
+        owned_weight = torch.zeros(target.shape[0], 1, dtype=dtype, device=source.device)
+        owned = 0
+        for k, (row, rank) in enumerate(_clients(ranks, module, len(rows))):
+            weight = weights[k, module].to(dtype)
+            total[:rank] += source[row : row + rank].to(dtype) * weight
+            owned_weight[:rank] += weight
+            owned = max(owned, rank)
+        if owners:
+            total = torch.where(owned_weight != 0, total / owned_weight, 0.0)
+        if keep:
+            total[owned:] = keep[module][owned:].to(dtype)
+        target.copy_(total.to(target.dtype))
+
+
+def accumulate_(total, rows, weights):
+    """total[m][:r_m] += weights[m] * rows[m]; `total` is float32 (float64 for float64)."""
+    for module, (target, source) in enumerate(zip(total, rows, strict=True)):
+        target[: source.shape[0]] += source.to(target.dtype) * weights[module].to(target.dtype)
+
+
+def gram(rows, ranks, exact):
+    """Per module the packed [sum r_k^2] of rows_k rows_k^T: float32 products and result, float64 for float64 or `exact`."""
+    out = []
+    for module, source in enumerate(rows):
+        dtype = torch.float64 if exact else compute_dtype(source.dtype)
+        blocks = [source[row : row + rank].to(dtype) for row, rank in _clients(ranks, module, len(rows))]
+        out.append(torch.cat([(block @ block.t()).reshape(-1) for block in blocks]) if blocks else source.new_zeros(0, dtype=dtype))
+    return out
+
+
+def delta_norms(a, bt, ranks, exact):
+    """[K, M]: ||B_k A_k||_F = sqrt(max(0, sum (B^T B) o (A A^T))), combined in float64; float32, float64 for float64 or `exact`."""
+    columns = []
+    for module, (grams_a, grams_b) in enumerate(zip(gram(a, ranks, exact), gram(bt, ranks, exact), strict=True)):
+        sizes = [rank * rank for _, rank in _clients(ranks, module, len(a))]
+        product = (grams_a.double() * grams_b.double()).split(sizes) if sizes else ()
+        columns.append(torch.stack([p.sum() for p in product]) if product else grams_a.new_zeros(0, dtype=torch.float64))
+    dtype = torch.float64 if exact else compute_dtype(a[0].dtype)
+    return torch.stack(columns, dim=1).clamp_min(0).sqrt().to(dtype)
+
+
+def tail_norms(rows, ranks, keep):
+    """[K, M]: Frobenius norm of rows keep[k]: of each client, 0 for an empty tail; float32, float64 for float64."""
+    columns = []
+    for module, source in enumerate(rows):
+        dtype = compute_dtype(source.dtype)
+        clients = _clients(ranks, module, len(rows))
+        kept = keep[module * len(clients) : (module + 1) * len(clients)]
+        norms = [source[row + min(q, rank) : row + rank].to(dtype).norm() for (row, rank), q in zip(clients, kept, strict=True)]
+        columns.append(torch.stack(norms) if norms else source.new_zeros(0, dtype=dtype))
+    return torch.stack(columns, dim=1)
+
+
+# ---------------------------------------------------------------- client: optimisers over a bank
+
+
+def _penalised_grads(params, grads, lam, ranks, keep):
+    """Gradients of loss + lam_k * sum over modules of ||A_k[keep:]|| * ||Bt_k[keep:]||, in compute precision; zero sub-gradient at a zero norm.
+
+    `params` and `grads` hold the M A factors, then the M Bt factors.
+    """
+    out = [g.to(compute_dtype(g.dtype), copy=True) for g in grads]
+    if lam is None:
+        return out
+    modules = len(params) // 2
+    for module in range(modules):
+        a, bt = (params[module + side * modules] for side in (0, 1))
+        clients = _clients(ranks, module, modules)
+        for k, (row, rank) in enumerate(clients):
+            tail = slice(row + min(keep[module * len(clients) + k], rank), row + rank)
+            a_tail, bt_tail = a[tail].to(out[module].dtype), bt[tail].to(out[module].dtype)
+            norm_a, norm_bt = a_tail.norm(), bt_tail.norm()
+            weight = lam[k].to(out[module].dtype)
+            out[module][tail] += torch.where(norm_a > 0, weight * norm_bt * a_tail / norm_a, 0.0)
+            out[module + modules][tail] += torch.where(norm_bt > 0, weight * norm_a * bt_tail / norm_bt, 0.0)
+    return out
+
+
+def _clip_factors(grads, clip, ranks):
+    """[K] float64: min(1, clip_k / (norm of client k's gradient over all modules + 1e-6)); clip_k = 0 does not clip."""
+    modules = len(grads) // 2
+    squares = clip.new_zeros(clip.shape, dtype=torch.float64)
+    for i, grad in enumerate(grads):
+        for k, (row, rank) in enumerate(_clients(ranks, i % modules, modules)):
+            squares[k] += grad[row : row + rank].double().square().sum()
+    factors = (clip.double() / (squares.sqrt() + 1e-6)).clamp(max=1)
+    return torch.where(clip > 0, factors, 1.0)
+
+
+def _client_steps(params, grads, lr, active, clip, lam, ranks, keep):
+    """(list index, client, rows, gradient to use) of every active client's every factor."""
+    modules = len(params) // 2
+    grads = _penalised_grads(params, grads, lam, ranks, keep)
+    factors = None if clip is None else _clip_factors(grads, clip, ranks)
+    for i, grad in enumerate(grads):
+        for k, (row, rank) in enumerate(_clients(ranks, i % modules, modules)):
+            rows = slice(row, row + rank)
+            if active[k] and rank:
+                yield i, k, rows, grad[rows] if factors is None else grad[rows] * factors[k].to(grad.dtype)
+
+
+def adamw_(params, grads, exp_avg, exp_avg_sq, lr, step, active, clip, lam, ranks, keep, beta1, beta2, eps, weight_decay):
+    """One decoupled-weight-decay Adam step (Loshchilov & Hutter 2019) of every active client; `step[k]` counts this step."""
+    for i, k, rows, grad in _client_steps(params, grads, lr, active, clip, lam, ranks, keep):
+        dtype = grad.dtype
+        rate = lr[k].double()
+        m, v = exp_avg[i][rows].to(dtype), exp_avg_sq[i][rows].to(dtype)
+        m = m + (grad - m) * (1 - beta1)
+        v = v * beta2 + grad * grad * (1 - beta2)
+        exp_avg[i][rows], exp_avg_sq[i][rows] = m.to(exp_avg[i].dtype), v.to(exp_avg_sq[i].dtype)
+        count = step[k].double()
+        denominator = v.sqrt() / (1 - beta2**count).sqrt().to(dtype) + eps
+        value = params[i][rows].to(dtype) * (1 - rate * weight_decay).to(dtype)
+        params[i][rows] = (value - (rate / (1 - beta1**count)).to(dtype) * (m / denominator)).to(params[i].dtype)
+
+
+def sgd_(params, grads, buffers, lr, active, clip, lam, ranks, keep, momentum, weight_decay):
+    """One SGD step of every active client: d = g + weight_decay * w; buffer = momentum * buffer + d; w -= lr * buffer (d without momentum)."""
+    for i, k, rows, grad in _client_steps(params, grads, lr, active, clip, lam, ranks, keep):
+        value = params[i][rows].to(grad.dtype)
+        direction = grad + weight_decay * value
+        if buffers:
+            direction = buffers[i][rows].to(grad.dtype) * momentum + direction
+            buffers[i][rows] = direction.to(buffers[i].dtype)
+        params[i][rows] = (value - lr[k].to(grad.dtype) * direction).to(params[i].dtype)
