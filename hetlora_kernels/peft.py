@@ -81,7 +81,7 @@ def layer_seeds(seeds: Tensor, step: int | Tensor, module: int) -> Tensor:
     """int64 [K]: each client's dropout seed for one step and one module, mixed from (client seed, step, module index) by SplitMix64's finaliser."""
     state = seeds + torch.as_tensor(step, dtype=torch.int64, device=seeds.device) * _signed(0x9E3779B97F4A7C15)
     state = _mix64(state)
-    return _mix64(state + (module + 1) * 0x632BE59BD9B4E019)
+    return _mix64(state + _signed((module + 1) * 0x632BE59BD9B4E019))
 
 
 def _signed(value: int) -> int:
