@@ -54,7 +54,9 @@ class RankLayout:
         return len(self.ranks)
 
     def rows(self, client: int) -> slice:
-        """Rows of `client` in a packed buffer."""
+        """Rows of `client` in a packed buffer. `IndexError` unless 0 <= client < K: a negative index would give an empty slice."""
+        if not 0 <= client < len(self.ranks):
+            raise IndexError(f"client: expected 0 <= client < {len(self.ranks)}, got {client}")
         return slice(self.offsets[client], self.offsets[client + 1])
 
     def device_offsets(self, device: torch.device | str) -> Tensor:
