@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import warnings
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from hetlora.checkpoint import CHECKPOINT, client_folder, write_adapter
 from hetlora.config import ConfigError
 
 _PREFIX = "base_model.model."
@@ -31,22 +31,44 @@ def export_adapter(run_dir: str | Path, out_dir: str | Path, rank: int | None = 
         gets the global adapter truncated to its rank, and a warning says so.
 
     lora_alpha = s * rank, so the scale s stays what it was in training. Returns `out_dir`.
-    Raises ConfigError: no run or no adapter there, `rank` out of range, unknown client, both `rank` and `client`, `out_dir` not empty.
+    Raises ConfigError: no run or no adapter there, `rank` out of range, unknown client, both `rank` and `client`, `out_dir` not empty,
+    a run with merge 'stack' (its updates are in the base weights).
     """
     run, out = Path(run_dir), Path(out_dir)
     if rank is not None and client is not None:
         raise ConfigError("export: give a rank or a client, not both (a client's adapter has the client's own rank)")
     if not (run / "config.json").is_file():
         raise ConfigError(f"{run}: no run there (config.json is missing); give the folder that 'hetlora run' wrote")
+    if _merge_of(run) == "stack":
+        raise ConfigError(f"{run}: with merge 'stack' the run folded its updates into the base model, no adapter holds them; use merge 'factors' or 'svd'")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists and is not an empty folder; give a new one, nothing is overwritten")
     if client is None:
-        config, factors, scales = _read_adapter(run / "adapter")
+        factors, scale, model = _read_adapter(run / "adapter")
         ranks = _uniform_ranks(factors, rank, run)
     else:
-        config, factors, scales, ranks = _client_adapter(run, client)
-    _write_adapter(out, config, {name: (a[: ranks[name]], b[:, : ranks[name]]) for name, (a, b) in factors.items()}, scales)
+        factors, scale, model, ranks = _client_adapter(run, client)
+    tensors: dict[str, Tensor] = {}
+    for name, (a, b) in factors.items():
+        tensors[_PREFIX + name + _A], tensors[_PREFIX + name + _B] = a[: ranks[name]].clone(), b[:, : ranks[name]].contiguous()
+    write_adapter(out, tensors, scale, model)
     return out
+
+
+def _merge_of(run: Path) -> str:
+    try:
+        return json.loads((run / "config.json").read_text(encoding="utf-8"))["merge"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def checkpoint_ranks(run_dir: str | Path) -> dict[str, Any]:
+    """Client -> rank (or {module: rank}) as of the newest checkpoint; {} without a readable one. Reads the header only, not the tensors."""
+    try:
+        with safe_open(Path(run_dir) / CHECKPOINT, "pt") as file:
+            return dict(json.loads((file.metadata() or {})["state"])["ranks"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return {}
 
 
 def base_model_of(run_dir: str | Path) -> str:
@@ -58,8 +80,8 @@ def base_model_of(run_dir: str | Path) -> str:
     return config.get("base_model_name_or_path") or ""
 
 
-def _read_adapter(folder: Path) -> tuple[dict[str, Any], Factors, dict[str, float]]:
-    """The adapter's config, its factors and each module's scale alpha / r."""
+def _read_adapter(folder: Path) -> tuple[Factors, float, str]:
+    """(factors, scale, base model); the scale alpha / r is the same for every module of a run, whatever its rank."""
     weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     for file in (weights, settings):
         if not file.is_file():
@@ -77,9 +99,7 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Any], Factors, dict[str, floa
         odd = sorted(wanted.symmetric_difference(names))[:1]
         raise ConfigError(f"{weights}: expected pairs '{_PREFIX}<module>{_A}' and '...{_B}'{f', {odd[0]!r} does not fit' if odd else ', got none'}")
     factors = {name: (tensors[_PREFIX + name + _A], tensors[_PREFIX + name + _B]) for name in modules}
-    alphas = config.get("alpha_pattern") or {}
-    scales = {name: alphas.get(name, config["lora_alpha"]) / a.shape[0] for name, (a, _) in factors.items()}
-    return config, factors, scales
+    return factors, config["lora_alpha"] / config["r"], config.get("base_model_name_or_path") or ""
 
 
 def _uniform_ranks(factors: Factors, rank: int | None, run: Path) -> dict[str, int]:
@@ -92,11 +112,11 @@ def _uniform_ranks(factors: Factors, rank: int | None, run: Path) -> dict[str, i
     return dict.fromkeys(available, rank)
 
 
-def _client_adapter(run: Path, client: str) -> tuple[dict[str, Any], Factors, dict[str, float], dict[str, int]]:
-    own = run / "clients" / quote(client, safe="")
-    if own.is_dir():
-        config, factors, scales = _read_adapter(own)
-        return config, factors, scales, {name: a.shape[0] for name, (a, _) in factors.items()}
+def _client_adapter(run: Path, client: str) -> tuple[Factors, float, str, dict[str, int]]:
+    own = client_folder(run, client)
+    if (own / "adapter_config.json").is_file():
+        factors, scale, model = _read_adapter(own)
+        return factors, scale, model, {name: a.shape[0] for name, (a, _) in factors.items()}
     known = _client_ranks(run)
     if client not in known:
         trained = [unquote(path.name) for path in (run / "clients").glob("*")]
@@ -104,46 +124,22 @@ def _client_adapter(run: Path, client: str) -> tuple[dict[str, Any], Factors, di
         close = difflib.get_close_matches(client, everyone, n=3, cutoff=0.5) or everyone[:3]
         hint = f" (did you mean {' or '.join(map(repr, close))}?)" if close else " (the run has recorded no client yet)"
         raise ConfigError(f"export: unknown client {client!r} in {run}{hint}")
-    config, factors, scales = _read_adapter(run / "adapter")
+    factors, scale, model = _read_adapter(run / "adapter")
     rank = known[client]
     ranks = {name: rank[name] if isinstance(rank, dict) else rank for name in factors}
     shown = f"rank {rank}" if not isinstance(rank, dict) else "its ranks"
-    warnings.warn(f"client {client!r} has no trained adapter in {run}; this is the global adapter truncated to {shown}", stacklevel=3)
-    return config, factors, scales, ranks
+    why = "it has not trained, or the run did not keep it"
+    warnings.warn(f"client {client!r} has no adapter of its own in {run} ({why}); this is the global adapter truncated to {shown}", stacklevel=3)
+    return factors, scale, model, ranks
 
 
-def _client_ranks(run: Path) -> dict[str, int | dict[str, int]]:
+def _client_ranks(run: Path) -> dict[str, Any]:
     """Current rank of every client: of the newest checkpoint, else of the summary."""
-    for file in (run / "checkpoint" / "state.json", run / "summary.json"):
-        try:
-            state = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        ranks = state.get("ranks") or {c["name"]: c["rank_end"] for c in state.get("clients", []) if isinstance(c, dict) and "rank_end" in c}
-        if ranks and all(isinstance(r, (int, dict)) for r in ranks.values()):
-            return dict(ranks)
-    return {}
-
-
-def _whole(value: float) -> float | int:
-    nearest = round(value)
-    return nearest if math.isclose(value, nearest, rel_tol=1e-12) else value
-
-
-def _write_adapter(out: Path, config: dict[str, Any], factors: Factors, scales: dict[str, float]) -> None:
-    """Weights first: a folder with adapter_config.json is a complete adapter."""
-    ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
-    first = next(iter(ranks))
-    r, alpha = ranks[first], _whole(scales[first] * ranks[first])
-    config = {**config, "r": r, "lora_alpha": alpha, "rank_pattern": {}, "alpha_pattern": {}}
-    # PEFT takes the first pattern that matches the end of a module's name, so longer names go first.
-    for name in sorted(ranks, key=len, reverse=True):
-        if ranks[name] != r or _whole(scales[name] * ranks[name]) != alpha:
-            config["rank_pattern"][name] = ranks[name]
-            config["alpha_pattern"][name] = _whole(scales[name] * ranks[name])
-    tensors = {}
-    for name, (a, b) in factors.items():
-        tensors[_PREFIX + name + _A], tensors[_PREFIX + name + _B] = a.clone(), b.contiguous()
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    known = checkpoint_ranks(run)
+    if known:
+        return known
+    try:
+        clients = json.loads((run / "summary.json").read_text(encoding="utf-8"))["clients"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    return {client["name"]: int(client["rank_end"]) for client in clients if float(client["rank_end"]).is_integer()}

@@ -106,7 +106,9 @@ def _start_ranks(folder: Path, records: list[dict[str, Any]], summary: dict[str,
     if summary is not None:
         others = {c["name"]: c["rank_start"] for c in summary["clients"]}
     else:
-        others = (_read_json(folder / "checkpoint" / "state.json", []) or {}).get("ranks") or {}
+        from hetlora.export import checkpoint_ranks  # loads torch, which a finished run's report does without
+
+        others = checkpoint_ranks(folder)
     for name, rank in others.items():
         ranks.setdefault(name, mean_rank(rank))
     return dict(sorted(ranks.items()))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
+from importlib import metadata
 from typing import Any
 
 from rich.console import Console
@@ -230,3 +233,55 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     console.print(table)
     for line in ([note] if note else []) + total_lines(summary) + [f"note: {text}" for text in summary.get("notes") or []]:
         console.print(Text(line), soft_wrap=True)
+
+
+_PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "pydantic", "rich", "click", "matplotlib", "datasets", "bitsandbytes", "flwr")
+
+
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[tuple[str, str]]:
+    import torch
+
+    found = [("cpu", f"{platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")]
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        found.append((f"cuda:{index}", f"{device.name}, compute capability {device.major}.{device.minor}, {device.total_memory / 2**30:.1f} GiB"))
+    if not torch.cuda.is_available():
+        built = getattr(torch.version, "cuda", None) or getattr(torch.version, "hip", None)
+        found.append(("cuda", "no usable GPU" if built else "this torch is built without CUDA"))
+    return found
+
+
+def _compiled_library() -> list[tuple[str, str]]:
+    import hetlora_kernels._library as library
+
+    build_info = getattr(library, "build_info", None)
+    built = build_info() if build_info is not None else None
+    if not built:
+        return [("compiled library", "no compiled library")]
+    return [(str(key), str(value)) for key, value in built.items()] if isinstance(built, dict) else [("compiled library", str(built))]
+
+
+def print_info(console: Console | None = None) -> None:
+    """Versions, devices, packages, and the backend of each operation with the reason for it."""
+    import hetlora_kernels
+    from hetlora import __version__
+
+    console = console or make_console()
+    system = [("hetlora", __version__), ("python", platform.python_version()), ("platform", platform.platform())]
+    parts = (("System", system), ("Devices", _devices()), ("Packages", [(p, _version_of(p)) for p in _PACKAGES]), ("Compiled kernels", _compiled_library()))
+    for title, rows in parts:
+        table = Table(title=title, title_justify="left", show_header=False)
+        for name, value in rows:
+            table.add_row(Text(name), Text(value))
+        console.print(table)
+    table = Table("operation", "backend", "reason", title="Backend of each operation", title_justify="left")
+    for name, (rung, reason) in hetlora_kernels.backends().items():
+        table.add_row(Text(name), Text(rung), Text(reason))
+    console.print(table)

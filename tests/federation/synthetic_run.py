@@ -7,6 +7,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
+from hetlora.checkpoint import CHECKPOINT
 from hetlora.config import Config
 
 ROW_BYTES = 4096
@@ -73,9 +77,13 @@ def write_run(
     if done is None:
         (folder / "summary.json").write_text(json.dumps(_summary(lines, start, ranks, work, held_out)))
     else:
-        (folder / "checkpoint").mkdir()
-        (folder / "checkpoint" / "state.json").write_text(json.dumps({"round": done, "ranks": ranks}))
+        write_checkpoint(folder, ranks)
     return names
+
+
+def write_checkpoint(folder: Path, ranks: dict[str, Any]) -> None:
+    header = {"format": "1", "state": json.dumps({"ranks": ranks})}
+    save_file({"bank.a": torch.zeros(1)}, folder / CHECKPOINT, metadata=header)
 
 
 def _summary(lines: list[dict[str, Any]], start: dict[str, int], ranks: dict[str, int], work: dict[str, list[int]], held_out: bool) -> dict[str, Any]:

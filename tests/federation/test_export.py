@@ -9,10 +9,11 @@ from urllib.parse import quote
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from synthetic_run import write_run
+from safetensors.torch import load_file
+from synthetic_run import write_checkpoint, write_run
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hetlora.checkpoint import write_adapter
 from hetlora.config import ConfigError
 from hetlora.export import export_adapter
 
@@ -32,24 +33,16 @@ def make_factors(ranks: dict[str, int]) -> dict[str, tuple[torch.Tensor, torch.T
     return {name: (torch.randn(ranks[name], width), torch.randn(width, ranks[name])) for name, width in MODULES.items()}
 
 
-def write_adapter(folder: Path, factors) -> None:
-    """As the loop writes it: the first module's rank is the common one, the others are in the patterns."""
-    ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
-    r = next(iter(ranks.values()))
-    others = {name: rank for name, rank in ranks.items() if rank != r}
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": SCALE * r, "target_modules": list(PROJECTIONS), "bias": "none"}
-    config |= {"rank_pattern": others, "alpha_pattern": {n: SCALE * k for n, k in others.items()}, "base_model_name_or_path": "some/model"}
-    folder.mkdir(parents=True)
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+def write_factors(folder: Path, factors) -> None:
     tensors = {f"base_model.model.{n}.lora_A.weight": a for n, (a, _) in factors.items()}
-    save_file(tensors | {f"base_model.model.{n}.lora_B.weight": b for n, (_, b) in factors.items()}, folder / "adapter_model.safetensors")
+    write_adapter(folder, tensors | {f"base_model.model.{n}.lora_B.weight": b for n, (_, b) in factors.items()}, SCALE, "some/model")
 
 
 @pytest.fixture
 def run(tmp_path) -> Path:
     """A run with a global adapter of rank 6."""
     write_run(tmp_path / "run", clients=4, rounds=1)
-    write_adapter(tmp_path / "run" / "adapter", make_factors(dict.fromkeys(MODULES, 6)))
+    write_factors(tmp_path / "run" / "adapter", make_factors(dict.fromkeys(MODULES, 6)))
     return tmp_path / "run"
 
 
@@ -92,7 +85,7 @@ def test_clients_own_adapter_with_a_rank_per_module(run, base, tmp_path):
     name = "a/b c.한"
     ranks = {module: 1 + i % 5 for i, module in enumerate(MODULES)}
     factors = make_factors(ranks)
-    write_adapter(run / "clients" / quote(name, safe=""), factors)
+    write_factors(run / "clients" / quote(name, safe=""), factors)
     out = export_adapter(run, tmp_path / "out", client=name)
     torch.testing.assert_close(loaded_logits(base, out), expected_logits(base, factors, ranks), rtol=1e-4, atol=1e-4)
 
@@ -100,9 +93,8 @@ def test_clients_own_adapter_with_a_rank_per_module(run, base, tmp_path):
 @pytest.mark.parametrize("by_module", [False, True])
 def test_client_that_never_trained_gets_the_truncated_global_adapter(run, base, tmp_path, by_module):
     rank = {module: 1 + i % 3 for i, module in enumerate(MODULES)} if by_module else 3
-    (run / "checkpoint").mkdir()
-    (run / "checkpoint" / "state.json").write_text(json.dumps({"ranks": {"email": rank}}))
-    with pytest.warns(UserWarning, match="'email' has no trained adapter .* global adapter truncated"):
+    write_checkpoint(run, {"email": rank})
+    with pytest.warns(UserWarning, match="'email' has no adapter of its own .* global adapter truncated"):
         out = export_adapter(run, tmp_path / "out", client="email")
     ranks = rank if by_module else dict.fromkeys(MODULES, 3)
     assert {name: a.shape[0] for name, (a, _) in read_factors(out).items()} == ranks
@@ -125,6 +117,8 @@ def test_rank_of_an_untrained_client_from_the_summary(run, tmp_path):
         ({"rank": 0}, "rank: expected 1 to 6 .* got 0"),
         ({"client": "emial"}, "unknown client 'emial' .*did you mean 'email'"),
         ({"client": "../../x"}, "unknown client"),
+        ({"client": ".."}, "unknown client"),
+        ({"client": ""}, "unknown client"),
         ({"client": "email", "rank": 2}, "not both"),
     ],
 )
@@ -132,6 +126,12 @@ def test_refused_requests_write_nothing(run, tmp_path, arguments, message):
     with pytest.raises(ConfigError, match=message):
         export_adapter(run, tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_run_whose_updates_are_in_the_base_is_refused(tmp_path):
+    write_run(tmp_path / "run", rounds=1, merge="stack")
+    with pytest.raises(ConfigError, match="folded its updates into the base"):
+        export_adapter(tmp_path / "run", tmp_path / "out")
 
 
 def test_nothing_is_overwritten(run, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from synthetic_run import write_run
 
 from hetlora import plots
+from hetlora.checkpoint import CHECKPOINT
 from hetlora.config import ConfigError
 from hetlora.report import PICTURES, read_run, write_report
 
@@ -83,7 +84,7 @@ def test_stopped_run_with_a_cut_line_is_reported_as_such(tmp_path):
 
 def test_before_the_first_round_a_stopped_run_still_has_a_report(tmp_path):
     write_run(tmp_path / "run", done=0)
-    (tmp_path / "run" / "checkpoint" / "state.json").unlink()
+    (tmp_path / "run" / CHECKPOINT).unlink()
     assert "No upload is on record" in text_of(write_report(tmp_path / "run"))
 
 
