@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import same_bits, tiny_clients, tiny_config, tiny_model, trained_bank
+from tiny import tiny_clients, tiny_config, tiny_model, trained_bank
 
 import hetlora_kernels as hk
 from hetlora.client import dropout_seed, micro_batches, plan_steps, tail_start, train_client
@@ -226,6 +228,6 @@ def test_micro_batches_keep_order_and_size(limit):
     for part in parts:
         own = lengths[part]
         assert len(own) == 1 or len(own) * max(own) <= limit
-    for part, following in zip(parts, parts[1:], strict=False):
+    for part, following in itertools.pairwise(parts):
         grown = lengths[part.start : following.start + 1]
         assert len(grown) * max(grown) > limit, "a part must not end early"

@@ -22,7 +22,9 @@ def clients(count: int, capability=None) -> list[ClientData]:
     return [ClientData(f"c{k:05d}", tokens, tokens, None if capability is None else capability[k]) for k in range(count)]
 
 
-@pytest.mark.parametrize(("gamma", "rank", "expected"), [(0.7, 90, 63), (0.29, 100, 29), (0.58, 50, 29), (0.99, 50, 49), (0.99, 100, 99), (0.1, 30, 3), (1e-7, 5, 1)])
+@pytest.mark.parametrize(
+    ("gamma", "rank", "expected"), [(0.7, 90, 63), (0.29, 100, 29), (0.58, 50, 29), (0.99, 50, 49), (0.99, 100, 99), (0.1, 30, 3), (1e-7, 5, 1)]
+)
 def test_kept_rank_is_exact_in_decimal(gamma, rank, expected):
     assert kept_rank(rank, gamma, 1) == expected
 

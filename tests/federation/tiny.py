@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hetlora_kernels as hk
+from hetlora import loop
 from hetlora.config import Config
 from hetlora.data import ClientData, FederatedData
 from hetlora.loop import Federation
@@ -85,3 +87,37 @@ def lines(run: Path) -> list[dict]:
 def same_bits(one: hk.AdapterBank, other: hk.AdapterBank) -> bool:
     mine, yours = one.state_dict(), other.state_dict()
     return mine.keys() == yours.keys() and all(torch.equal(mine[key], yours[key]) for key in mine)
+
+
+@dataclass
+class Training:
+    """One call of local training inside a round: what each client received, and what it trained."""
+
+    names: list[str]
+    received: hk.AdapterBank
+    trained: hk.AdapterBank
+
+
+def watch_training(monkeypatch, change=None) -> list[Training]:
+    """Every round's downloads and uploads, as the loop sees them; `change(round, names, bank)` may alter what the clients trained."""
+    seen: list[Training] = []
+    train = loop.train_cohort
+
+    def watched(model, bank, clients, cfg, number, lr, keep, progress=None):
+        received = bank.select(range(bank.num_clients))
+        results = train(model, bank, clients, cfg, number, lr, keep, progress)
+        names = [client.name for client in clients]
+        if change:
+            with torch.no_grad():
+                change(number, names, bank)
+        seen.append(Training(names, received, bank.select(range(bank.num_clients))))
+        return results
+
+    monkeypatch.setattr(loop, "train_cohort", watched)
+    return seen
+
+
+def multiply(bank: hk.AdapterBank, client: int, factor: float) -> None:
+    """Multiply one client's factors in place."""
+    for rows, layout in [*zip(bank.a.values(), bank.layouts.values(), strict=True), *zip(bank.bt.values(), bank.layouts.values(), strict=True)]:
+        rows[layout.rows(client)] *= factor
