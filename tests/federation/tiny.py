@@ -117,6 +117,7 @@ def watch_training(monkeypatch, change=None) -> list[Training]:
     return seen
 
 
+@torch.no_grad()
 def multiply(bank: hk.AdapterBank, client: int, factor: float) -> None:
     """Multiply one client's factors in place."""
     for rows, layout in [*zip(bank.a.values(), bank.layouts.values(), strict=True), *zip(bank.bt.values(), bank.layouts.values(), strict=True)]:
