@@ -117,6 +117,10 @@ def _check_options(cfg: Config) -> None:
         raise ConfigError("merge = 'stack' folds updates into the base weights, which a quantised base cannot take; use quantize = 'none'")
     if cfg.weight_cap and cfg.weights != "sparsity":
         raise ConfigError(f"weight_cap: caps ||B A||, only for weights = 'sparsity', got weights = {cfg.weights!r}; leave it out")
+    if cfg.weight_scope != "module" and cfg.weights != "sparsity":
+        raise ConfigError(f"weight_scope: the scope of ||B A||, only for weights = 'sparsity', got weights = {cfg.weights!r}; leave it out")
+    if cfg.dropout and not 0 < round(65536 * cfg.dropout) < 65536:
+        raise ConfigError(f"dropout: expected 0, or a probability from 1/65536 to 65535/65536, got {cfg.dropout}")
     if cfg.momentum and cfg.optimizer != "sgd":
         raise ConfigError("momentum: only for optimizer = 'sgd'; leave it out (adamw has its own moments)")
 
