@@ -216,3 +216,10 @@ def test_a_frozen_weight_is_only_asked_for_where_gradients_are_recorded(device):
         assert call_simple(layer, leaves).shape == (2, 5)
     with pytest.raises(ValueError, match=r"^weight: "):
         call_simple(layer, leaves)
+
+
+def test_a_scale_that_wants_a_gradient_is_refused(device):
+    layer = make_layer([3, 2], [0, 1, 0, 1], N, M)
+    leaves = leaf_tensors(layer, torch.float32, None, device)
+    with pytest.raises(ValueError, match=r"^scale: expected a constant"):
+        call_simple(layer, leaves, scale=torch.tensor(0.7, requires_grad=True))
