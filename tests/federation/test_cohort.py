@@ -24,7 +24,7 @@ TARGET = "q_proj,o_proj"
 
 
 def settings(tmp_path, **values):
-    defaults = {"local_epochs": 2, "batch_size": 2, "dropout": 0.2, "prune_lambda": 0.05, "gamma": 0.6, "weight_decay": 0.1, "clip_norm": 0.5}
+    defaults = {"local_epochs": 2, "batch_size": 2, "dropout": 0.2, "prune_lambda": 0.05, "gamma": 0.6, "weight_decay": 0.1, "clip_norm": 0.1}
     return tiny_config(tmp_path, **{**defaults, **values})
 
 
