@@ -33,7 +33,7 @@ STATE = ("round", "ranks", "r_min", "r_max", "ranks_start", "rounds_trained", "p
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a whole file or nothing: a temporary file in the same folder, flushed to disk, then renamed over `path`."""
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that what a kill leaves behind goes with the next write
     try:
         with open(temporary, "wb") as file:
             file.write(data)
