@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import SIZES, contents, tiny_config, tiny_federation
 
-from hetlora import checkpoint
+from hetlora import checkpoint, loop
 from hetlora.config import Config, ConfigError
 from hetlora.loop import simulate
 from hetlora.models import target_shapes
@@ -24,13 +24,15 @@ def refused(cfg, federation, message) -> str:
     return str(error.value)
 
 
-def test_a_run_is_not_overwritten(tmp_path, federation):
+def test_a_run_is_not_overwritten(tmp_path, federation, monkeypatch):
     cfg = tiny_config(tmp_path / "run", rounds=1)
     simulate(cfg, federation=federation)
     before = contents(tmp_path / "run")
     refused(cfg, federation, "output: .*run exists already; choose another folder, or continue that run with --resume")
     with pytest.raises(ConfigError, match="exists already"):
         checkpoint.create_run(cfg, torch.device("cpu"))
+    monkeypatch.setattr(loop, "prepare", lambda *_: pytest.fail("the model was loaded first"))
+    refused(cfg, None, "exists already")
     assert contents(tmp_path / "run") == before and [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
