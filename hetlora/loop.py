@@ -25,12 +25,13 @@ from hetlora.ranks import ClientRank, assign_ranks, bank_ranks, check_width, mea
 
 @dataclass
 class Federation:
-    """What a run works on: one frozen base model in memory and everybody's data. May serve several runs (not with merge = 'stack')."""
+    """What a run works on: one frozen base model in memory and everybody's data. May serve several runs, until one with merge = 'stack'."""
 
     model: torch.nn.Module
     model_name: str
     shapes: dict[str, tuple[int, int]]
     data: FederatedData
+    folded_by: Path | None = None  # the run with merge = 'stack' whose updates are in the base
 
     @property
     def device(self) -> torch.device:
@@ -95,6 +96,8 @@ def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = N
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"output: {folder} exists already; choose another folder, or continue that run with --resume")
     federation = federation or prepare(cfg, observer)
+    if federation.folded_by not in (None, folder):
+        raise ConfigError(f"federation: its base model holds the folded updates of {federation.folded_by} (merge = 'stack'); load it again with prepare()")
     state = _initial_state(cfg, federation)
     if not resume:
         checkpoint.create_run(cfg, federation.device)
@@ -105,6 +108,8 @@ def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = N
     history = _restore(run) if resume else []
     if not history:
         history.append(_before_training(run))
+    if cfg.merge == "stack":
+        federation.folded_by = folder
     for number in range(state.round + 1, cfg.rounds + 1):
         history.append(_round(run, number))
     return _finish(run, history)
