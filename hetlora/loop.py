@@ -105,6 +105,8 @@ def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = N
     for line in checkpoint.match_versions(folder, federation.device) if resume else ():
         observer.message(line)
     observer.start(cfg, _describe(run))
+    if cfg.clients_per_round > len(run.clients):
+        observer.message(f"clients_per_round = {cfg.clients_per_round}: there are {len(run.clients)} clients, all of them take part in every round")
     history = _restore(run) if resume else []
     if not history:
         history.append(_before_training(run))

@@ -43,3 +43,9 @@ def test_client_folders_stay_inside_and_are_distinct(tmp_path, name) -> None:
     folder = checkpoint.client_folder(tmp_path, name)
     assert folder.parent == tmp_path / "clients" and folder.name not in (".", "..") and len(folder.name.encode()) < 255
     assert folder != checkpoint.client_folder(tmp_path, name + "x")
+
+
+def test_more_clients_per_round_than_there_are_is_said(tmp_path) -> None:
+    seen = Recorder()
+    simulate(tiny_config(tmp_path / "run", rounds=1, clients_per_round=9), federation=tiny_federation([3, 3]), observer=seen)
+    assert any("clients_per_round = 9: there are 2 clients" in text for text in seen.messages)
