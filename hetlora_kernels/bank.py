@@ -49,7 +49,7 @@ class AdapterBank:
             bound = 1 / math.sqrt(n) if n else 0.0
             draw = torch.empty(layout.max_rank, n, dtype=dtype, device=generator.device if generator else device)
             draw = draw.uniform_(-bound, bound, generator=generator).to(device)
-            a[name] = truncate(draw, layout)
+            a[name] = truncate([draw], layout)[0]
             bt[name] = torch.zeros(layout.total, m, dtype=dtype, device=device)
         self._set(shapes, layouts, a, bt)
 
@@ -154,7 +154,7 @@ class AdapterBank:
         for side in ("a", "bt"):
             rows = list(getattr(self, side).values())
             kept = None if keep is None else list(getattr(keep, side).values())
-            merged.append(aggregate(rows, layouts, weights, max_rank, normalize=normalize, keep=kept))
+            merged.append(list(aggregate(rows, layouts, weights, max_rank, normalize=normalize, keep=kept)))
         return self._build(self.shapes, {name: RankLayout([max_rank]) for name in self.shapes}, *merged)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> AdapterBank:

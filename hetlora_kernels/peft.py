@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +82,7 @@ def layer_seeds(seeds: Tensor, step: int | Tensor, module: int) -> Tensor:
     """int64 [K]: each client's dropout seed for one step and one module, mixed from (client seed, step, module index) by SplitMix64's finaliser."""
     state = seeds + torch.as_tensor(step, dtype=torch.int64, device=seeds.device) * _signed(0x9E3779B97F4A7C15)
     state = _mix64(state)
-    return _mix64(state + (module + 1) * 0x632BE59BD9B4E019)
+    return _mix64(state + _signed((module + 1) * 0x632BE59BD9B4E019))
 
 
 def _signed(value: int) -> int:
@@ -96,10 +97,12 @@ def _mix64(z: Tensor) -> Tensor:
     return z ^ ((z >> 31) & ((1 << 33) - 1))
 
 
-class _AttachedLayer:
+class _AttachedLayer(nn.Module):
     """Mixed in front of a layer's class: its forward adds the clients' LoRA terms. Parameters and state_dict keys stay the layer's own."""
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    _plain_linear: bool
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         shared, name, position = self.__dict__[_ATTACHMENT]
         bank = shared.bank
         layout, segments = bank.layouts[name], shared.segments(tuple(x.shape[:-1]))
@@ -107,7 +110,7 @@ class _AttachedLayer:
         seeds = None if shared.seeds is None or not shared.dropout else layer_seeds(shared.seeds, shared.step, position)
         options = {"scale": shared.scale, "dropout": shared.dropout, "seeds": seeds, "training": training}
         if type(self)._plain_linear:
-            return lora_linear(x, self.weight, self.bias, bank.a[name], bank.bt[name], layout, segments, **options)
+            return lora_linear(x, cast(Tensor, self.weight), cast("Tensor | None", self.bias), bank.a[name], bank.bt[name], layout, segments, **options)
         return lora_add(super().forward(x, *args, **kwargs), x, bank.a[name], bank.bt[name], layout, segments, **options)
 
     def _get_name(self) -> str:
@@ -168,7 +171,7 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
-def _layer_shape(layer: nn.Module) -> tuple[int, int] | None:
+def _layer_shape(layer: Any) -> tuple[int, int] | None:
     if hasattr(layer, "out_features") and hasattr(layer, "in_features"):
         return int(layer.out_features), int(layer.in_features)
     if hasattr(layer, "nf") and getattr(layer, "weight", None) is not None:
