@@ -16,22 +16,44 @@ struct Tile {
     int64_t module, begin;
 };
 
+constexpr int64_t kStrip = 64;
+
 template <class T, class Sum>
-HETLORA_INLINE void add(Sum* __restrict sums, const void* const* from, const Sum* weights, int count, int64_t n) {
-    const T* __restrict a = static_cast<const T*>(from[0]);
-    const Sum wa = weights[0];
+HETLORA_INLINE void add_strip(Sum* __restrict sums, const T* const* from, const Sum* weights, int64_t at, int64_t n) {
+    const T *__restrict a = from[0] + at, *__restrict b = from[1] + at, *__restrict c = from[2] + at, *__restrict d = from[3] + at;
+    const Sum wa = weights[0], wb = weights[1], wc = weights[2], wd = weights[3];
+    for (int64_t i = 0; i < n; ++i) {
+        Sum sum = sums[at + i];
+        sum += wa * widen<Sum>(a[i]);
+        sum += wb * widen<Sum>(b[i]);
+        sum += wc * widen<Sum>(c[i]);
+        sum += wd * widen<Sum>(d[i]);
+        sums[at + i] = sum;
+    }
+}
+
+template <class T, class Sum>
+HETLORA_INLINE void add(Sum* __restrict sums, const void* const* from, const Sum* weights, int count, const void* const* next, int64_t n) {
     if (count == kFan) {
-        const T *__restrict b = static_cast<const T*>(from[1]), *__restrict c = static_cast<const T*>(from[2]), *__restrict d = static_cast<const T*>(from[3]);
-        const Sum wb = weights[1], wc = weights[2], wd = weights[3];
-        for (int64_t i = 0; i < n; ++i) {
-            Sum sum = sums[i];
-            sum += wa * widen<Sum>(a[i]);
-            sum += wb * widen<Sum>(b[i]);
-            sum += wc * widen<Sum>(c[i]);
-            sum += wd * widen<Sum>(d[i]);
-            sums[i] = sum;
+        const T* sources[kFan];
+        for (int j = 0; j < kFan; ++j) {
+            sources[j] = static_cast<const T*>(from[j]);
         }
+        int64_t at = 0;
+        for (; at + kStrip <= n; at += kStrip) {
+            if (next != nullptr) {
+                for (int j = 0; j < kFan; ++j) {
+                    for (int64_t line = 0; line < kStrip; line += 64 / static_cast<int64_t>(sizeof(T))) {
+                        __builtin_prefetch(static_cast<const T*>(next[j]) + at + line, 0, 2);
+                    }
+                }
+            }
+            add_strip(sums, sources, weights, at, kStrip);
+        }
+        add_strip(sums, sources, weights, at, n - at);
     } else {
+        const T* __restrict a = static_cast<const T*>(from[0]);
+        const Sum wa = weights[0];
         for (int64_t i = 0; i < n; ++i) {
             sums[i] += wa * widen<Sum>(a[i]);
         }
@@ -39,11 +61,11 @@ HETLORA_INLINE void add(Sum* __restrict sums, const void* const* from, const Sum
 }
 
 // sums[i] += weights[0] from[0][i] + ... for 1 or kFan sources.
-HETLORA_CLONES void add_scaled(Type type, float* sums, const void* const* from, const float* weights, int count, int64_t n) {
-    HETLORA_FOR_TYPE(type, T, add<T>(sums, from, weights, count, n));
+HETLORA_CLONES void add_scaled(Type type, float* sums, const void* const* from, const float* weights, int count, const void* const* next, int64_t n) {
+    HETLORA_FOR_TYPE(type, T, add<T>(sums, from, weights, count, next, n));
 }
-HETLORA_CLONES void add_scaled(Type type, double* sums, const void* const* from, const double* weights, int count, int64_t n) {
-    HETLORA_FOR_TYPE(type, T, add<T>(sums, from, weights, count, n));
+HETLORA_CLONES void add_scaled(Type type, double* sums, const void* const* from, const double* weights, int count, const void* const* next, int64_t n) {
+    HETLORA_FOR_TYPE(type, T, add<T>(sums, from, weights, count, next, n));
 }
 
 // What a part needs besides the tile: the clients that own some of it.
@@ -81,14 +103,14 @@ void sum_tile(const Module<Sum>& module, int64_t begin, int64_t n, Owners<Sum>& 
     int64_t s = 0;
     for (; s + kFan <= count; s += kFan) {
         const int64_t common = *std::min_element(&owners.counts[s], &owners.counts[s] + kFan);
-        add_scaled(type, sums, &owners.from[s], &owners.weights[s], kFan, common);
+        add_scaled(type, sums, &owners.from[s], &owners.weights[s], kFan, s + 2 * kFan <= count ? &owners.from[s + kFan] : nullptr, common);
         for (int64_t j = s; j < s + kFan; ++j) {
             const void* rest = static_cast<const char*>(owners.from[j]) + common * size_of(type);
-            add_scaled(type, sums + common, &rest, &owners.weights[j], 1, owners.counts[j] - common);
+            add_scaled(type, sums + common, &rest, &owners.weights[j], 1, nullptr, owners.counts[j] - common);
         }
     }
     for (; s < count; ++s) {
-        add_scaled(type, sums, &owners.from[s], &owners.weights[s], 1, owners.counts[s]);
+        add_scaled(type, sums, &owners.from[s], &owners.weights[s], 1, nullptr, owners.counts[s]);
     }
 }
 
@@ -185,7 +207,7 @@ void accumulate_as(std::vector<Matrix>& totals, const std::vector<Matrix>& rows,
         const int64_t begin = tiles[task].begin, n = std::min(kTile, from.rows * from.width - begin);
         const void* source = from.at(begin);
         const Sum weight = static_cast<Sum>(weights[tiles[task].module]);
-        add_scaled(from.type, reinterpret_cast<Sum*>(totals[tiles[task].module].at(begin)), &source, &weight, 1, n);
+        add_scaled(from.type, reinterpret_cast<Sum*>(totals[tiles[task].module].at(begin)), &source, &weight, 1, nullptr, n);
     });
 }
 
