@@ -108,10 +108,12 @@ def _from_file(path: Path, clients: Sequence[ClientData]) -> dict[str, int]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix.lower() == ".json":
-            table = json.loads(text)
+            table = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
         else:
             rows = [row for row in csv.reader(text.splitlines()) if row]
-            table = {row[0].strip(): row[1].strip() for row in rows if row[:2] != ["client", "rank"]}
+            table = _unique([(row[0].strip(), row[1].strip()) for row in rows if row[:2] != ["client", "rank"]], path)
+    except ConfigError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"ranks file {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     except (ValueError, IndexError):
@@ -128,6 +130,15 @@ def _from_file(path: Path, clients: Sequence[ClientData]) -> dict[str, int]:
         except ValueError:
             raise ConfigError(f"ranks file {path}: expected a whole number for {client.name!r}, got {table[client.name]!r}") from None
     return _positive(ranks, f"ranks file {path}")
+
+
+def _unique(pairs: Sequence[tuple[str, object]], path: Path) -> dict[str, object]:
+    table: dict[str, object] = {}
+    for name, rank in pairs:
+        if name in table:
+            raise ConfigError(f"ranks file {path}: client {name!r} has two ranks, {table[name]} and {rank}; keep one")
+        table[name] = rank
+    return table
 
 
 def _positive(ranks: dict[str, int], source: str) -> dict[str, int]:

@@ -60,6 +60,7 @@ def aggregate(
 ) -> Aggregate:
     """Merge the uploads that arrived into `state.bank` (merge = 'stack': into the weights of `model`, with a fresh bank)."""
     if cfg.clip_update:
+        uploads = uploads.select(range(uploads.num_clients))  # the caller's are the clients' own adapters
         merge.clip_updates(uploads, received, cfg.clip_update)
     weights, norms = merge.client_weights(uploads, samples, cfg)
     if cfg.merge == "factors":

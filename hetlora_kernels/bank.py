@@ -125,12 +125,12 @@ class AdapterBank:
 
     def select(self, clients: Sequence[int]) -> AdapterBank:
         """A copy of some clients, in the order given."""
-        layouts = {name: RankLayout([layout.ranks[k] for k in clients]) for name, layout in self.layouts.items()}
 
         def pick(rows: Mapping[str, Tensor]) -> list[Tensor]:
             return [torch.cat([t.detach()[self.layouts[name].rows(k)] for k in clients] or [t.detach()[:0]]) for name, t in rows.items()]
 
-        return self._build(self.shapes, layouts, pick(self.a), pick(self.bt))
+        a, bt = pick(self.a), pick(self.bt)
+        return self._build(self.shapes, {name: RankLayout([layout.ranks[k] for k in clients]) for name, layout in self.layouts.items()}, a, bt)
 
     @classmethod
     def concat(cls, banks: Sequence[AdapterBank]) -> AdapterBank:
@@ -218,6 +218,7 @@ class AdapterBank:
         for key, tensor in own.items():
             if tuple(tensor.shape) != tuple(state_dict[key].shape):
                 raise ValueError(f"state_dict: expected shape {tuple(tensor.shape)} for {key}, got {tuple(state_dict[key].shape)}")
+        for key, tensor in own.items():
             tensor.copy_(state_dict[key])
 
 

@@ -23,6 +23,11 @@ class _Attachment:
     """State shared by all attached layers of one model: the bank and the batch's clients."""
 
     def __init__(self, bank: AdapterBank, scale: float | Sequence[float] | Tensor, dropout: float) -> None:
+        shape, clients = tuple(torch.as_tensor(scale).shape), bank.num_clients
+        if shape not in ((), (clients,)):
+            raise ValueError(f"scale: expected a number or {clients} numbers, one per client, got shape {shape}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
         self.bank, self.scale, self.dropout = bank, scale, dropout
         self.base_requires_grad: dict[str, bool] = {}
         self.ids: Tensor | None = None  # [batch] or [batch, seq]
@@ -55,9 +60,9 @@ class _Attachment:
         rows = 1
         for size in leading:
             rows *= size
-        if rows % batch or (ids.dim() == 2 and rows != ids.numel()) or (len(leading) > 1 and leading[0] != batch):
+        length = rows // batch if batch else 0
+        if rows != length * batch or (ids.dim() == 2 and rows != ids.numel()) or (len(leading) > 1 and leading[0] != batch):
             raise ValueError(f"ids: expected one client per sequence, or per token, of an input with leading shape {leading}, got shape {tuple(ids.shape)}")
-        length = rows // batch
         per_token = ids[:, None].expand(batch, length) if ids.dim() == 1 else ids
         sequence = _sequence_index(ids) if self.sequence_index is None else self.sequence_index
         sequence = sequence[:, None] if sequence.dim() == 1 else sequence
@@ -186,6 +191,24 @@ def _attachment(model: nn.Module) -> _Attachment:
     raise ValueError("model: no bank is attached; call attach(model, bank) first")
 
 
+def _client_table(ids: Sequence[int] | Tensor, clients: int) -> Tensor:
+    """`ids` as int64, [batch] or [batch, seq], each -1 or a client."""
+    table = torch.as_tensor(ids)
+    if table.numel() and (table.is_floating_point() or table.is_complex() or table.dtype == torch.bool):
+        raise TypeError(f"ids: expected integers, got {table.dtype}")
+    if table.dim() not in (1, 2):
+        raise ValueError(f"ids: expected shape [batch] or [batch, seq], got {tuple(table.shape)}")
+    if table.numel() and (int(table.min()) < -1 or int(table.max()) >= clients):
+        raise ValueError(f"ids: expected -1 (base only) or a client below {clients}, got values {int(table.min())} .. {int(table.max())}")
+    return table.to(torch.int64)
+
+
+def _check_step(step: int | Tensor, clients: int) -> None:
+    table = torch.as_tensor(step)
+    if table.is_floating_point() or table.is_complex() or tuple(table.shape) not in ((), (clients,)):
+        raise ValueError(f"step: expected an integer or ({clients},) integers, one per client, got {table.dtype} {tuple(table.shape)}")
+
+
 @contextmanager
 def client_segments(
     model: nn.Module,
@@ -203,16 +226,14 @@ def client_segments(
     Micro-batches of one step pass it, so that a row's mask does not depend on the split.
     """
     shared = _attachment(model)
-    table = torch.as_tensor(ids, dtype=torch.int64)
-    if table.dim() not in (1, 2):
-        raise ValueError(f"ids: expected shape [batch] or [batch, seq], got {tuple(table.shape)}")
     clients = shared.bank.num_clients
-    if table.numel() and (int(table.min()) < -1 or int(table.max()) >= clients):
-        raise ValueError(f"ids: expected -1 (base only) or a client below {clients}, got values {int(table.min())} .. {int(table.max())}")
+    table = _client_table(ids, clients)
     if seeds is not None and (seeds.dtype != torch.int64 or tuple(seeds.shape) != (clients,)):
         raise ValueError(f"seeds: expected an int64 tensor of shape ({clients},), got {seeds.dtype} {tuple(seeds.shape)}")
-    if sequence_index is not None and tuple(sequence_index.shape) != (table.shape[0],):
-        raise ValueError(f"sequence_index: expected shape ({table.shape[0]},), one per sequence, got {tuple(sequence_index.shape)}")
+    _check_step(step, clients)
+    if sequence_index is not None and (sequence_index.dtype != torch.int64 or tuple(sequence_index.shape) != (table.shape[0],)):
+        got = f"{sequence_index.dtype} {tuple(sequence_index.shape)}"
+        raise ValueError(f"sequence_index: expected an int64 tensor of shape ({table.shape[0]},), one per sequence, got {got}")
     before = (shared.ids, shared.sequence_index, shared.seeds, shared.step)
     shared.set_batch(table, sequence_index, None if seeds is None else seeds.to(shared.bank.device), step)
     try:
@@ -241,8 +262,8 @@ def client_losses(
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
     if logits.dim() != 3 or tuple(labels.shape) != tuple(logits.shape[:2]):
         raise ValueError(f"labels: expected shape {tuple(logits.shape[:2])} as logits [batch, seq, vocab], got {tuple(labels.shape)}")
-    table = torch.as_tensor(ids, dtype=torch.int64, device=logits.device)
-    if table.shape[0] != labels.shape[0] or table.dim() not in (1, 2) or (table.dim() == 2 and table.shape != labels.shape):
+    table = _client_table(ids, num_clients).to(logits.device)
+    if table.shape[0] != labels.shape[0] or (table.dim() == 2 and table.shape != labels.shape):
         raise ValueError(f"ids: expected shape ({labels.shape[0]},) or {tuple(labels.shape)}, got {tuple(table.shape)}")
     table = table[:, None].expand(labels.shape) if table.dim() == 1 else table
     if shift:
