@@ -38,12 +38,17 @@ HETLORA_INLINE double lanes(const typename VectorOf<E, W>::type& v) {
     }
 }
 
-// out[i * ld_out + j] += x_i . y_j over n columns (a multiple of W), rows `ld` apart.
+// out[i * ld_out + j] += x_i . y_j over n columns (a multiple of W), rows `ld` apart; fetches x's rows `ahead` columns on, unless that is 0.
 template <class E, int W, int I, int J>
-HETLORA_INLINE void products(const E* x, const E* y, int64_t ld, int64_t n, double* out, int64_t ld_out) {
+HETLORA_INLINE void products(const E* x, const E* y, int64_t ld, int64_t n, int64_t ahead, double* out, int64_t ld_out) {
     typedef typename VectorOf<E, W>::type V;
     V sums[I][J] = {};
     for (int64_t c = 0; c < n; c += W) {
+        if (ahead != 0) {
+            for (int i = 0; i < I; ++i) {
+                __builtin_prefetch(x + i * ld + c + ahead, 0, 2);
+            }
+        }
         V right[J];
         for (int j = 0; j < J; ++j) {
             right[j] = *reinterpret_cast<const V*>(y + j * ld + c);
@@ -62,34 +67,50 @@ HETLORA_INLINE void products(const E* x, const E* y, int64_t ld, int64_t n, doub
     }
 }
 
-// The upper block triangle of rows rows^T over one panel, in groups of G rows; the last group may be smaller.
+// rows i .. i + I of the block row against rows j .. of the panel: whole groups of G, then what is left.
+template <class E, int W, int G, int I>
+HETLORA_INLINE void block_row(const E* rows, int64_t i, int64_t rank, int64_t ld, int64_t n, int64_t ahead, double* out) {
+    int64_t j = i;
+    for (; j + G <= rank; j += G) {
+        products<E, W, I, G>(rows + i * ld, rows + j * ld, ld, n, j == i ? ahead : 0, out + i * rank + j, rank);
+    }
+    const E *x = rows + i * ld, *y = rows + j * ld;
+    ahead = j == i ? ahead : 0;
+    switch (rank - j) {
+        case 1:
+            return products<E, W, I, 1>(x, y, ld, n, ahead, out + i * rank + j, rank);
+        case 2:
+            return products<E, W, I, 2>(x, y, ld, n, ahead, out + i * rank + j, rank);
+        case 3:
+            return products<E, W, I, 3>(x, y, ld, n, ahead, out + i * rank + j, rank);
+    }
+}
+
+// The upper block triangle of rows rows^T over one panel, in groups of G <= 4 rows.
 template <class E, int W, int G>
-HETLORA_INLINE void panel_products(const E* rows, int64_t rank, int64_t ld, int64_t n, double* out) {
-    for (int64_t i = 0; i < rank; i += G) {
-        for (int64_t j = i; j < rank; j += G) {
-            const E *x = rows + i * ld, *y = rows + j * ld;
-            double* target = out + i * rank + j;
-            if (i + G <= rank && j + G <= rank) {
-                products<E, W, G, G>(x, y, ld, n, target, rank);
-                continue;
-            }
-            for (int64_t p = i; p < std::min(i + G, rank); ++p) {
-                for (int64_t q = j; q < std::min(j + G, rank); ++q) {
-                    products<E, W, 1, 1>(rows + p * ld, rows + q * ld, ld, n, out + p * rank + q, rank);
-                }
-            }
-        }
+HETLORA_INLINE void panel_products(const E* rows, int64_t rank, int64_t ld, int64_t n, int64_t ahead, double* out) {
+    int64_t i = 0;
+    for (; i + G <= rank; i += G) {
+        block_row<E, W, G, G>(rows, i, rank, ld, n, ahead, out);
+    }
+    switch (rank - i) {
+        case 1:
+            return block_row<E, W, G, 1>(rows, i, rank, ld, n, ahead, out);
+        case 2:
+            return block_row<E, W, G, 2>(rows, i, rank, ld, n, ahead, out);
+        case 3:
+            return block_row<E, W, G, 3>(rows, i, rank, ld, n, ahead, out);
     }
 }
 
 // One function per instruction set rather than clones, because the number of registers decides the group: 16 sums need AVX-512's 32 registers.
 constexpr int kLanes = 16;  // columns a panel is a multiple of, whatever the instruction set
 #define HETLORA_PANEL(name, target, width, group)                                                                    \
-    target void name(const float* rows, int64_t rank, int64_t ld, int64_t n, double* out) {                          \
-        panel_products<float, width, group>(rows, rank, ld, n, out);                                                 \
+    target void name(const float* rows, int64_t rank, int64_t ld, int64_t n, int64_t ahead, double* out) {                          \
+        panel_products<float, width, group>(rows, rank, ld, n, ahead, out);                                                 \
     }                                                                                                                \
-    target void name(const double* rows, int64_t rank, int64_t ld, int64_t n, double* out) {                         \
-        panel_products<double, width / 2, group>(rows, rank, ld, n, out);                                            \
+    target void name(const double* rows, int64_t rank, int64_t ld, int64_t n, int64_t ahead, double* out) {                         \
+        panel_products<double, width / 2, group>(rows, rank, ld, n, ahead, out);                                            \
     }
 HETLORA_PANEL(panel_base, , 4, 3)
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -98,7 +119,7 @@ HETLORA_PANEL(panel_avx512, __attribute__((target("avx512f,avx512vl,avx512dq,avx
 #endif
 
 template <class E>
-using PanelKernel = void (*)(const E*, int64_t, int64_t, int64_t, double*);
+using PanelKernel = void (*)(const E*, int64_t, int64_t, int64_t, int64_t, double*);
 
 template <class E>
 PanelKernel<E> panel_kernel() {
@@ -131,7 +152,7 @@ void gram_of(const Matrix& matrix, int64_t first, int64_t rank, E* panel, double
     for (int64_t begin = 0; begin < matrix.width; begin += kPanel) {
         const int64_t n = std::min(kPanel, matrix.width - begin), whole = n / kLanes * kLanes;
         if (direct && whole == n) {
-            kernel(reinterpret_cast<const E*>(matrix.at(first * matrix.width + begin)), rank, matrix.width, n, gram);
+            kernel(reinterpret_cast<const E*>(matrix.at(first * matrix.width + begin)), rank, matrix.width, n, begin + 2 * kPanel <= matrix.width ? kPanel : 0, gram);
             continue;
         }
         const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
@@ -139,7 +160,7 @@ void gram_of(const Matrix& matrix, int64_t first, int64_t rank, E* panel, double
             load_block(matrix.type, matrix.at((first + i) * matrix.width + begin), panel + i * kPanel, n);
             std::fill(panel + i * kPanel + n, panel + i * kPanel + padded, E{0});
         }
-        kernel(panel, rank, kPanel, padded, gram);
+        kernel(panel, rank, kPanel, padded, 0, gram);
     }
     mirror(gram, rank);
 }
@@ -238,7 +259,10 @@ void delta_norms_as(const std::vector<Matrix>& a, const std::vector<Matrix>& bt,
         const int64_t size = unit.rank * unit.rank;
         gram_of(a[unit.module], unit.first, unit.rank, panel, grams);
         gram_of(bt[unit.module], unit.first, unit.rank, panel, grams + size);
-        const double square = std::inner_product(grams, grams + size, grams + size, 0.0);
+        double square = 0;
+        for (int64_t i = 0; i < size; i += unit.rank) {  // row by row: one chain of r^2 additions loses bits in double already at r = 128
+            square += std::inner_product(grams + i, grams + i + unit.rank, grams + size + i, 0.0);
+        }
         // NaN must survive: !(x < 0) holds for it.
         norms[unit.client * layout.modules() + unit.module] = square < 0 ? 0.0 : std::sqrt(square);
     });
