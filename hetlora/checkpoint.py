@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -21,24 +22,26 @@ from torch import Tensor
 
 import hetlora_kernels as hk
 from hetlora.config import Config, ConfigError
+from hetlora.data import FederatedData
 
 CHECKPOINT = "checkpoint.safetensors"
 ROUNDS = "rounds.jsonl"
 FORMAT = 1
+STATE = ("round", "ranks", "r_min", "r_max", "ranks_start", "rounds_trained", "perplexity_before", "stacked_bytes")  # of `ServerState`, besides the bank
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a whole file or nothing: a temporary file in the same folder, flushed to disk, then renamed over `path`."""
     data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -105,7 +108,10 @@ def load_checkpoint(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | Non
             header = file.metadata() or {}
             if header.get("format") != str(FORMAT):
                 raise ConfigError(f"{path}: not a checkpoint of this version (format {header.get('format')}, expected {FORMAT}); use the hetlora that wrote it")
-            return json.loads(header["state"]), {key: file.get_tensor(key) for key in file.keys()}
+            state = json.loads(header["state"])
+            if missing := [name for name in (*STATE, "data") if name not in state]:
+                raise ValueError(f"its state lacks {missing[0]}")
+            return state, {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -123,14 +129,26 @@ def read_rounds(run: Path, last: int | None = None) -> list[dict[str, Any]]:
     """Complete lines of rounds.jsonl, up to round `last`; a line cut short by a kill is left out."""
     records: list[dict[str, Any]] = []
     path = run / ROUNDS
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             record = json.loads(line)
-        except ValueError:
+            counts = last is None or record["round"] <= last
+        except (ValueError, TypeError, KeyError):
             continue
-        if last is None or record["round"] <= last:
+        if counts:
             records.append(record)
     return records
+
+
+def fingerprint(data: FederatedData) -> str:
+    """Changes when any client's name, tokens or division into sequences change."""
+    digest = hashlib.blake2b(digest_size=16)
+    for client in (*data.clients, *data.held_out):
+        lengths = [[len(sequence) for sequence in part] for part in (client.train, client.test)]
+        digest.update(repr((client.name, lengths)).encode())
+        for sequence in (*client.train, *client.test):
+            digest.update(sequence.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def write_adapter(folder: Path, adapter: Mapping[str, Tensor], scale: float, model: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -61,7 +60,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.clients = {client.name: client for client in self.federation.data.clients}
-        self.fingerprint = _fingerprint(self.federation.data)
+        self.fingerprint = checkpoint.fingerprint(self.federation.data)
 
 
 def prepare(cfg: Config, observer: Observer | None = None) -> Federation:
@@ -118,6 +117,10 @@ def _check_options(cfg: Config) -> None:
         raise ConfigError("merge = 'stack' folds updates into the base weights, which a quantised base cannot take; use quantize = 'none'")
     if cfg.weight_cap and cfg.weights != "sparsity":
         raise ConfigError(f"weight_cap: caps ||B A||, only for weights = 'sparsity', got weights = {cfg.weights!r}; leave it out")
+    if cfg.weight_scope != "module" and cfg.weights != "sparsity":
+        raise ConfigError(f"weight_scope: the scope of ||B A||, only for weights = 'sparsity', got weights = {cfg.weights!r}; leave it out")
+    if cfg.dropout and not 0 < round(65536 * cfg.dropout) < 65536:
+        raise ConfigError(f"dropout: expected 0, or a probability from 1/65536 to 65535/65536, got {cfg.dropout}")
     if cfg.momentum and cfg.optimizer != "sgd":
         raise ConfigError("momentum: only for optimizer = 'sgd'; leave it out (adamw has its own moments)")
 
@@ -129,7 +132,8 @@ def _initial_state(cfg: Config, federation: Federation) -> server.ServerState:
         ranks: dict[str, ClientRank] = {name: dict.fromkeys(federation.shapes, rank) for name, rank in plan.ranks.items()}
     else:
         ranks = dict(plan.ranks)
-    return server.ServerState(server.fresh_bank(federation.shapes, plan.r_max, cfg, federation.device), ranks, plan.r_min, plan.r_max)
+    bank = server.fresh_bank(federation.shapes, plan.r_max, cfg, federation.device)
+    return server.ServerState(bank, ranks, plan.r_min, plan.r_max, ranks_start=plan.ranks)
 
 
 def _describe(run: _Run) -> dict[str, Any]:
@@ -151,31 +155,12 @@ def _mean_rank(state: server.ServerState) -> float:
     return sum(mean_rank(rank) for rank in state.ranks.values()) / len(state.ranks)
 
 
-def _fingerprint(data: FederatedData) -> str:
-    """Changes when any client's name or tokens change."""
-    digest = hashlib.blake2b(digest_size=16)
-    for client in (*data.clients, *data.held_out):
-        digest.update(f"{client.name}\0{len(client.train)}\0".encode())
-        for sequence in (*client.train, *client.test):
-            digest.update(sequence.numpy().tobytes())
-    return digest.hexdigest()
-
-
 # ---------------------------------------------------------------- checkpoints
 
 
 def _save(run: _Run) -> None:
     state = run.state
-    content = {
-        "round": state.round,
-        "ranks": state.ranks,
-        "r_min": state.r_min,
-        "r_max": state.r_max,
-        "rounds_trained": state.rounds_trained,
-        "perplexity_before": state.perplexity_before,
-        "stacked_bytes": state.stacked_bytes,
-        "data": run.fingerprint,
-    }
+    content = {name: getattr(state, name) for name in checkpoint.STATE} | {"data": run.fingerprint}
     base: dict[str, torch.Tensor] = {}
     if run.cfg.merge == "stack":
         base = {name: run.federation.model.get_parameter(f"{name}.weight") for name in run.federation.shapes}
@@ -188,11 +173,15 @@ def _restore(run: _Run) -> list[dict[str, Any]]:
     loaded = checkpoint.load_checkpoint(run.folder)
     rounds = run.folder / checkpoint.ROUNDS
     if loaded is None:
+        if any(record["round"] > 0 for record in checkpoint.read_rounds(run.folder)):
+            raise ConfigError(f"{run.folder / checkpoint.CHECKPOINT}: missing, though rounds are on record; restore it from a copy, or start a new run")
         rounds.unlink(missing_ok=True)
         return []
     content, tensors = loaded
     if content["data"] != run.fingerprint:
         raise ConfigError(f"{run.folder}: the data is not the data this run began with; restore it, or start a new run in another folder")
+    if any(content[name] != getattr(run.state, name) for name in ("r_min", "r_max", "ranks_start")):
+        raise ConfigError(f"ranks = {run.cfg.ranks!r}: not the ranks that the run in {run.folder} began with; restore the file, or start a new run")
     try:
         run.state.bank.load_state_dict({key[len("bank.") :]: value for key, value in tensors.items() if key.startswith("bank.")})
     except ValueError as error:
@@ -201,9 +190,12 @@ def _restore(run: _Run) -> list[dict[str, Any]]:
         for key, value in tensors.items():
             if key.startswith("base."):
                 run.federation.model.get_parameter(key[len("base.") :] + ".weight").copy_(value)
-    for name in ("round", "ranks", "rounds_trained", "perplexity_before", "stacked_bytes"):
+    for name in checkpoint.STATE:
         setattr(run.state, name, content[name])
     history = checkpoint.read_rounds(run.folder, last=run.state.round)
+    if [record["round"] for record in history] != list(range(run.state.round + 1)):
+        raise ConfigError(f"{rounds}: expected one line for each of the rounds 0 to {run.state.round}; restore it from a copy, or start a new run")
+    checkpoint.write_adapter(run.folder / "adapter", run.state.bank.adapter(0), run.cfg.scale, run.federation.model_name)
     checkpoint.write_atomic(rounds, "".join(json.dumps(record) + "\n" for record in history))
     run.observer.message(f"continuing after round {run.state.round} of {run.cfg.rounds}")
     return history
@@ -364,14 +356,13 @@ def _finish(run: _Run, history: list[dict[str, Any]]) -> Result:
     cfg, state = run.cfg, run.state
     clients = list(run.clients.values())
     after = evaluate_clients(run.federation.model, state.bank, _ranks(run), clients, cfg.scale, cfg.max_tokens_per_step, _share(run), run.observer.evaluate)
-    start = assign_ranks(cfg.ranks, clients, cfg.seed).ranks
     evaluations = [record["evaluation"] for record in history if record["evaluation"]]
     totals = {key: sum(record[key] for record in history) for key in ("bytes_down", "bytes_up", "bytes_down_homlora", "bytes_up_homlora", "seconds")}
     summary = {
         "clients": [
             {
                 "name": client.name,
-                "rank_start": start[client.name],
+                "rank_start": state.ranks_start[client.name],
                 "rank_end": _plain(state.ranks[client.name]),
                 "sequences": len(client.train),
                 "rounds": state.rounds_trained.get(client.name, 0),

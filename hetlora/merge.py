@@ -88,7 +88,7 @@ def fold_stack(model: torch.nn.Module, uploads: hk.AdapterBank, weights: Tensor,
         layout = uploads.layouts[name]
         p = torch.repeat_interleave(weights[:, module].to(uploads.device), torch.tensor(layout.ranks, device=uploads.device))
         a, bt = uploads.a[name].detach(), uploads.bt[name].detach()
-        weight = model.get_parameter(f"{name}.weight")
+        weight: Tensor = model.get_parameter(f"{name}.weight")
         if hasattr(model.get_submodule(name), "nf"):  # GPT-2's Conv1D stores [in, out]
             weight = weight.t()
         weight.add_((scale * (bt * p[:, None].to(bt.dtype)).t() @ a).to(weight.dtype))

@@ -292,8 +292,7 @@ def _demo_folder(demo: DemoModel, progress: Progress | None) -> Path:
         _pretrain(demo, temporary, progress)
         if folder.exists() and _fault(folder):
             shutil.rmtree(folder)
-        if not folder.exists():
-            os.replace(temporary, folder)
+        os.replace(temporary, folder)
     except OSError as error:
         if not folder.exists() or _fault(folder):
             raise ConfigError(

@@ -27,6 +27,7 @@ class ServerState:
     round: int = 0
     rounds_trained: dict[str, int] = field(default_factory=dict)
     perplexity_before: dict[str, float] = field(default_factory=dict)
+    ranks_start: dict[str, int] = field(default_factory=dict)
     stacked_bytes: int = 0  # merge = 'stack': what every client must download to follow the base model
 
 

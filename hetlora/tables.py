@@ -64,7 +64,7 @@ def round_line(record: dict[str, Any], total: int) -> str:
         parts.append(f"{len(clients)} client{'s' if len(clients) > 1 else ''}")
         first, last = (sum(c[key] for c in clients) / len(clients) for key in ("loss_first", "loss_last"))
         parts.append(f"train loss {number(first, 3)} -> {number(last, 3)}")
-        pruned = sum(rank_text(c["rank"]) != rank_text(c["rank_before"]) for c in clients)
+        pruned = sum(c["rank"] != c["rank_before"] for c in clients)
         parts.append(f"pruned {pruned}" if pruned else "none pruned")
     parts.append(f"mean rank {number(record.get('mean_rank'), 1)}")
     parts += [
@@ -193,9 +193,9 @@ def client_table(summary: dict[str, Any]) -> tuple[Table, str]:
         note = f"{SHOWN_CLIENTS} of {len(clients)} clients are shown, those whose perplexity changed most; all are in summary.json"
         chosen = {id(c) for c in sorted(clients, key=_change, reverse=True)[:SHOWN_CLIENTS]}
         clients = [c for c in clients if id(c) in chosen]
-    table = Table(title="Clients: the global adapter at each client's rank, on the client's held-out text", title_justify="left")
+    table = Table()
     table.add_column("client", overflow="fold")
-    for title in ("rank", "rounds", "sequences", "perplexity", "change"):
+    for title in ("rank", "rounds", "training sequences", "perplexity", "change"):
         table.add_column(title, justify="right", no_wrap=True)
     for c in clients:
         before, after = c.get("perplexity_before"), c.get("perplexity_after")
@@ -230,6 +230,7 @@ def total_lines(summary: dict[str, Any]) -> list[str]:
 def print_summary(console: Console, summary: dict[str, Any]) -> None:
     table, note = client_table(summary)
     console.print()
+    console.print(Text("Clients; perplexity is that of the global adapter at the client's rank, on the client's own held-out text"), soft_wrap=True)
     console.print(table)
     for line in ([note] if note else []) + total_lines(summary) + [f"note: {text}" for text in summary.get("notes") or []]:
         console.print(Text(line), soft_wrap=True)

@@ -275,14 +275,22 @@ def test_read_errors_are_one_line(tmp_path, monkeypatch):
 
 
 class HubRows(list):
-    """The part of a `datasets.Dataset` that is used."""
+    """The part of a `datasets.Dataset` that is used. Rows cannot be read before columns are chosen: a picture would be decoded."""
+
+    chosen = False
+
+    def __iter__(self):
+        assert self.chosen
+        return super().__iter__()
 
     @property
     def column_names(self):
         return list(self[0])
 
     def select_columns(self, names):
-        return HubRows({name: row[name] for name in names} for row in self)
+        rows = HubRows({name: row[name] for name in names} for row in list.__iter__(self))
+        rows.chosen = True
+        return rows
 
 
 def test_hub(monkeypatch):

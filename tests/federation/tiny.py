@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +15,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hetlora_kernels as hk
 from hetlora import loop
+from hetlora.checkpoint import read_rounds
 from hetlora.config import Config
 from hetlora.data import ClientData, FederatedData
 from hetlora.loop import Federation
 from hetlora.models import target_shapes
+from hetlora.observer import Observer
 from hetlora.server import ServerState
 
 VOCABULARY = 50
+SIZES = [3, 5, 2, 7]
 
 
 def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCausalLM:
@@ -117,7 +124,51 @@ def watch_training(monkeypatch, change=None) -> list[Training]:
     return seen
 
 
+@torch.no_grad()
 def multiply(bank: hk.AdapterBank, client: int, factor: float) -> None:
     """Multiply one client's factors in place."""
     for rows, layout in [*zip(bank.a.values(), bank.layouts.values(), strict=True), *zip(bank.bt.values(), bank.layouts.values(), strict=True)]:
         rows[layout.rows(client)] *= factor
+
+
+class Stop(Exception):
+    """What `Interrupt` raises."""
+
+
+class Interrupt(Observer):
+    """Stops the run at its `at`-th event of one kind: 'local_step', 'evaluate', 'round_start', 'round_end', 'start' or 'finish'."""
+
+    def __init__(self, kind: str, at: int = 1) -> None:
+        self.left = at
+
+        def count(*_) -> None:
+            self.left -= 1
+            if self.left == 0:
+                raise Stop
+
+        setattr(self, kind, count)
+
+
+def kill_runs(runs: dict[str, dict], kills: int = 3) -> None:
+    """Start each run (settings) in a process of its own and kill it at a random moment after it has closed a round; resume it, and so on."""
+    torch.set_num_threads(1)
+    for settings in runs.values():
+        log = Path(settings["output"]) / "rounds.jsonl"
+        for attempt in range(kills):
+            done = len(log.read_bytes().splitlines()) if log.exists() else 0
+            child = os.fork()
+            if not child:
+                loop.simulate(tiny_config(**{**settings, "output": log.parent}), resume=attempt > 0, federation=tiny_federation(SIZES, held_out=1))
+                os._exit(0)
+            while not log.exists() or len(log.read_bytes().splitlines()) <= done:
+                time.sleep(0.002)
+                if os.waitpid(child, os.WNOHANG)[0]:
+                    raise RuntimeError(f"the run in {log.parent} ended before it was killed")
+            time.sleep(random.uniform(0, read_rounds(log.parent)[-1]["seconds"]))
+            os.kill(child, signal.SIGKILL)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by its relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
