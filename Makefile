@@ -54,7 +54,7 @@ $(BASE):
 	@$(BIN)/python -m pip install $(CHOICE)
 	@touch $@
 
-.venv/.installed: $(BASE) pyproject.toml setup.py
+.venv/.installed: $(BASE) pyproject.toml setup.py $(wildcard csrc/*/*)
 	@echo "[3/3] installing hetlora and what its tests need (about 60 packages; a few quiet minutes)"
 	@# The constraint holds torch at the build just installed, whatever a dependency would rather have.
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > .venv/constraints.txt
@@ -63,5 +63,5 @@ $(BASE):
 	@$(BIN)/python -c 'import torch; print("ready: torch", torch.__version__, "with CUDA" if torch.cuda.is_available() else "on the CPU")'
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf .venv build dist *.egg-info hetlora_kernels/_C_*.so hetlora_kernels/_build_info.json .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find hetlora hetlora_kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
