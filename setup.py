@@ -32,8 +32,9 @@ PACKAGE = "hetlora_kernels"
 OLDEST_TORCH = (2, 10)
 DEFAULT_ARCHS = "8.0;8.6;8.7;8.9;9.0;10.0;11.0;12.0+PTX"
 # -fno-math-errno lets sqrt vectorise, -fno-trapping-math lets selects; neither changes a result. Contraction to FMA is stated because compilers differ in
-# their default.
-CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra"]
+# their default. Vectors pass between inlined functions only, so that -Wpsabi, on how they are passed, does not matter.
+OPTIMISE = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+CXX_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", *OPTIMISE, "-Wall", "-Wextra", "-Wno-psabi"]
 TARGET = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 
@@ -248,9 +249,10 @@ class BuildKernels(build_ext):
         codes = [flag for code in self.plan.archs for flag in ("-gencode", f"arch={code.replace('sm_', 'compute_')},code={code}")]
         host = ["-ccbin", str(self.plan.compiler), "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         device = [str(nvcc), "-O3", "-std=c++17", *host, *codes, "-Xptxas", "-v", "--threads", "2", "-c"]
-        toolkit = ["-DUSE_CUDA", "-isystem", str(nvcc.parent.parent / "include")]
+        # The bindings through nvcc too, for its include path: the nvcc found may be a wrapper that lies outside its toolkit.
+        bindings = [str(nvcc), "-O3", "-std=c++17", *host, *torch.compile_flags, "-DUSE_CUDA", "-c"]
         jobs = [(device, source) for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
-        jobs += [([*self.cxx(), *torch.compile_flags, *toolkit, "-c"], source) for source in sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))]
+        jobs += [(bindings, source) for source in sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))]
         objects = self.compile(jobs)
         link = [flag.replace("-Wl,", "-Xlinker=") for flag in torch.link_flags]
         run([str(nvcc), "-shared", *host[:2], "-cudart", "static", *objects, "-o", str(target), *link])
