@@ -24,6 +24,10 @@ SCHEMAS = {
     "shrink": f"(Tensor x, Tensor rows, Tensor scale, {_SEGMENT_ARGS}) -> Tensor",
     "expand_": f"(Tensor(a!) out, Tensor s, Tensor rows, {_SEGMENT_ARGS}) -> ()",
     "grouped_gram": f"(Tensor s, Tensor x, {_SEGMENT_ARGS}, ScalarType dtype) -> Tensor",
+    "lora_forward": "(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor a, Tensor bt, Tensor scale, "
+    f"{_SEGMENT_ARGS}) -> (Tensor, Tensor)",
+    "lora_backward": "(Tensor d_y, Tensor x, Tensor? weight, Tensor a, Tensor bt, Tensor s, Tensor scale, "
+    f"{_SEGMENT_ARGS}, bool need_x, bool need_a, bool need_bt) -> Tensor[]",
     "truncate_": "(Tensor(a!)[] out, Tensor[] bank, int[] ranks, bool dense) -> ()",
     "aggregate_": "(Tensor(a!)[] out, Tensor[] rows, Tensor weights, Tensor[] keep, int[] ranks, bool owners) -> ()",
     "accumulate_": "(Tensor(a!)[] total, Tensor[] rows, Tensor weights) -> ()",
@@ -119,6 +123,12 @@ def _has(name: str, rung: str) -> bool:
     if rung == "triton":
         return name in _triton_ops()
     return rung == "reference" or name in _compiled.get(rung, ())
+
+
+def whole_layer(device: torch.device) -> bool:
+    """Whether tensors of `device` have the whole layer in one op (`lora_forward`, `lora_backward`): the C++ rung alone, unless another is forced.
+    Elsewhere the layer is composed of the rung's own shrink, expand_ and grouped_gram."""
+    return device.type == "cpu" and _forced in (None, "cpu") and _has("lora_forward", "cpu")
 
 
 def call(name: str) -> Callable:

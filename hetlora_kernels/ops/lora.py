@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetlora_kernels._library import call, register_fake
+from hetlora_kernels._library import call, register_fake, whole_layer
 from hetlora_kernels.layout import RankLayout, Segments
 from hetlora_kernels.ops._lists import FLOATS
 from hetlora_kernels.reference import compute_dtype, dropout_threshold
@@ -101,7 +102,7 @@ def _check_input(x: Tensor, n: int | None) -> None:
 
 
 def _adapter_arguments(x, m, a, bt, layout, seg, scale, dropout, seeds):
-    """Checks of everything but the base; returns (a, bt, scale [K], seeds or None, keys, index, ranks, starts, lengths, dropout)."""
+    """Checks of everything but the base; returns (a, bt, scale [K], seeds or None, keys, index, (ranks, starts, lengths, dropout))."""
     if not isinstance(layout, RankLayout):
         raise TypeError(f"layout: expected a RankLayout, got {type(layout).__name__}")
     if not isinstance(seg, Segments):
@@ -123,7 +124,8 @@ def _adapter_arguments(x, m, a, bt, layout, seg, scale, dropout, seeds):
         raise ValueError(f"scale: expected a number or {clients} numbers, one per client, got shape {tuple(scales.shape)}")
     seeds = _check_seeds(dropout, seeds, clients, x.device)
     keys = None if seeds is None else seg.keys_on(x.device)
-    return (a, bt, scales.expand(clients).contiguous(), seeds, keys, seg.index_on(x.device), list(layout.ranks), seg.starts, seg.lengths, float(dropout))
+    rows = (list(layout.ranks), seg.starts, seg.lengths, float(dropout))
+    return a, bt, scales.expand(clients).contiguous(), seeds, keys, seg.index_on(x.device), rows
 
 
 def _check_seeds(dropout: float, seeds: Tensor | None, clients: int, device: torch.device) -> Tensor | None:
@@ -141,45 +143,79 @@ def _check_seeds(dropout: float, seeds: Tensor | None, clients: int, device: tor
 
 
 class _Lora(torch.autograd.Function):
-    """Forward and backward over the three ops. Either `weight` (the base is computed here) or `base` (its output is given) is a tensor."""
+    """Forward and backward of the layer. Either `weight` (the base is computed here) or `base` (its output is given) is a tensor.
+
+    `rows` = (ranks, starts, lengths, dropout). One op each way where the rung has it (`whole_layer`), else composed of the rung's three.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, base, a, bt, scale, seeds, keys, index, ranks, starts, lengths, dropout):
-        segments = (seeds, keys, index, ranks, starts, lengths, dropout)
-        plain = (None, None, index, ranks, starts, lengths, 0.0)
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.contiguous()
-            s = call("shrink")(x, a.to(x.dtype), scale, *segments)
-            out = F.linear(x, weight, bias) if base is None else base.clone(memory_format=torch.contiguous_format)
-            call("expand_")(out, s, bt.to(x.dtype), *plain)
+    def forward(ctx, x, weight, bias, base, a, bt, scale, seeds, keys, index, rows):
+        run = call("lora_forward") if whole_layer(x.device) else _compose_forward
+        x = x.contiguous()
+        with _no_autocast(x.device.type):
+            out, s = run(x, weight, bias, base, a, bt, scale, seeds, keys, index, *rows)
         ctx.save_for_backward(x, weight, a, bt, s, scale, seeds, keys, index)
-        ctx.layout = (ranks, starts, lengths, dropout)
+        ctx.rows = rows
         ctx.bias_dtype = None if bias is None else bias.dtype
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, d_y):
-        x, weight, a, bt, s, scale, seeds, keys, index = ctx.saved_tensors
-        ranks, starts, lengths, dropout = ctx.layout
-        segments = (seeds, keys, index, ranks, starts, lengths, dropout)
-        plain = (None, None, index, ranks, starts, lengths, 0.0)
-        need_x, _, need_bias, need_base, need_a, need_bt = ctx.needs_input_grad[:6]
-        d_x = d_bias = d_a = d_bt = None
-        with torch.autocast(x.device.type, enabled=False):
-            d_out = d_y.to(x.dtype).contiguous()
-            if need_x or need_a:
-                d_s = call("shrink")(d_out, bt.to(x.dtype), scale, *plain)
-            if need_x:
-                d_x = x.new_zeros(x.shape) if weight is None else d_out @ weight
-                call("expand_")(d_x, d_s, a.to(x.dtype), *segments)
-            if need_a:
-                d_a = call("grouped_gram")(d_s, x, *segments, a.dtype)
-            if need_bt:
-                d_bt = call("grouped_gram")(s, d_out, *plain, bt.dtype)
-            if need_bias:
-                d_bias = d_y.sum(0, dtype=compute_dtype(d_y.dtype)).to(ctx.bias_dtype)
-        return d_x, None, d_bias, d_y if need_base else None, d_a, d_bt, *([None] * 8)
+        return _refuse_second_derivatives(ctx, d_y) if torch.is_grad_enabled() else _backward(ctx, d_y)
+
+
+def _backward(ctx, d_y):
+    x, weight, a, bt, s, scale, seeds, keys, index = ctx.saved_tensors
+    need_x, _, need_bias, need_base, need_a, need_bt = ctx.needs_input_grad[:6]
+    run = call("lora_backward") if whole_layer(x.device) else _compose_backward
+    with _no_autocast(x.device.type):
+        d_out = d_y.to(x.dtype).contiguous()
+        grads = iter(run(d_out, x, weight, a, bt, s, scale, seeds, keys, index, *ctx.rows, need_x, need_a, need_bt))
+        d_x, d_a, d_bt = (next(grads) if need else None for need in (need_x, need_a, need_bt))
+        d_bias = d_y.sum(0, dtype=compute_dtype(d_y.dtype)).to(ctx.bias_dtype) if need_bias else None
+    return d_x, None, d_bias, d_y if need_base else None, d_a, d_bt, None, None, None, None, None
+
+
+# The decorator's own cost is paid only where a graph of the backward pass is asked for.
+_refuse_second_derivatives = torch.autograd.function.once_differentiable(_backward)
+
+
+def _no_autocast(device: str) -> AbstractContextManager:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _compose_forward(x, weight, bias, base, a, bt, scale, seeds, keys, index, ranks, starts, lengths, dropout):
+    s = call("shrink")(x, a.to(x.dtype), scale, seeds, keys, index, ranks, starts, lengths, dropout)
+    out = F.linear(x, weight, bias) if base is None else base.clone(memory_format=torch.contiguous_format)
+    call("expand_")(out, s, bt.to(x.dtype), None, None, index, ranks, starts, lengths, 0.0)
+    return out, s
+
+
+def _compose_backward(d_y, x, weight, a, bt, s, scale, seeds, keys, index, ranks, starts, lengths, dropout, need_x, need_a, need_bt):
+    segments = (seeds, keys, index, ranks, starts, lengths, dropout)
+    plain = (None, None, index, ranks, starts, lengths, 0.0)
+    d_s = call("shrink")(d_y, bt.to(x.dtype), scale, *plain) if need_x or need_a else None
+    out = []
+    if need_x:
+        out.append(x.new_zeros(x.shape) if weight is None else d_y @ weight)
+        call("expand_")(out[0], d_s, a.to(x.dtype), *segments)
+    if need_a:
+        out.append(call("grouped_gram")(d_s, x, *segments, a.dtype))
+    if need_bt:
+        out.append(call("grouped_gram")(s, d_y, *plain, bt.dtype))
+    return out
+
+
+@register_fake("lora_forward")
+def _(x, weight, bias, base, a, bt, scale, seeds, row_keys, index, ranks, starts, lengths, dropout):
+    out = x.new_empty((x.shape[0], weight.shape[0])) if base is None else torch.empty_like(base, memory_format=torch.contiguous_format)
+    return out, x.new_empty(sum(r * n for r, n in zip(ranks, lengths, strict=False)))
+
+
+@register_fake("lora_backward")
+def _(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, ranks, starts, lengths, dropout, need_x, need_a, need_bt):
+    wanted = ((x, need_x), (a, need_a), (bt, need_bt))
+    return [torch.empty_like(like, memory_format=torch.contiguous_format) for like, need in wanted if need]
 
 
 @register_fake("shrink")
