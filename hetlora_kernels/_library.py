@@ -125,10 +125,10 @@ def _has(name: str, rung: str) -> bool:
     return rung == "reference" or name in _compiled.get(rung, ())
 
 
-def whole_layer(device: torch.device) -> bool:
-    """Whether tensors of `device` have the whole layer in one op (`lora_forward`, `lora_backward`): the C++ rung alone, unless another is forced.
-    Elsewhere the layer is composed of the rung's own shrink, expand_ and grouped_gram."""
-    return device.type == "cpu" and _forced in (None, "cpu") and _has("lora_forward", "cpu")
+def whole_layer(on_cpu: bool) -> tuple[Callable, Callable] | None:
+    """(`lora_forward`, `lora_backward`) where the whole layer is one op: on CPU tensors with the C++ rung, unless another is forced.
+    None elsewhere: the layer is then composed of the rung's own shrink, expand_ and grouped_gram."""
+    return _layer_ops if on_cpu and _layer_ops is not None and (_forced is None or _forced == "cpu") else None
 
 
 def call(name: str) -> Callable:
@@ -179,5 +179,8 @@ def backends(device: str | None = None) -> dict[str, tuple[str, str]]:
 
 _define()
 _load()
+_layer_ops: tuple[Callable, Callable] | None = None
+if _has("lora_forward", "cpu"):
+    _layer_ops = torch.ops.hetlora.lora_forward.default, torch.ops.hetlora.lora_backward.default
 if os.environ.get("HETLORA_BACKEND", "").strip():
     _forced = _check_rung(os.environ["HETLORA_BACKEND"].strip(), "environment variable HETLORA_BACKEND")

@@ -164,46 +164,32 @@ void gram_as(const Plan& plan, const Matrix& x, Type s_type, const void* s, Type
 
 }  // namespace
 
-Tensor shrink(const Tensor& x_tensor, const Tensor& rows_tensor, const Tensor& scale, const Segments& segments) {
-    const Matrix x("x", x_tensor), rows("rows", rows_tensor);
+void shrink(const Plan& plan, const Matrix& x, const Matrix& rows, const std::vector<double>& scale, void* out) {
     STD_TORCH_CHECK(rows.width == x.width, "rows: expected a width of ", x.width, ", got ", rows.width);
-    const Plan plan(segments, x.rows, rows.rows);
-    const std::vector<double> scales = numbers("scale", scale, static_cast<int64_t>(segments.ranks.size()));
-    Tensor out = torch::stable::new_empty(x_tensor, {plan.flat});
-    char* data = static_cast<char*>(out.mutable_data_ptr());
-    x.type == Type::f64 ? shrink_as<double>(plan, x, rows, scales, data) : shrink_as<float>(plan, x, rows, scales, data);
-    return out;
+    char* data = static_cast<char*>(out);
+    x.type == Type::f64 ? shrink_as<double>(plan, x, rows, scale, data) : shrink_as<float>(plan, x, rows, scale, data);
 }
 
-void expand(Tensor out_tensor, const Tensor& s, const Tensor& rows_tensor, const Segments& segments) {
-    Matrix out("out", out_tensor);
-    const Matrix rows("rows", rows_tensor);
+void expand(const Plan& plan, const Matrix& out, const Shrunk& s, const Matrix& rows) {
     STD_TORCH_CHECK(rows.width == out.width, "rows: expected a width of ", out.width, ", got ", rows.width);
-    const Plan plan(segments, out.rows, rows.rows);
-    STD_TORCH_CHECK(s.is_cpu() && s.is_contiguous() && s.numel() == plan.flat, "s: expected ", plan.flat, " contiguous elements, got ", s.numel());
-    const Type type = type_of("s", s);
-    type == Type::f64 ? expand_as<double>(plan, out, type, s.const_data_ptr(), rows) : expand_as<float>(plan, out, type, s.const_data_ptr(), rows);
-    out.write_back();
+    STD_TORCH_CHECK(s.count == plan.flat, "s: expected ", plan.flat, " elements, got ", s.count);
+    s.type == Type::f64 ? expand_as<double>(plan, out, s.type, s.data, rows) : expand_as<float>(plan, out, s.type, s.data, rows);
 }
 
-Tensor grouped_gram(const Tensor& s, const Tensor& x_tensor, const Segments& segments, ScalarType dtype) {
-    const Matrix x("x", x_tensor);
-    const Plan plan(segments, x.rows, -1);
-    STD_TORCH_CHECK(s.is_cpu() && s.is_contiguous() && s.numel() == plan.flat, "s: expected ", plan.flat, " contiguous elements, got ", s.numel());
-    const Type type = type_of("s", s);
-    STD_TORCH_CHECK((type == Type::f64) == (x.type == Type::f64), "s: expected float64 exactly where x is");
+Tensor grouped_gram(const Plan& plan, const std::vector<int64_t>& ranks, const Shrunk& s, const Tensor& like, const Matrix& x, ScalarType dtype) {
+    STD_TORCH_CHECK(s.count == plan.flat, "s: expected ", plan.flat, " elements, got ", s.count);
+    STD_TORCH_CHECK((s.type == Type::f64) == (x.type == Type::f64), "s: expected float64 exactly where x is");
     int64_t total = 0, filled = 0;
-    for (const int64_t rank : segments.ranks) {
+    for (const int64_t rank : ranks) {
         total += rank;
     }
     for (const Segment& segment : plan.segments) {
         filled += segment.rank;
     }
-    Tensor out = filled == total ? torch::stable::new_empty(x_tensor, {total, x.width}, dtype) : torch::stable::new_zeros(x_tensor, {total, x.width}, dtype);
+    Tensor out = filled == total ? torch::stable::new_empty(like, {total, x.width}, dtype) : torch::stable::new_zeros(like, {total, x.width}, dtype);
     const Type out_type = type_of("dtype", out);
     void* data = out.mutable_data_ptr();
-    type == Type::f64 ? gram_as<double>(plan, x, type, s.const_data_ptr(), out_type, data, total)
-                      : gram_as<float>(plan, x, type, s.const_data_ptr(), out_type, data, total);
+    s.type == Type::f64 ? gram_as<double>(plan, x, s.type, s.data, out_type, data, total) : gram_as<float>(plan, x, s.type, s.data, out_type, data, total);
     return out;
 }
 

@@ -99,8 +99,16 @@ class Operand {
     std::vector<E> room_;
 };
 
-Tensor shrink(const Tensor& x, const Tensor& rows, const Tensor& scale, const Segments& segments);
-void expand(Tensor out, const Tensor& s, const Tensor& rows, const Segments& segments);
-Tensor grouped_gram(const Tensor& s, const Tensor& x, const Segments& segments, ScalarType dtype);
+// Packed S, in an op's result or in memory of the call's own.
+struct Shrunk {
+    Type type;
+    const void* data;
+    int64_t count;
+};
+
+// scale [K] -> S in x's type, plan.flat elements at `out`.
+void shrink(const Plan& plan, const Matrix& x, const Matrix& rows, const std::vector<double>& scale, void* out);
+void expand(const Plan& plan, const Matrix& out, const Shrunk& s, const Matrix& rows);
+Tensor grouped_gram(const Plan& plan, const std::vector<int64_t>& ranks, const Shrunk& s, const Tensor& like, const Matrix& x, ScalarType dtype);
 
 }  // namespace hetlora

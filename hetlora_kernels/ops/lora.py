@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -48,17 +47,17 @@ def lora_linear(
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight: expected a frozen weight, got one that requires a gradient; call weight.requires_grad_(False)")
     m, n = weight.shape
-    if bias is not None and tuple(bias.shape) != (m,):
+    if bias is not None and bias.shape != (m,):
         raise ValueError(f"bias: expected shape ({m},), got {tuple(bias.shape)}")
     _check_input(x, n)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = x.device
+    if torch.is_autocast_enabled(device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if weight.dtype != x.dtype or weight.device != x.device:
+    if weight.dtype != x.dtype or weight.device != device:
         raise ValueError(f"weight: expected the type and device of x ({x.dtype}, {x.device}), got {weight.dtype}, {weight.device}")
     arguments = _adapter_arguments(x, m, a, bt, layout, seg, scale, dropout if training else 0.0, seeds)
-    y = _Lora.apply(x.reshape(-1, n), weight, bias, None, *arguments)
-    return y.view(*x.shape[:-1], m)
+    return _Lora.apply(x, weight, bias, None, *arguments)
 
 
 def lora_add(
@@ -90,8 +89,7 @@ def lora_add(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     m = base_out.shape[-1]
     arguments = _adapter_arguments(x, m, a, bt, layout, seg, scale, dropout if training else 0.0, seeds)
-    y = _Lora.apply(x.reshape(-1, x.shape[-1]), None, None, base_out.reshape(-1, m), *arguments)
-    return y.view(base_out.shape)
+    return _Lora.apply(x, None, None, base_out, *arguments)
 
 
 def _check_input(x: Tensor, n: int | None) -> None:
@@ -107,25 +105,22 @@ def _adapter_arguments(x, m, a, bt, layout, seg, scale, dropout, seeds):
         raise TypeError(f"layout: expected a RankLayout, got {type(layout).__name__}")
     if not isinstance(seg, Segments):
         raise TypeError(f"seg: expected Segments, got {type(seg).__name__}")
-    n, clients = x.shape[-1], layout.num_clients
+    n, clients, device = x.shape[-1], len(layout.ranks), x.device
     for name, factor, width in (("a", a, n), ("bt", bt, m)):
-        if not isinstance(factor, Tensor) or tuple(factor.shape) != (layout.total, width) or factor.dtype not in FLOATS:
+        if not isinstance(factor, Tensor) or factor.shape != (layout.total, width) or factor.dtype not in FLOATS:
             got = f"{tuple(factor.shape)} {factor.dtype}" if isinstance(factor, Tensor) else type(factor).__name__
             raise ValueError(f"{name}: expected a floating-point tensor of shape ({layout.total}, {width}), got {got}")
-        if factor.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} as x, got {factor.device}")
+        if factor.device != device:
+            raise ValueError(f"{name}: expected device {device} as x, got {factor.device}")
     rows = x.numel() // n if n else 0
     if seg.num_rows != rows:
         raise ValueError(f"seg: expected segments over the {rows} rows of x, got {seg.num_rows}")
     if seg.num_clients > clients:
         raise ValueError(f"seg: expected at most the layout's {clients} clients, got {seg.num_clients}")
-    scales = torch.as_tensor(scale, device=x.device).detach().to(compute_dtype(x.dtype))
-    if scales.dim() > 1 or (scales.dim() == 1 and scales.numel() != clients):
-        raise ValueError(f"scale: expected a number or {clients} numbers, one per client, got shape {tuple(scales.shape)}")
-    seeds = _check_seeds(dropout, seeds, clients, x.device)
-    keys = None if seeds is None else seg.keys_on(x.device)
-    rows = (list(layout.ranks), seg.starts, seg.lengths, float(dropout))
-    return a, bt, scales.expand(clients).contiguous(), seeds, keys, seg.index_on(x.device), rows
+    scales = layout.scales(scale, device, compute_dtype(x.dtype))
+    seeds = None if dropout == 0 else _check_seeds(dropout, seeds, clients, device)
+    keys = None if seeds is None else seg.keys_on(device)
+    return a, bt, scales, seeds, keys, seg.index_on(device), (layout.ranks, seg.starts, seg.lengths, float(dropout))
 
 
 def _check_seeds(dropout: float, seeds: Tensor | None, clients: int, device: torch.device) -> Tensor | None:
@@ -150,14 +145,16 @@ class _Lora(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, base, a, bt, scale, seeds, keys, index, rows):
-        run = call("lora_forward") if whole_layer(x.device) else _compose_forward
         x = x.contiguous()
-        with _no_autocast(x.device.type):
-            out, s = run(x, weight, bias, base, a, bt, scale, seeds, keys, index, *rows)
+        flat = x if x.dim() == 2 else x.view(-1, x.shape[-1])
+        flat_base = base if base is None or base.dim() == 2 else base.reshape(-1, base.shape[-1])
+        run = (whole_layer(x.is_cpu) or _COMPOSED)[0]
+        out, s = _without_autocast(run, x, flat, weight, bias, flat_base, a, bt, scale, seeds, keys, index, *rows)
         ctx.save_for_backward(x, weight, a, bt, s, scale, seeds, keys, index)
         ctx.rows = rows
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return out
+        # Not a view: autograd forbids in-place changes of a view that a Function returns, and models make them.
+        return out if x.dim() == 2 else torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[1]))
 
     @staticmethod
     def backward(ctx, d_y):
@@ -167,12 +164,14 @@ class _Lora(torch.autograd.Function):
 def _backward(ctx, d_y):
     x, weight, a, bt, s, scale, seeds, keys, index = ctx.saved_tensors
     need_x, _, need_bias, need_base, need_a, need_bt = ctx.needs_input_grad[:6]
-    run = call("lora_backward") if whole_layer(x.device) else _compose_backward
-    with _no_autocast(x.device.type):
-        d_out = d_y.to(x.dtype).contiguous()
-        grads = iter(run(d_out, x, weight, a, bt, s, scale, seeds, keys, index, *ctx.rows, need_x, need_a, need_bt))
-        d_x, d_a, d_bt = (next(grads) if need else None for need in (need_x, need_a, need_bt))
-        d_bias = d_y.sum(0, dtype=compute_dtype(d_y.dtype)).to(ctx.bias_dtype) if need_bias else None
+    flat, flat_dy = (x, d_y) if x.dim() == 2 else (x.view(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1]))
+    d_out = flat_dy.contiguous() if d_y.dtype == x.dtype else flat_dy.to(x.dtype).contiguous()
+    run = (whole_layer(x.is_cpu) or _COMPOSED)[1]
+    grads = _without_autocast(run, x, d_out, flat, weight, a, bt, s, scale, seeds, keys, index, *ctx.rows, need_x, need_a, need_bt)
+    d_x = None if not need_x else grads[0] if x.dim() == 2 else grads[0].view(x.shape)
+    d_a = grads[int(need_x)] if need_a else None
+    d_bt = grads[-1] if need_bt else None
+    d_bias = flat_dy.sum(0, dtype=compute_dtype(d_y.dtype)).to(ctx.bias_dtype) if need_bias else None
     return d_x, None, d_bias, d_y if need_base else None, d_a, d_bt, None, None, None, None, None
 
 
@@ -180,8 +179,12 @@ def _backward(ctx, d_y):
 _refuse_second_derivatives = torch.autograd.function.once_differentiable(_backward)
 
 
-def _no_autocast(device: str) -> AbstractContextManager:
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+def _without_autocast(run, x, *arguments):
+    """The types are chosen already; a weight would be cast again."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return run(*arguments)
+    with torch.autocast(x.device.type, enabled=False):
+        return run(*arguments)
 
 
 def _compose_forward(x, weight, bias, base, a, bt, scale, seeds, keys, index, ranks, starts, lengths, dropout):
@@ -204,6 +207,9 @@ def _compose_backward(d_y, x, weight, a, bt, s, scale, seeds, keys, index, ranks
     if need_bt:
         out.append(call("grouped_gram")(s, d_y, *plain, bt.dtype))
     return out
+
+
+_COMPOSED = (_compose_forward, _compose_backward)
 
 
 @register_fake("lora_forward")
