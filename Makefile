@@ -1,8 +1,8 @@
 # `make demo` and `make test` do their own set-up: all they need is Python >= 3.10 and a C++ compiler.
 #
 #   make demo [ARGS="--rounds 5"]   the offline federation, with a report to look at
-#   make test                       ruff, mypy, then every test
-#   make test-fast                  the tests that are not marked slow
+#   make test                       ruff, mypy, the fast tests, then the slow ones
+#   make test-fast                  the fast tests alone
 #   make lint | venv | clean        the checks alone | the virtual environment alone | remove everything made here, .venv included
 #
 # Which torch: pip takes TORCH from the index it is configured for, and on Linux that is usually the build with CUDA (a few GB). On a machine without
@@ -29,8 +29,10 @@ BASE := .venv/.base-$(shell printf '%s\n' '$(PYTHON)' $(CHOICE) | cksum | cut -d
 demo: venv
 	$(BIN)/hetlora demo $(ARGS)
 
+# Two stages, so that a plain mistake shows before the slow checks (GPU code without a GPU: emulator, compilers) begin.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow
 
 test-fast: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
@@ -54,7 +56,7 @@ $(BASE):
 	@$(BIN)/python -m pip install $(CHOICE)
 	@touch $@
 
-.venv/.installed: $(BASE) pyproject.toml setup.py
+.venv/.installed: $(BASE) pyproject.toml setup.py $(wildcard csrc/*/*)
 	@echo "[3/3] installing hetlora and what its tests need (about 60 packages; a few quiet minutes)"
 	@# The constraint holds torch at the build just installed, whatever a dependency would rather have.
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > .venv/constraints.txt
@@ -63,5 +65,5 @@ $(BASE):
 	@$(BIN)/python -c 'import torch; print("ready: torch", torch.__version__, "with CUDA" if torch.cuda.is_available() else "on the CPU")'
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf .venv build dist *.egg-info hetlora_kernels/_C_*.so hetlora_kernels/_build_info.json .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find hetlora hetlora_kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -73,10 +73,15 @@ class Plan:
             cuda |= {"nvcc": release[1] if release else "unknown", "archs": self.archs}
         return {
             "torch": self.torch.version if self.torch else None,
-            "compiler": output(self.compiler, "--version").splitlines()[0] if self.compiler else None,
+            "compiler": version_line(self.compiler) if self.compiler else None,
             "cpu": {"built": not self.why_no_cpu, "reason": self.why_no_cpu},
             "cuda": cuda,
         }
+
+
+def version_line(program: str) -> str:
+    shown = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
+    return shown[0] if shown else program
 
 
 def output(*command: str | Path) -> str:

@@ -25,12 +25,13 @@ from hetlora.ranks import ClientRank, assign_ranks, bank_ranks, check_width, mea
 
 @dataclass
 class Federation:
-    """What a run works on: one frozen base model in memory and everybody's data. May serve several runs (not with merge = 'stack')."""
+    """What a run works on: one frozen base model in memory and everybody's data. May serve several runs, until one with merge = 'stack'."""
 
     model: torch.nn.Module
     model_name: str
     shapes: dict[str, tuple[int, int]]
     data: FederatedData
+    folded_by: Path | None = None  # the run with merge = 'stack' whose updates are in the base
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +82,8 @@ def prepare(cfg: Config, observer: Observer | None = None) -> Federation:
 def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = None, federation: Federation | None = None) -> Result:
     """Run (or continue) a federation and write its run folder `cfg.output`.
 
-    cfg: the settings.   resume: continue the run in cfg.output from its newest checkpoint, to the same bits as without the interruption.
+    cfg: the settings.   resume: continue the run in cfg.output from its newest checkpoint, to the same bits as without the interruption (on the
+    same device and versions; the number of threads is set to the run's, other differences are reported).
     observer: receives progress.   federation: model and data loaded before by `prepare`, to share them between runs.
 
     Raises `ConfigError` for settings, data or a folder that cannot be used; nothing that exists is overwritten.
@@ -94,14 +96,22 @@ def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = N
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"output: {folder} exists already; choose another folder, or continue that run with --resume")
     federation = federation or prepare(cfg, observer)
+    if federation.folded_by not in (None, folder):
+        raise ConfigError(f"federation: its base model holds the folded updates of {federation.folded_by} (merge = 'stack'); load it again with prepare()")
     state = _initial_state(cfg, federation)
     if not resume:
         checkpoint.create_run(cfg, federation.device)
     run = _Run(cfg, federation, state, folder, observer)
+    for line in checkpoint.match_versions(folder, federation.device) if resume else ():
+        observer.message(line)
     observer.start(cfg, _describe(run))
+    if cfg.clients_per_round > len(run.clients):
+        observer.message(f"clients_per_round = {cfg.clients_per_round}: there are {len(run.clients)} clients, all of them take part in every round")
     history = _restore(run) if resume else []
     if not history:
         history.append(_before_training(run))
+    if cfg.merge == "stack":
+        federation.folded_by = folder
     for number in range(state.round + 1, cfg.rounds + 1):
         history.append(_round(run, number))
     return _finish(run, history)

@@ -260,13 +260,17 @@ def _devices() -> list[tuple[str, str]]:
 
 
 def _compiled_library() -> list[tuple[str, str]]:
-    import hetlora_kernels._library as library
+    """What the build of this installation decided, and why."""
+    from hetlora_kernels._library import build_info
 
-    build_info = getattr(library, "build_info", None)
-    built = build_info() if build_info is not None else None
-    if not built:
-        return [("compiled library", "no compiled library")]
-    return [(str(key), str(value)) for key, value in built.items()] if isinstance(built, dict) else [("compiled library", str(built))]
+    info = build_info()
+    rows = [] if info else [("none", "nothing was built: a plain checkout, or an installation without a C++ compiler")]
+    for name, value in info.items():
+        if isinstance(value, dict):
+            details = ", ".join(f"{key} {' '.join(v) if isinstance(v, list) else v}" for key, v in value.items() if key not in ("built", "reason"))
+            value = (f"built{f' ({details})' if details else ''}") if value.get("built") else f"not built: {value.get('reason')}"
+        rows.append((str(name), str(value)))
+    return rows
 
 
 def print_info(console: Console | None = None) -> None:

@@ -29,7 +29,7 @@ TOP_FILES = [
     *("pyproject.toml", "setup.py", "MANIFEST.in", "Makefile", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"),
     *(".clang-format", ".pre-commit-config.yaml", ".gitignore"),
 ]
-NOT_SHIPPED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", "*.o", "*.egg-info", ".DS_Store")
+NOT_SHIPPED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", "*.o", "*.egg-info", "_build_info.json", ".DS_Store")
 FED_DISTRIBUTIONS = {re.split(r"[<>=;]", line)[0].strip() for line in PROJECT["optional-dependencies"]["fed"]}
 
 

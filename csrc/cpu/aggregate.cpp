@@ -18,49 +18,63 @@ struct Tile {
 
 constexpr int64_t kStrip = 64;
 
-template <class T, class Sum>
-HETLORA_INLINE void add_strip(Sum* __restrict sums, const T* const* from, const Sum* weights, int64_t at, int64_t n) {
-    const T *__restrict a = from[0] + at, *__restrict b = from[1] + at, *__restrict c = from[2] + at, *__restrict d = from[3] + at;
-    const Sum wa = weights[0], wb = weights[1], wc = weights[2], wd = weights[3];
+// sums[i] += weights[0] from[0][i] + ... for `count` sources and n elements.
+template <int count, class T, class Sum>
+HETLORA_INLINE void add_strip(Sum* __restrict sums, const T* const* from, const Sum* weights, int64_t n) {
+    const T* source[count];
+    Sum weight[count];
+    for (int j = 0; j < count; ++j) {
+        source[j] = from[j];
+        weight[j] = weights[j];
+    }
     for (int64_t i = 0; i < n; ++i) {
-        Sum sum = sums[at + i];
-        sum += wa * widen<Sum>(a[i]);
-        sum += wb * widen<Sum>(b[i]);
-        sum += wc * widen<Sum>(c[i]);
-        sum += wd * widen<Sum>(d[i]);
-        sums[at + i] = sum;
+        Sum sum = sums[i];
+        for (int j = 0; j < count; ++j) {
+            sum += weight[j] * widen<Sum>(source[j][i]);
+        }
+        sums[i] = sum;
+    }
+}
+
+// The same in strips, while the sources `next` (count of them, or none) are fetched at the same places: uploads are many short streams, which the
+// processor's own prefetcher does not follow.
+template <int count, class T, class Sum>
+HETLORA_INLINE void add_count(Sum* sums, const void* const* from, const Sum* weights, const void* const* next, int64_t n) {
+    const T* source[count];
+    for (int j = 0; j < count; ++j) {
+        source[j] = static_cast<const T*>(from[j]);
+    }
+    for (int64_t at = 0; at < n; at += kStrip) {
+        for (int j = 0; next != nullptr && j < count; ++j) {
+            for (int64_t line = 0; line < kStrip; line += 64 / static_cast<int64_t>(sizeof(T))) {
+                __builtin_prefetch(static_cast<const T*>(next[j]) + at + line, 0, 2);
+            }
+        }
+        if (at + kStrip <= n) {
+            add_strip<count>(sums + at, source, weights, kStrip);
+        } else {
+            add_strip<count>(sums + at, source, weights, n - at);
+        }
+        for (int j = 0; j < count; ++j) {
+            source[j] += kStrip;
+        }
     }
 }
 
 template <class T, class Sum>
-HETLORA_INLINE void add(Sum* __restrict sums, const void* const* from, const Sum* weights, int count, const void* const* next, int64_t n) {
-    if (count == kFan) {
-        const T* sources[kFan];
-        for (int j = 0; j < kFan; ++j) {
-            sources[j] = static_cast<const T*>(from[j]);
-        }
-        int64_t at = 0;
-        for (; at + kStrip <= n; at += kStrip) {
-            if (next != nullptr) {
-                for (int j = 0; j < kFan; ++j) {
-                    for (int64_t line = 0; line < kStrip; line += 64 / static_cast<int64_t>(sizeof(T))) {
-                        __builtin_prefetch(static_cast<const T*>(next[j]) + at + line, 0, 2);
-                    }
-                }
-            }
-            add_strip(sums, sources, weights, at, kStrip);
-        }
-        add_strip(sums, sources, weights, at, n - at);
-    } else {
-        const T* __restrict a = static_cast<const T*>(from[0]);
-        const Sum wa = weights[0];
-        for (int64_t i = 0; i < n; ++i) {
-            sums[i] += wa * widen<Sum>(a[i]);
-        }
+HETLORA_INLINE void add(Sum* sums, const void* const* from, const Sum* weights, int count, const void* const* next, int64_t n) {
+    switch (count) {
+        case 1:
+            return add_count<1, T>(sums, from, weights, next, n);
+        case 2:
+            return add_count<2, T>(sums, from, weights, next, n);
+        case 3:
+            return add_count<3, T>(sums, from, weights, next, n);
+        default:
+            return add_count<kFan, T>(sums, from, weights, next, n);
     }
 }
 
-// sums[i] += weights[0] from[0][i] + ... for 1 or kFan sources.
 HETLORA_CLONES void add_scaled(Type type, float* sums, const void* const* from, const float* weights, int count, const void* const* next, int64_t n) {
     HETLORA_FOR_TYPE(type, T, add<T>(sums, from, weights, count, next, n));
 }
@@ -86,6 +100,29 @@ struct Module {
     int64_t index, owned;              // owned: elements that some client owns
 };
 
+// Owners first .. first + size; those that own less of the tile drop out on the way, the order of the others stays.
+template <class Sum>
+void add_group(Type type, Sum* sums, const Owners<Sum>& owners, int64_t first, int64_t size, bool fetch_next) {
+    for (int64_t at = 0;;) {
+        const void* from[kFan];
+        Sum weights[kFan];
+        int64_t end = kTile;
+        int active = 0;
+        for (int64_t j = first; j < first + size; ++j) {
+            if (owners.counts[j] > at) {
+                from[active] = static_cast<const char*>(owners.from[j]) + at * size_of(type);
+                weights[active++] = owners.weights[j];
+                end = std::min(end, owners.counts[j]);
+            }
+        }
+        if (active == 0) {
+            return;
+        }
+        add_scaled(type, sums + at, from, weights, active, at == 0 && active == kFan && fetch_next ? &owners.from[first + kFan] : nullptr, end - at);
+        at = end;
+    }
+}
+
 template <class Sum>
 void sum_tile(const Module<Sum>& module, int64_t begin, int64_t n, Owners<Sum>& owners, Sum* sums) {
     const int64_t width = module.rows->width;
@@ -99,18 +136,8 @@ void sum_tile(const Module<Sum>& module, int64_t begin, int64_t n, Owners<Sum>& 
         }
     }
     std::fill(sums, sums + n, Sum{0});
-    const Type type = module.rows->type;
-    int64_t s = 0;
-    for (; s + kFan <= count; s += kFan) {
-        const int64_t common = *std::min_element(&owners.counts[s], &owners.counts[s] + kFan);
-        add_scaled(type, sums, &owners.from[s], &owners.weights[s], kFan, s + 2 * kFan <= count ? &owners.from[s + kFan] : nullptr, common);
-        for (int64_t j = s; j < s + kFan; ++j) {
-            const void* rest = static_cast<const char*>(owners.from[j]) + common * size_of(type);
-            add_scaled(type, sums + common, &rest, &owners.weights[j], 1, nullptr, owners.counts[j] - common);
-        }
-    }
-    for (; s < count; ++s) {
-        add_scaled(type, sums, &owners.from[s], &owners.weights[s], 1, nullptr, owners.counts[s]);
+    for (int64_t s = 0; s < count; s += kFan) {
+        add_group(module.rows->type, sums, owners, s, std::min<int64_t>(kFan, count - s), s + 2 * kFan <= count);
     }
 }
 

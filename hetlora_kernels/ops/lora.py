@@ -117,6 +117,8 @@ def _adapter_arguments(x, m, a, bt, layout, seg, scale, dropout, seeds):
         raise ValueError(f"seg: expected segments over the {rows} rows of x, got {seg.num_rows}")
     if seg.num_clients > clients:
         raise ValueError(f"seg: expected at most the layout's {clients} clients, got {seg.num_clients}")
+    if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
+        raise ValueError("scale: expected a constant, got a tensor that requires a gradient; scale is not trained")
     scales = layout.scales(scale, device, compute_dtype(x.dtype))
     seeds = None if dropout == 0 else _check_seeds(dropout, seeds, clients, device)
     keys = None if seeds is None else seg.keys_on(device)

@@ -124,6 +124,14 @@ def test_resumed_in_the_same_process_after_a_fold(tmp_path, uninterrupted, monke
     assert_same(simulate(cfg, resume=True, federation=federation), uninterrupted("stack", **SETTINGS["stack"]))
 
 
+def test_a_base_with_folded_updates_serves_no_other_run(tmp_path):
+    federation = fresh()
+    simulate(config(tmp_path / "run", merge="stack", rounds=1), federation=federation)
+    with pytest.raises(ConfigError, match=r"base model holds the folded updates of .*run"):
+        simulate(config(tmp_path / "other"), federation=federation)
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_line_cut_short_is_left_out(tmp_path, uninterrupted):
     cfg = config(tmp_path / "run", **SETTINGS["default"])
     with pytest.raises(Stop):
@@ -143,6 +151,27 @@ def killed(tmp_path_factory):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def test_killed_while_a_file_is_written(tmp_path, uninterrupted, monkeypatch):
+    """What a kill leaves of a file in the making is gone after the resumed run, and never taken for the file."""
+    cfg = config(tmp_path / "run")
+    replace, targets = os.replace, []
+
+    def stop_at_the_fourth(source, target):
+        targets.append(Path(target).name)
+        if targets.count("adapter_config.json") == 4:
+            raise Stop
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # a killed process cleans nothing up
+        patch.setattr(os, "replace", stop_at_the_fourth)
+        simulate(cfg, federation=fresh())
+    left = contents(tmp_path / "run")
+    assert len([name for name in left if name.endswith(".tmp")]) == 1 and all(left.values()), "the old file stands until the new one is whole"
+    assert_same(simulate(cfg, resume=True, federation=fresh()), uninterrupted("default"))
+    assert not [name for name in contents(tmp_path / "run") if name.endswith(".tmp")]
 
 
 @pytest.mark.parametrize("kind", list(SETTINGS))

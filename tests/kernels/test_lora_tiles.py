@@ -39,7 +39,7 @@ def test_no_bit_depends_on_the_number_of_threads(dtype, shuffled, backend, devic
         pytest.skip("the reference's products are the framework's")
     layer = large_layer(0.1, shuffled)
     seg, flat = layer.segments(), sum(r * n for r, n in zip(layer.ranks, layer.segments().lengths, strict=True))
-    x, a, bt = (t.to(device, dtype) for t in (layer.x, layer.a, layer.bt))
+    x, a = (t.to(device, dtype) for t in (layer.x, layer.a))
     case = (torch.tensor(layer.seeds, device=device), seg.keys_on(device), seg.index_on(device), layer.ranks, seg.starts, seg.lengths, 0.1)
     scale = torch.tensor(layer.scale, device=device)
     outcomes = []

@@ -1,0 +1,101 @@
+"""`python -m benchmarks.run --suite server --json FILE`: measure a suite and write its figures with device, versions and command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hetlora_kernels as hk
+from benchmarks import server
+from hetlora_kernels import _library
+
+SCHEMA = 1
+SUITES = {"server": server}
+LINE = (
+    "{op:32s} {shape:34.34s} K={clients:<5d}{dtype:9s} t={threads} {provider:26s} {median_s:10.5f} s {gb_per_s:7.1f} GB/s {ratio:6.2f} x {yardstick}"
+)
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    facts: dict[str, Any] = {"type": device.type, "cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform(terse=True)}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {"gpu": properties.name, "capability": f"{properties.major}.{properties.minor}", "memory_gb": round(properties.total_memory / 1e9, 1)}
+    return facts
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = found.get("model name", platform.machine())
+    family = f" (family {found['cpu family']}, model {found['model']})" if "cpu family" in found else ""
+    vectors = "AVX-512" if "avx512f" in found.get("flags", "").split() else "AVX2" if "avx2" in found.get("flags", "").split() else ""
+    return " ".join(part for part in (name + family, vectors) if part)
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "triton", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("--suite", choices=SUITES, required=True)
+    parser.add_argument("--json", type=Path, help="where to write; default: only print")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, nargs="*", help="thread counts; default: 1 and all cores on a CPU")
+    parser.add_argument("--seconds", type=float, default=4.0, help="time for each case and thread count")
+    parser.add_argument("--memory-gb", type=float, default=8.0, help="what a case may hold; uploads that need more are streamed")
+    parser.add_argument("--only", nargs="*", help="only these operations")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(argv)
+    device = torch.device(options.device)
+    counts = options.threads or ([1] if device.type == "cuda" else sorted({1, os.cpu_count() or 1}))
+    records: list[dict[str, Any]] = []
+    load_before = os.getloadavg()[0]
+    for case in SUITES[options.suite].cases(options, device):
+        for threads in counts:
+            for record in SUITES[options.suite].measure(case, options, device, threads):
+                records.append(record)
+                print(LINE.format(**record), flush=True)
+    result = {
+        "schema": SCHEMA,
+        "suite": options.suite,
+        "command": "python -m benchmarks.run " + shlex.join(argv if argv is not None else sys.argv[1:]),
+        "device": device_facts(device),
+        "versions": versions(),
+        "build": _library.build_info(),
+        "backends": {op: rung for op, (rung, _) in hk.backends(device.type).items()},
+        "load_average": {"before": load_before, "after": os.getloadavg()[0]},
+        "results": records,
+    }
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

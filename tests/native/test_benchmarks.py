@@ -1,0 +1,58 @@
+"""The benchmark runner: what it writes, that it refuses wrong results, and that the documented tables are those of the JSON files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+import torch
+
+from benchmarks import providers, run, server, tables
+from benchmarks.shapes import power_law_ranks
+
+OPTIONS = argparse.Namespace(quick=True, only=["aggregate"], memory_gb=1.0, seconds=0.01)
+
+
+def test_a_quick_run_writes_every_figure(tmp_path):
+    before = torch.get_num_threads()
+    file = tmp_path / "a.json"
+    try:
+        assert run.main(["--suite", "server", "--quick", "--seconds", "0.01", "--threads", "1", "--json", str(file)]) == 0
+    finally:
+        torch.set_num_threads(before)
+    data = json.loads(file.read_text())
+    assert data["schema"] == run.SCHEMA and data["device"]["cpu"] and data["versions"]["torch"] == torch.__version__ and "--quick" in data["command"]
+    assert {record["op"] for record in data["results"]} == {*providers.PROVIDERS, "adamw", "adamw, clipped and regularised"}
+    for record in data["results"]:
+        assert 0 < record["p20_s"] <= record["median_s"] <= record["p80_s"] and record["ratio"] > 0 and record["bytes"] > 0 and record["rounds"] >= 3
+    table = "\n".join(tables.summary_table(data) + tables.server_table(data))
+    assert table.count("\n") > 40 and "torch add_ loop" in table
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch):
+    def wrong(p):
+        work, result = providers.aggregate_out(p)
+        return work, lambda: [t * 1.01 for t in result()]
+
+    monkeypatch.setitem(providers.PROVIDERS["aggregate"], "wrong", wrong)
+    monkeypatch.setattr(server, "interleaved", lambda *arguments: pytest.fail("timed"))
+    case = next(server.cases(OPTIONS, torch.device("cpu")))
+    with pytest.raises(server.WrongResultError, match=r"wrong: aggregate .* is off by 1.00e-02; nothing is timed"):
+        server.measure(case, OPTIONS, torch.device("cpu"), torch.get_num_threads())
+
+
+def test_uploads_that_do_not_fit_are_streamed():
+    shape = [(4096, 4096)]
+    assert server.operations(shape, 1000, torch.float32, memory_gb=8)[:2] == ["aggregate", "truncate"]
+    assert server.operations(shape, 1000, torch.float32, memory_gb=0.1) == ["accumulate"]
+
+
+def test_power_law_ranks_are_within_the_bounds_and_mostly_small():
+    ranks = power_law_ranks(1000)
+    assert min(ranks) == 5 and 45 <= max(ranks) <= 50 and 12 <= sum(ranks) / 1000 <= 13
+    assert sum(rank < 10 for rank in ranks) > 500
+
+
+def test_documented_tables_are_those_of_the_json_files(capsys):
+    assert tables.main(["--check"]) == 0, capsys.readouterr().out
