@@ -77,7 +77,7 @@ class RankLayout:
         if values.dim() > 1 or (values.dim() == 1 and values.numel() != clients):
             raise ValueError(f"scale: expected a number or {clients} numbers, one per client, got shape {tuple(values.shape)}")
         values = values.expand(clients).contiguous()
-        if key is not None:
+        if key is not None and type(values) is Tensor and not values.is_inference():  # neither a tracer's nor one that backward would refuse
             self._scales = {key: values}
         return values
 

@@ -122,7 +122,7 @@ def _adapter_arguments(x, m, a, bt, layout, seg, scale, dropout, seeds):
     scales = layout.scales(scale, device, compute_dtype(x.dtype))
     seeds = None if dropout == 0 else _check_seeds(dropout, seeds, clients, device)
     keys = None if seeds is None else seg.keys_on(device)
-    return a, bt, scales, seeds, keys, seg.index_on(device), (layout.ranks, seg.starts, seg.lengths, float(dropout))
+    return a, bt, scales, seeds, keys, seg.index_on(device), (list(layout.ranks), seg.starts, seg.lengths, float(dropout))
 
 
 def _check_seeds(dropout: float, seeds: Tensor | None, clients: int, device: torch.device) -> Tensor | None:

@@ -135,6 +135,22 @@ def test_the_output_may_be_changed_in_place(device):
     assert all(same_bits(one, other) for one, other in zip(*grads, strict=True))
 
 
+def test_training_after_inference_mode_on_one_layout(device):
+    """What the layout keeps from the first call must serve the second."""
+    layer = make_layer([3], [0] * 6, 9, 7)
+    layout, seg = layer.layout(), layer.segments()
+
+    def run():
+        leaves = leaf_tensors(layer, torch.float32, None, device)
+        return hk.lora_linear(leaves["x"], leaves["weight"], None, leaves["a"], leaves["bt"], layout, seg, scale=0.5), leaves
+
+    with torch.inference_mode():
+        first, _ = run()
+    y, leaves = run()
+    y.sum().backward()
+    assert same_bits(first, y) and bool(leaves["a"].grad.isfinite().all())
+
+
 @pytest.mark.parametrize("backend", ["auto"], indirect=True)
 @pytest.mark.parametrize(
     ("change", "text"),
