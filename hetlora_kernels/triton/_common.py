@@ -153,7 +153,8 @@ def divide(numerator, denominator):
     """Correctly rounded quotient; Triton's `/` is 2 ulp off in float32."""
     if numerator.dtype == tl.float64:
         return numerator / denominator
-    return tl.div_rn(numerator, denominator)
+    else:
+        return tl.div_rn(numerator, denominator)
 
 
 @triton.jit
@@ -161,4 +162,5 @@ def square_root(value):
     """Correctly rounded square root; Triton's `sqrt` is approximate in float32."""
     if value.dtype == tl.float64:
         return tl.sqrt(value)
-    return tl.sqrt_rn(value)
+    else:
+        return tl.sqrt_rn(value)

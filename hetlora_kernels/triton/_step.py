@@ -112,7 +112,8 @@ def _prepare_kernel(
         decay = 1 - rate * tl.load(scalars + 3)
         rate = rate / (1 - tl.exp(count * tl.load(scalars + 4)))
         root = tl.sqrt(1 - tl.exp(count * tl.load(scalars + 5)))
-    target, kind = numbers + k * 4, numbers.dtype.element_ty
+    target = numbers + k * 4
+    kind: tl.constexpr = numbers.dtype.element_ty
     tl.store(target, factor.to(kind))
     tl.store(target + 1, decay.to(kind))
     tl.store(target + 2, rate.to(kind))

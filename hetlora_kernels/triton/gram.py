@@ -3,7 +3,7 @@
 Tile: SIDE x SIDE of one client's matrix over SPLIT columns, SIDE = 16, 32 or 64 by the client's rank; only tiles on or above the diagonal are computed
 and mirrored. A row wider than SPLIT is divided among programs; their planes are added in order by a second launch (no atomics, and a client's result
 does not depend on who else is in the call). Bytes: S d in (again per tile row for ranks above 64), sum r^2 out. Products in float32 without TF32, or in
-float64 for float64 and `exact`.
+float64 for float64 and `exact`, which first makes a float64 copy of narrower rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from hetlora_kernels.reference import compute_dtype
-from hetlora_kernels.triton._common import TYPES, contiguous, launch, layout_table, module_table, offsets, params, split_ranks
+from hetlora_kernels.triton._common import TYPES, alignment, contiguous, launch, layout_table, module_table, offsets, params, split_ranks
 
 
 def _side(rank: int) -> int:
@@ -48,15 +48,17 @@ def plane_size(ranks: tuple[int, ...]) -> int:
 
 
 @triton.jit
-def _tile_product(source, rank, width, first, last, i, j, T: tl.constexpr, ACC: tl.constexpr, SIDE: tl.constexpr, DEPTH: tl.constexpr):
+def _tile_product(source, rank, width, first, last, i, j, T: tl.constexpr, ACC: tl.constexpr, SIDE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr):
     """[SIDE, SIDE] products of the rows of tiles i and j over columns first .. last."""
-    left, right = i * SIDE + tl.arange(0, SIDE), j * SIDE + tl.arange(0, SIDE)
+    BYTES: tl.constexpr = 16 if ALIGN > 1 else 1  # promised for every row start: the compiler cannot see into the table
+    left, right = i * SIDE + tl.arange(0, SIDE)[:, None], j * SIDE + tl.arange(0, SIDE)[:, None]
     total = tl.zeros((SIDE, SIDE), dtype=ACC)
     for start in range(first, last, DEPTH):
-        column = start + tl.arange(0, DEPTH)
-        x = tl.load(source + left[:, None] * width + column[None, :], mask=(left[:, None] < rank) & (column[None, :] < last), other=0.0).to(ACC)
-        y = tl.load(source + right[None, :] * width + column[:, None], mask=(right[None, :] < rank) & (column[:, None] < last), other=0.0).to(ACC)
-        total += tl.dot(x, y, input_precision="ieee", out_dtype=ACC)
+        column = start + tl.arange(0, DEPTH)[None, :]
+        inside = tl.max_constancy(column < last, (1, ALIGN))
+        x = tl.load(tl.multiple_of(source + left * width + column, (1, BYTES)), mask=(left < rank) & inside, other=0.0).to(ACC)
+        y = tl.load(tl.multiple_of(source + right * width + column, (1, BYTES)), mask=(right < rank) & inside, other=0.0).to(ACC)
+        total += tl.dot(x, tl.trans(y), input_precision="ieee", out_dtype=ACC)
     return total
 
 
@@ -83,6 +85,7 @@ def _gram_kernel(
     ACC: tl.constexpr,
     SPLIT: tl.constexpr,
     DEPTH: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     entry = modules + tl.program_id(1) * 7
     width, layout = tl.load(entry + 3), layouts + tl.load(entry + 4)
@@ -98,11 +101,11 @@ def _gram_kernel(
     planes = tl.load(entry + 2).to(tl.pointer_type(ACC)) + tl.program_id(2) * tl.load(entry + 6) + tl.load(tile + 3)
     last, single = tl.minimum(first + SPLIT, width), width <= SPLIT
     if rank <= 16:
-        _store_tile(_tile_product(source, rank, width, first, last, i, j, T, ACC, 16, DEPTH), out, planes, rank, i, j, single, 16)
+        _store_tile(_tile_product(source, rank, width, first, last, i, j, T, ACC, 16, DEPTH, ALIGN), out, planes, rank, i, j, single, 16)
     elif rank <= 32:
-        _store_tile(_tile_product(source, rank, width, first, last, i, j, T, ACC, 32, DEPTH), out, planes, rank, i, j, single, 32)
+        _store_tile(_tile_product(source, rank, width, first, last, i, j, T, ACC, 32, DEPTH, ALIGN), out, planes, rank, i, j, single, 32)
     else:
-        _store_tile(_tile_product(source, rank, width, first, last, i, j, T, ACC, 64, DEPTH), out, planes, rank, i, j, single, 64)
+        _store_tile(_tile_product(source, rank, width, first, last, i, j, T, ACC, 64, DEPTH, ALIGN), out, planes, rank, i, j, single, 64)
 
 
 @triton.jit
@@ -142,12 +145,13 @@ def _gram_sum_kernel(
 
 def gram(rows, ranks, exact):
     """See `reference.gram`."""
-    rows = contiguous(rows)
+    # Triton's float64 tile product does not compile on operands that come from a narrower type.
+    rows = contiguous([r.double() for r in rows] if exact else rows)
     device, own = rows[0].device, split_ranks(ranks, len(rows))
     dtype = torch.float64 if exact else compute_dtype(rows[0].dtype)
     out = [torch.empty(sum(r * r for r in ranks_m), dtype=dtype, device=device) for ranks_m in own]
-    setting = params("gram", device)
-    split, warps = setting["SPLIT"], setting["num_warps"]
+    setting = params("gram_float64" if dtype == torch.float64 else "gram", device)
+    split, depth, warps = setting["SPLIT"], setting["DEPTH"], setting["num_warps"]
     widths, sizes, tiles = [r.shape[1] for r in rows], [plane_size(r) for r in own], [len(_tiles(r)) for r in own]
     splits = [triton.cdiv(w, split) for w in widths]
     firsts = offsets(tuple(n * size if n > 1 else 0 for n, size in zip(splits, sizes, strict=True)))
@@ -156,7 +160,17 @@ def gram(rows, ranks, exact):
     places = [planes.data_ptr() + first * planes.element_size() for first in firsts[:-1]]
     modules = module_table(device, rows, out, places, widths, where, tiles, sizes)
     common = {"SQUARES": squares, "TILES": tile_at, "ACC": TYPES[dtype], "SPLIT": split, "num_warps": warps}
-    launch(_gram_kernel, (max(tiles), len(rows), max(1, *splits)), device, modules, table, T=TYPES[rows[0].dtype], DEPTH=32, **common)
+    launch(
+        _gram_kernel,
+        (max(tiles), len(rows), max(1, *splits)),
+        device,
+        modules,
+        table,
+        T=TYPES[rows[0].dtype],
+        DEPTH=depth,
+        ALIGN=alignment(widths, rows),
+        **common,
+    )
     if max(splits) > 1:
         launch(_gram_sum_kernel, (max(tiles), len(rows)), device, modules, table, **common)
     return out

@@ -74,7 +74,7 @@ def main() -> None:
     for name in chosen:
         for kernel, args, kwargs in record(CASES[name]):
             compiled = compile_launch(kernel, args, kwargs, arch)
-            wide = len(re.findall(r"\b[lds]\w*\.global[\w.:]*\.v4\.b32|\b[lds]\w*\.global[\w.:]*\.v2\.b64", compiled.asm["ptx"]))
+            wide = len(re.findall(r"\b[lds]\w*\.global[\w.:]*\.v4\.b32|\b[lds]\w*\.global[\w.:]*\.v2\.b64|\bcp\.async\.cg", compiled.asm["ptx"]))
             line = {"case": name, "kernel": kernel.fn.__name__, "arch": arch, "warps": kwargs["num_warps"], "wide": wide, **resources(compiled)}
             print(json.dumps(line), flush=True)
 
