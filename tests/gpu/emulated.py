@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 ENGINE = HERE / "emulator"
 CSRC = HERE.parents[1] / "csrc" / "cuda"
 _SANITIZE = ["-fsanitize=address,alignment", "-fno-sanitize-recover=all"]
-_COMMON = ["g++", "-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror"]
+_COMMON = ["g++", "-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
 
 
 def cuda_include() -> Path | None:
@@ -47,8 +47,8 @@ def _compile(source: Path, target: Path, extra: list[str]) -> Path:
     return target
 
 
-def compile_kernel(source: Path, target: Path) -> Path:
-    return _compile(source, target, [*_SANITIZE, "-O1", "-x", "c++", "-include", str(ENGINE / "cuda_on_cpu.h"), f"-I{CSRC}"])
+def compile_kernel(source: Path, target: Path, headers: Path = CSRC) -> Path:
+    return _compile(source, target, [*_SANITIZE, "-O1", "-x", "c++", "-include", str(ENGINE / "cuda_on_cpu.h"), f"-I{headers}", "-Wno-switch"])
 
 
 def _compile_bindings(target: Path) -> Path:
