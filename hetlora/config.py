@@ -23,7 +23,7 @@ class Config(BaseModel):
     Raises `ConfigError` (from `Config.create` and `Config.from_file`) naming the setting, what was expected and what came.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, frozen=True, allow_inf_nan=False)
 
     # model
     model: str = _setting("demo", "model", "Causal language model: a local folder, a hub id, or 'demo' (a small byte-level decoder made on this machine).")

@@ -1,18 +1,21 @@
 """The `hetlora` operator library: schemas, the reference kernels, and which rung of the backend ladder serves each op.
 
 Schemas are defined once, here. The dispatcher is the selector: the reference is registered under CompositeExplicitAutograd, so it serves
-every device until a faster kernel is registered under that device's key.
+every device until a faster kernel is registered under that device's key: `_C_cpu.so` under CPU, `_C_cuda.so` under CUDA, and the Triton
+launchers under CUDA for the ops that `_C_cuda.so` lacks.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-from hetlora_kernels import reference
+from hetlora_kernels import _native, reference
+from hetlora_kernels._native import build_info as build_info
 
 _SEGMENT_ARGS = "Tensor? seeds, Tensor? row_keys, Tensor? index, int[] ranks, int[] starts, int[] lengths, float dropout"
 _STEP_ARGS = "Tensor lr, {step}Tensor active, Tensor? clip, Tensor? lam, int[] ranks, int[] keep"
@@ -37,6 +40,8 @@ RUNGS = ("reference", "cpu", "cuda", "triton")
 
 _library = torch.library.Library("hetlora", "DEF")
 _forced: str | None = None  # one per process, not per thread: the backward pass runs on autograd's own threads
+_compiled: dict[str, frozenset[str]] = {}  # rung whose library is loaded -> its ops
+_absent: dict[str, str] = {}  # rung whose library is not loaded -> why
 
 
 def _define() -> None:
@@ -45,34 +50,95 @@ def _define() -> None:
         _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
 
 
+def _load() -> None:
+    for rung in ("cpu", "cuda"):
+        reason = _native.load(rung)
+        if reason is None:
+            has = torch._C._dispatch_has_kernel_for_dispatch_key
+            _compiled[rung] = frozenset(name for name in SCHEMAS if has(f"hetlora::{name}", rung.upper()))
+        else:
+            _absent[rung] = reason
+    if torch.cuda.is_available():
+        for name, launch in _triton_ops().items():
+            if name not in _compiled.get("cuda", ()):
+                _library.impl(name, launch, "CUDA")
+
+
 def register_fake(name: str) -> Callable:
     """Decorator: the shape function of `hetlora::name`."""
     return torch.library.register_fake(f"hetlora::{name}", lib=_library)
 
 
+def _triton_absent() -> str | None:
+    """Why the Triton rung cannot run here; None when it can."""
+    if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+        return "no CUDA device (TRITON_INTERPRET=1 runs its kernels in Triton's interpreter)"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if importlib.util.find_spec("hetlora_kernels.triton") is None:
+        return "this version has no Triton kernels"
+    return None
+
+
+def _triton_ops() -> dict[str, Callable]:
+    """{op: launcher} of the Triton rung, each with the arguments of the op in `reference`; empty where it cannot run."""
+    if _triton_absent() is not None:
+        return {}
+    return importlib.import_module("hetlora_kernels.triton").OPS
+
+
+def absent() -> dict[str, str]:
+    """Rungs this process cannot run -> why."""
+    reasons = dict(_absent)
+    triton = _triton_absent()
+    return reasons if triton is None else {**reasons, "triton": triton}
+
+
 def available() -> dict[str, str]:
-    """Rungs this process can run -> why each is, or is not, there."""
-    return {"reference": "plain PyTorch, always present"}
+    """Rungs this process can run -> what each is."""
+    present = {
+        "reference": "plain PyTorch, always present",
+        "cpu": "C++ kernels for CPU tensors",
+        "cuda": "CUDA C++ kernels",
+        "triton": "Triton kernels" if torch.cuda.is_available() else "Triton kernels in Triton's interpreter",
+    }
+    missing = absent()
+    return {rung: text for rung, text in present.items() if rung not in missing}
 
 
 def _check_rung(rung: str, origin: str) -> str:
     if rung not in RUNGS:
         raise ValueError(f"{origin}: expected one of {', '.join(RUNGS)}, got {rung!r}")
     if rung not in available():
-        raise ValueError(f"{origin}: the {rung!r} rung is not available in this build; present: {', '.join(available())}")
+        raise ValueError(f"{origin}: the {rung!r} rung is not available ({absent()[rung]}); present: {', '.join(available())}")
     return rung
 
 
+def _has(name: str, rung: str) -> bool:
+    """Whether `rung` has a kernel of its own for the op."""
+    if rung == "triton":
+        return name in _triton_ops()
+    return rung == "reference" or name in _compiled.get(rung, ())
+
+
 def call(name: str) -> Callable:
-    """The callable that runs op `name` now: the dispatcher's choice, or the rung that `use_backend` or HETLORA_BACKEND forces."""
-    if _forced == "reference":
+    """The callable that runs op `name` now: the dispatcher's choice, or the rung that `use_backend` or HETLORA_BACKEND forces.
+
+    A forced rung that has no kernel for the op leaves it to the reference, which `backends` reports.
+    """
+    if _forced is not None and (_forced == "reference" or not _has(name, _forced)):
         return getattr(reference, name)
+    if _forced == "triton":
+        return _triton_ops()[name]
     return getattr(torch.ops.hetlora, name).default
 
 
 @contextmanager
 def use_backend(rung: str) -> Iterator[None]:
-    """Run every op of the process on one rung inside the block: for tests and benchmarks. `ValueError` for an unknown or absent rung."""
+    """Run every op of the process on one rung inside the block: for tests and benchmarks. `ValueError` for an unknown or absent rung.
+
+    Ops that the rung has no kernel for run on the reference; `backends` says which.
+    """
     global _forced
     before, _forced = _forced, _check_rung(rung, "use_backend")
     try:
@@ -81,12 +147,27 @@ def use_backend(rung: str) -> Iterator[None]:
         _forced = before
 
 
-def backends() -> dict[str, tuple[str, str]]:
-    """Which rung serves each op in this process, and why: {op: (rung, reason)}."""
-    reason = f"forced to {_forced!r}" if _forced else "no faster kernel is built for this op"
-    return {name: ("reference", reason) for name in SCHEMAS}
+def _chosen(name: str, device: str) -> tuple[str, str]:
+    if _forced is not None:
+        return (_forced, f"forced to {_forced!r}") if _has(name, _forced) else ("reference", f"forced to {_forced!r}, which has no kernel for this op")
+    ladder = ("cuda", "triton") if device == "cuda" else ("cpu",)
+    missing = absent()
+    for rung in ladder:
+        if _has(name, rung):
+            return rung, available()[rung]
+    return "reference", "; ".join(f"{rung}: {missing.get(rung, 'no kernel for this op')}" for rung in ladder)
+
+
+def backends(device: str | None = None) -> dict[str, tuple[str, str]]:
+    """Which rung serves each op on tensors of `device` in this process, and why: {op: (rung, reason)}.
+
+    device: "cpu" or "cuda"; default: "cuda" where there is a CUDA device.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return {name: _chosen(name, device) for name in SCHEMAS}
 
 
 _define()
+_load()
 if os.environ.get("HETLORA_BACKEND", "").strip():
     _forced = _check_rung(os.environ["HETLORA_BACKEND"].strip(), "environment variable HETLORA_BACKEND")

@@ -49,7 +49,7 @@ class AdapterBank:
             bound = 1 / math.sqrt(n) if n else 0.0
             draw = torch.empty(layout.max_rank, n, dtype=dtype, device=generator.device if generator else device)
             draw = draw.uniform_(-bound, bound, generator=generator).to(device)
-            a[name] = truncate(draw, layout)
+            a[name] = truncate([draw], layout)[0]
             bt[name] = torch.zeros(layout.total, m, dtype=dtype, device=device)
         self._set(shapes, layouts, a, bt)
 
@@ -125,12 +125,12 @@ class AdapterBank:
 
     def select(self, clients: Sequence[int]) -> AdapterBank:
         """A copy of some clients, in the order given."""
-        layouts = {name: RankLayout([layout.ranks[k] for k in clients]) for name, layout in self.layouts.items()}
 
         def pick(rows: Mapping[str, Tensor]) -> list[Tensor]:
             return [torch.cat([t.detach()[self.layouts[name].rows(k)] for k in clients] or [t.detach()[:0]]) for name, t in rows.items()]
 
-        return self._build(self.shapes, layouts, pick(self.a), pick(self.bt))
+        a, bt = pick(self.a), pick(self.bt)
+        return self._build(self.shapes, {name: RankLayout([layout.ranks[k] for k in clients]) for name, layout in self.layouts.items()}, a, bt)
 
     @classmethod
     def concat(cls, banks: Sequence[AdapterBank]) -> AdapterBank:
@@ -154,7 +154,7 @@ class AdapterBank:
         for side in ("a", "bt"):
             rows = list(getattr(self, side).values())
             kept = None if keep is None else list(getattr(keep, side).values())
-            merged.append(aggregate(rows, layouts, weights, max_rank, normalize=normalize, keep=kept))
+            merged.append(list(aggregate(rows, layouts, weights, max_rank, normalize=normalize, keep=kept)))
         return self._build(self.shapes, {name: RankLayout([max_rank]) for name in self.shapes}, *merged)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> AdapterBank:
@@ -218,6 +218,7 @@ class AdapterBank:
         for key, tensor in own.items():
             if tuple(tensor.shape) != tuple(state_dict[key].shape):
                 raise ValueError(f"state_dict: expected shape {tuple(tensor.shape)} for {key}, got {tuple(state_dict[key].shape)}")
+        for key, tensor in own.items():
             tensor.copy_(state_dict[key])
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def _int_list(name: str, values: Sequence[int] | Tensor) -> list[int]:
+def int_list(name: str, values: Sequence[int] | Tensor) -> list[int]:
     """`values` as Python integers; `TypeError` naming the argument for anything else."""
     if isinstance(values, Tensor):
         if values.dim() != 1 or values.dtype.is_floating_point or values.dtype in (torch.bool, torch.complex64, torch.complex128):
@@ -39,7 +39,7 @@ class RankLayout:
     __slots__ = ("_device_offsets", "max_rank", "offsets", "ranks", "total")
 
     def __init__(self, ranks: Sequence[int] | Tensor) -> None:
-        values = _int_list("ranks", ranks)
+        values = int_list("ranks", ranks)
         for k, rank in enumerate(values):
             if rank < 0:
                 raise ValueError(f"ranks: expected integers >= 0, got {rank} for client {k}")
@@ -54,7 +54,9 @@ class RankLayout:
         return len(self.ranks)
 
     def rows(self, client: int) -> slice:
-        """Rows of `client` in a packed buffer."""
+        """Rows of `client` in a packed buffer. `IndexError` unless 0 <= client < K: a negative index would give an empty slice."""
+        if not 0 <= client < len(self.ranks):
+            raise IndexError(f"client: expected 0 <= client < {len(self.ranks)}, got {client}")
         return slice(self.offsets[client], self.offsets[client + 1])
 
     def device_offsets(self, device: torch.device | str) -> Tensor:
@@ -105,7 +107,7 @@ class Segments:
 
         row_keys: int64 [sum(lengths)], default 0, 1, 2, ... within each client.
         """
-        counts = _int_list("lengths", lengths)
+        counts = int_list("lengths", lengths)
         for k, count in enumerate(counts):
             if count < 0:
                 raise ValueError(f"lengths: expected integers >= 0, got {count} for client {k}")
@@ -122,7 +124,7 @@ class Segments:
         num_clients: K, default the largest id + 1; an id outside -1 .. K - 1 is a `ValueError`.
         """
         device = ids.device if isinstance(ids, Tensor) else torch.device("cpu")
-        flat = torch.tensor(_int_list("ids", ids), dtype=torch.int64)
+        flat = torch.tensor(int_list("ids", ids), dtype=torch.int64)
         highest = int(flat.max()) if flat.numel() else -1
         count = highest + 1 if num_clients is None else int(num_clients)
         if flat.numel() and int(flat.min()) < -1:

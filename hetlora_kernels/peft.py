@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,11 @@ class _Attachment:
     """State shared by all attached layers of one model: the bank and the batch's clients."""
 
     def __init__(self, bank: AdapterBank, scale: float | Sequence[float] | Tensor, dropout: float) -> None:
+        shape, clients = tuple(torch.as_tensor(scale).shape), bank.num_clients
+        if shape not in ((), (clients,)):
+            raise ValueError(f"scale: expected a number or {clients} numbers, one per client, got shape {shape}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
         self.bank, self.scale, self.dropout = bank, scale, dropout
         self.base_requires_grad: dict[str, bool] = {}
         self.ids: Tensor | None = None  # [batch] or [batch, seq]
@@ -54,9 +60,9 @@ class _Attachment:
         rows = 1
         for size in leading:
             rows *= size
-        if rows % batch or (ids.dim() == 2 and rows != ids.numel()) or (len(leading) > 1 and leading[0] != batch):
+        length = rows // batch if batch else 0
+        if rows != length * batch or (ids.dim() == 2 and rows != ids.numel()) or (len(leading) > 1 and leading[0] != batch):
             raise ValueError(f"ids: expected one client per sequence, or per token, of an input with leading shape {leading}, got shape {tuple(ids.shape)}")
-        length = rows // batch
         per_token = ids[:, None].expand(batch, length) if ids.dim() == 1 else ids
         sequence = _sequence_index(ids) if self.sequence_index is None else self.sequence_index
         sequence = sequence[:, None] if sequence.dim() == 1 else sequence
@@ -81,7 +87,7 @@ def layer_seeds(seeds: Tensor, step: int | Tensor, module: int) -> Tensor:
     """int64 [K]: each client's dropout seed for one step and one module, mixed from (client seed, step, module index) by SplitMix64's finaliser."""
     state = seeds + torch.as_tensor(step, dtype=torch.int64, device=seeds.device) * _signed(0x9E3779B97F4A7C15)
     state = _mix64(state)
-    return _mix64(state + (module + 1) * 0x632BE59BD9B4E019)
+    return _mix64(state + _signed((module + 1) * 0x632BE59BD9B4E019))
 
 
 def _signed(value: int) -> int:
@@ -96,10 +102,12 @@ def _mix64(z: Tensor) -> Tensor:
     return z ^ ((z >> 31) & ((1 << 33) - 1))
 
 
-class _AttachedLayer:
+class _AttachedLayer(nn.Module):
     """Mixed in front of a layer's class: its forward adds the clients' LoRA terms. Parameters and state_dict keys stay the layer's own."""
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    _plain_linear: bool
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         shared, name, position = self.__dict__[_ATTACHMENT]
         bank = shared.bank
         layout, segments = bank.layouts[name], shared.segments(tuple(x.shape[:-1]))
@@ -107,7 +115,7 @@ class _AttachedLayer:
         seeds = None if shared.seeds is None or not shared.dropout else layer_seeds(shared.seeds, shared.step, position)
         options = {"scale": shared.scale, "dropout": shared.dropout, "seeds": seeds, "training": training}
         if type(self)._plain_linear:
-            return lora_linear(x, self.weight, self.bias, bank.a[name], bank.bt[name], layout, segments, **options)
+            return lora_linear(x, cast(Tensor, self.weight), cast("Tensor | None", self.bias), bank.a[name], bank.bt[name], layout, segments, **options)
         return lora_add(super().forward(x, *args, **kwargs), x, bank.a[name], bank.bt[name], layout, segments, **options)
 
     def _get_name(self) -> str:
@@ -168,7 +176,7 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
-def _layer_shape(layer: nn.Module) -> tuple[int, int] | None:
+def _layer_shape(layer: Any) -> tuple[int, int] | None:
     if hasattr(layer, "out_features") and hasattr(layer, "in_features"):
         return int(layer.out_features), int(layer.in_features)
     if hasattr(layer, "nf") and getattr(layer, "weight", None) is not None:
@@ -181,6 +189,24 @@ def _attachment(model: nn.Module) -> _Attachment:
         if _ATTACHMENT in module.__dict__:
             return module.__dict__[_ATTACHMENT][0]
     raise ValueError("model: no bank is attached; call attach(model, bank) first")
+
+
+def _client_table(ids: Sequence[int] | Tensor, clients: int) -> Tensor:
+    """`ids` as int64, [batch] or [batch, seq], each -1 or a client."""
+    table = torch.as_tensor(ids)
+    if table.numel() and (table.is_floating_point() or table.is_complex() or table.dtype == torch.bool):
+        raise TypeError(f"ids: expected integers, got {table.dtype}")
+    if table.dim() not in (1, 2):
+        raise ValueError(f"ids: expected shape [batch] or [batch, seq], got {tuple(table.shape)}")
+    if table.numel() and (int(table.min()) < -1 or int(table.max()) >= clients):
+        raise ValueError(f"ids: expected -1 (base only) or a client below {clients}, got values {int(table.min())} .. {int(table.max())}")
+    return table.to(torch.int64)
+
+
+def _check_step(step: int | Tensor, clients: int) -> None:
+    table = torch.as_tensor(step)
+    if table.is_floating_point() or table.is_complex() or tuple(table.shape) not in ((), (clients,)):
+        raise ValueError(f"step: expected an integer or ({clients},) integers, one per client, got {table.dtype} {tuple(table.shape)}")
 
 
 @contextmanager
@@ -200,16 +226,14 @@ def client_segments(
     Micro-batches of one step pass it, so that a row's mask does not depend on the split.
     """
     shared = _attachment(model)
-    table = torch.as_tensor(ids, dtype=torch.int64)
-    if table.dim() not in (1, 2):
-        raise ValueError(f"ids: expected shape [batch] or [batch, seq], got {tuple(table.shape)}")
     clients = shared.bank.num_clients
-    if table.numel() and (int(table.min()) < -1 or int(table.max()) >= clients):
-        raise ValueError(f"ids: expected -1 (base only) or a client below {clients}, got values {int(table.min())} .. {int(table.max())}")
+    table = _client_table(ids, clients)
     if seeds is not None and (seeds.dtype != torch.int64 or tuple(seeds.shape) != (clients,)):
         raise ValueError(f"seeds: expected an int64 tensor of shape ({clients},), got {seeds.dtype} {tuple(seeds.shape)}")
-    if sequence_index is not None and tuple(sequence_index.shape) != (table.shape[0],):
-        raise ValueError(f"sequence_index: expected shape ({table.shape[0]},), one per sequence, got {tuple(sequence_index.shape)}")
+    _check_step(step, clients)
+    if sequence_index is not None and (sequence_index.dtype != torch.int64 or tuple(sequence_index.shape) != (table.shape[0],)):
+        got = f"{sequence_index.dtype} {tuple(sequence_index.shape)}"
+        raise ValueError(f"sequence_index: expected an int64 tensor of shape ({table.shape[0]},), one per sequence, got {got}")
     before = (shared.ids, shared.sequence_index, shared.seeds, shared.step)
     shared.set_batch(table, sequence_index, None if seeds is None else seeds.to(shared.bank.device), step)
     try:
@@ -238,8 +262,8 @@ def client_losses(
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
     if logits.dim() != 3 or tuple(labels.shape) != tuple(logits.shape[:2]):
         raise ValueError(f"labels: expected shape {tuple(logits.shape[:2])} as logits [batch, seq, vocab], got {tuple(labels.shape)}")
-    table = torch.as_tensor(ids, dtype=torch.int64, device=logits.device)
-    if table.shape[0] != labels.shape[0] or table.dim() not in (1, 2) or (table.dim() == 2 and table.shape != labels.shape):
+    table = _client_table(ids, num_clients).to(logits.device)
+    if table.shape[0] != labels.shape[0] or (table.dim() == 2 and table.shape != labels.shape):
         raise ValueError(f"ids: expected shape ({labels.shape[0]},) or {tuple(labels.shape)}, got {tuple(table.shape)}")
     table = table[:, None].expand(labels.shape) if table.dim() == 1 else table
     if shift:

@@ -83,8 +83,10 @@ def _segments(ranks: list[int], starts: list[int], lengths: list[int]):
         flat += rank * length
 
 
-def _take(x: Tensor, index: Tensor | None, start: int, length: int) -> Tensor:
-    return x[start : start + length] if index is None else x[index[start : start + length]]
+def _take(x: Tensor, index: Tensor | None, start: int, length: int, dtype: torch.dtype) -> Tensor:
+    """One client's rows of x in `dtype`, in memory of their own: a BLAS may round otherwise at another alignment, and a client's gradients
+    must have the same bits alone and beside others."""
+    return x[start : start + length].to(dtype, copy=True) if index is None else x[index[start : start + length]].to(dtype)
 
 
 def shrink(x, rows, scale, seeds, row_keys, index, ranks, starts, lengths, dropout):
@@ -92,10 +94,10 @@ def shrink(x, rows, scale, seeds, row_keys, index, ranks, starts, lengths, dropo
     out = x.new_zeros(sum(r * n for r, n in zip(ranks, lengths, strict=False)))
     dtype = compute_dtype(x.dtype)
     for k, row, rank, start, length, flat in _segments(ranks, starts, lengths):
-        own = _take(x, index, start, length).to(dtype)
+        own = _take(x, index, start, length, dtype)
         if seeds is not None:
             own = _drop(own, seeds[k], row_keys[start : start + length], dropout)
-        product = own @ rows[row : row + rank].to(x.dtype).to(dtype).t() * scale[k]
+        product = own @ rows[row : row + rank].to(x.dtype).to(dtype, copy=True).t() * scale[k]
         out[flat : flat + rank * length] = product.reshape(-1).to(x.dtype)
     return out
 
@@ -120,10 +122,10 @@ def grouped_gram(s, x, seeds, row_keys, index, ranks, starts, lengths, dropout, 
     out = x.new_zeros((sum(ranks), x.shape[1]), dtype=dtype)
     compute = compute_dtype(x.dtype)
     for k, row, rank, start, length, flat in _segments(ranks, starts, lengths):
-        own = _take(x, index, start, length).to(compute)
+        own = _take(x, index, start, length, compute)
         if seeds is not None:
             own = _drop(own, seeds[k], row_keys[start : start + length], dropout)
-        out[row : row + rank] = (s[flat : flat + rank * length].view(length, rank).to(compute).t() @ own).to(dtype)
+        out[row : row + rank] = (s[flat : flat + rank * length].view(length, rank).to(compute, copy=True).t() @ own).to(dtype)
     return out
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hetlora_kernels.layout import RankLayout
+from hetlora_kernels.layout import RankLayout, int_list
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Layouts = RankLayout | Sequence[RankLayout]
@@ -64,13 +65,11 @@ def prepare(name: str, tensors: Tensor | Sequence[Tensor], layout: Layouts) -> t
     return listed, many, layouts
 
 
-def client_integers(name: str, values: object, layouts: Sequence[RankLayout]) -> list[int]:
+def client_integers(name: str, values: Any, layouts: Sequence[RankLayout]) -> list[int]:
     """`values` (one per client, or one sequence per module) as [M * K] integers >= 0."""
-    from hetlora_kernels.layout import _int_list
-
     clients = layouts[0].num_clients
     nested = isinstance(values, (list, tuple)) and values and isinstance(values[0], (list, tuple))
-    per_module = [_int_list(name, v) for v in values] if nested else [_int_list(name, values)] * len(layouts)  # type: ignore[union-attr, arg-type]
+    per_module = [int_list(name, v) for v in values] if nested else [int_list(name, values)] * len(layouts)
     if len(per_module) != len(layouts):
         raise ValueError(f"{name}: expected one sequence per module ({len(layouts)}), got {len(per_module)}")
     for own in per_module:

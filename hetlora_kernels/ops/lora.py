@@ -77,9 +77,14 @@ def lora_add(
     base_out: [..., m] the base layer's output; its type is the result's.   x: [..., n] the base layer's input.
     The other arguments, gradients and errors are those of `lora_linear`; the gradient of base_out is that of the result.
     """
-    if not isinstance(base_out, Tensor) or not isinstance(x, Tensor) or base_out.shape[:-1] != x.shape[:-1]:
-        raise ValueError(f"base_out: expected the leading shape of x, got {getattr(base_out, 'shape', base_out)} for x {getattr(x, 'shape', x)}")
     _check_input(x, None)
+    if not isinstance(base_out, Tensor) or base_out.dtype not in FLOATS:
+        got = base_out.dtype if isinstance(base_out, Tensor) else type(base_out).__name__
+        raise TypeError(f"base_out: expected a float32, bfloat16, float16 or float64 tensor, got {got}")
+    if base_out.shape[:-1] != x.shape[:-1] or base_out.device != x.device:
+        raise ValueError(
+            f"base_out: expected the leading shape and device of x {tuple(x.shape)} on {x.device}, got {tuple(base_out.shape)} on {base_out.device}"
+        )
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     m = base_out.shape[-1]

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from hetlora_kernels._library import call, register_fake
 from hetlora_kernels.ops._lists import FLOATS, Layouts, flat_ranks, module_layouts, module_list, outputs
+
+
+@overload
+def truncate(bank_rows: Tensor, layout: Layouts, dtype: torch.dtype | None = ..., dense: bool = ..., out: Tensor | None = ...) -> Tensor: ...
+
+
+@overload
+def truncate(
+    bank_rows: Sequence[Tensor], layout: Layouts, dtype: torch.dtype | None = ..., dense: bool = ..., out: Sequence[Tensor] | None = ...
+) -> list[Tensor]: ...
 
 
 def truncate(

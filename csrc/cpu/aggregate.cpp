@@ -1,0 +1,239 @@
+// aggregate_: out[i] = sum over the clients k with r_k > i of weights[k] * rows_k[i], for all modules in one call; and accumulate_, one client at a time.
+//
+// A task owns kTile consecutive elements of one module's result. It keeps their sums in L1 and sweeps over the clients in order, four at a time: each
+// element of each upload is read once from memory, and the sums are read and written in L1 once for four uploads. One upload a sweep reached 23 GB/s where
+// four reach 42 (copy: 40). The sum over clients is a plain chain in client order, so the result does not depend on tiles, fours or threads, and
+// aggregate_ equals accumulate_ of the same uploads to the bit. Bytes: the uploads once, the result once.
+#include "tensors.h"
+
+namespace hetlora {
+namespace {
+
+constexpr int64_t kTile = 4096;
+constexpr int kFan = 4;
+
+struct Tile {
+    int64_t module, begin;
+};
+
+constexpr int64_t kStrip = 64;
+
+template <class T, class Sum>
+HETLORA_INLINE void add_strip(Sum* __restrict sums, const T* const* from, const Sum* weights, int64_t at, int64_t n) {
+    const T *__restrict a = from[0] + at, *__restrict b = from[1] + at, *__restrict c = from[2] + at, *__restrict d = from[3] + at;
+    const Sum wa = weights[0], wb = weights[1], wc = weights[2], wd = weights[3];
+    for (int64_t i = 0; i < n; ++i) {
+        Sum sum = sums[at + i];
+        sum += wa * widen<Sum>(a[i]);
+        sum += wb * widen<Sum>(b[i]);
+        sum += wc * widen<Sum>(c[i]);
+        sum += wd * widen<Sum>(d[i]);
+        sums[at + i] = sum;
+    }
+}
+
+template <class T, class Sum>
+HETLORA_INLINE void add(Sum* __restrict sums, const void* const* from, const Sum* weights, int count, const void* const* next, int64_t n) {
+    if (count == kFan) {
+        const T* sources[kFan];
+        for (int j = 0; j < kFan; ++j) {
+            sources[j] = static_cast<const T*>(from[j]);
+        }
+        int64_t at = 0;
+        for (; at + kStrip <= n; at += kStrip) {
+            if (next != nullptr) {
+                for (int j = 0; j < kFan; ++j) {
+                    for (int64_t line = 0; line < kStrip; line += 64 / static_cast<int64_t>(sizeof(T))) {
+                        __builtin_prefetch(static_cast<const T*>(next[j]) + at + line, 0, 2);
+                    }
+                }
+            }
+            add_strip(sums, sources, weights, at, kStrip);
+        }
+        add_strip(sums, sources, weights, at, n - at);
+    } else {
+        const T* __restrict a = static_cast<const T*>(from[0]);
+        const Sum wa = weights[0];
+        for (int64_t i = 0; i < n; ++i) {
+            sums[i] += wa * widen<Sum>(a[i]);
+        }
+    }
+}
+
+// sums[i] += weights[0] from[0][i] + ... for 1 or kFan sources.
+HETLORA_CLONES void add_scaled(Type type, float* sums, const void* const* from, const float* weights, int count, const void* const* next, int64_t n) {
+    HETLORA_FOR_TYPE(type, T, add<T>(sums, from, weights, count, next, n));
+}
+HETLORA_CLONES void add_scaled(Type type, double* sums, const void* const* from, const double* weights, int count, const void* const* next, int64_t n) {
+    HETLORA_FOR_TYPE(type, T, add<T>(sums, from, weights, count, next, n));
+}
+
+// What a part needs besides the tile: the clients that own some of it.
+template <class Sum>
+struct Owners {
+    std::vector<const void*> from;
+    std::vector<Sum> weights;
+    std::vector<int64_t> counts;
+    explicit Owners(int64_t clients) : from(clients), weights(clients), counts(clients) {}
+};
+
+template <class Sum>
+struct Module {
+    const Matrix *out, *rows, *keep;
+    const Layout* layout;
+    const Sum* weights;                // [K]
+    std::vector<Sum> owner_weight;     // [R], total weight of the clients that own a row; empty: do not divide
+    int64_t index, owned;              // owned: elements that some client owns
+};
+
+template <class Sum>
+void sum_tile(const Module<Sum>& module, int64_t begin, int64_t n, Owners<Sum>& owners, Sum* sums) {
+    const int64_t width = module.rows->width;
+    int64_t count = 0;
+    for (int64_t k = 0; k < module.layout->clients(); ++k) {
+        const int64_t have = module.layout->rank(module.index, k) * width - begin;
+        if (have > 0) {
+            owners.from[count] = module.rows->at(module.layout->first_row(module.index, k) * width + begin);
+            owners.weights[count] = module.weights[k];
+            owners.counts[count++] = std::min(have, n);
+        }
+    }
+    std::fill(sums, sums + n, Sum{0});
+    const Type type = module.rows->type;
+    int64_t s = 0;
+    for (; s + kFan <= count; s += kFan) {
+        const int64_t common = *std::min_element(&owners.counts[s], &owners.counts[s] + kFan);
+        add_scaled(type, sums, &owners.from[s], &owners.weights[s], kFan, s + 2 * kFan <= count ? &owners.from[s + kFan] : nullptr, common);
+        for (int64_t j = s; j < s + kFan; ++j) {
+            const void* rest = static_cast<const char*>(owners.from[j]) + common * size_of(type);
+            add_scaled(type, sums + common, &rest, &owners.weights[j], 1, nullptr, owners.counts[j] - common);
+        }
+    }
+    for (; s < count; ++s) {
+        add_scaled(type, sums, &owners.from[s], &owners.weights[s], 1, nullptr, owners.counts[s]);
+    }
+}
+
+template <class Sum>
+void finish_tile(const Module<Sum>& module, int64_t begin, int64_t n, Sum* sums) {
+    const int64_t width = module.rows->width, owned = std::clamp<int64_t>(module.owned - begin, 0, n);
+    for (int64_t i = 0; i < owned && !module.owner_weight.empty();) {
+        const int64_t row = (begin + i) / width, end = std::min(owned, (row + 1) * width - begin);
+        const Sum total = module.owner_weight[row];
+        for (; i < end; ++i) {
+            sums[i] = total != 0 ? sums[i] / total : Sum{0};
+        }
+    }
+    if (module.keep != nullptr && owned < n) {
+        load_block(module.keep->type, module.keep->at(begin + owned), sums + owned, n - owned);
+    }
+    store_block(module.out->type, module.out->at(begin), sums, n);
+}
+
+template <class Sum>
+void run(std::vector<Module<Sum>>& modules, const std::vector<Tile>& tiles, int64_t bytes) {
+    const int64_t count = static_cast<int64_t>(tiles.size()), parts = part_count(count, bytes);
+    std::vector<Owners<Sum>> scratch(static_cast<size_t>(parts), Owners<Sum>(modules.empty() ? 0 : modules[0].layout->clients()));
+    for_tasks(parts, count, [&](int64_t part, int64_t task) {
+        const Module<Sum>& module = modules[tiles[task].module];
+        const int64_t begin = tiles[task].begin, n = std::min(kTile, module.out->rows * module.out->width - begin);
+        alignas(64) Sum sums[kTile];
+        sum_tile(module, begin, n, scratch[part], sums);
+        finish_tile(module, begin, n, sums);
+    });
+}
+
+template <class Sum>
+void aggregate_as(std::vector<Matrix>& outs, std::vector<Matrix>& rows, std::vector<Matrix>& keep, const Layout& layout, const std::vector<double>& weights,
+                  bool divide) {
+    std::vector<Sum> table(weights.size());  // [M][K]
+    std::vector<Module<Sum>> modules;
+    std::vector<Tile> tiles;
+    int64_t bytes = 0;
+    for (int64_t m = 0; m < layout.modules(); ++m) {
+        Sum* own = table.data() + m * layout.clients();
+        Module<Sum> module{&outs[m], &rows[m], keep.empty() ? nullptr : &keep[m], &layout, own, {}, m, layout.largest(m) * rows[m].width};
+        module.owner_weight.resize(divide ? static_cast<size_t>(layout.largest(m)) : 0);
+        for (int64_t k = 0; k < layout.clients(); ++k) {
+            own[k] = static_cast<Sum>(weights[k * layout.modules() + m]);
+            for (int64_t i = 0; divide && i < layout.rank(m, k); ++i) {
+                module.owner_weight[i] += own[k];
+            }
+        }
+        modules.push_back(std::move(module));
+        for (int64_t begin = 0; begin < outs[m].rows * outs[m].width; begin += kTile) {
+            tiles.push_back({m, begin});
+        }
+        bytes += rows[m].rows * rows[m].width * size_of(rows[m].type) + outs[m].rows * outs[m].width * size_of(outs[m].type);
+    }
+    run(modules, tiles, bytes);
+}
+
+void aggregate(const std::vector<Tensor>& out_list, const std::vector<Tensor>& row_list, const Tensor& weights, const std::vector<Tensor>& keep_list,
+               const std::vector<int64_t>& ranks, bool owners) {
+    std::vector<Matrix> rows = matrices("rows", row_list, row_list.size());
+    std::vector<Matrix> outs = matrices("out", out_list, rows.size());
+    std::vector<Matrix> keep = matrices("keep", keep_list, keep_list.empty() ? 0 : rows.size());
+    const Layout layout(ranks, rows.size(), rows_of(rows));
+    for (int64_t m = 0; m < layout.modules(); ++m) {
+        STD_TORCH_CHECK(outs[m].width == rows[m].width, "out: expected width ", rows[m].width, ", got ", outs[m].width);
+        STD_TORCH_CHECK(outs[m].rows >= layout.largest(m), "out: expected at least ", layout.largest(m), " rows, got ", outs[m].rows);
+        STD_TORCH_CHECK(keep.empty() || (keep[m].rows == outs[m].rows && keep[m].width == outs[m].width), "keep: expected the shape of out");
+    }
+    const std::vector<double> table = numbers("weights", weights, layout.clients() * layout.modules());
+    if (!rows.empty() && rows[0].type == Type::f64) {
+        aggregate_as<double>(outs, rows, keep, layout, table, owners);
+    } else {
+        aggregate_as<float>(outs, rows, keep, layout, table, owners);
+    }
+    for (Matrix& out : outs) {
+        out.write_back();
+    }
+}
+
+template <class Sum>
+void accumulate_as(std::vector<Matrix>& totals, const std::vector<Matrix>& rows, const std::vector<double>& weights) {
+    std::vector<Tile> tiles;
+    int64_t bytes = 0;
+    for (size_t m = 0; m < rows.size(); ++m) {
+        for (int64_t begin = 0; begin < rows[m].rows * rows[m].width; begin += kTile) {
+            tiles.push_back({static_cast<int64_t>(m), begin});
+        }
+        bytes += rows[m].rows * rows[m].width * (size_of(rows[m].type) + 2 * static_cast<int64_t>(sizeof(Sum)));
+    }
+    const int64_t count = static_cast<int64_t>(tiles.size());
+    for_tasks(part_count(count, bytes), count, [&](int64_t, int64_t task) {
+        const Matrix& from = rows[tiles[task].module];
+        const int64_t begin = tiles[task].begin, n = std::min(kTile, from.rows * from.width - begin);
+        const void* source = from.at(begin);
+        const Sum weight = static_cast<Sum>(weights[tiles[task].module]);
+        add_scaled(from.type, reinterpret_cast<Sum*>(totals[tiles[task].module].at(begin)), &source, &weight, 1, nullptr, n);
+    });
+}
+
+void accumulate(const std::vector<Tensor>& total_list, const std::vector<Tensor>& row_list, const Tensor& weights) {
+    std::vector<Matrix> rows = matrices("rows", row_list, row_list.size());
+    std::vector<Matrix> totals = matrices("total", total_list, rows.size());
+    for (size_t m = 0; m < rows.size(); ++m) {
+        STD_TORCH_CHECK(totals[m].width == rows[m].width && totals[m].rows >= rows[m].rows, "rows: expected at most ", totals[m].rows, " rows of width ",
+                        totals[m].width, ", got ", rows[m].rows, " of ", rows[m].width);
+        STD_TORCH_CHECK(totals[m].type == Type::f32 || totals[m].type == Type::f64, "total: expected float32 or float64");
+    }
+    const std::vector<double> table = numbers("weights", weights, static_cast<int64_t>(rows.size()));
+    if (!totals.empty() && totals[0].type == Type::f64) {
+        accumulate_as<double>(totals, rows, table);
+    } else {
+        accumulate_as<float>(totals, rows, table);
+    }
+    for (Matrix& total : totals) {
+        total.write_back();
+    }
+}
+
+}  // namespace
+}  // namespace hetlora
+
+STABLE_TORCH_LIBRARY_IMPL(hetlora, CPU, library) {
+    library.impl("aggregate_", TORCH_BOX(&hetlora::aggregate));
+    library.impl("accumulate_", TORCH_BOX(&hetlora::accumulate));
+}

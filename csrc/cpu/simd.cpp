@@ -1,0 +1,99 @@
+#include "simd.h"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace hetlora {
+namespace {
+
+template <class T, class Sum>
+HETLORA_INLINE void load(const T* __restrict from, Sum* __restrict to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        to[i] = widen<Sum>(from[i]);
+    }
+}
+
+template <class T, class Sum>
+HETLORA_INLINE void store(T* __restrict to, const Sum* __restrict from, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        narrow(from[i], to + i);
+    }
+}
+
+// Sixteen running sums hide the latency of the additions and fix their order.
+template <class T>
+HETLORA_INLINE double squares(const T* __restrict from, int64_t n) {
+    typedef double Lanes __attribute__((vector_size(64)));
+    Lanes low{}, high{};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        Lanes a, b;
+        for (int j = 0; j < 8; ++j) {
+            a[j] = widen<double>(from[i + j]);
+            b[j] = widen<double>(from[i + 8 + j]);
+        }
+        low += a * a;
+        high += b * b;
+    }
+    double sum = 0;
+    for (; i < n; ++i) {
+        const double x = widen<double>(from[i]);
+        sum += x * x;
+    }
+    low += high;
+    for (int j = 0; j < 8; ++j) {
+        sum += low[j];
+    }
+    return sum;
+}
+
+}  // namespace
+
+HETLORA_CLONES void load_block(Type type, const void* from, float* to, int64_t n) {
+    HETLORA_FOR_TYPE(type, T, load(static_cast<const T*>(from), to, n));
+}
+HETLORA_CLONES void load_block(Type type, const void* from, double* to, int64_t n) {
+    HETLORA_FOR_TYPE(type, T, load(static_cast<const T*>(from), to, n));
+}
+HETLORA_CLONES void store_block(Type type, void* to, const float* from, int64_t n) {
+    HETLORA_FOR_TYPE(type, T, store(static_cast<T*>(to), from, n));
+}
+HETLORA_CLONES void store_block(Type type, void* to, const double* from, int64_t n) {
+    HETLORA_FOR_TYPE(type, T, store(static_cast<T*>(to), from, n));
+}
+HETLORA_CLONES double sum_squares(Type type, const void* from, int64_t n) {
+    double sum = 0;
+    HETLORA_FOR_TYPE(type, T, sum = squares(static_cast<const T*>(from), n));
+    return sum;
+}
+
+void copy_block(void* to, const void* from, int64_t bytes, bool stream) {
+#if defined(__SSE2__)
+    if (stream) {
+        auto* target = static_cast<char*>(to);
+        const auto* source = static_cast<const char*>(from);
+        // Whole cache lines only: a partly streamed line costs a read of memory after all.
+        const int64_t head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) & 63);
+        int64_t i = head < bytes ? head : bytes;
+        std::memcpy(target, source, static_cast<size_t>(i));
+        for (; i + 64 <= bytes; i += 64) {
+            for (int j = 0; j < 64; j += 16) {
+                _mm_stream_si128(reinterpret_cast<__m128i*>(target + i + j), _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i + j)));
+            }
+        }
+        std::memcpy(target + i, source + i, static_cast<size_t>(bytes - i));
+        return;
+    }
+#endif
+    (void)stream;
+    std::memcpy(to, from, static_cast<size_t>(bytes));
+}
+
+void stream_fence() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+}  // namespace hetlora

@@ -1,0 +1,167 @@
+// Between torch's tensors and the kernels: checks of memory safety (meaning is checked in Python), packed rows, and the split of work over threads.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "simd.h"
+
+namespace hetlora {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Type type_of(const char* name, const Tensor& tensor) {
+    switch (tensor.scalar_type()) {
+        case ScalarType::Float:
+            return Type::f32;
+        case ScalarType::BFloat16:
+            return Type::bf16;
+        case ScalarType::Half:
+            return Type::f16;
+        case ScalarType::Double:
+            return Type::f64;
+        default:
+            STD_TORCH_CHECK(false, name, ": expected float32, bfloat16, float16 or float64");
+    }
+    return Type::f32;
+}
+
+// A dense [rows, width] matrix. `write_back` ends an op that wrote to a tensor which was not contiguous.
+class Matrix {
+  public:
+    Matrix(const char* name, const Tensor& tensor) : tensor_(tensor), dense_(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor)) {
+        STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
+        STD_TORCH_CHECK(tensor.dim() >= 2, name, ": expected 2 dimensions, got ", tensor.dim());
+        type = type_of(name, tensor);
+        width = tensor.size(tensor.dim() - 1);
+        rows = tensor.size(tensor.dim() - 2);
+        data = static_cast<char*>(const_cast<void*>(dense_.const_data_ptr()));
+    }
+
+    // Element i of the matrix read as one row after another.
+    char* at(int64_t i) const { return data + i * size_of(type); }
+    void write_back() {
+        if (!tensor_.is_contiguous()) {
+            torch::stable::copy_(tensor_, dense_);
+        }
+    }
+    int64_t planes() const { return tensor_.dim() == 3 ? tensor_.size(0) : 1; }
+    int64_t dim() const { return tensor_.dim(); }
+
+    Type type;
+    int64_t rows, width;
+    char* data;
+
+  private:
+    Tensor tensor_, dense_;
+};
+
+inline std::vector<Matrix> matrices(const char* name, const std::vector<Tensor>& tensors, size_t expected, int64_t dim = 2) {
+    STD_TORCH_CHECK(tensors.size() == expected, name, ": expected ", expected, " tensors, got ", tensors.size());
+    std::vector<Matrix> out;
+    out.reserve(tensors.size());
+    for (const Tensor& tensor : tensors) {
+        out.emplace_back(name, tensor);
+        STD_TORCH_CHECK(tensor.dim() == dim, name, ": expected ", dim, " dimensions, got ", tensor.dim());
+        STD_TORCH_CHECK(out.back().type == out.front().type, name, ": expected one element type");
+    }
+    return out;
+}
+
+// Ranks and first rows of K clients in M modules, from the flat list of the schemas. `rows[m]` is what the ranks of module m must sum to; -1: not known.
+class Layout {
+  public:
+    Layout(const std::vector<int64_t>& ranks, size_t modules, const std::vector<int64_t>& rows) : modules_(static_cast<int64_t>(modules)), ranks_(ranks) {
+        STD_TORCH_CHECK(modules == 0 ? ranks.empty() : ranks.size() % modules == 0, "ranks: expected a multiple of ", modules, " integers, got ", ranks.size());
+        clients_ = modules == 0 ? 0 : static_cast<int64_t>(ranks.size() / modules);
+        first_.resize(ranks.size());
+        for (int64_t m = 0; m < modules_; ++m) {
+            int64_t row = 0;
+            for (int64_t k = 0; k < clients_; ++k) {
+                const int64_t rank = this->rank(m, k);
+                STD_TORCH_CHECK(rank >= 0 && rank < (int64_t{1} << 40), "ranks: expected integers >= 0, got ", rank);
+                first_[m * clients_ + k] = row;
+                row += rank;
+            }
+            STD_TORCH_CHECK(rows[m] < 0 || row == rows[m], "ranks: expected a sum of ", rows[m], " (the rows of module ", m, "), got ", row);
+        }
+    }
+
+    int64_t modules() const { return modules_; }
+    int64_t clients() const { return clients_; }
+    int64_t rank(int64_t module, int64_t client) const { return ranks_[module * clients_ + client]; }
+    int64_t first_row(int64_t module, int64_t client) const { return first_[module * clients_ + client]; }
+    int64_t largest(int64_t module) const {
+        int64_t out = 0;
+        for (int64_t k = 0; k < clients_; ++k) {
+            out = std::max(out, rank(module, k));
+        }
+        return out;
+    }
+
+  private:
+    int64_t modules_, clients_;
+    const std::vector<int64_t>& ranks_;
+    std::vector<int64_t> first_;
+};
+
+inline std::vector<int64_t> rows_of(const std::vector<Matrix>& list) {
+    std::vector<int64_t> out;
+    for (const Matrix& each : list) {
+        out.push_back(each.rows);
+    }
+    return out;
+}
+
+// `expected` numbers of any type as double.
+inline std::vector<double> numbers(const char* name, const Tensor& tensor, int64_t expected) {
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.numel() == expected, name, ": expected ", expected, " numbers on the CPU, got ", tensor.numel());
+    const Tensor dense = torch::stable::contiguous(tensor);
+    std::vector<double> out(static_cast<size_t>(expected));
+    const void* data = dense.const_data_ptr();
+    const auto read = [&](auto* typed) { std::copy(typed, typed + expected, out.begin()); };
+    switch (tensor.scalar_type()) {
+        case ScalarType::Long:
+            read(static_cast<const int64_t*>(data));
+            break;
+        case ScalarType::Int:
+            read(static_cast<const int32_t*>(data));
+            break;
+        case ScalarType::Bool:
+            read(static_cast<const bool*>(data));
+            break;
+        default:
+            load_block(type_of(name, tensor), data, out.data(), expected);
+    }
+    return out;
+}
+
+// Work below this many bytes for each thread is not worth waking it for.
+constexpr int64_t kBytesPerThread = 64 * 1024;
+
+inline int64_t part_count(int64_t tasks, int64_t bytes) {
+    const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
+    return std::max<int64_t>(1, std::min({threads, tasks, bytes / kBytesPerThread}));
+}
+
+// body(part, task) for every task, part p taking tasks p, p + parts, ...: neighbours cost about the same, so the parts do too. What a task computes must
+// not depend on its part. The body must not throw: below torch 2.13 an exception in here reaches Python without its message.
+template <class Body>
+void for_tasks(int64_t parts, int64_t tasks, const Body& body) {
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t part = begin; part < end; ++part) {
+            for (int64_t task = part; task < tasks; task += parts) {
+                body(part, task);
+            }
+        }
+    });
+}
+
+}  // namespace hetlora

@@ -1,0 +1,181 @@
+"""The run folder: atomic files, one checkpoint per round, PEFT-format adapters. Tensors are safetensors, everything else JSON; no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import sys
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+import hetlora_kernels as hk
+from hetlora.config import Config, ConfigError
+from hetlora.data import FederatedData
+
+CHECKPOINT = "checkpoint.safetensors"
+ROUNDS = "rounds.jsonl"
+FORMAT = 1
+STATE = ("round", "ranks", "r_min", "r_max", "ranks_start", "rounds_trained", "perplexity_before", "stacked_bytes")  # of `ServerState`, besides the bank
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a whole file or nothing: a temporary file in the same folder, flushed to disk, then renamed over `path`."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What a repeat of the run needs to match: packages, Python, platform, device, threads."""
+    packages = {}
+    for name in ("hetlora", "torch", "transformers", "peft", "safetensors"):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = "not installed"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    machine = {"platform": platform.platform(), "device": f"{device} ({name})", "threads": str(torch.get_num_threads())}
+    return {**packages, "python": sys.version.split()[0], **machine}
+
+
+def create_run(cfg: Config, device: torch.device) -> Path:
+    """The run's new folder with config.json and versions.json, created in one rename; `ConfigError` when it exists and is not empty."""
+    run = Path(cfg.output)
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise ConfigError(f"output: {run} exists already; choose another folder, or continue that run with --resume")
+    try:
+        run.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=run.parent, prefix=f".{run.name}."))
+        staging.chmod(0o755)
+        write_atomic(staging / "config.json", cfg.to_json())
+        write_atomic(staging / "versions.json", json.dumps(versions(device), indent=2) + "\n")
+        os.replace(staging, run)
+    except OSError as error:
+        raise ConfigError(f"output: cannot create {run} ({error.strerror}); choose a folder that can be written") from None
+    return run
+
+
+def read_config(run: Path) -> Config:
+    """The config that a run folder was made with; `ConfigError` when there is none."""
+    if not (run / "config.json").is_file():
+        raise ConfigError(f"{run}: no run is there (no config.json); start one with `hetlora run --output {run}`")
+    return Config.from_file(run / "config.json")
+
+
+def check_same_config(run: Path, cfg: Config) -> None:
+    """`ConfigError` naming the settings in which `cfg` differs from the run it is to continue."""
+    saved = read_config(run)
+    different = [name for name in Config.model_fields if name != "output" and getattr(saved, name) != getattr(cfg, name)]
+    if different:
+        pairs = ", ".join(f"{name} was {getattr(saved, name)!r}, now {getattr(cfg, name)!r}" for name in different[:5])
+        raise ConfigError(f"{run}: cannot resume with other settings ({pairs}); leave them out, or start a new run in another folder")
+
+
+def save_checkpoint(run: Path, state: Mapping[str, Any], bank: hk.AdapterBank, base: Mapping[str, Tensor]) -> None:
+    """The whole state after a round as one file: bank and folded base weights as tensors, the rest as JSON in the header."""
+    tensors = {f"bank.{key}": value.cpu().contiguous() for key, value in bank.state_dict().items()}
+    tensors |= {f"base.{key}": value.detach().cpu().contiguous() for key, value in base.items()}
+    write_atomic(run / CHECKPOINT, save(tensors, metadata={"format": str(FORMAT), "state": json.dumps(state)}))
+
+
+def load_checkpoint(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """(state, tensors) of the newest checkpoint, None before the first; `ConfigError` when the file is not one of ours."""
+    path = run / CHECKPOINT
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != str(FORMAT):
+                raise ConfigError(f"{path}: not a checkpoint of this version (format {header.get('format')}, expected {FORMAT}); use the hetlora that wrote it")
+            state = json.loads(header["state"])
+            if missing := [name for name in (*STATE, "data") if name not in state]:
+                raise ValueError(f"its state lacks {missing[0]}")
+            return state, {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: not a readable checkpoint ({error}); restore it from a copy, or start a new run in another folder") from None
+
+
+def append_round(run: Path, record: Mapping[str, Any]) -> None:
+    with open(run / ROUNDS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rounds(run: Path, last: int | None = None) -> list[dict[str, Any]]:
+    """Complete lines of rounds.jsonl, up to round `last`; a line cut short by a kill is left out."""
+    records: list[dict[str, Any]] = []
+    path = run / ROUNDS
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+            counts = last is None or record["round"] <= last
+        except (ValueError, TypeError, KeyError):
+            continue
+        if counts:
+            records.append(record)
+    return records
+
+
+def fingerprint(data: FederatedData) -> str:
+    """Changes when any client's name, tokens or division into sequences change."""
+    digest = hashlib.blake2b(digest_size=16)
+    for client in (*data.clients, *data.held_out):
+        lengths = [[len(sequence) for sequence in part] for part in (client.train, client.test)]
+        digest.update(repr((client.name, lengths)).encode())
+        for sequence in (*client.train, *client.test):
+            digest.update(sequence.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_adapter(folder: Path, adapter: Mapping[str, Tensor], scale: float, model: str) -> None:
+    """One adapter in PEFT's format: adapter_model.safetensors and adapter_config.json, with alpha = scale * rank in every module."""
+    folder.mkdir(parents=True, exist_ok=True)
+    suffix = ".lora_A.weight"
+    prefix = "base_model.model."
+    ranks = {key[len(prefix) : -len(suffix)]: tensor.shape[0] for key, tensor in adapter.items() if key.endswith(suffix)}
+    common = max(ranks.values(), default=0)
+    others = {module: rank for module, rank in ranks.items() if rank != common}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model,
+        "r": common,
+        "lora_alpha": int(scale * common) if float(scale * common).is_integer() else scale * common,
+        "rank_pattern": {re.escape(module): rank for module, rank in others.items()},
+        "alpha_pattern": {re.escape(module): scale * rank for module, rank in others.items()},
+        "target_modules": list(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    write_atomic(folder / "adapter_model.safetensors", save({k: v.cpu().contiguous() for k, v in adapter.items()}, metadata={"format": "pt"}))
+    write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+
+
+def client_folder(run: Path, name: str) -> Path:
+    return run / "clients" / quote(name, safe="")

@@ -1,0 +1,272 @@
+"""The `hetlora` command: demo, run, report, export, info. Bad input is one line on stderr and exit status 2."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+import traceback
+import types
+import typing
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from hetlora import __version__
+from hetlora.config import Config, ConfigError
+
+_INTERRUPTED = 130
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def _describe(error: BaseException) -> str:
+    """What went wrong, in one line without the name of a Python class."""
+    if isinstance(error, click.ClickException):
+        return _usage_text(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {(error.strerror or 'cannot be used').lower()}"
+    return _one_line(error) or type(error).__name__
+
+
+def _usage_text(error: click.ClickException) -> str:
+    """Click's message, beginning in lower case; for unknown options the nearest known ones."""
+    text = _one_line(error.format_message()).rstrip(".")
+    if isinstance(error, click.NoSuchOption) and error.ctx is not None:
+        known = [name for parameter in error.ctx.command.params for name in (*parameter.opts, *parameter.secondary_opts)]
+        close = difflib.get_close_matches(error.option_name, known, n=2, cutoff=0.7)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"'{error.ctx.command_path} --help' lists them"
+        return f"no such option {error.option_name} ({hint})"
+    return text[:1].lower() + text[1:]
+
+
+def _fail(error: BaseException) -> NoReturn:
+    if os.environ.get("HETLORA_DEBUG") == "1":
+        traceback.print_exception(error)
+    click.echo(f"hetlora: error: {_describe(error)}", err=True)
+    sys.exit(2)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None) -> None:
+    click.echo(f"hetlora: warning: {_one_line(message)}", err=True)
+
+
+class _Commands(click.Group):
+    """Click's group with the project's rules for errors: one line, no traceback for bad input."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], self.list_commands(ctx), n=2)
+            raise click.UsageError(
+                f"no such command '{args[0]}' ({'did you mean ' + ' or '.join(close) if close else 'there are ' + ', '.join(self.commands)})"
+            )
+        return super().resolve_command(ctx, args)
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        run_command: Callable[..., Any] = super().main
+        if not standalone_mode:
+            return run_command(*args, standalone_mode=False, **extra)
+        for stream in (sys.stdout, sys.stderr):
+            # A client's name must not stop a run because the terminal cannot show it.
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            try:
+                sys.exit(run_command(*args, standalone_mode=False, **extra) or 0)
+            except click.Abort:
+                click.echo("hetlora: interrupted", err=True)
+                sys.exit(_INTERRUPTED)
+            except (click.ClickException, ValueError, OSError, ImportError) as error:
+                _fail(error)
+
+
+class _GroupedOptions(click.Command):
+    """A command whose help lists the options that come from `Config` under their groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(getattr(parameter, "group", "command"), []).append(record)
+        for name in sorted(sections, key=lambda name: name == "command"):
+            with formatter.section({"command": "Other options"}.get(name, f"{name.capitalize()} settings")):
+                formatter.write_dl(sections[name])
+
+
+class _ConfigOption(click.Option):
+    """One field of `Config` on the command line; None when it was not given."""
+
+    def __init__(self, name: str) -> None:
+        field = Config.model_fields[name]
+        assert isinstance(field.json_schema_extra, dict)
+        self.group = str(field.json_schema_extra["group"])
+        flag, kind = f"--{name.replace('_', '-')}", field.annotation
+        if kind is bool:
+            flag, shown = f"{flag}/--no-{name.replace('_', '-')}", "yes" if field.default else "no"
+            choice: Any = None
+        else:
+            shown = str(field.default)
+            choice = click.Choice([str(v) for v in typing.get_args(kind)]) if typing.get_origin(kind) is typing.Literal else kind
+        super().__init__([flag, name], type=choice, default=None, help=f"{field.description} [default: {shown}]")
+
+
+def config_options(command: click.Command) -> click.Command:
+    """Add an option for every field of `Config`, in its order, in front of the command's own."""
+    command.params = [_ConfigOption(name) for name in Config.model_fields] + command.params
+    return command
+
+
+def _settings(config_file: str | None, flags: dict[str, Any]) -> Config:
+    """Defaults, then the file, then the flags that were given."""
+    if config_file is None:
+        return Config.create("command line", **flags)
+    values = Config.from_file(config_file).model_dump(exclude_unset=True)
+    return Config.create("command line", **{**values, **flags})
+
+
+def _saved_settings(config_file: str | None, flags: dict[str, Any]) -> Config:
+    """The config of the run folder to continue; what the file or the flags ask for must agree with it."""
+    asked = {**(Config.from_file(config_file).model_dump(exclude_unset=True) if config_file else {}), **flags}
+    output = Path(asked.pop("output", Config.model_fields["output"].default))
+    if not (output / "config.json").is_file():
+        raise ConfigError(f"--resume: no run to continue in {output} (config.json is missing); name its folder with --output, or start one without --resume")
+    saved = Config.from_file(output / "config.json")
+    wanted = Config.create("command line", **{**saved.model_dump(), **asked})
+    contradicting = [name for name in asked if getattr(wanted, name) != getattr(saved, name)]
+    if contradicting:
+        what = ", ".join(f"--{name.replace('_', '-')} {getattr(wanted, name)} (the run has {getattr(saved, name)})" for name in contradicting)
+        raise ConfigError(f"--resume: the run in {output} goes on with its own settings; leave out {what}, or start a new run in another folder")
+    return Config.create("command line", **{**saved.model_dump(), "output": str(output)})
+
+
+class _Watched(AbstractContextManager["_Watched"]):
+    """A run under a console observer; an interrupt becomes one line that says how to continue, and exit status 130."""
+
+    def __init__(self, output: str | None) -> None:
+        from hetlora.tables import ConsoleObserver
+
+        self.observer = ConsoleObserver()
+        self._output = output
+
+    def __enter__(self) -> _Watched:
+        self.observer.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None) -> None:
+        self.observer.__exit__(kind, error, trace)
+        if kind is None or not issubclass(kind, KeyboardInterrupt):
+            return
+        output = self.observer.cfg.output if self.observer.cfg else self._output
+        if output and (Path(output) / "config.json").is_file():
+            click.echo(f"interrupted; continue with hetlora run --resume --output {output}", err=True)
+        else:
+            click.echo("interrupted before the first round; nothing was written that could be continued", err=True)
+        raise SystemExit(_INTERRUPTED)
+
+
+def _finish(watched: _Watched, result: Any) -> None:
+    from hetlora.report import write_report
+    from hetlora.tables import print_summary
+
+    print_summary(watched.observer.console, result.summary)
+    page = write_report(result.run_dir)
+    click.echo(f"run folder: {result.run_dir}\nreport: {page}")
+
+
+@click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="hetlora")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Federated fine-tuning with LoRA adapters of different ranks (HETLORA)."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@cli.command()
+@click.option("--rounds", type=int, help="Rounds.")
+@click.option("--output", help="Folder of the run; it must not exist.")
+@click.option("--seed", type=int, help="Seed of everything drawn in the run.")
+@click.option("--gamma", type=float, help="Rank decay of pruning.")
+@click.option("--prune-lambda", type=float, help="Weight of the pruning regulariser; left out, it is chosen by a rule that the demo prints.")
+@click.option("--fast", is_flag=True, help="A tiny model and very few rounds: shows that everything works, not what it achieves.")
+def demo(fast: bool, **given: Any) -> None:
+    """A whole federation on this machine, offline, in minutes.
+
+    Makes a small byte-level model from text of Python's own library, then adapts it over packages of that library: one package is one client.
+    """
+    overrides = {name: value for name, value in given.items() if value is not None}
+    with _Watched(overrides.get("output")) as watched:
+        from hetlora.demo import run_demo
+
+        result = run_demo(watched.observer, **overrides, **({"fast": True} if fast else {}))
+    _finish(watched, result)
+
+
+@config_options
+@cli.command(cls=_GroupedOptions)
+@click.option("--config", "config_file", metavar="FILE", help="YAML, TOML or JSON file with settings of these names; flags override it.")
+@click.option("--resume", is_flag=True, help="Continue the run in --output with its own settings, to the same result as without the stop.")
+def run(config_file: str | None, resume: bool, **options: Any) -> None:
+    """A federation of your own: your model, your data."""
+    flags = {name: value for name, value in options.items() if value is not None}
+    cfg = _saved_settings(config_file, flags) if resume else _settings(config_file, flags)
+    with _Watched(cfg.output) as watched:
+        from hetlora.loop import simulate
+
+        result = simulate(cfg, resume=resume, observer=watched.observer)
+    _finish(watched, result)
+
+
+@cli.command()
+@click.argument("run_dir", metavar="RUN")
+@click.option("-o", "--output", "out_dir", metavar="DIR", help="Folder for the report. [default: RUN]")
+def report(run_dir: str, out_dir: str | None) -> None:
+    """Write report.html and its pictures for the run folder RUN, finished or not."""
+    from hetlora.report import write_report
+
+    click.echo(f"report: {write_report(run_dir, out_dir)}")
+
+
+@cli.command()
+@click.argument("run_dir", metavar="RUN")
+@click.option("--rank", type=int, help="Keep this many leading rank rows of the global adapter. [default: all]")
+@click.option("--client", metavar="NAME", help="This client's own adapter, at its own rank, instead of the global one.")
+@click.option("-o", "--output", "out_dir", metavar="DIR", required=True, help="Folder to write; it must not exist or be empty.")
+def export(run_dir: str, rank: int | None, client: str | None, out_dir: str) -> None:
+    """Write an adapter of the run folder RUN in PEFT's format, for PeftModel.from_pretrained."""
+    from hetlora.export import base_model_of, export_adapter
+
+    folder = export_adapter(run_dir, out_dir, rank=rank, client=client)
+    saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    ranks = {saved["r"], *saved["rank_pattern"].values()}
+    shown = f"rank {saved['r']}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}, by module"
+    click.echo(f"adapter: {folder} ({shown})")
+    base = base_model_of(run_dir)
+    if base:
+        click.echo(f"base model: {base}")
+
+
+@cli.command()
+def info() -> None:
+    """Versions, devices, packages, and which backend serves each operation."""
+    from hetlora.tables import print_info
+
+    print_info()
+
+
+def main() -> int | None:
+    """Entry of the `hetlora` script; ends the process with the command's exit status."""
+    return cli()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""One client: which sequences it trains on in each step, its local steps on a model of its own, and its decision to prune."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import hetlora_kernels as hk
+from hetlora.config import Config
+from hetlora.data import ClientData
+from hetlora.ranks import ClientRank, kept_rank
+from hetlora.seeds import derive_seed, host_generator
+from hetlora_kernels.peft import attach, client_segments, detach
+
+IGNORED = -100  # label of positions that are not predicted
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """Mean loss per token of a client's first and last local step, and how much it trained on."""
+
+    steps: int
+    sequences: int
+    tokens: int
+    loss_first: float
+    loss_last: float
+
+
+def plan_steps(data: ClientData, cfg: Config, round_number: int) -> list[list[int]]:
+    """Indices into `data.train` for each local step of the round: shuffled passes, cut into batches; a small client repeats its data.
+
+    cfg.local_steps batches, or cfg.local_epochs full passes where that is given. A batch never holds a sequence twice.
+    """
+    count = len(data.train)
+    size = min(cfg.batch_size, count)
+    shuffle = host_generator(cfg.seed, "batches", round_number, data.name)
+    per_pass = math.ceil(count / size)
+    steps = per_pass * cfg.local_epochs or cfg.local_steps
+    plan: list[list[int]] = []
+    while len(plan) < steps:
+        order = list(range(count))
+        shuffle.shuffle(order)
+        plan += [order[i : i + size] for i in range(0, count, size)]
+    return plan[:steps]
+
+
+def dropout_seed(name: str, cfg: Config, round_number: int) -> int:
+    return derive_seed(cfg.seed, "dropout", round_number, name)
+
+
+def collate(sequences: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(input ids, labels), right-padded to the longest; a causal model needs no attention mask for that, as no token looks to its right."""
+    length = max(len(s) for s in sequences)
+    ids = torch.zeros(len(sequences), length, dtype=torch.int64)
+    labels = torch.full((len(sequences), length), IGNORED, dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = sequence
+        labels[row, : len(sequence)] = sequence
+    return ids.to(device), labels.to(device)
+
+
+def micro_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[slice]:
+    """Split sequences of these lengths, in order, so that each part has at most `max_tokens` with its padding (one sequence at the least)."""
+    start, longest = 0, 0
+    for end, length in enumerate(lengths):
+        longest = max(longest, length)
+        if end > start and longest * (end + 1 - start) > max_tokens:
+            yield slice(start, end)
+            start, longest = end, length
+    yield slice(start, len(lengths))
+
+
+def make_optimizer(bank: hk.AdapterBank, cfg: Config, lr: float, keep: Any) -> hk.AdamW | hk.SGD:
+    """The local optimiser with the pruning regulariser lambda * sum ||B[:, q:]|| ||A[q:, :]|| on rows q = keep and up."""
+    penalty = (cfg.prune_lambda, keep) if cfg.prune_lambda > 0 else None
+    clip = cfg.clip_norm or None
+    if cfg.optimizer == "adamw":
+        return hk.AdamW(bank, lr=lr, weight_decay=cfg.weight_decay, clip_norm=clip, tail_penalty=penalty)
+    return hk.SGD(bank, lr=lr, weight_decay=cfg.weight_decay, clip_norm=clip, tail_penalty=penalty, momentum=cfg.momentum)
+
+
+def tail_start(rank: ClientRank, gamma: float, r_min: int) -> ClientRank:
+    """q of the client, or of each of its modules: the first row of the tail."""
+    if isinstance(rank, int):
+        return kept_rank(rank, gamma, r_min)
+    return {module: kept_rank(own, gamma, r_min) for module, own in rank.items()}
+
+
+def tail_scores(bank: hk.AdapterBank, keep: Any) -> Tensor:
+    """||B_k[:, q:]||_F ||A_k[q:, :]||_F per client and module, float64 [K, modules] (HETLORA section 3.2)."""
+    norms_a, norms_b = bank.tail_norms(keep)
+    return (norms_a.double() * norms_b.double()).cpu()
+
+
+def prune_decision(rank: ClientRank, keep: ClientRank, before: Tensor, after: Tensor, modules: Sequence[str]) -> ClientRank:
+    """The rank after the round: q where the tail score fell strictly, else unchanged.
+
+    rank, keep: the client's rank and tail start, one number or {module: number}.   before, after: [modules] scores T0 as received, T1 as trained.
+    One number: the scores are summed over modules and decide together. Ranks never grow.
+    """
+    if isinstance(rank, int):
+        return int(keep) if bool(after.sum() < before.sum()) else rank  # type: ignore[arg-type]
+    return {m: keep[m] if bool(after[i] < before[i]) else rank[m] for i, m in enumerate(modules)}  # type: ignore[index]
+
+
+def train_client(model: torch.nn.Module, bank: hk.AdapterBank, data: ClientData, cfg: Config, round_number: int, lr: float, keep: Any) -> LocalResult:
+    """Local training of one client on its own: what a device does. Trains the factors of `bank` (one client) in place.
+
+    `cohort.train_cohort` gives the same adapters for many clients at once.
+    """
+    plan = plan_steps(data, cfg, round_number)
+    seeds = torch.tensor([dropout_seed(data.name, cfg, round_number)], dtype=torch.int64)
+    optimizer = make_optimizer(bank, cfg, lr, keep)
+    losses, tokens = [], 0
+    attach(model, bank, scale=cfg.scale, dropout=cfg.dropout)
+    try:
+        for step, batch in enumerate(plan):
+            sequences = [data.train[i] for i in batch]
+            predicted = sum(len(s) - 1 for s in sequences)
+            tokens += sum(len(s) for s in sequences)
+            loss = 0.0
+            optimizer.zero_grad()
+            for part in micro_batches([len(s) for s in sequences], cfg.max_tokens_per_step):
+                ids, labels = collate(sequences[part], bank.device)
+                index = torch.arange(len(sequences), dtype=torch.int64)[part]
+                with client_segments(model, torch.zeros(len(ids), dtype=torch.int64), seeds=seeds, step=step, sequence_index=index):
+                    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+                    logits = logits if logits.dtype == torch.float64 else logits.float()
+                    part_loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum") / predicted
+                    part_loss.backward()
+                loss += float(part_loss.detach())
+            losses.append(loss)
+            optimizer.step()
+    finally:
+        detach(model)
+    return LocalResult(len(plan), sum(len(b) for b in plan), tokens, losses[0], losses[-1])

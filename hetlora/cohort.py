@@ -1,0 +1,110 @@
+"""Many clients in one batch: local training of all sampled clients, of whatever ranks, on one copy of the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hetlora_kernels as hk
+from hetlora.client import LocalResult, collate, dropout_seed, make_optimizer, micro_batches, plan_steps, train_client
+from hetlora.config import Config
+from hetlora.data import ClientData
+from hetlora_kernels.peft import attach, client_losses, client_segments, detach
+
+
+def train_cohort(
+    model: torch.nn.Module,
+    bank: hk.AdapterBank,
+    clients: Sequence[ClientData],
+    cfg: Config,
+    round_number: int,
+    lr: float,
+    keep: Any,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[LocalResult]:
+    """Train client k's factors of `bank` on clients[k], all k in one forward and backward per step; the same adapters as one at a time.
+
+    Each step's batch holds the sequences of every client that still has steps to do; clients may differ in rank, steps and data size.
+    Batches above cfg.max_tokens_per_step are split: gradients add up to the same sums. keep: first tail row per client (or {module: ...}).
+    """
+    plans = [plan_steps(data, cfg, round_number) for data in clients]
+    seeds = torch.tensor([dropout_seed(data.name, cfg, round_number) for data in clients], dtype=torch.int64)
+    optimizer = make_optimizer(bank, cfg, lr, keep)
+    steps = max(len(plan) for plan in plans)
+    means: list[Tensor] = []  # [K] per step, fetched once at the end so that a step waits for nothing
+    attach(model, bank, scale=cfg.scale, dropout=cfg.dropout)
+    try:
+        for step in range(steps):
+            active = [step < len(plan) for plan in plans]
+            optimizer.zero_grad()
+            means.append(_backward(model, bank, clients, plans, step, seeds, cfg))
+            optimizer.step(active)
+            if progress:
+                progress(step + 1, steps)
+    finally:
+        detach(model)
+    losses = torch.stack(means).tolist()
+    return [
+        LocalResult(len(plan), sum(map(len, plan)), sum(len(data.train[i]) for batch in plan for i in batch), losses[0][k], losses[len(plan) - 1][k])
+        for k, (plan, data) in enumerate(zip(plans, clients, strict=True))
+    ]
+
+
+def _backward(
+    model: torch.nn.Module,
+    bank: hk.AdapterBank,
+    clients: Sequence[ClientData],
+    plans: Sequence[list[list[int]]],
+    step: int,
+    seeds: Tensor,
+    cfg: Config,
+) -> Tensor:
+    """Gradients of the sum over clients of their mean token loss in this step; returns the means [K]."""
+    rows = []  # (client, index in its batch, sequence)
+    counts = [1] * len(clients)
+    for k, (data, plan) in enumerate(zip(clients, plans, strict=True)):
+        if step < len(plan):
+            own = [data.train[i] for i in plan[step]]
+            rows += [(k, position, sequence) for position, sequence in enumerate(own)]
+            counts[k] = sum(len(sequence) - 1 for sequence in own)
+    predicted = torch.tensor(counts, dtype=torch.float64, device=bank.device)
+    means = torch.zeros(len(clients), dtype=torch.float64, device=bank.device)
+    for part in micro_batches([len(s) for _, _, s in rows], cfg.max_tokens_per_step):
+        ids, labels = collate([s for _, _, s in rows[part]], bank.device)
+        owner = torch.tensor([k for k, _, _ in rows[part]], dtype=torch.int64)
+        index = torch.tensor([position for _, position, _ in rows[part]], dtype=torch.int64)
+        with client_segments(model, owner, seeds=seeds, step=step, sequence_index=index):
+            logits = model(input_ids=ids, use_cache=False).logits
+            sums = client_losses(logits, labels, owner, len(clients), reduction="sum")
+            losses = sums / predicted.to(sums.dtype)
+            losses.sum().backward()
+        means += losses.detach()
+    return means
+
+
+def train_one_by_one(
+    model: torch.nn.Module,
+    bank: hk.AdapterBank,
+    clients: Sequence[ClientData],
+    cfg: Config,
+    round_number: int,
+    lr: float,
+    keeps: Any,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[hk.AdapterBank, list[LocalResult]]:
+    """The same round through `client.train_client`, one client after another; returns the trained bank."""
+    trained, results = [], []
+    for k, data in enumerate(clients):
+        own = bank.select([k])
+        results.append(train_client(model, own, data, cfg, round_number, lr, _one(keeps, k)))
+        trained.append(own)
+        if progress:
+            progress(k + 1, len(clients))
+    return hk.AdapterBank.concat(trained), results
+
+
+def _one(keeps: Any, k: int) -> Any:
+    return {module: [own[k]] for module, own in keeps.items()} if isinstance(keeps, dict) else [keeps[k]]

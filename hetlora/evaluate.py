@@ -1,0 +1,97 @@
+"""Perplexity on held-out text: of the global adapter, and of each client with the rank rows it would receive."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hetlora_kernels as hk
+from hetlora.client import collate, micro_batches
+from hetlora.data import ClientData
+from hetlora.ranks import bank_ranks
+from hetlora_kernels.peft import attach, client_losses, client_segments, detach
+
+Progress = Callable[[int, int], None]
+CLIENTS_AT_ONCE = 32  # banks of this many clients keep evaluation memory flat however many clients a federation has
+
+
+def pool_text(clients: Sequence[ClientData], max_tokens: int) -> list[Tensor]:
+    """Held-out sequences of all clients, one of each in turn, until `max_tokens` (0 = all): a sample that no large client dominates."""
+    pooled: list[Tensor] = []
+    total = 0
+    for turn in range(max((len(c.test) for c in clients), default=0)):
+        for client in clients:
+            if turn < len(client.test):
+                if max_tokens and pooled and total + len(client.test[turn]) > max_tokens:
+                    return pooled
+                pooled.append(client.test[turn])
+                total += len(client.test[turn])
+    return pooled
+
+
+@torch.no_grad()
+def _token_losses(
+    model: torch.nn.Module, bank: hk.AdapterBank, owned: Sequence[tuple[int, Tensor]], scale: float, max_tokens: int, progress: Progress | None
+) -> tuple[Tensor, list[int]]:
+    """(summed loss [K] float64, predicted tokens [K]); owned: (client of the bank, sequence)."""
+    slots = bank.num_clients
+    sums = torch.zeros(slots, dtype=torch.float64)
+    counts = [0] * slots
+    parts = list(micro_batches([len(s) for _, s in owned], max_tokens))
+    attach(model, bank, scale=scale)
+    try:
+        for done, part in enumerate(parts):
+            ids, labels = collate([s for _, s in owned[part]], bank.device)
+            owner = torch.tensor([k for k, _ in owned[part]], dtype=torch.int64)
+            with client_segments(model, owner):
+                logits = model(input_ids=ids, use_cache=False).logits
+            sums += client_losses(logits, labels, owner, slots, reduction="sum").double().cpu()
+            for k, sequence in owned[part]:
+                counts[k] += len(sequence) - 1
+            if progress:
+                progress(done + 1, len(parts))
+    finally:
+        detach(model)
+    return sums, counts
+
+
+def _result(loss_sum: float, tokens: int) -> dict[str, Any]:
+    loss = loss_sum / tokens if tokens else float("nan")
+    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "tokens": tokens}
+
+
+def evaluate_bank(
+    model: torch.nn.Module, bank: hk.AdapterBank, sequences: Sequence[Tensor], scale: float, max_tokens: int, progress: Progress | None = None
+) -> dict[str, Any] | None:
+    """{"loss" (nats per token), "perplexity", "tokens"} of a bank of one client on `sequences`; None when there are none."""
+    if not sequences:
+        return None
+    sums, counts = _token_losses(model, bank, [(0, s) for s in sequences], scale, max_tokens, progress)
+    return _result(float(sums[0]), counts[0])
+
+
+def evaluate_clients(
+    model: torch.nn.Module,
+    bank: hk.AdapterBank,
+    ranks: Sequence[Any],
+    clients: Sequence[ClientData],
+    scale: float,
+    max_tokens: int,
+    tokens_per_client: int = 0,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Each client's own held-out text under the leading rows of `bank` that its rank gives it, many clients in one batch."""
+    results: list[dict[str, Any]] = []
+    for start in range(0, len(clients), CLIENTS_AT_ONCE):
+        group = clients[start : start + CLIENTS_AT_ONCE]
+        own = bank.truncate(bank_ranks(list(ranks[start : start + CLIENTS_AT_ONCE]), bank.shapes))
+        owned = [(k, s) for k, client in enumerate(group) for s in pool_text([client], tokens_per_client)]
+        sums, counts = _token_losses(model, own, owned, scale, max_tokens, None)
+        results += [_result(float(total), count) for total, count in zip(sums, counts, strict=True)]
+        if progress:
+            progress(len(results), len(clients))
+    return results

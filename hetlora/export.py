@@ -1,0 +1,145 @@
+"""Take an adapter out of a run folder: the global one at any rank, or a client's own, in PEFT's format."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hetlora.checkpoint import CHECKPOINT, client_folder, write_adapter
+from hetlora.config import ConfigError
+
+_PREFIX = "base_model.model."
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+Factors = dict[str, tuple[Tensor, Tensor]]  # dotted module name: (A [r, n], B [m, r])
+
+
+def export_adapter(run_dir: str | Path, out_dir: str | Path, rank: int | None = None, client: str | None = None) -> Path:
+    """dW = s * B[:, :rank] A[:rank, :] of every module, written to `out_dir` for `PeftModel.from_pretrained`.
+
+    run_dir: folder of a run.
+    out_dir: folder to create; it must not exist or be empty.
+    rank: leading rank rows to keep of the global adapter; None = all.
+    client: export this client's last trained adapter at its own rank instead. A client that has not trained
+        gets the global adapter truncated to its rank, and a warning says so.
+
+    lora_alpha = s * rank, so the scale s stays what it was in training. Returns `out_dir`.
+    Raises ConfigError: no run or no adapter there, `rank` out of range, unknown client, both `rank` and `client`, `out_dir` not empty,
+    a run with merge 'stack' (its updates are in the base weights).
+    """
+    run, out = Path(run_dir), Path(out_dir)
+    if rank is not None and client is not None:
+        raise ConfigError("export: give a rank or a client, not both (a client's adapter has the client's own rank)")
+    if not (run / "config.json").is_file():
+        raise ConfigError(f"{run}: no run there (config.json is missing); give the folder that 'hetlora run' wrote")
+    if _merge_of(run) == "stack":
+        raise ConfigError(f"{run}: with merge 'stack' the run folded its updates into the base model, no adapter holds them; use merge 'factors' or 'svd'")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out}: exists and is not an empty folder; give a new one, nothing is overwritten")
+    if client is None:
+        factors, scale, model = _read_adapter(run / "adapter")
+        ranks = _uniform_ranks(factors, rank, run)
+    else:
+        factors, scale, model, ranks = _client_adapter(run, client)
+    tensors: dict[str, Tensor] = {}
+    for name, (a, b) in factors.items():
+        tensors[_PREFIX + name + _A], tensors[_PREFIX + name + _B] = a[: ranks[name]].clone(), b[:, : ranks[name]].contiguous()
+    write_adapter(out, tensors, scale, model)
+    return out
+
+
+def _merge_of(run: Path) -> str:
+    try:
+        return json.loads((run / "config.json").read_text(encoding="utf-8"))["merge"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def checkpoint_ranks(run_dir: str | Path) -> dict[str, Any]:
+    """Client -> rank (or {module: rank}) as of the newest checkpoint; {} without a readable one. Reads the header only, not the tensors."""
+    try:
+        with safe_open(Path(run_dir) / CHECKPOINT, "pt") as file:
+            return dict(json.loads((file.metadata() or {})["state"])["ranks"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return {}
+
+
+def base_model_of(run_dir: str | Path) -> str:
+    """Folder or hub id of the base model that the run's adapters belong to; '' if the run does not say."""
+    try:
+        config = json.loads((Path(run_dir) / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return config.get("base_model_name_or_path") or ""
+
+
+def _read_adapter(folder: Path) -> tuple[Factors, float, str]:
+    """(factors, scale, base model); the scale alpha / r is the same for every module of a run, whatever its rank."""
+    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    for file in (weights, settings):
+        if not file.is_file():
+            raise ConfigError(f"{file}: missing; the run has not written this adapter, finish it with 'hetlora run --resume --output {folder.parent}'")
+    try:
+        config = json.loads(settings.read_text(encoding="utf-8"))
+        with safe_open(weights, "pt") as file:
+            names = list(file.keys())
+        tensors = load_file(weights)
+    except (ValueError, SafetensorError) as error:
+        raise ConfigError(f"{folder}: not a readable adapter ({' '.join(str(error).split())})") from None
+    modules = [key[len(_PREFIX) : -len(_A)] for key in names if key.startswith(_PREFIX) and key.endswith(_A)]
+    wanted = {_PREFIX + name + end for name in modules for end in (_A, _B)}
+    if not modules or wanted != set(names):
+        odd = sorted(wanted.symmetric_difference(names))[:1]
+        raise ConfigError(f"{weights}: expected pairs '{_PREFIX}<module>{_A}' and '...{_B}'{f', {odd[0]!r} does not fit' if odd else ', got none'}")
+    factors = {name: (tensors[_PREFIX + name + _A], tensors[_PREFIX + name + _B]) for name in modules}
+    return factors, config["lora_alpha"] / config["r"], config.get("base_model_name_or_path") or ""
+
+
+def _uniform_ranks(factors: Factors, rank: int | None, run: Path) -> dict[str, int]:
+    available = {name: a.shape[0] for name, (a, _) in factors.items()}
+    lowest = min(available.values())
+    if rank is None:
+        return available
+    if not 1 <= rank <= lowest:
+        raise ConfigError(f"export: rank: expected 1 to {lowest} (the rank of the global adapter in {run}), got {rank}")
+    return dict.fromkeys(available, rank)
+
+
+def _client_adapter(run: Path, client: str) -> tuple[Factors, float, str, dict[str, int]]:
+    own = client_folder(run, client)
+    if (own / "adapter_config.json").is_file():
+        factors, scale, model = _read_adapter(own)
+        return factors, scale, model, {name: a.shape[0] for name, (a, _) in factors.items()}
+    known = _client_ranks(run)
+    if client not in known:
+        trained = [unquote(path.name) for path in (run / "clients").glob("*")]
+        everyone = sorted({*known, *trained})
+        close = difflib.get_close_matches(client, everyone, n=3, cutoff=0.5) or everyone[:3]
+        hint = f" (did you mean {' or '.join(map(repr, close))}?)" if close else " (the run has recorded no client yet)"
+        raise ConfigError(f"export: unknown client {client!r} in {run}{hint}")
+    factors, scale, model = _read_adapter(run / "adapter")
+    rank = known[client]
+    ranks = {name: rank[name] if isinstance(rank, dict) else rank for name in factors}
+    shown = f"rank {rank}" if not isinstance(rank, dict) else "its ranks"
+    why = "it has not trained, or the run did not keep it"
+    warnings.warn(f"client {client!r} has no adapter of its own in {run} ({why}); this is the global adapter truncated to {shown}", stacklevel=3)
+    return factors, scale, model, ranks
+
+
+def _client_ranks(run: Path) -> dict[str, Any]:
+    """Current rank of every client: of the newest checkpoint, else of the summary."""
+    known = checkpoint_ranks(run)
+    if known:
+        return known
+    try:
+        clients = json.loads((run / "summary.json").read_text(encoding="utf-8"))["clients"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    return {client["name"]: int(client["rank_end"]) for client in clients if float(client["rank_end"]).is_integer()}

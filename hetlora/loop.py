@@ -1,0 +1,383 @@
+"""The federation: `simulate` runs the rounds of HETLORA on this machine, with a run folder that can be continued at any moment."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hetlora_kernels as hk
+from hetlora import checkpoint, server
+from hetlora.client import LocalResult, prune_decision, tail_scores, tail_start
+from hetlora.cohort import train_cohort, train_one_by_one
+from hetlora.config import Config, ConfigError
+from hetlora.data import ClientData, FederatedData, load_data
+from hetlora.evaluate import evaluate_bank, evaluate_clients, pool_text
+from hetlora.models import load_model, load_tokenizer, resolve_model, target_shapes
+from hetlora.observer import Observer
+from hetlora.ranks import ClientRank, assign_ranks, bank_ranks, check_width, mean_rank
+
+
+@dataclass
+class Federation:
+    """What a run works on: one frozen base model in memory and everybody's data. May serve several runs (not with merge = 'stack')."""
+
+    model: torch.nn.Module
+    model_name: str
+    shapes: dict[str, tuple[int, int]]
+    data: FederatedData
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+@dataclass
+class Result:
+    """What `simulate` returns: per-round records (as in rounds.jsonl), the summary, the global bank, and each client's rank at the end."""
+
+    history: list[dict[str, Any]]
+    summary: dict[str, Any]
+    bank: hk.AdapterBank
+    ranks: dict[str, ClientRank]
+    run_dir: Path
+
+
+@dataclass
+class _Run:
+    cfg: Config
+    federation: Federation
+    state: server.ServerState
+    folder: Path
+    observer: Observer
+    clients: dict[str, ClientData] = field(init=False)
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.clients = {client.name: client for client in self.federation.data.clients}
+        self.fingerprint = checkpoint.fingerprint(self.federation.data)
+
+
+def prepare(cfg: Config, observer: Observer | None = None) -> Federation:
+    """Load (or make) the model, and the data; `ConfigError` for anything that does not fit."""
+    observer = observer or Observer()
+    path = resolve_model(cfg, progress=observer.pretrain)
+    tokenizer = load_tokenizer(path)
+    data = load_data(cfg, tokenizer)
+    model = load_model(cfg, path)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    for client in (*data.clients, *data.held_out):
+        highest = max(int(s.max()) for s in (*client.train, *client.test))
+        if highest >= vocabulary:
+            raise ConfigError(f"data: client {client.name!r} has token id {highest}, but model {cfg.model!r} knows {vocabulary}; use the model's own tokenizer")
+    return Federation(model, path, target_shapes(model, cfg.target_modules), data)
+
+
+def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = None, federation: Federation | None = None) -> Result:
+    """Run (or continue) a federation and write its run folder `cfg.output`.
+
+    cfg: the settings.   resume: continue the run in cfg.output from its newest checkpoint, to the same bits as without the interruption.
+    observer: receives progress.   federation: model and data loaded before by `prepare`, to share them between runs.
+
+    Raises `ConfigError` for settings, data or a folder that cannot be used; nothing that exists is overwritten.
+    """
+    observer = observer or Observer()
+    _check_options(cfg)
+    folder = Path(cfg.output)
+    if resume:
+        checkpoint.check_same_config(folder, cfg)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"output: {folder} exists already; choose another folder, or continue that run with --resume")
+    federation = federation or prepare(cfg, observer)
+    state = _initial_state(cfg, federation)
+    if not resume:
+        checkpoint.create_run(cfg, federation.device)
+    run = _Run(cfg, federation, state, folder, observer)
+    observer.start(cfg, _describe(run))
+    history = _restore(run) if resume else []
+    if not history:
+        history.append(_before_training(run))
+    for number in range(state.round + 1, cfg.rounds + 1):
+        history.append(_round(run, number))
+    return _finish(run, history)
+
+
+def _check_options(cfg: Config) -> None:
+    """Options that would be ignored together are refused."""
+    if cfg.merge != "factors":
+        ignored = [f"{name} = {getattr(cfg, name)!r}" for name, default in (("shared_rows", "none"), ("unowned_rows", "keep")) if getattr(cfg, name) != default]
+        if ignored:
+            raise ConfigError(f"{', '.join(ignored)}: only for merge = 'factors', got merge = {cfg.merge!r}; leave it out")
+    if cfg.merge == "stack" and cfg.quantize != "none":
+        raise ConfigError("merge = 'stack' folds updates into the base weights, which a quantised base cannot take; use quantize = 'none'")
+    if cfg.weight_cap and cfg.weights != "sparsity":
+        raise ConfigError(f"weight_cap: caps ||B A||, only for weights = 'sparsity', got weights = {cfg.weights!r}; leave it out")
+    if cfg.weight_scope != "module" and cfg.weights != "sparsity":
+        raise ConfigError(f"weight_scope: the scope of ||B A||, only for weights = 'sparsity', got weights = {cfg.weights!r}; leave it out")
+    if cfg.dropout and not 0 < round(65536 * cfg.dropout) < 65536:
+        raise ConfigError(f"dropout: expected 0, or a probability from 1/65536 to 65535/65536, got {cfg.dropout}")
+    if cfg.momentum and cfg.optimizer != "sgd":
+        raise ConfigError("momentum: only for optimizer = 'sgd'; leave it out (adamw has its own moments)")
+
+
+def _initial_state(cfg: Config, federation: Federation) -> server.ServerState:
+    plan = assign_ranks(cfg.ranks, federation.data.clients, cfg.seed)
+    check_width(plan, federation.shapes)
+    if cfg.prune_scope == "module":
+        ranks: dict[str, ClientRank] = {name: dict.fromkeys(federation.shapes, rank) for name, rank in plan.ranks.items()}
+    else:
+        ranks = dict(plan.ranks)
+    bank = server.fresh_bank(federation.shapes, plan.r_max, cfg, federation.device)
+    return server.ServerState(bank, ranks, plan.r_min, plan.r_max, ranks_start=plan.ranks)
+
+
+def _describe(run: _Run) -> dict[str, Any]:
+    data, model = run.federation.data, run.federation.model
+    return {
+        "model": run.federation.model_name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "modules": len(run.federation.shapes),
+        "data": data.source,
+        "clients": len(data.clients),
+        "held_out_clients": len(data.held_out),
+        "ranks": f"{run.state.r_min}..{run.state.r_max}, mean {_mean_rank(run.state):.1f}",
+        "device": str(run.federation.device),
+        "run_dir": str(run.folder),
+    }
+
+
+def _mean_rank(state: server.ServerState) -> float:
+    return sum(mean_rank(rank) for rank in state.ranks.values()) / len(state.ranks)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def _save(run: _Run) -> None:
+    state = run.state
+    content = {name: getattr(state, name) for name in checkpoint.STATE} | {"data": run.fingerprint}
+    base: dict[str, torch.Tensor] = {}
+    if run.cfg.merge == "stack":
+        base = {name: run.federation.model.get_parameter(f"{name}.weight") for name in run.federation.shapes}
+    checkpoint.save_checkpoint(run.folder, content, state.bank, base)
+    checkpoint.write_adapter(run.folder / "adapter", state.bank.adapter(0), run.cfg.scale, run.federation.model_name)
+
+
+def _restore(run: _Run) -> list[dict[str, Any]]:
+    """State and history up to the newest checkpoint; an empty history when there is none yet."""
+    loaded = checkpoint.load_checkpoint(run.folder)
+    rounds = run.folder / checkpoint.ROUNDS
+    if loaded is None:
+        if any(record["round"] > 0 for record in checkpoint.read_rounds(run.folder)):
+            raise ConfigError(f"{run.folder / checkpoint.CHECKPOINT}: missing, though rounds are on record; restore it from a copy, or start a new run")
+        rounds.unlink(missing_ok=True)
+        return []
+    content, tensors = loaded
+    if content["data"] != run.fingerprint:
+        raise ConfigError(f"{run.folder}: the data is not the data this run began with; restore it, or start a new run in another folder")
+    if any(content[name] != getattr(run.state, name) for name in ("r_min", "r_max", "ranks_start")):
+        raise ConfigError(f"ranks = {run.cfg.ranks!r}: not the ranks that the run in {run.folder} began with; restore the file, or start a new run")
+    try:
+        run.state.bank.load_state_dict({key[len("bank.") :]: value for key, value in tensors.items() if key.startswith("bank.")})
+    except ValueError as error:
+        raise ConfigError(f"{run.folder / checkpoint.CHECKPOINT}: does not fit the model of this run ({error})") from None
+    with torch.no_grad():
+        for key, value in tensors.items():
+            if key.startswith("base."):
+                run.federation.model.get_parameter(key[len("base.") :] + ".weight").copy_(value)
+    for name in checkpoint.STATE:
+        setattr(run.state, name, content[name])
+    history = checkpoint.read_rounds(run.folder, last=run.state.round)
+    if [record["round"] for record in history] != list(range(run.state.round + 1)):
+        raise ConfigError(f"{rounds}: expected one line for each of the rounds 0 to {run.state.round}; restore it from a copy, or start a new run")
+    checkpoint.write_adapter(run.folder / "adapter", run.state.bank.adapter(0), run.cfg.scale, run.federation.model_name)
+    checkpoint.write_atomic(rounds, "".join(json.dumps(record) + "\n" for record in history))
+    run.observer.message(f"continuing after round {run.state.round} of {run.cfg.rounds}")
+    return history
+
+
+# ---------------------------------------------------------------- rounds
+
+
+def _before_training(run: _Run) -> dict[str, Any]:
+    """Round 0: the base model on everybody's held-out text."""
+    start = time.perf_counter()
+    cfg, state = run.cfg, run.state
+    clients = list(run.clients.values())
+    own = evaluate_clients(run.federation.model, state.bank, _ranks(run), clients, cfg.scale, cfg.max_tokens_per_step, _share(run))
+    state.perplexity_before = {client.name: result["perplexity"] for client, result in zip(clients, own, strict=True)}
+    record = {
+        "round": 0,
+        "seconds": 0.0,
+        "lr": 0.0,
+        "clients": [],
+        "dropped": [],
+        **dict.fromkeys(("bytes_down", "bytes_up", "bytes_down_homlora", "bytes_up_homlora"), 0),
+        "mean_rank": _mean_rank(state),
+        "evaluation": _evaluate(run),
+    }
+    return _close_round(run, record, start)
+
+
+def _ranks(run: _Run) -> list[ClientRank]:
+    return [run.state.ranks[name] for name in run.clients]
+
+
+def _share(run: _Run) -> int:
+    """Evaluation tokens per client."""
+    return math.ceil(run.cfg.eval_tokens / len(run.clients)) if run.cfg.eval_tokens else 0
+
+
+def _close_round(run: _Run, record: dict[str, Any], start: float) -> dict[str, Any]:
+    """Log first, then checkpoint: after a kill in between, the line is dropped and the round repeated."""
+    record["seconds"] = round(time.perf_counter() - start, 3)
+    checkpoint.append_round(run.folder, record)
+    _save(run)
+    run.observer.round_end(record)
+    return record
+
+
+def _evaluate(run: _Run) -> dict[str, Any]:
+    cfg, data = run.cfg, run.federation.data
+    sets = {"client_text": pool_text(data.clients, cfg.eval_tokens), "held_out_clients": pool_text(data.held_out, cfg.eval_tokens)}
+    return {
+        name: evaluate_bank(run.federation.model, run.state.bank, sequences, cfg.scale, cfg.max_tokens_per_step, run.observer.evaluate)
+        for name, sequences in sets.items()
+    }
+
+
+def _learning_rate(cfg: Config, number: int) -> float:
+    done = (number - 1) / cfg.rounds
+    return cfg.lr * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[cfg.lr_schedule]
+
+
+@dataclass
+class _Local:
+    """A round's local training, before aggregation. Lists are over the sampled clients, `arrived` indexes them."""
+
+    names: list[str]
+    before: list[ClientRank]
+    received: hk.AdapterBank
+    trained: hk.AdapterBank
+    results: list[LocalResult]
+    scores_before: torch.Tensor  # [K, modules]
+    scores_after: torch.Tensor
+    after: list[ClientRank]
+    dropped: dict[int, str]
+    arrived: list[int]
+
+
+def _train(run: _Run, number: int, lr: float) -> _Local:
+    """Sample, distribute, train, refuse bad uploads, decide on pruning; changes nothing but the factors it returns."""
+    cfg, state, model = run.cfg, run.state, run.federation.model
+    names = server.sample(list(run.clients), cfg.clients_per_round, cfg.seed, number)
+    run.observer.round_start(number, cfg.rounds, names)
+    before = [state.ranks[name] for name in names]
+    keep = [tail_start(rank, cfg.gamma, state.r_min) for rank in before]
+    cuts = bank_ranks(keep, state.bank.shapes)
+    received = server.distribute(state, names)
+    data = [run.clients[name] for name in names]
+    if cfg.cobatch:
+        trained = received.select(range(len(names)))
+        results = train_cohort(model, trained, data, cfg, number, lr, cuts, run.observer.local_step)
+    else:
+        trained, results = train_one_by_one(model, received, data, cfg, number, lr, cuts, run.observer.local_step)
+    dropped = server.refused(trained, names)
+    for k, reason in dropped.items():
+        run.observer.message(f"round {number}: {names[k]} is left out, {reason}")
+    if len(dropped) == len(names):
+        raise ConfigError(
+            f"round {number}: no clients left, every update was refused ({names[0]}: {dropped[0]}); lower --lr or set --clip-norm; "
+            f"the run in {run.folder} stands at round {state.round}"
+        )
+    old, new = tail_scores(received, cuts), tail_scores(trained, cuts)
+    modules = list(state.bank.shapes)
+    after = [before[k] if k in dropped else prune_decision(before[k], keep[k], old[k], new[k], modules) for k in range(len(names))]
+    arrived = [k for k in range(len(names)) if k not in dropped]
+    return _Local(names, before, received, trained, results, old, new, after, dropped, arrived)
+
+
+def _round(run: _Run, number: int) -> dict[str, Any]:
+    """One round of HETLORA (arXiv 2401.06432, section 3): train, merge, evaluate, checkpoint; returns its record."""
+    start = time.perf_counter()
+    cfg, state = run.cfg, run.state
+    lr = _learning_rate(cfg, number)
+    local = _train(run, number, lr)
+    arrived, names = local.arrived, local.names
+    ranks = bank_ranks([local.after[k] for k in arrived], state.bank.shapes)
+    uploads, downloads = local.trained.select(arrived).prune(ranks), local.received.select(arrived).prune(ranks)
+    bytes_moved = server.traffic(state, local.received, uploads, arrived, cfg)
+    down, up = bytes_moved.pop("down"), bytes_moved.pop("up")
+    samples = [len(run.clients[names[k]].train) for k in arrived]
+    merged = server.aggregate(state, uploads, downloads, samples, cfg, run.federation.model)
+    for i, k in enumerate(arrived):
+        state.ranks[names[k]] = local.after[k]
+        state.rounds_trained[names[k]] = state.rounds_trained.get(names[k], 0) + 1
+        if cfg.save_clients:
+            checkpoint.write_adapter(checkpoint.client_folder(run.folder, names[k]), uploads.adapter(i), cfg.scale, run.federation.model_name)
+    state.round = number
+    evaluated = number % cfg.eval_every == 0 or number == cfg.rounds
+    record = {
+        "round": number,
+        "seconds": 0.0,
+        "lr": lr,
+        "clients": [_client_line(local, k) | _upload_line(merged, i, down[k], up[k]) for i, k in enumerate(arrived)],
+        "dropped": [{"name": names[k], "reason": reason} for k, reason in local.dropped.items()],
+        **bytes_moved,
+        "mean_rank": _mean_rank(state),
+        "evaluation": _evaluate(run) if evaluated else None,
+    }
+    return _close_round(run, record, start)
+
+
+def _client_line(local: _Local, k: int) -> dict[str, Any]:
+    result, after = local.results[k], local.after[k]
+    line = {"name": local.names[k], "rank_before": _plain(local.before[k]), "rank": _plain(after), "steps": result.steps, "sequences": result.sequences}
+    line |= {"tokens": result.tokens, "loss_first": result.loss_first, "loss_last": result.loss_last}
+    line |= {"tail_before": float(local.scores_before[k].sum()), "tail_after": float(local.scores_after[k].sum())}
+    return line if isinstance(after, int) else {**line, "module_ranks": after}
+
+
+def _upload_line(merged: server.Aggregate, i: int, down: int, up: int) -> dict[str, Any]:
+    return {"norm": float(merged.norms[i]), "weight": float(merged.weights[i].mean()), "bytes_down": down, "bytes_up": up}
+
+
+def _plain(rank: ClientRank) -> float:
+    return rank if isinstance(rank, int) else round(mean_rank(rank), 3)
+
+
+def _finish(run: _Run, history: list[dict[str, Any]]) -> Result:
+    """Every client's own text under its share of the final bank, the totals, and summary.json."""
+    cfg, state = run.cfg, run.state
+    clients = list(run.clients.values())
+    after = evaluate_clients(run.federation.model, state.bank, _ranks(run), clients, cfg.scale, cfg.max_tokens_per_step, _share(run), run.observer.evaluate)
+    evaluations = [record["evaluation"] for record in history if record["evaluation"]]
+    totals = {key: sum(record[key] for record in history) for key in ("bytes_down", "bytes_up", "bytes_down_homlora", "bytes_up_homlora", "seconds")}
+    summary = {
+        "clients": [
+            {
+                "name": client.name,
+                "rank_start": state.ranks_start[client.name],
+                "rank_end": _plain(state.ranks[client.name]),
+                "sequences": len(client.train),
+                "rounds": state.rounds_trained.get(client.name, 0),
+                "perplexity_before": state.perplexity_before[client.name],
+                "perplexity_after": result["perplexity"],
+            }
+            for client, result in zip(clients, after, strict=True)
+        ],
+        "evaluation_before": evaluations[0],
+        "evaluation_after": evaluations[-1],
+        **totals,
+        "rounds": cfg.rounds,
+        "homlora_rank": state.r_max,
+        "notes": [f"round {r['round']}: {d['name']} left out, {d['reason']}" for r in history for d in r["dropped"]],
+    }
+    checkpoint.write_atomic(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    run.observer.finish(summary)
+    return Result(history, summary, state.bank, state.ranks, run.folder)

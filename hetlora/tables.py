@@ -1,0 +1,288 @@
+"""What a run shows in a terminal: progress while it works, one table when it is done."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from hetlora.config import Config
+from hetlora.observer import Observer
+
+MOST_CLIENTS = 40
+SHOWN_CLIENTS = 20
+_PLAIN_WIDTH = 160
+
+
+def make_console() -> Console:
+    """A console that keeps whole lines where there is no terminal; rich itself obeys NO_COLOR."""
+    console = Console(highlight=False, markup=False, soft_wrap=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=_PLAIN_WIDTH)
+
+
+def number(value: Any, digits: int = 2) -> str:
+    """`value` with `digits` decimals; '-' if it is missing, 'inf' or 'nan' if it is that."""
+    if value is None:
+        return "-"
+    value = float(value)
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.3g}"
+
+
+def rank_text(rank: Any) -> str:
+    """A rank; the mean over modules, to one decimal, where modules have ranks of their own."""
+    if isinstance(rank, dict):
+        rank = sum(rank.values()) / len(rank) if rank else None
+    if rank is None:
+        return "-"
+    return str(int(rank)) if float(rank).is_integer() else f"{rank:.1f}"
+
+
+def size_text(count: float) -> str:
+    return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
+
+
+def perplexity_of(evaluation: dict[str, Any] | None, part: str) -> float | None:
+    """`part`: 'client_text' or 'held_out_clients'; None if it was not evaluated."""
+    found = (evaluation or {}).get(part)
+    return found["perplexity"] if found else None
+
+
+def round_line(record: dict[str, Any], total: int) -> str:
+    """One round in one line of plain text."""
+    parts = []
+    clients = record.get("clients") or []
+    if clients:
+        parts.append(f"{len(clients)} client{'s' if len(clients) > 1 else ''}")
+        first, last = (sum(c[key] for c in clients) / len(clients) for key in ("loss_first", "loss_last"))
+        parts.append(f"train loss {number(first, 3)} -> {number(last, 3)}")
+        pruned = sum(c["rank"] != c["rank_before"] for c in clients)
+        parts.append(f"pruned {pruned}" if pruned else "none pruned")
+    parts.append(f"mean rank {number(record.get('mean_rank'), 1)}")
+    parts += [
+        f"perplexity {name} {number(perplexity_of(record.get('evaluation'), part))}"
+        for part, name in (("client_text", "clients' held-out text"), ("held_out_clients", "held-out clients"))
+        if perplexity_of(record.get("evaluation"), part) is not None
+    ]
+    if clients:
+        parts.append(f"down {size_text(record['bytes_down'])}, up {size_text(record['bytes_up'])}")
+    if record.get("seconds") is not None:
+        parts.append(f"{record['seconds']:.1f} s")
+    parts += [f"dropped {drop['name']}: {drop['reason']}" for drop in record.get("dropped") or []]
+    head = f"round {record['round']}/{total}" if record["round"] else "before training"
+    return f"{head}: " + "; ".join(parts)
+
+
+class ConsoleObserver(Observer):
+    """Shows a run: bars for the rounds and for the work within a round on a terminal, else one line per event.
+
+    Use it as a context manager, so that the terminal is restored when the run stops. `cfg` is the run's config once it has started.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or make_console()
+        self.cfg: Config | None = None
+        self._live = self.console.is_terminal
+        self._bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left", markup=False),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self._live,
+        )
+        self._rounds: TaskID | None = None
+        self._inner: TaskID | None = None
+        self._inner_name = ""
+        self._total = 0
+        self._pretrain_tenth = -1
+
+    def __enter__(self) -> ConsoleObserver:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def _print(self, text: str) -> None:
+        self._bars.console.print(Text(text), soft_wrap=True)
+
+    def _step(self, name: str, done: int, total: int) -> None:
+        """Move the inner bar; a new `name` starts a new one, so that its time left is that of its own work."""
+        if not self._live:
+            return
+        if name != self._inner_name:
+            self._drop_inner()
+            self._inner, self._inner_name = self._bars.add_task(name, total=total), name
+        if self._inner is not None:
+            self._bars.update(self._inner, completed=done, total=total)
+
+    def _drop_inner(self) -> None:
+        if self._inner is not None:
+            self._bars.remove_task(self._inner)
+        self._inner, self._inner_name = None, ""
+
+    def message(self, text: str) -> None:
+        self._print(text)
+
+    def pretrain(self, done: int, total: int, loss: float) -> None:
+        self._step("making the base model", done, total)
+        tenth = 10 * done // max(total, 1)
+        if not self._live and tenth != self._pretrain_tenth:
+            self._print(f"making the base model: step {done}/{total}, loss {number(loss, 3)}")
+        self._pretrain_tenth = tenth
+        if done >= total:
+            self._drop_inner()
+            if self._live:
+                self._print(f"made the base model: {total} steps, loss {number(loss, 3)}")
+
+    def start(self, cfg: Config, info: dict[str, Any]) -> None:
+        self.cfg, self._total = cfg, cfg.rounds
+        for key, value in info.items():
+            self._print(f"{key.replace('_', ' ')}: {value}")
+        if self._live:
+            self._drop_inner()
+            self._rounds = self._bars.add_task("rounds", total=cfg.rounds)
+
+    def round_start(self, round: int, total: int, names: list[str]) -> None:
+        self._total = total
+        self._drop_inner()
+        if self._rounds is not None:
+            self._bars.update(self._rounds, description=f"round {round}/{total}, {len(names)} clients", completed=round - 1, total=total)
+
+    def local_step(self, done: int, total: int) -> None:
+        self._step("  local training", done, total)
+
+    def evaluate(self, done: int, total: int) -> None:
+        self._step("  evaluation", done, total)
+
+    def round_end(self, record: dict[str, Any]) -> None:
+        self._drop_inner()
+        if self._rounds is not None:
+            self._bars.update(self._rounds, completed=record["round"])
+        self._print(round_line(record, self._total))
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self._drop_inner()
+        self._bars.stop()
+
+
+def _change(client: dict[str, Any]) -> float:
+    before, after = client.get("perplexity_before"), client.get("perplexity_after")
+    if not before or not after:
+        return -1.0
+    change = abs(math.log(after) - math.log(before))
+    return math.inf if math.isnan(change) else change
+
+
+def client_table(summary: dict[str, Any]) -> tuple[Table, str]:
+    """Per client: rank, work, perplexity; and a line that says which clients are left out ('' if none)."""
+    clients, note = summary["clients"], ""
+    if len(clients) > MOST_CLIENTS:
+        note = f"{SHOWN_CLIENTS} of {len(clients)} clients are shown, those whose perplexity changed most; all are in summary.json"
+        chosen = {id(c) for c in sorted(clients, key=_change, reverse=True)[:SHOWN_CLIENTS]}
+        clients = [c for c in clients if id(c) in chosen]
+    table = Table()
+    table.add_column("client", overflow="fold")
+    for title in ("rank", "rounds", "training sequences", "perplexity", "change"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for c in clients:
+        before, after = c.get("perplexity_before"), c.get("perplexity_after")
+        change = f"{100 * (after / before - 1):+.1f} %" if before and after and math.isfinite(before) and math.isfinite(after) else "-"
+        table.add_row(
+            Text(c["name"]),
+            f"{rank_text(c['rank_start'])} -> {rank_text(c['rank_end'])}",
+            str(c["rounds"]),
+            str(c["sequences"]),
+            f"{number(before)} -> {number(after)}",
+            change,
+        )
+    return table, note
+
+
+def total_lines(summary: dict[str, Any]) -> list[str]:
+    """Global perplexity and traffic, one line each."""
+    lines = []
+    for part, name in (("client_text", "clients' held-out text"), ("held_out_clients", "held-out clients")):
+        before, after = (perplexity_of(summary.get(key), part) for key in ("evaluation_before", "evaluation_after"))
+        if before is None and after is None:
+            lines.append(f"global perplexity, {name}: not evaluated")
+        else:
+            lines.append(f"global perplexity, {name}: {number(before)} -> {number(after)}")
+    for way in ("down", "up"):
+        ours, full = summary[f"bytes_{way}"], summary[f"bytes_{way}_homlora"]
+        share = f", {100 * ours / full:.1f} % of it" if full else ""
+        lines.append(f"adapter bytes {way}: {size_text(ours)}; HomLoRA at r={summary['homlora_rank']} would move {size_text(full)}{share}")
+    return lines
+
+
+def print_summary(console: Console, summary: dict[str, Any]) -> None:
+    table, note = client_table(summary)
+    console.print()
+    console.print(Text("Clients; perplexity is that of the global adapter at the client's rank, on the client's own held-out text"), soft_wrap=True)
+    console.print(table)
+    for line in ([note] if note else []) + total_lines(summary) + [f"note: {text}" for text in summary.get("notes") or []]:
+        console.print(Text(line), soft_wrap=True)
+
+
+_PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "pydantic", "rich", "click", "matplotlib", "datasets", "bitsandbytes", "flwr")
+
+
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[tuple[str, str]]:
+    import torch
+
+    found = [("cpu", f"{platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")]
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        found.append((f"cuda:{index}", f"{device.name}, compute capability {device.major}.{device.minor}, {device.total_memory / 2**30:.1f} GiB"))
+    if not torch.cuda.is_available():
+        built = getattr(torch.version, "cuda", None) or getattr(torch.version, "hip", None)
+        found.append(("cuda", "no usable GPU" if built else "this torch is built without CUDA"))
+    return found
+
+
+def _compiled_library() -> list[tuple[str, str]]:
+    import hetlora_kernels._library as library
+
+    build_info = getattr(library, "build_info", None)
+    built = build_info() if build_info is not None else None
+    if not built:
+        return [("compiled library", "no compiled library")]
+    return [(str(key), str(value)) for key, value in built.items()] if isinstance(built, dict) else [("compiled library", str(built))]
+
+
+def print_info(console: Console | None = None) -> None:
+    """Versions, devices, packages, and the backend of each operation with the reason for it."""
+    import hetlora_kernels
+    from hetlora import __version__
+
+    console = console or make_console()
+    system = [("hetlora", __version__), ("python", platform.python_version()), ("platform", platform.platform())]
+    parts = (("System", system), ("Devices", _devices()), ("Packages", [(p, _version_of(p)) for p in _PACKAGES]), ("Compiled kernels", _compiled_library()))
+    for title, rows in parts:
+        table = Table(title=title, title_justify="left", show_header=False)
+        for name, value in rows:
+            table.add_row(Text(name), Text(value))
+        console.print(table)
+    table = Table("operation", "backend", "reason", title="Backend of each operation", title_justify="left")
+    for name, (rung, reason) in hetlora_kernels.backends().items():
+        table.add_row(Text(name), Text(rung), Text(reason))
+    console.print(table)

@@ -1,0 +1,174 @@
+"""A tiny random Llama and tiny clients, made in memory: what the federation's tests run on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import hetlora_kernels as hk
+from hetlora import loop
+from hetlora.checkpoint import read_rounds
+from hetlora.config import Config
+from hetlora.data import ClientData, FederatedData
+from hetlora.loop import Federation
+from hetlora.models import target_shapes
+from hetlora.observer import Observer
+from hetlora.server import ServerState
+
+VOCABULARY = 50
+SIZES = [3, 5, 2, 7]
+
+
+def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        attn_implementation="eager",
+    )
+    return LlamaForCausalLM(config).to(dtype).requires_grad_(False).eval()
+
+
+def tiny_clients(sizes: list[int], seed: int = 0, length: int = 12) -> list[ClientData]:
+    """One client per entry of `sizes`, with that many training sequences of mixed lengths over a client's own part of the vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    clients = []
+    for k, size in enumerate(sizes):
+        low = 3 + 5 * k % 20
+
+        def draw(low: int = low) -> torch.Tensor:
+            n = int(torch.randint(length // 2, length + 1, (), generator=generator))
+            return torch.randint(low, low + 20, (n,), generator=generator)
+
+        clients.append(ClientData(f"client{k}", [draw() for _ in range(size)], [draw() for _ in range(2)]))
+    return clients
+
+
+def tiny_federation(sizes: list[int], dtype: torch.dtype = torch.float32, target: str = "attention", held_out: int = 0) -> Federation:
+    model = tiny_model(dtype)
+    clients = tiny_clients(sizes)
+    apart = [ClientData(f"apart{k}", [], c.test) for k, c in enumerate(tiny_clients([1] * held_out, seed=9))]
+    return Federation(model, "tiny", target_shapes(model, target), FederatedData(clients, apart, "tiny clients"))
+
+
+def tiny_config(output: Path, **values) -> Config:
+    settings = {"ranks": "powerlaw:2:8:0.8", "rounds": 3, "clients_per_round": 3, "local_steps": 2, "batch_size": 2, "eval_tokens": 0, "gamma": 0.8}
+    return Config.create("test", **{**settings, "output": str(output), **values})
+
+
+def trained_bank(shapes: dict[str, tuple[int, int]], ranks, dtype: torch.dtype = torch.float32, seed: int = 0) -> hk.AdapterBank:
+    """A bank whose A and B are all non-zero, as after some rounds."""
+    generator = torch.Generator().manual_seed(seed)
+    bank = hk.AdapterBank(shapes, ranks, dtype=dtype)
+    with torch.no_grad():
+        for factor in bank.parameters():
+            factor.copy_(0.1 * torch.randn(factor.shape, generator=generator, dtype=torch.float64))
+    return bank
+
+
+def tiny_state(federation: Federation, ranks: list[int], r_min: int = 1, r_max: int = 8, dtype: torch.dtype = torch.float32) -> ServerState:
+    """A server in mid-run: a bank with non-zero B, and a rank per client."""
+    names = [client.name for client in federation.data.clients]
+    return ServerState(trained_bank(federation.shapes, [r_max], dtype), dict(zip(names, ranks, strict=True)), r_min, r_max)
+
+
+def lines(run: Path) -> list[dict]:
+    """rounds.jsonl without the times."""
+    records = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+def same_bits(one: hk.AdapterBank, other: hk.AdapterBank) -> bool:
+    mine, yours = one.state_dict(), other.state_dict()
+    return mine.keys() == yours.keys() and all(torch.equal(mine[key], yours[key]) for key in mine)
+
+
+@dataclass
+class Training:
+    """One call of local training inside a round: what each client received, and what it trained."""
+
+    names: list[str]
+    received: hk.AdapterBank
+    trained: hk.AdapterBank
+
+
+def watch_training(monkeypatch, change=None) -> list[Training]:
+    """Every round's downloads and uploads, as the loop sees them; `change(round, names, bank)` may alter what the clients trained."""
+    seen: list[Training] = []
+    train = loop.train_cohort
+
+    def watched(model, bank, clients, cfg, number, lr, keep, progress=None):
+        received = bank.select(range(bank.num_clients))
+        results = train(model, bank, clients, cfg, number, lr, keep, progress)
+        names = [client.name for client in clients]
+        if change:
+            with torch.no_grad():
+                change(number, names, bank)
+        seen.append(Training(names, received, bank.select(range(bank.num_clients))))
+        return results
+
+    monkeypatch.setattr(loop, "train_cohort", watched)
+    return seen
+
+
+@torch.no_grad()
+def multiply(bank: hk.AdapterBank, client: int, factor: float) -> None:
+    """Multiply one client's factors in place."""
+    for rows, layout in [*zip(bank.a.values(), bank.layouts.values(), strict=True), *zip(bank.bt.values(), bank.layouts.values(), strict=True)]:
+        rows[layout.rows(client)] *= factor
+
+
+class Stop(Exception):
+    """What `Interrupt` raises."""
+
+
+class Interrupt(Observer):
+    """Stops the run at its `at`-th event of one kind: 'local_step', 'evaluate', 'round_start', 'round_end', 'start' or 'finish'."""
+
+    def __init__(self, kind: str, at: int = 1) -> None:
+        self.left = at
+
+        def count(*_) -> None:
+            self.left -= 1
+            if self.left == 0:
+                raise Stop
+
+        setattr(self, kind, count)
+
+
+def kill_runs(runs: dict[str, dict], kills: int = 3) -> None:
+    """Start each run (settings) in a process of its own and kill it at a random moment after it has closed a round; resume it, and so on."""
+    torch.set_num_threads(1)
+    for settings in runs.values():
+        log = Path(settings["output"]) / "rounds.jsonl"
+        for attempt in range(kills):
+            done = len(log.read_bytes().splitlines()) if log.exists() else 0
+            child = os.fork()
+            if not child:
+                loop.simulate(tiny_config(**{**settings, "output": log.parent}), resume=attempt > 0, federation=tiny_federation(SIZES, held_out=1))
+                os._exit(0)
+            while not log.exists() or len(log.read_bytes().splitlines()) <= done:
+                time.sleep(0.002)
+                if os.waitpid(child, os.WNOHANG)[0]:
+                    raise RuntimeError(f"the run in {log.parent} ended before it was killed")
+            time.sleep(random.uniform(0, read_rounds(log.parent)[-1]["seconds"]))
+            os.kill(child, signal.SIGKILL)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by its relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
