@@ -89,8 +89,8 @@ HETLORA_HOST_DEVICE constexpr int gram_tiles_per_side(int rank) { return (rank +
 // Layout of the Gram kernels: offsets [K + 1], tiles before each client [K + 1], result offsets [K], plane offsets [K].
 struct GramLayout {
     std::vector<int> values;
-    int tiles = 0, plane = 0;  // tiles of a module, elements of one split's planes
-    int64_t result = 0;
+    int tiles = 0;
+    int64_t plane = 0, result = 0;  // elements of one split's planes, of the result
 };
 
 inline GramLayout gram_layout(const std::vector<int>& offsets) {
@@ -100,9 +100,9 @@ inline GramLayout gram_layout(const std::vector<int>& offsets) {
     for (int k = 0; k < clients; ++k) {
         const int rank = offsets[k + 1] - offsets[k], across = gram_tiles_per_side(rank), own = across * (across + 1) / 2;
         results.push_back(static_cast<int>(out.result));
-        planes.push_back(out.plane);
+        planes.push_back(static_cast<int>(out.plane));
         out.tiles += own;
-        out.plane += own * gram_side(rank) * gram_side(rank);
+        out.plane += int64_t(own) * gram_side(rank) * gram_side(rank);
         out.result += int64_t(rank) * rank;
         tiles.push_back(out.tiles);
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -151,13 +152,25 @@ def prepare(params_, grads, lr, step, clip, lam, ranks, keep, scalars: Sequence[
     if clip is not None or lam is not None:
         modules, partials, chunk = launch_squares(params_, [] if clip is None else grads, table, where, flags)
         launch(
-            *(_combine_kernel, (clients, count), device),
+            _combine_kernel,
+            (clients, count),
+            device,
             *(modules, table, partials, partials.shape[1], lr if lam is None else lam, coefficients, squares, clients),
-            **{"CHUNK": chunk, "LAM": lam is not None, "CLIP": clip is not None, "BLOCK": 256, "num_warps": 1},
+            CHUNK=chunk,
+            LAM=lam is not None,
+            CLIP=clip is not None,
+            BLOCK=256,
+            num_warps=1,
         )
     launch(
-        *(_prepare_kernel, (clients,), device, squares, lr if clip is None else clip, lr, lr if step is None else step, values, numbers, count),
-        **{"ADAM": step is not None, "CLIP": clip is not None, "BLOCK": 128, "num_warps": 1},
+        _prepare_kernel,
+        (clients,),
+        device,
+        *(squares, lr if clip is None else clip, lr, lr if step is None else step, values, numbers, count),
+        ADAM=step is not None,
+        CLIP=clip is not None,
+        BLOCK=128,
+        num_warps=1,
     )
     rows, widths = [p.shape[0] for p in params_], [p.shape[1] for p in params_]
     return Plan(table, where, flags, owners, coefficients, numbers, values, rows, widths, clients)
@@ -174,15 +187,18 @@ def check(params_, grads, **states) -> list[Tensor]:
     return contiguous(grads)
 
 
-def update(kernel, plan: Plan, lists: Sequence[Sequence[Tensor]], active, **constants) -> None:
+def update(kernel: Any, plan: Plan, lists: Sequence[Sequence[Tensor]], active: Tensor, **constants: Any) -> None:
     """Launch an update kernel over every tile of every factor. `lists`: parameters, gradients and states."""
     device = lists[0][0].device
     setting = params("step", device)
     block = block_for(setting.pop("BLOCK"), max(plan.widths))
-    columns = [*lists, *[[0] * len(lists[0])] * (4 - len(lists))]
+    columns: list[Sequence[int | Tensor]] = [*lists, *[[0] * len(lists[0])] * (4 - len(lists))]
+    modules = module_table(device, *columns, plan.rows, plan.widths, plan.where)
     launch(
-        *(kernel, (max(r * triton.cdiv(w, block) for r, w in zip(plan.rows, plan.widths, strict=True)), len(plan.rows)), device),
-        *(module_table(device, *columns, plan.rows, plan.widths, plan.where), plan.table, plan.coefficients, plan.numbers, plan.scalars, active),
+        kernel,
+        (max(r * triton.cdiv(w, block) for r, w in zip(plan.rows, plan.widths, strict=True)), len(plan.rows)),
+        device,
+        *(modules, plan.table, plan.coefficients, plan.numbers, plan.scalars, active),
         plan.clients,
         FLAGS=plan.flags,
         OWNERS=plan.owners,

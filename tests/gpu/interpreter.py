@@ -1,6 +1,7 @@
 """bfloat16 in Triton's interpreter, which is silently wrong upstream: NumPy has no such type, so it computes on the 16 raw bits and truncates casts.
 
-Test support. `repair_bfloat16()` makes casts round to nearest even and does arithmetic through float32; call it once, after TRITON_INTERPRET=1 is
+Test support. To run other tests on the Triton rung without a GPU, load it as a plugin: TRITON_INTERPRET=1 PYTHONPATH=tests/gpu pytest -p interpreter ...
+`repair_bfloat16()` makes casts round to nearest even and does arithmetic through float32; call it once, after TRITON_INTERPRET=1 is
 set and before a kernel runs.
 """
 
@@ -55,3 +56,7 @@ def repair_bfloat16() -> None:
     interpreter._convert_float = convert_float
     builder.create_dot = lambda self, a, b, d, precision, imprecise: dot(self, _as_float32(a), _as_float32(b), d, precision, imprecise)
     builder.binary_op = binary_op
+
+
+def pytest_configure() -> None:
+    repair_bfloat16()

@@ -94,10 +94,9 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_a_planted_bug_is_noticed(name: str, objects: list[Path], tmp_path: Path) -> None:
-    mutant = MUTANTS[name]
-    source = tmp_path / "csrc"
+def run_changed(mutant: Mutant, objects: list[Path], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Build the library with the change, for float32 alone, and run the mutant's case in every schedule."""
+    source = folder / "csrc"
     shutil.copytree(emulated.CSRC, source)
     text = (source / mutant.header).read_text()
     assert text.count(mutant.old) == 1, f"{mutant.header} no longer has the line that this bug changes"
@@ -107,7 +106,17 @@ def test_a_planted_bug_is_noticed(name: str, objects: list[Path], tmp_path: Path
         assert other in dispatch
         dispatch = dispatch.replace(f"case Type::{other};", "")
     (source / "dispatch.cuh").write_text(dispatch)
-    broken = emulated.compile_kernel(source / f"{mutant.source}.cu", tmp_path / "broken.o", source)
-    library = emulated.link([broken if o.stem == mutant.source else o for o in objects], tmp_path / "broken.so")
-    done = work(library, "f32", mutant.size, SCHEDULES, mutant.case)
+    changed = emulated.compile_kernel(source / f"{mutant.source}.cu", folder / "changed.o", source)
+    library = emulated.link([changed if o.stem == mutant.source else o for o in objects], folder / "changed.so")
+    return work(library, "f32", mutant.size, SCHEDULES, mutant.case)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_planted_bug_is_noticed(name: str, objects: list[Path], tmp_path: Path) -> None:
+    done = run_changed(MUTANTS[name], objects, tmp_path)
     assert "AddressSanitizer" in done.stderr or wrong(done)
+
+
+def test_the_same_build_without_a_bug_passes(objects: list[Path], tmp_path: Path) -> None:
+    line = "split < splits;"
+    assert not wrong(run_changed(Mutant("gram.cuh", "gram", line, line, "large", "gram"), objects, tmp_path))
