@@ -33,7 +33,7 @@ STATE = ("round", "ranks", "r_min", "r_max", "ranks_start", "rounds_trained", "p
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a whole file or nothing: a temporary file in the same folder, flushed to disk, then renamed over `path`."""
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that what a kill leaves behind goes with the next write
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -55,7 +55,24 @@ def versions(device: torch.device) -> dict[str, str]:
             packages[name] = "not installed"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     machine = {"platform": platform.platform(), "device": f"{device} ({name})", "threads": str(torch.get_num_threads())}
-    return {**packages, "python": sys.version.split()[0], **machine}
+    kernels = ", ".join(sorted({rung for rung, _ in hk.backends().values()}))
+    return {**packages, "python": sys.version.split()[0], **machine, "kernels": kernels}
+
+
+def match_versions(run: Path, device: torch.device) -> list[str]:
+    """Use as many threads as the run began with, since sums of another split round otherwise; returns what else differs, as lines for the user."""
+    try:
+        saved = json.loads((run / "versions.json").read_text(encoding="utf-8"))
+        threads = int(saved["threads"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return [f"{run / 'versions.json'} cannot be read: the result may differ in the last bits from that of an uninterrupted run"]
+    lines = []
+    if threads != torch.get_num_threads():
+        lines.append(f"using {threads} threads, as the run began with, instead of {torch.get_num_threads()}")
+        torch.set_num_threads(threads)
+    now = versions(device)
+    different = [f"{name} was {saved.get(name)}, is {value}" for name, value in now.items() if saved.get(name) != value]
+    return lines + ([f"the result may differ in the last bits from that of an uninterrupted run: {'; '.join(different)}"] if different else [])
 
 
 def create_run(cfg: Config, device: torch.device) -> Path:
@@ -178,4 +195,8 @@ def write_adapter(folder: Path, adapter: Mapping[str, Tensor], scale: float, mod
 
 
 def client_folder(run: Path, name: str) -> Path:
-    return run / "clients" / quote(name, safe="")
+    """Folder of one client's adapter. Names are quoted so that none can leave `clients`; very long ones end in a digest."""
+    quoted = quote(name, safe="").replace(".", "%2E") if set(name) <= {"."} else quote(name, safe="")
+    if len(quoted) > 200:
+        quoted = f"{quoted[:160]}-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
+    return run / "clients" / quoted

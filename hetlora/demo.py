@@ -88,6 +88,7 @@ def choose_lambda(cfg: Config, calibration: list[str], federation: Federation, o
     for value in (0.0, *grid):
         with tempfile.TemporaryDirectory(prefix="hetlora-") as folder:
             result = simulate(trial.model_copy(update={"prune_lambda": value, "output": f"{folder}/run"}), federation=trial_federation)
+        observer.message(f"calibration: lambda = {value:g} gives a held-out loss of {result.summary['evaluation_after']['client_text']['loss']:.4f}")
         losses[value] = result.summary["evaluation_after"]["client_text"]["loss"]
         if value and losses[value] <= losses[0.0] * (1 + TOLERANCE):
             break

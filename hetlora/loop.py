@@ -81,7 +81,8 @@ def prepare(cfg: Config, observer: Observer | None = None) -> Federation:
 def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = None, federation: Federation | None = None) -> Result:
     """Run (or continue) a federation and write its run folder `cfg.output`.
 
-    cfg: the settings.   resume: continue the run in cfg.output from its newest checkpoint, to the same bits as without the interruption.
+    cfg: the settings.   resume: continue the run in cfg.output from its newest checkpoint, to the same bits as without the interruption (on the
+    same device and versions; the number of threads is set to the run's, other differences are reported).
     observer: receives progress.   federation: model and data loaded before by `prepare`, to share them between runs.
 
     Raises `ConfigError` for settings, data or a folder that cannot be used; nothing that exists is overwritten.
@@ -98,6 +99,8 @@ def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = N
     if not resume:
         checkpoint.create_run(cfg, federation.device)
     run = _Run(cfg, federation, state, folder, observer)
+    for line in checkpoint.match_versions(folder, federation.device) if resume else ():
+        observer.message(line)
     observer.start(cfg, _describe(run))
     history = _restore(run) if resume else []
     if not history:

@@ -118,6 +118,8 @@ def _adapter_arguments(x, m, a, bt, layout, seg, scale, dropout, seeds):
         raise ValueError(f"seg: expected segments over the {rows} rows of x, got {seg.num_rows}")
     if seg.num_clients > clients:
         raise ValueError(f"seg: expected at most the layout's {clients} clients, got {seg.num_clients}")
+    if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
+        raise ValueError("scale: expected a constant, got a tensor that requires a gradient; scale is not trained")
     scales = torch.as_tensor(scale, device=x.device).detach().to(compute_dtype(x.dtype))
     if scales.dim() > 1 or (scales.dim() == 1 and scales.numel() != clients):
         raise ValueError(f"scale: expected a number or {clients} numbers, one per client, got shape {tuple(scales.shape)}")

@@ -24,7 +24,7 @@ TARGET = "q_proj,o_proj"
 
 
 def settings(tmp_path, **values):
-    defaults = {"local_epochs": 2, "batch_size": 2, "dropout": 0.2, "prune_lambda": 0.05, "gamma": 0.6, "weight_decay": 0.1, "clip_norm": 0.5}
+    defaults = {"local_epochs": 2, "batch_size": 2, "dropout": 0.2, "prune_lambda": 0.05, "gamma": 0.6, "weight_decay": 0.1, "clip_norm": 0.1}
     return tiny_config(tmp_path, **{**defaults, **values})
 
 
@@ -136,8 +136,14 @@ def test_float64_cohort_alone_and_plain_pytorch_agree(tmp_path, change):
     assert distance(together, plain) < 1e-12
 
 
-def test_float32_is_as_exact_as_plain_pytorch(tmp_path):
-    cfg = settings(tmp_path)
+@pytest.mark.parametrize(
+    # at most 2x with AdamW: padding and the order of rows change the sums' rounding, and where a gradient is almost zero its first steps blow that up
+    ("change", "limit"),
+    [({"optimizer": "sgd", "momentum": 0.9, "clip_norm": 0.0}, 1.1), ({}, 2.0)],
+    ids=["sgd", "adamw"],
+)
+def test_float32_is_as_exact_as_plain_pytorch(tmp_path, change, limit):
+    cfg = settings(tmp_path, **change)
     squares = {"cohort": 0.0, "alone": 0.0, "plain": 0.0}
     for seed in range(3):
         model, start, clients, keep = setting(cfg, torch.float32, seed=seed)
@@ -151,9 +157,8 @@ def test_float32_is_as_exact_as_plain_pytorch(tmp_path):
         for name, bank in results.items():
             squares[name] += sum(float((a.detach().double() - b.detach()).square().sum()) for a, b in zip(bank.parameters(), exact.parameters(), strict=True))
     errors = {name: value**0.5 for name, value in squares.items()}
-    # at most 2x, not 1.1x: the batch is padded and its rows are in another order, so sums over tokens round differently
-    assert errors["cohort"] <= 2 * errors["plain"]
-    assert errors["alone"] <= 2 * errors["plain"]
+    assert errors["cohort"] <= limit * errors["plain"]
+    assert errors["alone"] <= limit * errors["plain"]
 
 
 def test_order_of_clients_is_irrelevant(tmp_path):

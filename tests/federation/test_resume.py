@@ -145,6 +145,26 @@ def killed(tmp_path_factory):
     return folder
 
 
+def test_killed_while_a_file_is_written(tmp_path, uninterrupted, monkeypatch):
+    """What a kill leaves of a file in the making is gone after the resumed run, and never taken for the file."""
+    cfg = config(tmp_path / "run")
+    replace, targets = os.replace, []
+
+    def stop_at_the_fourth(source, target):
+        targets.append(Path(target).name)
+        if targets.count("adapter_config.json") == 4:
+            raise Stop
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # a killed process cleans nothing up
+        patch.setattr(os, "replace", stop_at_the_fourth)
+        simulate(cfg, federation=fresh())
+    assert len([name for name in contents(tmp_path / "run") if name.endswith(".tmp")]) == 1
+    assert_same(simulate(cfg, resume=True, federation=fresh()), uninterrupted("default"))
+    assert not [name for name in contents(tmp_path / "run") if name.endswith(".tmp")]
+
+
 @pytest.mark.parametrize("kind", list(SETTINGS))
 def test_killed_at_random_points(killed, uninterrupted, kind):
     """SIGKILL three times in one run, each at a random moment of a later round."""

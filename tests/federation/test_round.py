@@ -327,16 +327,18 @@ def test_trap_10_a_client_that_diverges_inside_the_batch_touches_nobody_else(tmp
 
     for extra in ({}, {"max_tokens_per_step": 30}):
         cfg = tiny_config(tmp_path, dropout=0.1, prune_lambda=0.1, **extra)
-        banks = []
+        banks, logged = [], []
         for value in (1.0, math.nan, math.inf):
             bank = trained_bank(federation.shapes, [3, 5, 2, 4])
             with torch.no_grad():
                 multiply(bank, 1, value)
-            train_cohort(federation.model, bank, federation.data.clients, cfg, 1, 0.05, [2, 3, 1, 2])
+            results = train_cohort(federation.model, bank, federation.data.clients, cfg, 1, 0.05, [2, 3, 1, 2])
             banks.append(bank)
+            logged.append([result for k, result in enumerate(results) if k != 1])
         assert list(server.refused(banks[0], "abcd")) == [] and list(server.refused(banks[1], "abcd")) == list(server.refused(banks[2], "abcd")) == [1]
         clean, *spoiled = (bank.select([0, 2, 3]) for bank in banks)
         assert all(same_bits(clean, each) for each in spoiled)
+        assert logged[0] == logged[1] == logged[2]
 
 
 def test_trap_10_when_every_upload_is_bad_the_run_stands_at_the_round_before(tmp_path, federation, monkeypatch):

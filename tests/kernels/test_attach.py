@@ -83,7 +83,7 @@ def test_one_client_needs_no_segments(llama, device):
 
 def test_ids_per_token(llama, device):
     """A causal model whose first five positions are client 0's: they do not see what client 2 does later; constant rows equal ids per sequence."""
-    model, _bank = carried(llama, device)
+    model, _ = carried(llama, device)
     tokens = token_batch(2, 9, device)
     table = torch.tensor([[0] * 5 + [2] * 4, [1] * 9])
     with client_segments(model, table):
@@ -125,8 +125,7 @@ def test_detach_leaves_the_model_as_it_was(llama, device):
     assert (
         list(model.state_dict()) == keys and same_bits(model(tokens).logits, logits) and not any("hetlora" in key for m in model.modules() for key in vars(m))
     )
-    attach(model, bank)  # and again
-    detach(model)
+    detach(attach(model, bank))  # and again
 
 
 def test_trained_factors_are_the_banks_own(llama, device):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +22,6 @@ from kernel_cases import (
     same_bits,
     scattered,
 )
-from torch.utils.checkpoint import checkpoint
 
 import hetlora_kernels as hk
 
@@ -89,6 +86,10 @@ def test_ragged_shapes(device, clients, base_rows, widths, p, bias, shuffle):
     ids = [k for k, (_, length) in enumerate(clients) for _ in range(length)] + [-1] * base_rows
     shuffle.shuffle(ids)
     check([make_layer([rank for rank, _ in clients], ids, *widths, p=p, bias=bias)], torch.float64, device)
+
+
+def test_lengths_of_the_mixed_case_cover_what_they_should():
+    assert {0, 1} < set(MIXED_LENGTHS) and {5, 9, 17, 33, 65} <= set(MIXED_LENGTHS) and set(MIXED_RANKS) == {0, 1, 3, 4, 7, 8, 16, 24, 64, 128}
 
 
 # ---------------------------------------------------------------- gradients
@@ -313,195 +314,3 @@ def test_lora_add(base_dtype, dtype, device):
     fused = {f"d_{name}": leaves[name].grad for name in ("x", "a", "bt")}
     exact = {f"d_{name}": truth_leaves[name].grad for name in ("x", "a", "bt")}
     assert_as_exact_as_torch([(fused, exact, exact)], dict.fromkeys(exact, coarser))
-
-
-# ---------------------------------------------------------------- dropout switches and seeds
-
-
-def call_simple(layer, leaves, **options):
-    return hk.lora_linear(leaves["x"], leaves["weight"], leaves["bias"], leaves["a"], leaves["bt"], layer.layout(), layer.segments(), **options)
-
-
-def test_training_false_and_zero_probability_drop_nothing(device):
-    layer = make_layer([3], [0] * 6, N, M)
-    leaves = leaf_tensors(layer, torch.float32, None, device)
-    plain = call_simple(layer, leaves)
-    seeds = torch.tensor([5])
-    state = torch.get_rng_state()
-    assert same_bits(plain, call_simple(layer, leaves, dropout=0.5, seeds=seeds, training=False))
-    assert same_bits(plain, call_simple(layer, leaves, dropout=0.5, training=False))
-    assert same_bits(plain, call_simple(layer, leaves, dropout=0.0, seeds=seeds))
-    assert same_bits(plain, call_simple(layer, leaves, dropout=0.4 / 65536, seeds=seeds))
-    assert torch.equal(state, torch.get_rng_state())
-    assert not same_bits(plain, call_simple(layer, leaves, dropout=0.5, seeds=seeds))
-
-
-def test_seeds_of_the_torch_generator(device):
-    layer = make_layer([3, 3], [0] * 3 + [1] * 3, N, M)
-    leaves = leaf_tensors(layer, torch.float32, None, device)
-
-    def draw(seed):
-        torch.manual_seed(seed)
-        return [call_simple(layer, leaves, dropout=0.5) for _ in range(2)]
-
-    (first, second), (again, _), (other, _) = draw(1), draw(1), draw(2)
-    assert same_bits(first, again) and not same_bits(first, other) and not same_bits(first, second)
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("seeds", [[3, 4], None])
-def test_activation_checkpointing(use_reentrant, seeds, device):
-    layer = make_layer([3, 2], [0, 1, 0, 1], N, M)
-    seeds = None if seeds is None else torch.tensor(seeds)
-    outcomes = []
-    for wrap in (False, True):
-        torch.manual_seed(11)
-        leaves = leaf_tensors(layer, torch.float32, None, device)
-
-        def run(x, leaves=leaves):
-            return call_simple(layer, {**leaves, "x": x}, dropout=0.5, seeds=seeds)
-
-        y = checkpoint(run, leaves["x"], use_reentrant=use_reentrant) if wrap else run(leaves["x"])
-        torch.rand(3)  # draws between forward and backward must not matter
-        y.backward(layer.grad.to(y))
-        outcomes.append([y.detach(), *(leaf.grad for leaf in leaves.values() if leaf.requires_grad)])
-    assert all(same_bits(one, other) for one, other in zip(*outcomes, strict=True))
-
-
-@pytest.mark.parametrize("scale", [0.7, [0.7, 0.7], torch.tensor(0.7, dtype=torch.float64), torch.tensor([0.7, 0.7])])
-def test_kinds_of_scale(scale, device):
-    layer = make_layer([3, 2], [0, 1, 0, 1], N, M)
-    leaves = leaf_tensors(layer, torch.float32, None, device)
-    assert same_bits(call_simple(layer, leaves, scale=scale), call_simple(layer, leaves, scale=torch.tensor([0.7, 0.7], device=device)))
-
-
-# ---------------------------------------------------------------- autocast and compilation
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype, device):
-    layer = make_layer(MIXED_RANKS, mixed_ids(), N, M, p=0.1)
-    leaves, casted = leaf_tensors(layer, torch.float32, None, device), leaf_tensors(layer, dtype, torch.float32, device)
-    options = {"scale": layer.scale, "dropout": 0.1, "seeds": torch.tensor(layer.seeds)}
-    with torch.autocast(device.type, dtype=dtype):
-        y = call_simple(layer, leaves, **options)
-        added = hk.lora_add(torch.zeros_like(y), leaves["x"], leaves["a"], leaves["bt"], layer.layout(), layer.segments(), **options)
-    expected = call_simple(layer, casted, **options)
-    assert y.dtype == added.dtype == dtype and same_bits(y, expected)
-    y.backward(layer.grad.to(y))
-    expected.backward(layer.grad.to(y))
-    for name in ("x", "bias", "a", "bt"):
-        assert leaves[name].grad.dtype == torch.float32 and torch.equal(leaves[name].grad, casted[name].grad.float())
-
-
-def test_autocast_leaves_float64_alone(device):
-    layer = make_layer([3], [0] * 4, N, M)
-    leaves = leaf_tensors(layer, torch.float64, None, device)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        assert same_bits(call_simple(layer, leaves), call_simple(layer, leaves)) and call_simple(layer, leaves).dtype == torch.float64
-
-
-@pytest.mark.parametrize("backend", ["auto"], indirect=True)
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("shuffled", [False, True])
-def test_compiles_to_one_graph(p, shuffled, device):
-    """torch.compile(fullgraph=True), forward and backward, mixed ranks: the same values as eagerly."""
-    layer = make_layer(MIXED_RANKS, mixed_ids(shuffled), N, M, p=p)
-    layout, seg, seeds = layer.layout(), layer.segments(), torch.tensor(layer.seeds, device=device)
-
-    def both(x, weight, bias, a, bt):
-        y = hk.lora_linear(x, weight, bias, a, bt, layout, seg, scale=0.5, dropout=p, seeds=seeds)
-        return y, hk.lora_add(y.sin(), x, a, bt, layout, seg, scale=2.0, dropout=p, seeds=seeds)
-
-    outcomes = []
-    for run in (both, torch.compile(both, fullgraph=True, backend="aot_eager")):
-        leaves = leaf_tensors(layer, torch.float32, None, device)
-        y, added = run(*(leaves[name] for name in ("x", "weight", "bias", "a", "bt")))
-        (y + added).backward(layer.grad.to(y))
-        outcomes.append([y, added, *(leaves[name].grad for name in ("x", "bias", "a", "bt"))])
-    for one, other in zip(*outcomes, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-
-
-# ---------------------------------------------------------------- errors
-
-
-def good_arguments(device):
-    layer = make_layer([2, 3], [0, 1, 1, -1], 6, 5)
-    leaves = leaf_tensors(layer, torch.float32, None, device)
-    return {**leaves, "layout": layer.layout(), "seg": layer.segments(), "base_out": torch.zeros(4, 5, device=device)}
-
-
-FROZEN = torch.zeros(5, 6)
-BAD = [
-    ("x", lambda _: [1.0], TypeError, "list"),
-    ("x", lambda _: torch.zeros(4, 6, dtype=torch.int64), TypeError, "int64"),
-    ("x", lambda _: torch.zeros(4, 7), ValueError, r"\(4, 7\)"),
-    ("x", lambda _: torch.zeros(()), ValueError, r"\(\)"),
-    ("weight", lambda w: w.clone().requires_grad_(), ValueError, "frozen"),
-    ("weight", lambda w: w[0], ValueError, r"\(6,\)"),
-    ("weight", lambda w: w.double(), ValueError, "float64"),
-    ("bias", lambda _: torch.zeros(6), ValueError, r"\(6,\)"),
-    ("a", lambda t: t[:-1], ValueError, r"\(5, 6\), got \(4, 6\)"),
-    ("a", lambda t: t.long(), ValueError, "int64"),
-    ("a", lambda _: None, ValueError, "NoneType"),
-    ("bt", lambda _: torch.zeros(5, 6), ValueError, r"\(5, 5\), got \(5, 6\)"),
-    ("layout", lambda _: [2, 3], TypeError, "list"),
-    ("seg", lambda _: [2, 3], TypeError, "list"),
-    ("seg", lambda _: hk.Segments.from_lengths([2, 3]), ValueError, "4 rows of x, got 5"),
-    ("seg", lambda _: hk.Segments.from_lengths([2, 2, 0]), ValueError, "2 clients, got 3"),
-    ("scale", lambda _: [1.0, 2.0, 3.0], ValueError, r"2 numbers, one per client, got shape \(3,\)"),
-    ("scale", lambda _: torch.ones(2, 2), ValueError, r"\(2, 2\)"),
-    ("dropout", lambda _: 1.0, ValueError, "got 1.0"),
-    ("dropout", lambda _: -0.1, ValueError, "got -0.1"),
-    ("dropout", lambda _: 1 - 2**-20, ValueError, "got 0.99"),
-    ("dropout", lambda _: float("nan"), ValueError, "got nan"),
-    ("seeds", lambda _: torch.zeros(3, dtype=torch.int64), ValueError, r"\(2,\), got torch.int64 \(3,\)"),
-    ("seeds", lambda _: torch.zeros(2), ValueError, "float32"),
-    ("seeds", lambda _: [1, 2], ValueError, "list"),
-    ("base_out", lambda t: t[:3], ValueError, r"\(3, 5\)"),
-    ("base_out", lambda t: t.long(), TypeError, "int64"),
-    ("base_out", lambda _: None, TypeError, "NoneType"),
-]
-
-
-LINEAR_ONLY, ADD_ONLY = ("weight", "bias"), ("base_out",)
-LINEAR_ORDER, ADD_ORDER = ("x", "weight", "bias", "a", "bt", "layout", "seg"), ("base_out", "x", "a", "bt", "layout", "seg")
-
-
-def refusal(op, order, name, spoil, error, device):
-    """The message with which `op` refuses the arguments, one of them spoilt."""
-    arguments = good_arguments(device)
-    spoilt = spoil(arguments.get(name))
-    arguments[name] = spoilt.to(device) if isinstance(spoilt, torch.Tensor) else spoilt
-    options = {"dropout": 0.5, **{key: arguments[key] for key in ("scale", "dropout", "seeds") if key in arguments}}
-    with pytest.raises(error) as caught:
-        op(*(arguments[key] for key in order), **options)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize(("name", "spoil", "error", "text"), [case for case in BAD if case[0] not in ADD_ONLY])
-def test_lora_linear_names_the_argument(name, spoil, error, text, device):
-    message = refusal(hk.lora_linear, LINEAR_ORDER, name, spoil, error, device)
-    assert message.startswith(f"{name}: ") and re.search(text, message), message
-
-
-@pytest.mark.parametrize(("name", "spoil", "error", "text"), [case for case in BAD if case[0] not in LINEAR_ONLY])
-def test_lora_add_names_the_argument(name, spoil, error, text, device):
-    message = refusal(hk.lora_add, ADD_ORDER, name, spoil, error, device)
-    blamed = "a" if name == "x" and text == r"\(4, 7\)" else name  # without a weight, the width of x is the one a is refused for
-    assert message.startswith(f"{blamed}: ") and (blamed != name or re.search(text, message)), message
-
-
-def test_a_frozen_weight_is_only_asked_for_where_gradients_are_recorded(device):
-    layer = make_layer([2], [0, 0], 6, 5)
-    leaves = leaf_tensors(layer, torch.float32, None, device)
-    leaves["weight"].requires_grad_()
-    with torch.no_grad():
-        assert call_simple(layer, leaves).shape == (2, 5)
-    with pytest.raises(ValueError, match=r"^weight: "):
-        call_simple(layer, leaves)
-
-
-def test_lengths_of_the_mixed_case_cover_what_they_should():
-    assert {0, 1} < set(MIXED_LENGTHS) and {5, 9, 17, 33, 65} <= set(MIXED_LENGTHS) and set(MIXED_RANKS) == {0, 1, 3, 4, 7, 8, 16, 24, 64, 128}

@@ -1,0 +1,45 @@
+"""A resumed run uses the run's own number of threads and says what else differs; client names stay inside the run folder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_federation
+
+from hetlora import checkpoint
+from hetlora.loop import simulate
+from hetlora.observer import Observer
+
+
+class Recorder(Observer):
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def test_resume_takes_the_threads_of_the_run_and_names_other_versions(tmp_path) -> None:
+    before = torch.get_num_threads()
+    cfg = tiny_config(tmp_path / "run", rounds=1)
+    simulate(cfg, federation=tiny_federation([3, 3, 3]))
+    path = tmp_path / "run" / "versions.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({**saved, "threads": str(before + 1), "torch": "0.1"}))
+    seen = Recorder()
+    try:
+        simulate(cfg, federation=tiny_federation([3, 3, 3]), resume=True, observer=seen)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+    text = "\n".join(seen.messages)
+    assert f"using {before + 1} threads" in text and "torch was 0.1" in text and "python was" not in text
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../../x", "a/b", "x" * 300, "한국어" * 40])
+def test_client_folders_stay_inside_and_are_distinct(tmp_path, name) -> None:
+    folder = checkpoint.client_folder(tmp_path, name)
+    assert folder.parent == tmp_path / "clients" and folder.name not in (".", "..") and len(folder.name.encode()) < 255
+    assert folder != checkpoint.client_folder(tmp_path, name + "x")
