@@ -18,6 +18,10 @@ HETLORA_HOST_DEVICE constexpr int gram_sums() { return GRAM_THREADS * QUAD * QUA
 constexpr int GRAM_SHARED = gram_stage(64, 2) > gram_sums() ? gram_stage(64, 2) : gram_sums();               // two operands only where SIDE is 64
 static_assert(GRAM_SHARED >= gram_stage(16, 1) && GRAM_SHARED >= gram_stage(32, 1));
 
+// Blocks per multiprocessor: said outright, because the compiler otherwise aims for more of them and spills (8 bytes on sm_110 and 120, 128 on sm_80).
+template <class Acc>
+constexpr int GRAM_BLOCKS = sizeof(Acc) == 4 ? 2 : 1;
+
 // One tile's place: its client's rows, its matrix in the result, its plane of partial sums (null: straight to the result).
 template <class T, class Acc>
 struct GramTile {
@@ -133,7 +137,7 @@ __device__ __forceinline__ bool find_tile(GramTile<T, Acc>& tile, const Table& t
 
 // p of a module: rows, result. `rows` of a module: elements of one split's planes.
 template <class T, class Acc>
-__global__ void __launch_bounds__(GRAM_THREADS) gram_kernel(Table table, Acc* planes) {
+__global__ void __launch_bounds__(GRAM_THREADS, GRAM_BLOCKS<Acc>) gram_kernel(Table table, Acc* planes) {
     alignas(16) __shared__ Acc shared[GRAM_SHARED];
     const Module module = table.modules[blockIdx.y];
     const int first = blockIdx.z * GRAM_SPLIT, last = min(first + GRAM_SPLIT, module.width);
