@@ -50,9 +50,9 @@ def _aggregate_kernel(
     source, out, keep = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     rows, width, owned = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
     layout = layouts + tl.load(entry + 6)
-    chunks = tl.cdiv(width, BLOCK)
+    chunks = tl.maximum(tl.cdiv(width, BLOCK), 1)
     row = tl.program_id(0) // chunks
-    if row >= rows:
+    if (row >= rows) | (width == 0):
         return
     column = (tl.program_id(0) % chunks) * BLOCK + tl.arange(0, BLOCK)
     inside = tl.max_constancy(column < width, ALIGN)

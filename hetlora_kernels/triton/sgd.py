@@ -33,9 +33,9 @@ def _sgd_kernel(
     BYTES: tl.constexpr = 16 if ALIGN > 1 else 1  # promised for every row start: the compiler cannot see into the table
     entry = modules + tl.program_id(1) * 7
     rows, width, layout = tl.load(entry + 4), tl.load(entry + 5), layouts + tl.load(entry + 6)
-    chunks = tl.cdiv(width, BLOCK)
+    chunks = tl.maximum(tl.cdiv(width, BLOCK), 1)
     row = tl.program_id(0) // chunks
-    if row >= rows:
+    if (row >= rows) | (width == 0):
         return
     k = tl.load(layout + OWNERS + row)
     if tl.load(active + k) == 0:

@@ -61,9 +61,9 @@ def _squares_kernel(
     BYTES: tl.constexpr = 16 if ALIGN > 1 else 1  # promised for every row start: the compiler cannot see into the table
     entry = modules + tl.program_id(1) * 6
     rows, width = tl.load(entry + 2), tl.load(entry + 3)
-    chunks = tl.cdiv(width, BLOCK)
+    chunks = tl.maximum(tl.cdiv(width, BLOCK), 1)
     row = tl.program_id(0) // chunks
-    if row >= rows:
+    if (row >= rows) | (width == 0):
         return
     tail = tl.load(layouts + tl.load(entry + 4) + FLAGS + row) != 0
     if not GRADS:

@@ -46,9 +46,9 @@ def _truncate_kernel(
     bank, out = tl.load(entry), tl.load(entry + 1)
     rows, width = tl.load(entry + 2), tl.load(entry + 3)
     layout = layouts + tl.load(entry + 4)
-    chunks = tl.cdiv(width, BLOCK)
+    chunks = tl.maximum(tl.cdiv(width, BLOCK), 1)
     row = tl.program_id(0) // chunks
-    if row >= rows:
+    if (row >= rows) | (width == 0):
         return
     column = (tl.program_id(0) % chunks) * BLOCK + tl.arange(0, BLOCK)
     inside = tl.max_constancy(column < width, ALIGN)

@@ -20,9 +20,13 @@ from hetlora_kernels.reference import compute_dtype
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
 WRITTEN = {"truncate_": (0,), "aggregate_": (0,), "accumulate_": (0,), "adamw_": (0, 2, 3), "sgd_": (0, 2)}
 EXACT = {"truncate_"}
-SMALL = {"ranks": [[4, 0, 1, 7], [3, 18, 40, 2]], "widths": [33, 64]}
-# More than 32 clients, tiles off the diagonal, more than one split, a width of one.
-LARGE = {"ranks": [[1, 0, 3, 8] * 9 + [33, 70], [2] * 37 + [5]], "widths": [1, 2056]}
+SHAPES: dict[str, dict[str, Any]] = {
+    "small": {"ranks": [[4, 0, 1, 7], [3, 18, 40, 2]], "widths": [33, 64]},
+    # More than 32 clients, tiles off the diagonal, more than one split, a width of one.
+    "large": {"ranks": [[1, 0, 3, 8] * 9 + [33, 70], [2] * 37 + [5]], "widths": [1, 2056]},
+    # A module without columns, one without rank rows.
+    "edge": {"ranks": [[2, 1], [0, 0], [3, 2]], "widths": [0, 5, 16]},
+}
 
 Case = Callable[[torch.dtype], tuple[str, list[Any]]]
 

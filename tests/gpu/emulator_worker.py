@@ -1,6 +1,6 @@
 """Run cases on a library built by emulated.py, in every schedule asked for; print {schedule: {case: failure or null}} as JSON.
 
-`emulator_worker.py LIBRARY f32,bf16 small|large fwd,rev,rand,warp [case ...]`, with AddressSanitizer preloaded. A memory error ends the process.
+`emulator_worker.py LIBRARY f32,bf16 small|large|edge fwd,rev,rand,warp [case ...]`, with AddressSanitizer preloaded. A memory error ends the process.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import sys
 
 import torch
-from cases import DTYPES, LARGE, SMALL, cases, failures
+from cases import DTYPES, SHAPES, cases, failures
 
 from hetlora_kernels._library import SCHEMAS
 
@@ -23,7 +23,7 @@ def main() -> None:
         namespace.define(name + schema)
     torch.ops.load_library(library)
     ops = {name: getattr(torch.ops.hetlora_emulated, name).default for name in SCHEMAS}
-    every, report = cases(SMALL if size == "small" else LARGE), {}
+    every, report = cases(SHAPES[size]), {}
     for schedule in schedules.split(","):
         os.environ["HETLORA_SCHEDULE"] = schedule
         report[schedule] = {}

@@ -54,6 +54,10 @@ def test_many_clients_several_tiles_and_splits(library: Path) -> None:
     assert not wrong(work(library, "f32,bf16", "large", "rev,warp"))
 
 
+def test_modules_without_columns_or_rows(library: Path) -> None:
+    assert not wrong(work(library, "f32,bf16", "edge", "warp"))
+
+
 @dataclass(frozen=True)
 class Mutant:
     """A planted bug: `old` becomes `new` in a header, the kernels of `source` are rebuilt, and `case` has to fail."""
