@@ -248,9 +248,10 @@ class BuildKernels(build_ext):
         codes = [flag for code in self.plan.archs for flag in ("-gencode", f"arch={code.replace('sm_', 'compute_')},code={code}")]
         host = ["-ccbin", str(self.plan.compiler), "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         device = [str(nvcc), "-O3", "-std=c++17", *host, *codes, "-Xptxas", "-v", "--threads", "2", "-c"]
-        toolkit = ["-DUSE_CUDA", "-isystem", str(nvcc.parent.parent / "include")]
+        # The bindings through nvcc too, for its include path: the nvcc found may be a wrapper that lies outside its toolkit.
+        bindings = [str(nvcc), "-O3", "-std=c++17", *host, *torch.compile_flags, "-DUSE_CUDA", "-c"]
         jobs = [(device, source) for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
-        jobs += [([*self.cxx(), *torch.compile_flags, *toolkit, "-c"], source) for source in sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))]
+        jobs += [(bindings, source) for source in sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))]
         objects = self.compile(jobs)
         link = [flag.replace("-Wl,", "-Xlinker=") for flag in torch.link_flags]
         run([str(nvcc), "-shared", *host[:2], "-cudart", "static", *objects, "-o", str(target), *link])
