@@ -1,7 +1,7 @@
 // gram, delta_norms, tail_norms: norms of low-rank updates from products of rank rows, for all modules and clients in one call.
 //
 // One client of one module is a unit of work; the most expensive units are handed out first, each to the part with the least so far. A unit walks its
-// columns in panels of kPanel: the panel stays in L2 while every pair of row groups is multiplied from it, so the rows are read from memory once. A pair of
+// columns in panels of about 512: the panel stays in L2 while every pair of row groups is multiplied from it, so the rows are read from memory once. A pair of
 // groups is I x J dot products held in registers as vectors along the columns (no rank is padded, whatever it is); the panel's sums leave them in double.
 // Rows that are not float32 (double when exact) are converted into the panel first. Bytes: the rows once; operations: r (r + 1) / 2 multiply-adds a column,
 // which exceeds the time of the read from about r = 16 on (8 bytes of row a multiply-add and rank).
@@ -14,27 +14,47 @@
 namespace hetlora {
 namespace {
 
-constexpr int64_t kPanel = 512;
+constexpr int64_t kPanel = 768;  // most columns of a panel
 
 template <class E, int W>
 struct VectorOf {
     typedef E type __attribute__((vector_size(W * sizeof(E)), aligned(sizeof(E)), may_alias));
 };
 
-// Sum of the lanes in double, by halves.
+#if defined(__clang__)
+#define HETLORA_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define HETLORA_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, decltype((a) < (b)){i, j, k, l})
+#endif
+
+// The W lanes added down to four, by halves.
 template <class E, int W>
-HETLORA_INLINE double lanes(const typename VectorOf<E, W>::type& v) {
-    if constexpr (W == 1) {
-        return v[0];
+HETLORA_INLINE typename VectorOf<E, 4>::type four_lanes(const typename VectorOf<E, W>::type& v) {
+    if constexpr (W == 4) {
+        return v;
     } else {
         typedef typename VectorOf<E, W / 2>::type Half;
-        const Half* halves = reinterpret_cast<const Half*>(&v);
+        Half halves[2];
+        std::memcpy(halves, &v, sizeof halves);
         const Half sum = halves[0] + halves[1];
-        if constexpr (W == 2) {
-            return static_cast<double>(sum[0]);
-        } else {
-            return lanes<E, W / 2>(sum);
-        }
+        return four_lanes<E, W / 2>(sum);
+    }
+}
+
+// out[j] += the sum of the lanes of sums[j], in double. All J at once, as columns of a transposed block: lane by lane took longer than the products at
+// widths below 600.
+template <class E, int W, int J>
+HETLORA_INLINE void add_lanes(const typename VectorOf<E, W>::type* sums, double* out) {
+    typedef typename VectorOf<E, 4>::type Four;
+    Four v[4] = {};
+    for (int j = 0; j < J; ++j) {
+        v[j] = four_lanes<E, W>(sums[j]);
+    }
+    const Four low = HETLORA_SHUFFLE(v[0], v[1], 0, 4, 2, 6) + HETLORA_SHUFFLE(v[0], v[1], 1, 5, 3, 7);
+    const Four high = HETLORA_SHUFFLE(v[2], v[3], 0, 4, 2, 6) + HETLORA_SHUFFLE(v[2], v[3], 1, 5, 3, 7);
+    const Four all = HETLORA_SHUFFLE(low, high, 0, 1, 4, 5) + HETLORA_SHUFFLE(low, high, 2, 3, 6, 7);
+    for (int j = 0; j < J; ++j) {
+        out[j] += static_cast<double>(all[j]);
     }
 }
 
@@ -61,9 +81,7 @@ HETLORA_INLINE void products(const E* x, const E* y, int64_t ld, int64_t n, int6
         }
     }
     for (int i = 0; i < I; ++i) {
-        for (int j = 0; j < J; ++j) {
-            out[i * ld_out + j] += lanes<E, W>(sums[i][j]);
-        }
+        add_lanes<E, W, J>(sums[i], out + i * ld_out);
     }
 }
 
@@ -110,7 +128,7 @@ constexpr int kLanes = 16;  // columns a panel is a multiple of, whatever the in
         panel_products<float, width, group>(rows, rank, ld, n, ahead, out);                                                 \
     }                                                                                                                \
     target void name(const double* rows, int64_t rank, int64_t ld, int64_t n, int64_t ahead, double* out) {                         \
-        panel_products<double, width / 2, group>(rows, rank, ld, n, ahead, out);                                            \
+        panel_products<double, (width > 4 ? width / 2 : 4), group>(rows, rank, ld, n, ahead, out);                                            \
     }
 HETLORA_PANEL(panel_base, , 4, 3)
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -143,16 +161,24 @@ void mirror(double* gram, int64_t rank) {
     }
 }
 
-// gram [rank, rank] = rows rows^T; `panel` holds rank x kPanel elements.
+// Columns of one panel: equal parts of about 512, so that none is so short that adding up its registers takes longer than filling them.
+int64_t panel_columns(int64_t width) {
+    const int64_t parts = std::max<int64_t>(1, (width + 256) / 512);
+    return std::min(kPanel, ((width + parts - 1) / parts + kLanes - 1) / kLanes * kLanes);
+}
+
+// gram [rank, rank] = rows rows^T of the rows from `first`; fetches those from `next`. `panel` holds rank x kPanel elements.
 template <class E>
-void gram_of(const Matrix& matrix, int64_t first, int64_t rank, E* panel, double* gram) {
+void gram_of(const Matrix& matrix, int64_t first, int64_t rank, int64_t next, E* panel, double* gram) {
     static const PanelKernel<E> kernel = panel_kernel<E>();
     const bool direct = size_of(matrix.type) == static_cast<int64_t>(sizeof(E));
     std::fill(gram, gram + rank * rank, 0.0);
-    for (int64_t begin = 0; begin < matrix.width; begin += kPanel) {
-        const int64_t n = std::min(kPanel, matrix.width - begin), whole = n / kLanes * kLanes;
+    const int64_t step = panel_columns(matrix.width);
+    for (int64_t begin = 0; begin < matrix.width; begin += step) {
+        const int64_t n = std::min(step, matrix.width - begin), whole = n / kLanes * kLanes;
         if (direct && whole == n) {
-            kernel(reinterpret_cast<const E*>(matrix.at(first * matrix.width + begin)), rank, matrix.width, n, begin + 2 * kPanel <= matrix.width ? kPanel : 0, gram);
+            const int64_t ahead = begin + 2 * step <= matrix.width ? step : next > first ? (next - first) * matrix.width - begin : 0;
+            kernel(reinterpret_cast<const E*>(matrix.at(first * matrix.width + begin)), rank, matrix.width, n, ahead, gram);
             continue;
         }
         const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
@@ -168,6 +194,7 @@ void gram_of(const Matrix& matrix, int64_t first, int64_t rank, E* panel, double
 struct Unit {
     int64_t module, client, rank, first;
     double cost;
+    int64_t next;  // first row of the part's next unit where that is of the same module, else `first`
 };
 
 // body(unit, panel, grams) for every unit, with room for a panel and `grams` Gram matrices of its rank.
@@ -179,25 +206,31 @@ void for_units(const std::vector<Matrix>& rows, const Layout& layout, int64_t gr
         for (int64_t k = 0; k < layout.clients(); ++k) {
             const int64_t rank = layout.rank(m, k);
             const double rank_cost = static_cast<double>(rank) * static_cast<double>(rank + 16);
-            units.push_back({m, k, rank, layout.first_row(m, k), rank_cost * static_cast<double>(rows[m].width)});
+            units.push_back({m, k, rank, layout.first_row(m, k), rank_cost * static_cast<double>(rows[m].width), 0});
             largest = std::max(largest, rank);
         }
         bytes += rows[m].rows * rows[m].width * size_of(rows[m].type);
     }
     std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.cost > b.cost; });
     const int64_t parts = part_count(static_cast<int64_t>(units.size()), bytes);
-    std::vector<std::vector<const Unit*>> queues(static_cast<size_t>(parts));
+    std::vector<std::vector<Unit>> queues(static_cast<size_t>(parts));
     std::vector<double> load(static_cast<size_t>(parts));
     for (const Unit& unit : units) {
         const size_t part = static_cast<size_t>(std::min_element(load.begin(), load.end()) - load.begin());
-        queues[part].push_back(&unit);
+        queues[part].push_back(unit);
         load[part] += unit.cost;
+    }
+    for (std::vector<Unit>& queue : queues) {  // in the order of memory, so that the rows of the next unit can be fetched
+        std::sort(queue.begin(), queue.end(), [](const Unit& a, const Unit& b) { return a.module != b.module ? a.module < b.module : a.first < b.first; });
+        for (size_t i = 0; i < queue.size(); ++i) {
+            queue[i].next = i + 1 < queue.size() && queue[i + 1].module == queue[i].module ? queue[i + 1].first : queue[i].first;
+        }
     }
     std::vector<E> panels(static_cast<size_t>(parts * largest * kPanel));
     std::vector<double> squares(static_cast<size_t>(parts * grams * largest * largest));
     for_tasks(parts, parts, [&](int64_t part, int64_t) {
-        for (const Unit* unit : queues[part]) {
-            body(*unit, panels.data() + part * largest * kPanel, squares.data() + part * grams * largest * largest);
+        for (const Unit& unit : queues[part]) {
+            body(unit, panels.data() + part * largest * kPanel, squares.data() + part * grams * largest * largest);
         }
     });
 }
@@ -213,7 +246,7 @@ void gram_as(const std::vector<Matrix>& rows, const Layout& layout, const std::v
         }
     }
     for_units<E>(rows, layout, 1, [&](const Unit& unit, E* panel, double* gram) {
-        gram_of(rows[unit.module], unit.first, unit.rank, panel, gram);
+        gram_of(rows[unit.module], unit.first, unit.rank, unit.next, panel, gram);
         std::copy(gram, gram + unit.rank * unit.rank, out[unit.module] + first[unit.module * layout.clients() + unit.client]);
     });
 }
@@ -257,8 +290,8 @@ template <class E>
 void delta_norms_as(const std::vector<Matrix>& a, const std::vector<Matrix>& bt, const Layout& layout, std::vector<double>& norms) {
     for_units<E>(a, layout, 2, [&](const Unit& unit, E* panel, double* grams) {
         const int64_t size = unit.rank * unit.rank;
-        gram_of(a[unit.module], unit.first, unit.rank, panel, grams);
-        gram_of(bt[unit.module], unit.first, unit.rank, panel, grams + size);
+        gram_of(a[unit.module], unit.first, unit.rank, unit.next, panel, grams);
+        gram_of(bt[unit.module], unit.first, unit.rank, unit.next, panel, grams + size);
         double square = 0;
         for (int64_t i = 0; i < size; i += unit.rank) {  // row by row: one chain of r^2 additions loses bits in double already at r = 128
             square += std::inner_product(grams + i, grams + i + unit.rank, grams + size + i, 0.0);

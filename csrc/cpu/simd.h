@@ -1,7 +1,7 @@
 // Element types, their conversions, and the way a kernel is compiled for several instruction sets.
 //
 // A function marked HETLORA_CLONES is compiled for x86-64, x86-64-v3 (AVX2, FMA) and x86-64-v4 (AVX-512) and chosen when the library is loaded; what is
-// marked HETLORA_INLINE is compiled with it. Elsewhere (NEON) the baseline serves. Such functions take the element type as a value, not as a template
+// marked HETLORA_INLINE is compiled with it. Elsewhere (NEON; compilers other than GCC from 12) the baseline serves. Such functions take the element type as a value, not as a template
 // argument, because the compiler clones plain functions only. Results may differ in the last bit between machines with and without FMA, never between runs.
 #pragma once
 
@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
 #define HETLORA_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define HETLORA_CLONES
