@@ -73,14 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     device = torch.device(options.device)
     counts = options.threads or ([1] if device.type == "cuda" else sorted({1, os.cpu_count() or 1}))
-    records: list[dict[str, Any]] = []
-    load_before = os.getloadavg()[0]
-    for case in SUITES[options.suite].cases(options, device):
-        for threads in counts:
-            for record in SUITES[options.suite].measure(case, options, device, threads):
-                records.append(record)
-                print(LINE.format(**record), flush=True)
-    result = {
+    result: dict[str, Any] = {
         "schema": SCHEMA,
         "suite": options.suite,
         "command": "python -m benchmarks.run " + shlex.join(argv if argv is not None else sys.argv[1:]),
@@ -88,13 +81,24 @@ def main(argv: list[str] | None = None) -> int:
         "versions": versions(),
         "build": _library.build_info(),
         "backends": {op: rung for op, (rung, _) in hk.backends(device.type).items()},
-        "load_average": {"before": load_before, "after": os.getloadavg()[0]},
-        "results": records,
+        "load_average": {"before": os.getloadavg()[0]},
+        "results": [],
     }
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for case in SUITES[options.suite].cases(options, device):
+        for threads in counts:
+            for record in SUITES[options.suite].measure(case, options, device, threads):
+                result["results"].append(record)
+                print(LINE.format(**record), flush=True)
+            write(result, options.json)
     return 0
+
+
+def write(result: dict[str, Any], path: Path | None) -> None:
+    """After every case, so that a run that is stopped leaves what it measured."""
+    result["load_average"]["after"] = os.getloadavg()[0]
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import hetlora_kernels as hk
 from benchmarks.providers import PROVIDERS, Problem, Run
 from benchmarks.shapes import SERVER_SHAPES, TINY, elements_per_rank, power_law_ranks
 from benchmarks.steps import STEPS, step_bytes
-from benchmarks.timing import interleaved, peak_extra_bytes
+from benchmarks.timing import ENDLESS_SECONDS, interleaved, peak_extra_bytes
 
 YARDSTICK_BYTES = 256 << 20  # a copy longer than this is timed on this much and scaled
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float64: 1e-10}
@@ -123,6 +123,7 @@ def measure(case: Case, options: Any, device: torch.device, threads: int) -> lis
         record |= {"threads": threads, "provider": name, "yardstick": case.yardstick, "bytes": case.bytes, "rounds": timing.rounds, "note": case.note}
         record |= {"median_s": timing.median * own, "p20_s": timing.p20 * own, "p80_s": timing.p80 * own}
         record |= {"gb_per_s": case.bytes / (timing.median * own) / 1e9, "ratio": timing.ratio * own / scale}
-        record["peak_extra_bytes"] = None if name == case.yardstick else peak_extra_bytes(works[name], device)
+        endless = timing.median > ENDLESS_SECONDS
+        record["peak_extra_bytes"] = None if name == case.yardstick or endless else peak_extra_bytes(works[name], device)
         records.append(record)
     return records

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 SLOW_SECONDS = 1.0  # what takes longer than this is timed in three rounds only
+ENDLESS_SECONDS = 8.0  # and what takes longer than this in one
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,14 @@ def _once(run: Callable[[], object], device: torch.device) -> float:
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], yardstick: str, device: torch.device, seconds: float, most_rounds: int = 30) -> dict[str, Timing]:
-    """Time `runs` in rounds for about `seconds`, after one round that is not counted; at least three rounds."""
+    """Time `runs` in rounds for about `seconds`, after one round that is not counted; at least three rounds
+    of what takes less than ENDLESS_SECONDS."""
     warm = {name: _once(run, device) for name, run in runs.items()}
     rounds = max(3, min(most_rounds, int(seconds / max(sum(warm.values()), 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds):
         for name, run in runs.items():
-            if turn < 3 or warm[name] < SLOW_SECONDS:
+            if turn < (1 if warm[name] > ENDLESS_SECONDS else 3) or warm[name] < SLOW_SECONDS:
                 times[name].append(_once(run, device))
     timings = {}
     for name, own in times.items():
