@@ -52,7 +52,21 @@ def summary_table(data: dict[str, Any]) -> list[str]:
     return lines
 
 
-TABLES = {"server": server_table, "summary": summary_table}
+def lora_table(data: dict[str, Any]) -> list[str]:
+    """Time over the frozen layer of every provider, one line for each case."""
+    names = list(dict.fromkeys(r["provider"] for r in data["results"] if r["provider"] != r["yardstick"]))
+    lines = [_row(["layer", "shape", "clients", "type", "threads", "frozen layer", *names]), "|---|---|--:|---|--:|" + "--:|" * (1 + len(names))]
+    groups: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for r in data["results"]:
+        groups.setdefault((r["op"], r["shape"], r["clients"], r["dtype"], r["threads"]), {})[r["provider"]] = r
+    for key, own in groups.items():
+        base = next(r for name, r in own.items() if name == r["yardstick"])
+        cells = [_seconds(base["median_s"]), *(f"{own[name]['ratio']:.2f} x" if name in own else "" for name in names)]
+        lines.append(_row([str(part) for part in key] + cells))
+    return lines
+
+
+TABLES = {"server": server_table, "summary": summary_table, "lora": lora_table}
 
 
 def facts(data: dict[str, Any], file: str) -> list[str]:

@@ -14,7 +14,7 @@ from hetlora.observer import Observer
 from hetlora.ranks import assign_ranks
 
 CALIBRATION_EVERY = 6  # each sixth package, four in all, chooses lambda and takes no part in the federation
-LAMBDAS = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
+LAMBDAS = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
 TOLERANCE = 0.005
 SETTINGS: dict[str, Any] = {
     "model": "demo",

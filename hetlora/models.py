@@ -38,7 +38,7 @@ class DemoModel:
     intermediate: int = 384
     seq_len: int = 256
     batch_size: int = 8
-    steps: int = 700
+    steps: int = 450
     lr: float = 3e-3
     warmup: int = 50
     seed: int = 0

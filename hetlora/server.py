@@ -45,7 +45,8 @@ def distribute(state: ServerState, names: Sequence[str]) -> hk.AdapterBank:
 def refused(bank: hk.AdapterBank, names: Sequence[str]) -> dict[int, str]:
     """{client: reason} for uploads that hold a NaN or an infinity, or whose norm overflows."""
     norms_a, norms_b = bank.tail_norms([0] * bank.num_clients)
-    finite = torch.isfinite(norms_a + norms_b).cpu()
+    # ||B A|| too: its float32 products overflow where a rung's tail norms, summed in float64, do not
+    finite = torch.isfinite(norms_a + norms_b + bank.delta_norms()).cpu()
     modules = list(bank.shapes)
     return {k: f"update has non-finite values in {modules[int((~finite[k]).nonzero()[0])]}" for k in range(len(names)) if not bool(finite[k].all())}
 

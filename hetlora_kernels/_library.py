@@ -24,6 +24,9 @@ SCHEMAS = {
     "shrink": f"(Tensor x, Tensor rows, Tensor scale, {_SEGMENT_ARGS}) -> Tensor",
     "expand_": f"(Tensor(a!) out, Tensor s, Tensor rows, {_SEGMENT_ARGS}) -> ()",
     "grouped_gram": f"(Tensor s, Tensor x, {_SEGMENT_ARGS}, ScalarType dtype) -> Tensor",
+    "lora_forward": f"(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor a, Tensor bt, Tensor scale, {_SEGMENT_ARGS}) -> (Tensor, Tensor)",
+    "lora_backward": "(Tensor d_y, Tensor x, Tensor? weight, Tensor a, Tensor bt, Tensor s, Tensor scale, "
+    f"{_SEGMENT_ARGS}, bool need_x, bool need_a, bool need_bt) -> Tensor[]",
     "truncate_": "(Tensor(a!)[] out, Tensor[] bank, int[] ranks, bool dense) -> ()",
     "aggregate_": "(Tensor(a!)[] out, Tensor[] rows, Tensor weights, Tensor[] keep, int[] ranks, bool owners) -> ()",
     "accumulate_": "(Tensor(a!)[] total, Tensor[] rows, Tensor weights) -> ()",
@@ -121,6 +124,12 @@ def _has(name: str, rung: str) -> bool:
     return rung == "reference" or name in _compiled.get(rung, ())
 
 
+def whole_layer(on_cpu: bool) -> tuple[Callable, Callable] | None:
+    """(`lora_forward`, `lora_backward`) where the whole layer is one op: on CPU tensors with the C++ rung, unless another is forced.
+    None elsewhere: the layer is then composed of the rung's own shrink, expand_ and grouped_gram."""
+    return _layer_ops if on_cpu and _layer_ops is not None and (_forced is None or _forced == "cpu") else None
+
+
 def call(name: str) -> Callable:
     """The callable that runs op `name` now: the dispatcher's choice, or the rung that `use_backend` or HETLORA_BACKEND forces.
 
@@ -169,5 +178,8 @@ def backends(device: str | None = None) -> dict[str, tuple[str, str]]:
 
 _define()
 _load()
+_layer_ops: tuple[Callable, Callable] | None = None
+if _has("lora_forward", "cpu"):
+    _layer_ops = torch.ops.hetlora.lora_forward.default, torch.ops.hetlora.lora_backward.default
 if os.environ.get("HETLORA_BACKEND", "").strip():
     _forced = _check_rung(os.environ["HETLORA_BACKEND"].strip(), "environment variable HETLORA_BACKEND")

@@ -36,7 +36,7 @@ class RankLayout:
     Immutable and hashable; equal when the ranks are equal. `ValueError` on a negative rank, `TypeError` on anything but integers.
     """
 
-    __slots__ = ("_device_offsets", "max_rank", "offsets", "ranks", "total")
+    __slots__ = ("_device_offsets", "_scales", "max_rank", "offsets", "ranks", "total")
 
     def __init__(self, ranks: Sequence[int] | Tensor) -> None:
         values = int_list("ranks", ranks)
@@ -48,6 +48,7 @@ class RankLayout:
         self.total = self.offsets[-1]
         self.max_rank = max(values, default=0)
         self._device_offsets: dict[torch.device, Tensor] = {}
+        self._scales: dict[tuple, Tensor] = {}
 
     @property
     def num_clients(self) -> int:
@@ -65,6 +66,20 @@ class RankLayout:
         if device not in self._device_offsets:
             self._device_offsets[device] = torch.tensor(self.offsets, dtype=torch.int32, device=device)
         return self._device_offsets[device]
+
+    def scales(self, scale: float | Sequence[float] | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """`scale`, one number or [K], as a tensor [K] of `dtype` on `device`; the last one made from a plain number is kept."""
+        key = (scale, device, dtype) if type(scale) in (float, int) and not torch.compiler.is_compiling() else None
+        if key in self._scales:
+            return self._scales[key]
+        clients = len(self.ranks)
+        values = torch.as_tensor(scale, device=device).detach().to(dtype)
+        if values.dim() > 1 or (values.dim() == 1 and values.numel() != clients):
+            raise ValueError(f"scale: expected a number or {clients} numbers, one per client, got shape {tuple(values.shape)}")
+        values = values.expand(clients).contiguous()
+        if key is not None and type(values) is Tensor and not values.is_inference():  # neither a tracer's nor one that backward would refuse
+            self._scales = {key: values}
+        return values
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RankLayout) and self.ranks == other.ranks

@@ -123,7 +123,7 @@ inline std::vector<int64_t> rows_of(const std::vector<Matrix>& list) {
 // `expected` numbers of any type as double.
 inline std::vector<double> numbers(const char* name, const Tensor& tensor, int64_t expected) {
     STD_TORCH_CHECK(tensor.is_cpu() && tensor.numel() == expected, name, ": expected ", expected, " numbers on the CPU, got ", tensor.numel());
-    const Tensor dense = torch::stable::contiguous(tensor);
+    const Tensor dense = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
     std::vector<double> out(static_cast<size_t>(expected));
     const void* data = dense.const_data_ptr();
     const auto read = [&](auto* typed) { std::copy(typed, typed + expected, out.begin()); };
@@ -155,6 +155,12 @@ inline int64_t part_count(int64_t tasks, int64_t bytes) {
 // not depend on its part. The body must not throw: below torch 2.13 an exception in here reaches Python without its message.
 template <class Body>
 void for_tasks(int64_t parts, int64_t tasks, const Body& body) {
+    if (parts == 1) {
+        for (int64_t task = 0; task < tasks; ++task) {
+            body(0, task);
+        }
+        return;
+    }
     torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
         for (int64_t part = begin; part < end; ++part) {
             for (int64_t task = part; task < tasks; task += parts) {

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetlora_kernels._library import call, register_fake
+from hetlora_kernels._library import call, register_fake, whole_layer
 from hetlora_kernels.layout import RankLayout, Segments
 from hetlora_kernels.ops._lists import FLOATS
 from hetlora_kernels.reference import compute_dtype, dropout_threshold
@@ -47,17 +47,17 @@ def lora_linear(
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight: expected a frozen weight, got one that requires a gradient; call weight.requires_grad_(False)")
     m, n = weight.shape
-    if bias is not None and tuple(bias.shape) != (m,):
+    if bias is not None and bias.shape != (m,):
         raise ValueError(f"bias: expected shape ({m},), got {tuple(bias.shape)}")
     _check_input(x, n)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = x.device
+    if torch.is_autocast_enabled(device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if weight.dtype != x.dtype or weight.device != x.device:
+    if weight.dtype != x.dtype or weight.device != device:
         raise ValueError(f"weight: expected the type and device of x ({x.dtype}, {x.device}), got {weight.dtype}, {weight.device}")
     arguments = _adapter_arguments(x, m, a, bt, layout, seg, scale, dropout if training else 0.0, seeds)
-    y = _Lora.apply(x.reshape(-1, n), weight, bias, None, *arguments)
-    return y.view(*x.shape[:-1], m)
+    return _Lora.apply(x, weight, bias, None, *arguments)
 
 
 def lora_add(
@@ -89,8 +89,7 @@ def lora_add(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     m = base_out.shape[-1]
     arguments = _adapter_arguments(x, m, a, bt, layout, seg, scale, dropout if training else 0.0, seeds)
-    y = _Lora.apply(x.reshape(-1, x.shape[-1]), None, None, base_out.reshape(-1, m), *arguments)
-    return y.view(base_out.shape)
+    return _Lora.apply(x, None, None, base_out, *arguments)
 
 
 def _check_input(x: Tensor, n: int | None) -> None:
@@ -101,18 +100,18 @@ def _check_input(x: Tensor, n: int | None) -> None:
 
 
 def _adapter_arguments(x, m, a, bt, layout, seg, scale, dropout, seeds):
-    """Checks of everything but the base; returns (a, bt, scale [K], seeds or None, keys, index, ranks, starts, lengths, dropout)."""
+    """Checks of everything but the base; returns (a, bt, scale [K], seeds or None, keys, index, (ranks, starts, lengths, dropout))."""
     if not isinstance(layout, RankLayout):
         raise TypeError(f"layout: expected a RankLayout, got {type(layout).__name__}")
     if not isinstance(seg, Segments):
         raise TypeError(f"seg: expected Segments, got {type(seg).__name__}")
-    n, clients = x.shape[-1], layout.num_clients
+    n, clients, device = x.shape[-1], len(layout.ranks), x.device
     for name, factor, width in (("a", a, n), ("bt", bt, m)):
-        if not isinstance(factor, Tensor) or tuple(factor.shape) != (layout.total, width) or factor.dtype not in FLOATS:
+        if not isinstance(factor, Tensor) or factor.shape != (layout.total, width) or factor.dtype not in FLOATS:
             got = f"{tuple(factor.shape)} {factor.dtype}" if isinstance(factor, Tensor) else type(factor).__name__
             raise ValueError(f"{name}: expected a floating-point tensor of shape ({layout.total}, {width}), got {got}")
-        if factor.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} as x, got {factor.device}")
+        if factor.device != device:
+            raise ValueError(f"{name}: expected device {device} as x, got {factor.device}")
     rows = x.numel() // n if n else 0
     if seg.num_rows != rows:
         raise ValueError(f"seg: expected segments over the {rows} rows of x, got {seg.num_rows}")
@@ -120,12 +119,10 @@ def _adapter_arguments(x, m, a, bt, layout, seg, scale, dropout, seeds):
         raise ValueError(f"seg: expected at most the layout's {clients} clients, got {seg.num_clients}")
     if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
         raise ValueError("scale: expected a constant, got a tensor that requires a gradient; scale is not trained")
-    scales = torch.as_tensor(scale, device=x.device).detach().to(compute_dtype(x.dtype))
-    if scales.dim() > 1 or (scales.dim() == 1 and scales.numel() != clients):
-        raise ValueError(f"scale: expected a number or {clients} numbers, one per client, got shape {tuple(scales.shape)}")
-    seeds = _check_seeds(dropout, seeds, clients, x.device)
-    keys = None if seeds is None else seg.keys_on(x.device)
-    return (a, bt, scales.expand(clients).contiguous(), seeds, keys, seg.index_on(x.device), list(layout.ranks), seg.starts, seg.lengths, float(dropout))
+    scales = layout.scales(scale, device, compute_dtype(x.dtype))
+    seeds = None if dropout == 0 else _check_seeds(dropout, seeds, clients, device)
+    keys = None if seeds is None else seg.keys_on(device)
+    return a, bt, scales, seeds, keys, seg.index_on(device), (list(layout.ranks), seg.starts, seg.lengths, float(dropout))
 
 
 def _check_seeds(dropout: float, seeds: Tensor | None, clients: int, device: torch.device) -> Tensor | None:
@@ -143,45 +140,90 @@ def _check_seeds(dropout: float, seeds: Tensor | None, clients: int, device: tor
 
 
 class _Lora(torch.autograd.Function):
-    """Forward and backward over the three ops. Either `weight` (the base is computed here) or `base` (its output is given) is a tensor."""
+    """Forward and backward of the layer. Either `weight` (the base is computed here) or `base` (its output is given) is a tensor.
+
+    `rows` = (ranks, starts, lengths, dropout). One op each way where the rung has it (`whole_layer`), else composed of the rung's three.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, base, a, bt, scale, seeds, keys, index, ranks, starts, lengths, dropout):
-        segments = (seeds, keys, index, ranks, starts, lengths, dropout)
-        plain = (None, None, index, ranks, starts, lengths, 0.0)
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.contiguous()
-            s = call("shrink")(x, a.to(x.dtype), scale, *segments)
-            out = F.linear(x, weight, bias) if base is None else base.clone(memory_format=torch.contiguous_format)
-            call("expand_")(out, s, bt.to(x.dtype), *plain)
+    def forward(ctx, x, weight, bias, base, a, bt, scale, seeds, keys, index, rows):
+        x = x.contiguous()
+        flat = x if x.dim() == 2 else x.view(-1, x.shape[-1])
+        flat_base = base if base is None or base.dim() == 2 else base.reshape(-1, base.shape[-1])
+        run = (whole_layer(x.is_cpu) or _COMPOSED)[0]
+        out, s = _without_autocast(run, x, flat, weight, bias, flat_base, a, bt, scale, seeds, keys, index, *rows)
         ctx.save_for_backward(x, weight, a, bt, s, scale, seeds, keys, index)
-        ctx.layout = (ranks, starts, lengths, dropout)
+        ctx.rows = rows
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return out
+        # Not a view: autograd forbids in-place changes of a view that a Function returns, and models make them.
+        return out if x.dim() == 2 else torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[1]))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, d_y):
-        x, weight, a, bt, s, scale, seeds, keys, index = ctx.saved_tensors
-        ranks, starts, lengths, dropout = ctx.layout
-        segments = (seeds, keys, index, ranks, starts, lengths, dropout)
-        plain = (None, None, index, ranks, starts, lengths, 0.0)
-        need_x, _, need_bias, need_base, need_a, need_bt = ctx.needs_input_grad[:6]
-        d_x = d_bias = d_a = d_bt = None
-        with torch.autocast(x.device.type, enabled=False):
-            d_out = d_y.to(x.dtype).contiguous()
-            if need_x or need_a:
-                d_s = call("shrink")(d_out, bt.to(x.dtype), scale, *plain)
-            if need_x:
-                d_x = x.new_zeros(x.shape) if weight is None else d_out @ weight
-                call("expand_")(d_x, d_s, a.to(x.dtype), *segments)
-            if need_a:
-                d_a = call("grouped_gram")(d_s, x, *segments, a.dtype)
-            if need_bt:
-                d_bt = call("grouped_gram")(s, d_out, *plain, bt.dtype)
-            if need_bias:
-                d_bias = d_y.sum(0, dtype=compute_dtype(d_y.dtype)).to(ctx.bias_dtype)
-        return d_x, None, d_bias, d_y if need_base else None, d_a, d_bt, *([None] * 8)
+        return _refuse_second_derivatives(ctx, d_y) if torch.is_grad_enabled() else _backward(ctx, d_y)
+
+
+def _backward(ctx, d_y):
+    x, weight, a, bt, s, scale, seeds, keys, index = ctx.saved_tensors
+    need_x, _, need_bias, need_base, need_a, need_bt = ctx.needs_input_grad[:6]
+    flat, flat_dy = (x, d_y) if x.dim() == 2 else (x.view(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1]))
+    d_out = flat_dy.contiguous() if d_y.dtype == x.dtype else flat_dy.to(x.dtype).contiguous()
+    run = (whole_layer(x.is_cpu) or _COMPOSED)[1]
+    grads = _without_autocast(run, x, d_out, flat, weight, a, bt, s, scale, seeds, keys, index, *ctx.rows, need_x, need_a, need_bt)
+    d_x = None if not need_x else grads[0] if x.dim() == 2 else grads[0].view(x.shape)
+    d_a = grads[int(need_x)] if need_a else None
+    d_bt = grads[-1] if need_bt else None
+    d_bias = flat_dy.sum(0, dtype=compute_dtype(d_y.dtype)).to(ctx.bias_dtype) if need_bias else None
+    return d_x, None, d_bias, d_y if need_base else None, d_a, d_bt, None, None, None, None, None
+
+
+# The decorator's own cost is paid only where a graph of the backward pass is asked for.
+_refuse_second_derivatives = torch.autograd.function.once_differentiable(_backward)
+
+
+def _without_autocast(run, x, *arguments):
+    """The types are chosen already; a weight would be cast again."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return run(*arguments)
+    with torch.autocast(x.device.type, enabled=False):
+        return run(*arguments)
+
+
+def _compose_forward(x, weight, bias, base, a, bt, scale, seeds, keys, index, ranks, starts, lengths, dropout):
+    s = call("shrink")(x, a.to(x.dtype), scale, seeds, keys, index, ranks, starts, lengths, dropout)
+    out = F.linear(x, weight, bias) if base is None else base.clone(memory_format=torch.contiguous_format)
+    call("expand_")(out, s, bt.to(x.dtype), None, None, index, ranks, starts, lengths, 0.0)
+    return out, s
+
+
+def _compose_backward(d_y, x, weight, a, bt, s, scale, seeds, keys, index, ranks, starts, lengths, dropout, need_x, need_a, need_bt):
+    segments = (seeds, keys, index, ranks, starts, lengths, dropout)
+    plain = (None, None, index, ranks, starts, lengths, 0.0)
+    d_s = call("shrink")(d_y, bt.to(x.dtype), scale, *plain) if need_x or need_a else None
+    out = []
+    if need_x:
+        out.append(x.new_zeros(x.shape) if weight is None else d_y @ weight)
+        call("expand_")(out[0], d_s, a.to(x.dtype), *segments)
+    if need_a:
+        out.append(call("grouped_gram")(d_s, x, *segments, a.dtype))
+    if need_bt:
+        out.append(call("grouped_gram")(s, d_y, *plain, bt.dtype))
+    return out
+
+
+_COMPOSED = (_compose_forward, _compose_backward)
+
+
+@register_fake("lora_forward")
+def _(x, weight, bias, base, a, bt, scale, seeds, row_keys, index, ranks, starts, lengths, dropout):
+    out = x.new_empty((x.shape[0], weight.shape[0])) if base is None else torch.empty_like(base, memory_format=torch.contiguous_format)
+    return out, x.new_empty(sum(r * n for r, n in zip(ranks, lengths, strict=False)))
+
+
+@register_fake("lora_backward")
+def _(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, ranks, starts, lengths, dropout, need_x, need_a, need_bt):
+    wanted = ((x, need_x), (a, need_a), (bt, need_bt))
+    return [torch.empty_like(like, memory_format=torch.contiguous_format) for like, need in wanted if need]
 
 
 @register_fake("shrink")

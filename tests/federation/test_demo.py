@@ -39,7 +39,7 @@ def test_fast_demo_runs_reports_its_choices_and_can_be_run_again(tmp_path, cache
     assert again.run_dir == tmp_path / "demo-2"
 
 
-@pytest.mark.parametrize(("losses", "expected"), [({100.0: 2.0, 30.0: 1.004}, 30.0), ({100.0: 1.0}, 100.0), (dict.fromkeys(demo.LAMBDAS, 1.1), 0.0)])
+@pytest.mark.parametrize(("losses", "expected"), [({1000.0: 2.0, 300.0: 1.004}, 300.0), ({1000.0: 1.0}, 1000.0), (dict.fromkeys(demo.LAMBDAS, 1.1), 0.0)])
 def test_lambda_is_the_largest_that_costs_at_most_the_tolerance(monkeypatch, tmp_path, losses, expected) -> None:
     tried = []
 

@@ -1,0 +1,196 @@
+// shrink, expand_, grouped_gram: the products of the multi-rank LoRA layer, client by client.
+//
+// shrink, S_k = scale_k drop(x_k) A_k^T: a task is kRows rows of one client; A_k stays in L2 while x passes once.
+// expand_, out_k += S_k B_k: the same rows; out is read and written once. With dropout (the way of dx), or where out is no float, the product of kRows rows
+// and kColumns columns is made beside it and added converted.
+// grouped_gram, S_k^T drop(x_k): a task owns a span of columns of one client's result and walks its rows in chunks of kChunk, whose sums are made in
+// registers and added to the result in order: no planes, no atomics. Its span depends on the number of threads, an element's sum does not.
+// Dropout is regenerated while a panel is made. bfloat16 and float16 are converted panel by panel, which the products repay from rank 4 on.
+// Bytes: x, S and the factors once each, the result once (out: twice). Against the framework's GEMMs at rank 16 these win by what they do not write: no
+// drop(x), no mask, no scaled or converted copy.
+#include "lora.h"
+
+#include <cmath>
+
+namespace hetlora {
+
+constexpr int64_t kRows = 24, kColumns = 512, kChunk = 64, kSpan = 64;
+
+const int64_t* Plan::integers(const char* name, const std::optional<Tensor>& tensor, int64_t at_least, std::optional<Tensor>* held) {
+    if (!tensor.has_value()) {
+        return nullptr;
+    }
+    STD_TORCH_CHECK(tensor->is_cpu() && tensor->scalar_type() == ScalarType::Long, name, ": expected int64 on the CPU");
+    STD_TORCH_CHECK(tensor->numel() >= at_least, name, ": expected at least ", at_least, " integers, got ", tensor->numel());
+    *held = tensor->is_contiguous() ? *tensor : torch::stable::contiguous(*tensor);
+    return static_cast<const int64_t*>((*held)->const_data_ptr());
+}
+
+Plan::Plan(const Segments& given, int64_t rows, int64_t factor_rows) {
+    STD_TORCH_CHECK(given.starts.size() == given.lengths.size() && given.lengths.size() <= given.ranks.size(), "starts, lengths: expected at most ",
+                    given.ranks.size(), " integers each, got ", given.starts.size(), " and ", given.lengths.size());
+    const int64_t gathered = given.index ? given.index->numel() : 0, limit = given.index ? gathered : rows;
+    int64_t row = 0, last = 0;
+    for (size_t k = 0; k < given.ranks.size(); ++k) {
+        const int64_t rank = given.ranks[k], length = k < given.lengths.size() ? given.lengths[k] : 0;
+        STD_TORCH_CHECK(rank >= 0 && rank < (int64_t{1} << 40) && length >= 0, "ranks, lengths: expected integers >= 0, got ", rank, " and ", length);
+        if (length > 0) {
+            const int64_t start = given.starts[k];
+            STD_TORCH_CHECK(start >= 0 && start <= limit - length, "starts: expected segments within ", limit, " rows, got ", start, " + ", length);
+            last = std::max(last, start + length);
+            if (rank > 0) {
+                segments.push_back({static_cast<int64_t>(k), row, rank, start, length, flat});
+                active_rows += length;
+            }
+            flat += rank * length;
+        }
+        row += rank;
+    }
+    STD_TORCH_CHECK(factor_rows < 0 || row == factor_rows, "ranks: expected a sum of ", factor_rows, " (the rows of the factor), got ", row);
+    index_ = integers("index", given.index, last, &index_held_);
+    for (int64_t i = 0; i < gathered; ++i) {
+        STD_TORCH_CHECK(index_[i] >= 0 && index_[i] < rows, "index: expected rows of x below ", rows, ", got ", index_[i]);
+    }
+    if (given.seeds.has_value()) {
+        STD_TORCH_CHECK(given.row_keys.has_value(), "row_keys: expected a tensor beside seeds");
+        STD_TORCH_CHECK(given.dropout >= 0 && given.dropout < 1, "dropout: expected a probability in [0, 1), got ", given.dropout);
+        seeds_ = integers("seeds", given.seeds, static_cast<int64_t>(given.lengths.size()), &seeds_held_);
+        keys_ = integers("row_keys", given.row_keys, last, &keys_held_);
+        threshold_ = static_cast<uint32_t>(std::nearbyint(65536 * given.dropout));  // ties to even, as Python rounds
+        inverse_ = 1 / (1 - threshold_ / 65536.0);
+    }
+}
+
+namespace {
+
+struct Block {
+    const Segment* segment;
+    int64_t t, rows;
+};
+
+std::vector<Block> row_blocks(const Plan& plan) {
+    std::vector<Block> out;
+    out.reserve(static_cast<size_t>(plan.active_rows / kRows) + plan.segments.size());
+    for (const Segment& segment : plan.segments) {
+        for (int64_t t = 0; t < segment.length; t += kRows) {
+            out.push_back({&segment, t, std::min(kRows, segment.length - t)});
+        }
+    }
+    return out;
+}
+
+template <class E>
+void shrink_as(const Plan& plan, const Matrix& x, const Matrix& factor, const std::vector<double>& scale, char* out) {
+    const Operand<E> rows(factor.type, factor.data, factor.rows * factor.width, x.type);
+    const std::vector<Block> blocks = row_blocks(plan);
+    const int64_t count = static_cast<int64_t>(blocks.size()), n = x.width, parts = part_count(count, plan.active_rows * n * size_of(x.type));
+    const bool narrow_out = x.type != type_for<E>(), moves = narrow_out || plan.gathers() || plan.drops();
+    int64_t largest = 0;
+    for (const Segment& segment : plan.segments) {
+        largest = std::max(largest, segment.rank);
+    }
+    std::vector<E> panels(static_cast<size_t>(moves ? parts * kRows * n : 0)), products(static_cast<size_t>(narrow_out ? parts * kRows * largest : 0));
+    for_tasks(parts, count, [&](int64_t part, int64_t b) {
+        const auto [segment, t, height] = blocks[b];
+        const int64_t rank = segment->rank, at = segment->flat + t * rank;
+        int64_t ld = 0;
+        const E* own = panel<E>(plan, x, *segment, t, height, 0, n, panels.data() + (moves ? part * kRows * n : 0), &ld);
+        E* to = narrow_out ? products.data() + part * kRows * largest : reinterpret_cast<E*>(out) + at;
+        lora_kernels<E>().dots(own, ld, height, rows + segment->row * n, n, rank, n, static_cast<E>(scale[segment->client]), to, rank);
+        if (narrow_out) {
+            store_block(x.type, out + at * size_of(x.type), to, height * rank);
+        }
+    });
+}
+
+template <class E>
+void expand_as(const Plan& plan, const Matrix& out, Type s_type, const void* s, const Matrix& factor) {
+    const Operand<E> rows(factor.type, factor.data, factor.rows * factor.width, s_type), shrunk(s_type, s, plan.flat, s_type);
+    const std::vector<Block> blocks = row_blocks(plan);
+    const LoraKernels<E>& kernels = lora_kernels<E>();
+    const int64_t count = static_cast<int64_t>(blocks.size()), m = out.width, parts = part_count(count, 2 * plan.active_rows * m * size_of(out.type));
+    const bool direct = out.type == type_for<E>() && !plan.gathers() && !plan.drops();
+    std::vector<E> products(static_cast<size_t>(direct ? 0 : parts * kRows * kColumns));
+    for_tasks(parts, count, [&](int64_t part, int64_t b) {
+        const auto [segment, t, height] = blocks[b];
+        const int64_t rank = segment->rank;
+        const E* left = shrunk + (segment->flat + t * rank);
+        if (direct) {
+            E* to = reinterpret_cast<E*>(out.at((segment->start + t) * m));
+            kernels.outer(left, rank, 1, rows + segment->row * m, m, rank, height, m, to, m, true);
+            return;
+        }
+        E* product = products.data() + part * kRows * kColumns;
+        for (int64_t c = 0; c < m; c += kColumns) {
+            const int64_t width = std::min(kColumns, m - c);
+            kernels.outer(left, rank, 1, rows + (segment->row * m + c), m, rank, height, width, product, kColumns, false);
+            for (int64_t i = 0; i < height; ++i) {
+                E* own = product + i * kColumns;
+                if (plan.drops()) {
+                    kernels.drop(plan.drop_row(*segment, t + i, c), own, width, static_cast<E>(plan.inverse()), own);
+                }
+                add_block(out.type, out.at(plan.source(*segment, t + i) * m + c), own, width);
+            }
+        }
+    });
+}
+
+template <class E>
+void gram_as(const Plan& plan, const Matrix& x, Type s_type, const void* s, Type out_type, void* out, int64_t total) {
+    const Operand<E> shrunk(s_type, s, plan.flat, s_type);
+    const int64_t width = x.width, segments = static_cast<int64_t>(plan.segments.size());
+    const int64_t parts = part_count(std::max<int64_t>(1, segments * (width / kSpan)), plan.active_rows * width * size_of(x.type));
+    const int64_t span = std::max<int64_t>(kSpan, (width + parts * kSpan - 1) / (parts * kSpan) * kSpan), spans = width == 0 ? 0 : (width + span - 1) / span;
+    const bool moves = x.type != type_for<E>() || plan.gathers() || plan.drops(), convert = out_type != type_for<E>();
+    std::vector<E> panels(static_cast<size_t>(moves ? parts * kChunk * kColumns : 0)), sums(static_cast<size_t>(convert ? total * width : 0));
+    E* result = convert ? sums.data() : static_cast<E*>(out);
+    for_tasks(parts, segments * spans, [&](int64_t part, int64_t task) {
+        const Segment& segment = plan.segments[task / spans];
+        const int64_t first = task % spans * span, end = std::min(width, first + span), rank = segment.rank;
+        for (int64_t t = 0; t < segment.length; t += kChunk) {
+            const int64_t depth = std::min(kChunk, segment.length - t);
+            for (int64_t c = first; c < end; c += kColumns) {
+                const int64_t columns = std::min(kColumns, end - c);
+                int64_t ld = 0;
+                const E* own = panel<E>(plan, x, segment, t, depth, c, columns, panels.data() + (moves ? part * kChunk * kColumns : 0), &ld);
+                lora_kernels<E>().outer(shrunk + (segment.flat + t * rank), 1, rank, own, ld, depth, rank, columns, result + segment.row * width + c, width, t > 0);
+            }
+        }
+    });
+    if (convert) {
+        store_block(out_type, out, result, total * width);
+    }
+}
+
+}  // namespace
+
+void shrink(const Plan& plan, const Matrix& x, const Matrix& rows, const std::vector<double>& scale, void* out) {
+    STD_TORCH_CHECK(rows.width == x.width, "rows: expected a width of ", x.width, ", got ", rows.width);
+    char* data = static_cast<char*>(out);
+    x.type == Type::f64 ? shrink_as<double>(plan, x, rows, scale, data) : shrink_as<float>(plan, x, rows, scale, data);
+}
+
+void expand(const Plan& plan, const Matrix& out, const Shrunk& s, const Matrix& rows) {
+    STD_TORCH_CHECK(rows.width == out.width, "rows: expected a width of ", out.width, ", got ", rows.width);
+    STD_TORCH_CHECK(s.count == plan.flat, "s: expected ", plan.flat, " elements, got ", s.count);
+    s.type == Type::f64 ? expand_as<double>(plan, out, s.type, s.data, rows) : expand_as<float>(plan, out, s.type, s.data, rows);
+}
+
+Tensor grouped_gram(const Plan& plan, const std::vector<int64_t>& ranks, const Shrunk& s, const Tensor& like, const Matrix& x, ScalarType dtype) {
+    STD_TORCH_CHECK(s.count == plan.flat, "s: expected ", plan.flat, " elements, got ", s.count);
+    STD_TORCH_CHECK((s.type == Type::f64) == (x.type == Type::f64), "s: expected float64 exactly where x is");
+    int64_t total = 0, filled = 0;
+    for (const int64_t rank : ranks) {
+        total += rank;
+    }
+    for (const Segment& segment : plan.segments) {
+        filled += segment.rank;
+    }
+    Tensor out = filled == total ? torch::stable::new_empty(like, {total, x.width}, dtype) : torch::stable::new_zeros(like, {total, x.width}, dtype);
+    const Type out_type = type_of("dtype", out);
+    void* data = out.mutable_data_ptr();
+    s.type == Type::f64 ? gram_as<double>(plan, x, s.type, s.data, out_type, data, total) : gram_as<float>(plan, x, s.type, s.data, out_type, data, total);
+    return out;
+}
+
+}  // namespace hetlora

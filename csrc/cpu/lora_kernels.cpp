@@ -1,0 +1,248 @@
+// dots, outer and drop (see lora_kernels.h) for SSE2/NEON, AVX2 and AVX-512.
+//
+// dots: I x J dot products held in registers as vectors along the columns, so both operands are read as they are stored and no rank is padded.
+// outer: I rows x J vectors of columns in registers, the left operand broadcast. Tiles of 6 x 4 vectors fill AVX-512's 32 registers, 6 x 2 the 16 of AVX2;
+// both do at least two multiply-adds a load.
+#include "lora_kernels.h"
+
+#include <type_traits>
+
+#include "philox.h"
+
+namespace hetlora {
+namespace {
+
+constexpr int kTileRows = 6;
+
+template <class E, int W>
+struct VectorOf {
+    typedef E type __attribute__((vector_size(W * sizeof(E)), aligned(sizeof(E)), may_alias));
+};
+
+// Sum of the lanes, by halves.
+template <class E, int W>
+HETLORA_INLINE E lanes(const typename VectorOf<E, W>::type& v) {
+    if constexpr (W == 1) {
+        return v[0];
+    } else {
+        typedef typename VectorOf<E, W / 2>::type Half;
+        const Half* halves = reinterpret_cast<const Half*>(&v);
+        const Half sum = halves[0] + halves[1];
+        return lanes<E, W / 2>(sum);
+    }
+}
+
+template <class E, int W, int I, int J>
+HETLORA_INLINE void dots_tile(const E* x, int64_t ld_x, const E* a, int64_t ld_a, int64_t n, E scale, E* out, int64_t ld_out) {
+    typedef typename VectorOf<E, W>::type V;
+    V sums[I][J] = {};
+    int64_t c = 0;
+    for (; c + W <= n; c += W) {
+        V right[J];
+        for (int j = 0; j < J; ++j) {
+            right[j] = *reinterpret_cast<const V*>(a + j * ld_a + c);
+        }
+        for (int i = 0; i < I; ++i) {
+            const V left = *reinterpret_cast<const V*>(x + i * ld_x + c);
+            for (int j = 0; j < J; ++j) {
+                sums[i][j] += left * right[j];
+            }
+        }
+    }
+    for (int i = 0; i < I; ++i) {
+        for (int j = 0; j < J; ++j) {
+            E sum = lanes<E, W>(sums[i][j]);
+            for (int64_t rest = c; rest < n; ++rest) {
+                sum += x[i * ld_x + rest] * a[j * ld_a + rest];
+            }
+            out[i * ld_out + j] = scale * sum;
+        }
+    }
+}
+
+template <class E, int W, int I, int JMax>
+HETLORA_INLINE void dots_rows(const E* x, int64_t ld_x, const E* a, int64_t ld_a, int64_t rank, int64_t n, E scale, E* out, int64_t ld_out) {
+    int64_t j = 0;
+    for (; j + JMax <= rank; j += JMax) {
+        dots_tile<E, W, I, JMax>(x, ld_x, a + j * ld_a, ld_a, n, scale, out + j, ld_out);
+    }
+    if constexpr (JMax > 2) {
+        for (; j + 2 <= rank; j += 2) {
+            dots_tile<E, W, I, 2>(x, ld_x, a + j * ld_a, ld_a, n, scale, out + j, ld_out);
+        }
+    }
+    for (; j < rank; ++j) {
+        dots_tile<E, W, I, 1>(x, ld_x, a + j * ld_a, ld_a, n, scale, out + j, ld_out);
+    }
+}
+
+template <class E, int W, int JMax>
+HETLORA_INLINE void dots(const E* x, int64_t ld_x, int64_t rows, const E* a, int64_t ld_a, int64_t rank, int64_t n, E scale, E* out, int64_t ld_out) {
+    int64_t i = 0;
+    for (; i + kTileRows <= rows; i += kTileRows) {
+        dots_rows<E, W, kTileRows, JMax>(x + i * ld_x, ld_x, a, ld_a, rank, n, scale, out + i * ld_out, ld_out);
+    }
+    for (; i + 2 <= rows; i += 2) {
+        dots_rows<E, W, 2, JMax>(x + i * ld_x, ld_x, a, ld_a, rank, n, scale, out + i * ld_out, ld_out);
+    }
+    for (; i < rows; ++i) {
+        dots_rows<E, W, 1, JMax>(x + i * ld_x, ld_x, a, ld_a, rank, n, scale, out + i * ld_out, ld_out);
+    }
+}
+
+template <class E, int W, int I, int J>
+HETLORA_INLINE void outer_tile(const E* left, int64_t left_row, int64_t left_step, const E* right, int64_t ld_right, int64_t depth, E* out, int64_t ld_out,
+                               bool add) {
+    typedef typename VectorOf<E, W>::type V;
+    V sums[I][J] = {};
+    for (int64_t d = 0; d < depth; ++d) {
+        V values[J];
+        for (int j = 0; j < J; ++j) {
+            values[j] = *reinterpret_cast<const V*>(right + d * ld_right + j * W);
+        }
+        for (int i = 0; i < I; ++i) {
+            const E factor = left[i * left_row + d * left_step];
+            for (int j = 0; j < J; ++j) {
+                sums[i][j] += factor * values[j];
+            }
+        }
+    }
+    for (int i = 0; i < I; ++i) {
+        for (int j = 0; j < J; ++j) {
+            V* target = reinterpret_cast<V*>(out + i * ld_out + j * W);
+            *target = add ? *target + sums[i][j] : sums[i][j];
+        }
+    }
+}
+
+template <class E, int W, int J>
+HETLORA_INLINE void outer_columns(const E* left, int64_t left_row, int64_t left_step, const E* right, int64_t ld_right, int64_t depth, int64_t rows, E* out,
+                                  int64_t ld_out, bool add) {
+    int64_t i = 0;
+    for (; i + kTileRows <= rows; i += kTileRows) {
+        outer_tile<E, W, kTileRows, J>(left + i * left_row, left_row, left_step, right, ld_right, depth, out + i * ld_out, ld_out, add);
+    }
+    for (; i + 2 <= rows; i += 2) {
+        outer_tile<E, W, 2, J>(left + i * left_row, left_row, left_step, right, ld_right, depth, out + i * ld_out, ld_out, add);
+    }
+    for (; i < rows; ++i) {
+        outer_tile<E, W, 1, J>(left + i * left_row, left_row, left_step, right, ld_right, depth, out + i * ld_out, ld_out, add);
+    }
+}
+
+template <class E, int W, int JMax>
+HETLORA_INLINE void outer(const E* left, int64_t left_row, int64_t left_step, const E* right, int64_t ld_right, int64_t depth, int64_t rows, int64_t columns,
+                          E* out, int64_t ld_out, bool add) {
+    int64_t c = 0;
+    for (; c + W * JMax <= columns; c += W * JMax) {
+        outer_columns<E, W, JMax>(left, left_row, left_step, right + c, ld_right, depth, rows, out + c, ld_out, add);
+    }
+    for (; c + W <= columns; c += W) {
+        outer_columns<E, W, 1>(left, left_row, left_step, right + c, ld_right, depth, rows, out + c, ld_out, add);
+    }
+    for (; c < columns; ++c) {
+        outer_columns<E, 1, 1>(left, left_row, left_step, right + c, ld_right, depth, rows, out + c, ld_out, add);
+    }
+}
+
+template <class E>
+HETLORA_INLINE void drop(const DropRow& row, const E* x, int64_t n, E inverse, E* out) {
+    uint16_t draws[64];
+    for (int64_t c = 0; c < n; c += 64) {
+        philox_draws(row.seed, row.key, static_cast<uint32_t>((row.column + c) / 8), draws);
+        const int64_t width = n - c < 64 ? n - c : 64;
+        for (int64_t j = 0; j < width; ++j) {
+            const E value = x[c + j] * inverse;
+            out[c + j] = draws[j] >= row.threshold ? value : E{0};
+        }
+    }
+}
+
+#define HETLORA_LORA(suffix, E, target, W, JMax, DROP)                                                                                                       \
+    target void dots_##suffix(const E* x, int64_t ld_x, int64_t rows, const E* a, int64_t ld_a, int64_t rank, int64_t n, E scale, E* out, int64_t ld_out) { \
+        dots<E, W, JMax>(x, ld_x, rows, a, ld_a, rank, n, scale, out, ld_out);                                                                              \
+    }                                                                                                                                                        \
+    target void outer_##suffix(const E* left, int64_t left_row, int64_t left_step, const E* right, int64_t ld_right, int64_t depth, int64_t rows,           \
+                               int64_t columns, E* out, int64_t ld_out, bool add) {                                                                         \
+        outer<E, W, JMax>(left, left_row, left_step, right, ld_right, depth, rows, columns, out, ld_out, add);                                              \
+    }                                                                                                                                                        \
+    target void drop_##suffix(const DropRow& row, const E* x, int64_t n, E inverse, E* out) { DROP(row, x, n, inverse, out); }                              \
+    constexpr LoraKernels<E> kernels_##suffix = {dots_##suffix, outer_##suffix, drop_##suffix};
+
+HETLORA_LORA(base_float, float, , 4, 2, drop)
+HETLORA_LORA(base_double, double, , 2, 2, drop)
+#if defined(__x86_64__) && defined(__GNUC__)
+HETLORA_AVX512 inline __attribute__((always_inline)) void drop_avx512(const DropRow& row, const float* x, int64_t n, float inverse, float* out) {
+    const __m512i threshold = _mm512_set1_epi16(static_cast<short>(row.threshold));
+    const __m512 factor = _mm512_set1_ps(inverse);
+    for (int64_t c = 0; c < n; c += 64) {
+        uint64_t keep = philox_keep_avx512(row.seed, row.key, static_cast<uint32_t>((row.column + c) / 8), threshold);
+        for (int64_t j = c; j < n && j < c + 64; j += 16) {
+            const __mmask16 inside = static_cast<__mmask16>(n - j >= 16 ? 0xFFFF : (1u << (n - j)) - 1), kept = static_cast<__mmask16>(keep & inside);
+            _mm512_mask_storeu_ps(out + j, inside, _mm512_maskz_mul_ps(kept, _mm512_maskz_loadu_ps(inside, x + j), factor));
+            keep >>= 16;
+        }
+    }
+}
+
+HETLORA_AVX512 inline __attribute__((always_inline)) void drop_avx512(const DropRow& row, const double* x, int64_t n, double inverse, double* out) {
+    const __m512i threshold = _mm512_set1_epi16(static_cast<short>(row.threshold));
+    for (int64_t c = 0; c < n; c += 64) {
+        const uint64_t keep = philox_keep_avx512(row.seed, row.key, static_cast<uint32_t>((row.column + c) / 8), threshold);
+        for (int64_t j = 0; j < 64 && c + j < n; ++j) {
+            const double value = x[c + j] * inverse;
+            out[c + j] = keep >> j & 1 ? value : 0.0;
+        }
+    }
+}
+
+#define HETLORA_AVX2 __attribute__((target("avx2,fma")))
+HETLORA_LORA(avx2_float, float, HETLORA_AVX2, 8, 2, drop)
+HETLORA_LORA(avx2_double, double, HETLORA_AVX2, 4, 2, drop)
+HETLORA_LORA(avx512_float, float, HETLORA_AVX512, 16, 4, drop_avx512)
+HETLORA_LORA(avx512_double, double, HETLORA_AVX512, 8, 4, drop_avx512)
+#endif
+
+template <class T, class E>
+HETLORA_INLINE void add(T* __restrict out, const E* __restrict product, int64_t n) {
+    using Sum = std::conditional_t<std::is_same_v<T, double>, double, E>;
+    for (int64_t i = 0; i < n; ++i) {
+        narrow(widen<Sum>(out[i]) + static_cast<Sum>(product[i]), out + i);
+    }
+}
+
+}  // namespace
+
+template <class E>
+const LoraKernels<E>& lora_kernels() {
+    constexpr bool wide = sizeof(E) == 8;
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) {
+        if constexpr (wide) {
+            return kernels_avx512_double;
+        } else {
+            return kernels_avx512_float;
+        }
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        if constexpr (wide) {
+            return kernels_avx2_double;
+        } else {
+            return kernels_avx2_float;
+        }
+    }
+#endif
+    if constexpr (wide) {
+        return kernels_base_double;
+    } else {
+        return kernels_base_float;
+    }
+}
+
+template const LoraKernels<float>& lora_kernels<float>();
+template const LoraKernels<double>& lora_kernels<double>();
+
+HETLORA_CLONES void add_block(Type type, void* out, const float* product, int64_t n) { HETLORA_FOR_TYPE(type, T, add(static_cast<T*>(out), product, n)); }
+HETLORA_CLONES void add_block(Type type, void* out, const double* product, int64_t n) { HETLORA_FOR_TYPE(type, T, add(static_cast<T*>(out), product, n)); }
+
+}  // namespace hetlora

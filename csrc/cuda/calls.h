@@ -1,0 +1,142 @@
+// What the bindings share: checks that memory safety needs, contiguous copies, and one op's launches on the caller's stream.
+#pragma once
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "launch.h"
+
+namespace {
+
+using hetlora::Module;
+using hetlora::TableBuilder;
+using hetlora::Type;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using Ints = std::vector<int64_t>;
+
+Type type_of(const Tensor& t) {
+    switch (t.scalar_type()) {
+        case ScalarType::Float: return Type::f32;
+        case ScalarType::BFloat16: return Type::bf16;
+        case ScalarType::Half: return Type::f16;
+        case ScalarType::Double: return Type::f64;
+        default: STD_TORCH_CHECK(false, "hetlora: expected float32, bfloat16, float16 or float64");
+    }
+    return Type::f32;
+}
+
+Type sums_of(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }
+ScalarType scalar_of(Type type) { return type == Type::f64 ? ScalarType::Double : ScalarType::Float; }
+
+void check(cudaError_t error, const char* op) { STD_TORCH_CHECK(error == cudaSuccess, "hetlora::", op, ": ", cudaGetErrorString(error)); }
+
+Tensors contiguous(const Tensors& tensors) {
+    Tensors out;
+    out.reserve(tensors.size());
+    for (const Tensor& t : tensors) out.push_back(torch::stable::contiguous(t));
+    return out;
+}
+
+// Rows [*, d] of one type, contiguous; `like` gives the type.
+void check_rows(const Tensors& tensors, const Tensor& like, const char* name) {
+    for (const Tensor& t : tensors) {
+        STD_TORCH_CHECK(t.dim() == 2 && t.is_contiguous() && t.size(1) < INT32_MAX && t.size(0) < INT32_MAX, name, ": expected contiguous matrices");
+        STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, ": expected tensors of one type");
+    }
+}
+
+void check_count(size_t got, size_t expected, const char* name) { STD_TORCH_CHECK(got == expected, name, ": expected ", expected, " entries, got ", got); }
+
+int clients_of(const Ints& ranks, size_t modules) {
+    STD_TORCH_CHECK(modules > 0 && modules <= 65535 && ranks.size() % modules == 0, "ranks: expected one list for each of 1 to 65535 modules");
+    return static_cast<int>(ranks.size() / modules);
+}
+
+// Whether every row of every one of `tensors` starts at a multiple of 16 bytes, in steps of one access of `type`.
+template <class... Rest>
+bool aligned(Type type, int64_t width, const Rest&... tensors) {
+    const bool bases = ((reinterpret_cast<uintptr_t>(tensors.const_data_ptr()) % 16 == 0) && ...);
+    return bases && width % (16 / hetlora::size_of(type)) == 0;
+}
+
+#ifdef HETLORA_EMULATOR
+struct OnDevice {
+    explicit OnDevice(const Tensor&) {}
+    cudaStream_t stream = nullptr;
+};
+#else
+struct OnDevice {
+    explicit OnDevice(const Tensor& like) : guard(like.get_device_index()) {
+        void* current = nullptr;
+        STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &current) == 0, "hetlora: no CUDA stream");
+        stream = static_cast<cudaStream_t>(current);
+    }
+    torch::stable::accelerator::DeviceGuard guard;
+    cudaStream_t stream;
+};
+#endif
+
+// One op's launches: the table is built with `layout` and `module`, then uploaded by `start`.
+class Launch {
+  public:
+    Launch(const Tensor& like, int clients, const char* op) : like_(like), op_(op), device_(like), builder_(clients) {}
+
+    int layout(const std::vector<int>& values) { return builder_.layout(values); }
+
+    // `tiles`: items of this module.
+    void module(const Module& module, int64_t tiles) {
+        builder_.module(module);
+        items_ = std::max(items_, tiles);
+    }
+
+    const HetloraCall* start() {
+        bytes_ = builder_.bytes();
+        table_ = workspace(static_cast<int64_t>(bytes_.size()), ScalarType::Byte);
+        void* device = table_->mutable_data_ptr();
+        STD_TORCH_CHECK(items_ < int64_t(INT32_MAX) * 8, op_, ": too many rows for one launch");
+        call_ = {bytes_.data(), bytes_.size(), device, builder_.at(device), builder_.modules(), items_, device_.stream};
+        check(hetlora_upload(&call_), op_);
+        return &call_;
+    }
+
+    // From torch's allocator, in stream order: it may be released as soon as the launches are queued.
+    Tensor workspace(int64_t elements, ScalarType type) const { return torch::stable::new_empty(like_, {std::max<int64_t>(elements, 1)}, type); }
+
+  private:
+    const Tensor& like_;
+    const char* op_;
+    OnDevice device_;
+    TableBuilder builder_;
+    std::vector<unsigned char> bytes_;
+    std::optional<Tensor> table_;
+    HetloraCall call_{};
+    int64_t items_ = 0;
+};
+
+// offsets of one module, checked against its rows.
+std::vector<int> checked_offsets(const Ints& ranks, size_t module, int clients, int64_t rows) {
+    const int64_t* own = ranks.data() + module * clients;
+    int64_t total = 0;
+    for (int k = 0; k < clients; ++k) {
+        STD_TORCH_CHECK(own[k] >= 0 && own[k] < INT32_MAX, "ranks: expected integers >= 0");
+        total += own[k];
+    }
+    STD_TORCH_CHECK(total < INT32_MAX && (rows < 0 || total == rows), "ranks: expected a sum of ", rows, ", got ", total);
+    return hetlora::offsets_of(own, clients);
+}
+
+int64_t largest(const Ints& ranks, size_t module, int clients) {
+    int64_t out = 0;
+    for (int k = 0; k < clients; ++k) out = std::max(out, ranks[module * clients + k]);
+    return out;
+}
+
+int64_t items_of(int64_t rows, int64_t width, Type type) { return rows * hetlora::divide_up(width, hetlora_chunk(type)); }
+
+}  // namespace

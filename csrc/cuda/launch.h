@@ -1,0 +1,58 @@
+// The launchers: plain C functions, no torch headers. Each returns a cudaError_t and neither waits nor allocates; the caller owns table and workspace.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include "table.h"
+
+#ifndef HETLORA_LAUNCH
+#define HETLORA_LAUNCH(kernel, grid, threads, stream, ...) kernel<<<grid, threads, 0, stream>>>(__VA_ARGS__)
+#endif
+
+// What every launch needs. `items`: the most items (rows times chunks, or tiles) that one module has.
+struct HetloraCall {
+    const unsigned char* host_table;
+    size_t table_bytes;
+    void* device_table;
+    hetlora::Table table;
+    int modules;
+    int64_t items;
+    cudaStream_t stream;
+};
+
+extern "C" {
+// Columns of one item for rows of this type.
+int hetlora_chunk(hetlora::Type type);
+// Columns of one split of a Gram matrix.
+int hetlora_gram_split();
+cudaError_t hetlora_upload(const HetloraCall* call);
+cudaError_t hetlora_truncate(const HetloraCall* call, hetlora::Type in, hetlora::Type out, bool dense);
+// weights: [K, M] in float64 for float64 rows, else float32.
+cudaError_t hetlora_aggregate(const HetloraCall* call, hetlora::Type in, hetlora::Type out, hetlora::Type keep, const void* weights, bool normalize);
+// weights: [M] in the type of the sums.
+cudaError_t hetlora_accumulate(const HetloraCall* call, hetlora::Type in, hetlora::Type sums, const void* weights);
+// `splits`: the most column splits that one module has. planes: workspace.
+cudaError_t hetlora_gram(const HetloraCall* call, hetlora::Type in, hetlora::Type result, int splits, void* planes);
+// After hetlora_gram on the same table, whose modules are A and then Bt. out: [K, M].
+cudaError_t hetlora_delta_norms(const HetloraCall* call, hetlora::Type result, void* out);
+// partials: float64 [count], or [3, count] with gradients.
+cudaError_t hetlora_squares(const HetloraCall* call, hetlora::Type type, bool grads, double* partials, int64_t count);
+cudaError_t hetlora_tail_norms(const HetloraCall* call, hetlora::Type type, const double* partials, void* out);
+}
+
+// The optimisers: modules 0 .. M - 1 of the table are A, the rest Bt. Optional tensors are null. Workspaces: coefficients [2 M, K] and steps [K, 4] in the
+// type of the arithmetic, squares float64 [M, K].
+struct HetloraStep {
+    const double *lr, *clip, *lam, *partials;
+    const int64_t* step;
+    const bool* active;
+    int64_t count;
+    void *coefficients, *steps;
+    double* squares;
+};
+
+extern "C" {
+// combine (when there is clipping or a regulariser) and prepare. step->step is null for SGD.
+cudaError_t hetlora_prepare(const HetloraCall* call, hetlora::Type type, const HetloraStep* step, double beta1, double beta2, double weight_decay);
+cudaError_t hetlora_adamw(const HetloraCall* call, hetlora::Type type, const HetloraStep* step, double beta1, double beta2, double eps);
+cudaError_t hetlora_sgd(const HetloraCall* call, hetlora::Type type, const HetloraStep* step, double momentum, double weight_decay);
+}

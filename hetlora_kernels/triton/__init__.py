@@ -1,0 +1,13 @@
+"""The Triton rung: the server and client ops for any CUDA device without the compiled library. Import it only where triton is installed."""
+
+from hetlora_kernels.triton.accumulate import accumulate_
+from hetlora_kernels.triton.adamw import adamw_
+from hetlora_kernels.triton.aggregate import aggregate_
+from hetlora_kernels.triton.delta_norms import delta_norms
+from hetlora_kernels.triton.gram import gram
+from hetlora_kernels.triton.sgd import sgd_
+from hetlora_kernels.triton.tail_norms import tail_norms
+from hetlora_kernels.triton.truncate import truncate_
+
+OPS = {op.__name__: op for op in (truncate_, aggregate_, accumulate_, gram, delta_norms, tail_norms, adamw_, sgd_)}
+"""Op name -> launcher with the signature of the reference's."""

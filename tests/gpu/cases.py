@@ -1,0 +1,179 @@
+"""Calls of every server and client op on data that a float64 run of the reference judges: shared by the Triton and the CUDA tests.
+
+A case is a function of a type that returns the op's arguments. `failures` runs it on a rung and on the reference, both in that type, and on the reference in
+float64 with the same data: error <= max(1.1 x the reference's own, 2 eps |truth|), 8 eps where the result is float64 and so no more exact than the truth
+it is compared with. Copies and casts must be equal bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hetlora_kernels import reference
+from hetlora_kernels.reference import compute_dtype
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
+WRITTEN = {"truncate_": (0,), "aggregate_": (0,), "accumulate_": (0,), "adamw_": (0, 2, 3), "sgd_": (0, 2)}
+EXACT = {"truncate_"}
+SHAPES: dict[str, dict[str, Any]] = {
+    "small": {"ranks": [[4, 0, 1, 7], [3, 18, 40, 2]], "widths": [33, 64]},
+    # More than 32 clients, tiles off the diagonal, more than one split, a width of one.
+    "large": {"ranks": [[1, 0, 3, 8] * 9 + [33, 70], [2] * 37 + [5]], "widths": [1, 2056]},
+    # A module without columns, one without rank rows.
+    "edge": {"ranks": [[2, 1], [0, 0], [3, 2]], "widths": [0, 5, 16]},
+}
+
+Case = Callable[[torch.dtype], tuple[str, list[Any]]]
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _rows(shape: Mapping[str, Any], dtype: torch.dtype, seed: int, extra: int = 0) -> list[Tensor]:
+    g = _generator(seed)
+    return [torch.randn(sum(r), w + extra, generator=g, dtype=torch.float64).to(dtype) for r, w in zip(shape["ranks"], shape["widths"], strict=True)]
+
+
+def _flat(lists: Sequence[Sequence[int]]) -> list[int]:
+    return [value for own in lists for value in own]
+
+
+def _most(shape: Mapping[str, Any]) -> int:
+    return max(_flat(shape["ranks"])) + 1
+
+
+def _empty(rows: int, shape: Mapping[str, Any], dtype: torch.dtype) -> list[Tensor]:
+    return [torch.full((rows, w), float("nan"), dtype=dtype) for w in shape["widths"]]
+
+
+def _clients(shape: Mapping[str, Any]) -> int:
+    return len(shape["ranks"][0])
+
+
+def truncate(shape: Mapping[str, Any], dense: bool, target: torch.dtype | None, dtype: torch.dtype) -> tuple[str, list[Any]]:
+    g, most = _generator(1), _most(shape)
+    bank = [torch.randn(most, w, generator=g, dtype=torch.float64).to(dtype) for w in shape["widths"]]
+    counts = [_clients(shape) * most if dense else sum(r) for r in shape["ranks"]]
+    out = [torch.full((c, w), float("nan"), dtype=target or dtype) for c, w in zip(counts, shape["widths"], strict=True)]
+    if dense:
+        out = [o.view(_clients(shape), most, -1) for o in out]
+    return "truncate_", [out, bank, _flat(shape["ranks"]), dense]
+
+
+def aggregate(shape: Mapping[str, Any], owners: bool, keep: bool, target: torch.dtype | None, dtype: torch.dtype) -> tuple[str, list[Any]]:
+    g, most = _generator(2), _most(shape)
+    weights = torch.rand(_clients(shape), len(shape["widths"]), generator=g, dtype=torch.float64)
+    weights[0] = 0
+    kept = [torch.randn(most, w, generator=g, dtype=torch.float64).to(dtype) for w in shape["widths"]] if keep else []
+    out = _empty(most, shape, target or dtype)
+    return "aggregate_", [out, _rows(shape, dtype, 3), weights.to(compute_dtype(dtype)), kept, _flat(shape["ranks"]), owners]
+
+
+def accumulate(shape: Mapping[str, Any], dtype: torch.dtype) -> tuple[str, list[Any]]:
+    g, sums = _generator(4), compute_dtype(dtype)
+    total = [torch.randn(sum(r) + 2, w, generator=g, dtype=torch.float64).to(sums) for r, w in zip(shape["ranks"], shape["widths"], strict=True)]
+    return "accumulate_", [total, _rows(shape, dtype, 5), torch.rand(len(shape["widths"]), generator=g, dtype=torch.float64).to(sums)]
+
+
+def gram(shape: Mapping[str, Any], exact: bool, dtype: torch.dtype) -> tuple[str, list[Any]]:
+    return "gram", [_rows(shape, dtype, 6), _flat(shape["ranks"]), exact]
+
+
+def delta_norms(shape: Mapping[str, Any], exact: bool, dtype: torch.dtype) -> tuple[str, list[Any]]:
+    return "delta_norms", [_rows(shape, dtype, 7), _rows(shape, dtype, 8, extra=8), _flat(shape["ranks"]), exact]
+
+
+def _cuts(shape: Mapping[str, Any]) -> list[int]:
+    return [(rank + 1) // 2 if k % 3 else rank + k % 2 for own in shape["ranks"] for k, rank in enumerate(own)]
+
+
+def tail_norms(shape: Mapping[str, Any], dtype: torch.dtype) -> tuple[str, list[Any]]:
+    return "tail_norms", [_rows(shape, dtype, 9), _flat(shape["ranks"]), _cuts(shape)]
+
+
+def _step(shape: Mapping[str, Any], clip: bool, lam: bool, states: int, dtype: torch.dtype) -> tuple[list[list[Tensor]], list[Any]]:
+    lists = [_rows(shape, dtype, 10 + i) + _rows(shape, dtype, 20 + i, extra=8) for i in range(2 + states)]
+    lists[2:] = [[t.abs() for t in own] for own in lists[2:]]
+    if lam:
+        lists[0][0].zero_()  # a zero norm: the sub-gradient is zero
+    per_client = torch.linspace(0, 1.5, _clients(shape), dtype=torch.float64)
+    active = torch.arange(_clients(shape)) % 4 != 2
+    return lists, [active, per_client if clip else None, per_client.flip(0) if lam else None, _flat(shape["ranks"]), _cuts(shape) if lam else []]
+
+
+def adamw(shape: Mapping[str, Any], clip: bool, lam: bool, dtype: torch.dtype) -> tuple[str, list[Any]]:
+    lists, rest = _step(shape, clip, lam, 2, dtype)
+    clients = _clients(shape)
+    return "adamw_", [*lists, torch.linspace(0.01, 0.1, clients, dtype=torch.float64), torch.arange(clients) * 7 + 1, *rest, 0.9, 0.999, 1e-8, 0.01]
+
+
+def sgd(shape: Mapping[str, Any], clip: bool, lam: bool, momentum: bool, dtype: torch.dtype) -> tuple[str, list[Any]]:
+    lists, rest = _step(shape, clip, lam, 1, dtype)
+    return "sgd_", [*lists[:2], lists[2] if momentum else [], torch.linspace(0.01, 0.1, _clients(shape), dtype=torch.float64), *rest, 0.9, 0.01]
+
+
+def cases(shape: Mapping[str, Any]) -> dict[str, Case]:
+    """Every op with each of its options at least once."""
+    return {
+        "truncate": partial(truncate, shape, False, None),
+        "truncate-cast": partial(truncate, shape, False, torch.bfloat16),
+        "truncate-dense-cast": partial(truncate, shape, True, torch.float32),
+        "aggregate": partial(aggregate, shape, False, False, None),
+        "aggregate-owners-keep": partial(aggregate, shape, True, True, torch.float32),
+        "accumulate": partial(accumulate, shape),
+        "gram": partial(gram, shape, False),
+        "delta_norms": partial(delta_norms, shape, False),
+        "delta_norms-exact": partial(delta_norms, shape, True),
+        "tail_norms": partial(tail_norms, shape),
+        "adamw": partial(adamw, shape, False, False),
+        "adamw-clip": partial(adamw, shape, True, False),
+        "adamw-clip-tail": partial(adamw, shape, True, True),
+        "sgd": partial(sgd, shape, False, False, False),
+        "sgd-momentum-tail": partial(sgd, shape, False, True, True),
+    }
+
+
+def _copy(value: Any, dtype: torch.dtype | None = None) -> Any:
+    if isinstance(value, list):
+        return [_copy(v, dtype) for v in value]
+    if isinstance(value, Tensor):
+        return value.to(dtype if dtype and value.is_floating_point() else value.dtype, copy=True)
+    return value
+
+
+def _results(op: str, run: Callable, args: list[Any]) -> list[Tensor]:
+    returned = run(*args)
+    if op in WRITTEN:
+        return [t for i in WRITTEN[op] for t in args[i]]
+    return returned if isinstance(returned, list) else [returned]
+
+
+def _distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """Root of the sum of squared differences; NaN in the same places is no difference, elsewhere it is infinite."""
+    total = 0.0
+    for a, b in zip(left, right, strict=True):
+        difference = (a.double() - b.double()).masked_fill(a.isnan() & b.isnan(), 0)
+        total += float(difference.square().sum())
+    return total**0.5 if total == total else float("inf")
+
+
+def failures(case: Case, ops: Mapping[str, Callable], dtype: torch.dtype) -> str | None:
+    """None, or what is wrong with `ops` on this case."""
+    op, args = case(dtype)
+    got, own = _results(op, ops[op], _copy(args)), _results(op, getattr(reference, op), _copy(args))
+    for i, (a, b) in enumerate(zip(got, own, strict=True)):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return f"result {i}: expected {b.dtype} {tuple(b.shape)}, got {a.dtype} {tuple(a.shape)}"
+    if op in EXACT:
+        return None if all(torch.equal(a, b) for a, b in zip(got, own, strict=True)) else f"differs from the reference by {_distance(got, own):.3e}"
+    truth = _results(op, getattr(reference, op), _copy(args, torch.float64))
+    size = sum(float(t.nan_to_num().square().sum()) for t in truth) ** 0.5
+    kind = own[0].dtype
+    error, allowed = _distance(got, truth), max(1.1 * _distance(own, truth), (8 if kind == torch.float64 else 2) * torch.finfo(kind).eps * size)
+    return None if error <= allowed else f"error {error:.3e} is above {allowed:.3e} (norm {size:.3e})"

@@ -1,0 +1,73 @@
+"""Build the CUDA kernels, their launchers and the bindings for the host: ops of the namespace `hetlora_emulated` on CPU tensors, under AddressSanitizer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+ENGINE = HERE / "emulator"
+CSRC = HERE.parents[1] / "csrc" / "cuda"
+_SANITIZE = ["-fsanitize=address,alignment", "-fno-sanitize-recover=all"]
+_COMMON = ["g++", "-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+
+
+def cuda_include() -> Path | None:
+    """The CUDA toolkit's headers: the kernels' types come from them."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and str(Path(nvcc).resolve().parents[1]), "/usr/local/cuda"]
+    return next((Path(h) / "include" for h in homes if h and (Path(h) / "include" / "cuda_bf16.h").exists()), None)
+
+
+def sanitizer_library() -> str | None:
+    """The AddressSanitizer runtime to preload, since python itself is not built with it."""
+    if shutil.which("g++") is None:
+        return None
+    found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    return found if Path(found).exists() else None
+
+
+def missing() -> str | None:
+    """Why the emulator cannot be built here, or None."""
+    if sanitizer_library() is None:
+        return "g++ with AddressSanitizer is not installed"
+    return None if cuda_include() else "the CUDA toolkit's headers are not installed (set CUDA_HOME)"
+
+
+def _compile(source: Path, target: Path, extra: list[str]) -> Path:
+    command = [*_COMMON, "-c", f"-I{cuda_include()}", *extra, str(source), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+    return target
+
+
+def compile_kernel(source: Path, target: Path, headers: Path = CSRC) -> Path:
+    return _compile(source, target, [*_SANITIZE, "-O1", "-x", "c++", "-include", str(ENGINE / "cuda_on_cpu.h"), f"-I{headers}", "-Wno-switch"])
+
+
+def _compile_bindings(target: Path) -> Path:
+    names = ["-DHETLORA_EMULATOR", "-DHETLORA_NAMESPACE=hetlora_emulated", "-DHETLORA_DISPATCH_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    torch_include = f"-isystem{Path(torch.__file__).parent / 'include'}"
+    return _compile(CSRC / "bindings.cpp", target, [*names, torch_include, "-O0"])
+
+
+def compile_all(folder: Path) -> list[Path]:
+    """Object files of everything, two at a time."""
+    jobs = [(compile_kernel, (source, folder / f"{source.stem}.o")) for source in sorted(CSRC.glob("*.cu"))]
+    jobs.append((_compile_bindings, (folder / "bindings.o",)))
+    jobs.append((_compile, (ENGINE / "cuda_on_cpu.cpp", folder / "engine.o", [*_SANITIZE, "-O1"])))
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda job: job[0](*job[1]), jobs))
+
+
+def link(objects: list[Path], target: Path) -> Path:
+    library = Path(torch.__file__).parent / "lib"
+    command = ["g++", "-shared", *_SANITIZE, *map(str, objects), "-o", str(target), f"-L{library}", "-ltorch", "-ltorch_cpu"]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return target

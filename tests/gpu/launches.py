@@ -1,0 +1,66 @@
+"""Launches of every Triton op on CPU tensors: what triton_aot.py compiles. Shapes as in use, so that the aligned variants are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from hetlora_kernels.reference import compute_dtype
+from hetlora_kernels.triton import OPS
+
+RANKS = [4, 16, 50, 128]
+WIDTHS = [576, 1536]
+TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
+
+
+def _rows(dtype: torch.dtype, odd: int = 0, count: int = sum(RANKS)) -> list[torch.Tensor]:
+    return [torch.zeros(count, width + odd, dtype=dtype) for width in WIDTHS]
+
+
+def _truncate(source: torch.dtype, target: torch.dtype, dense: bool, odd: int = 0) -> None:
+    out = [torch.zeros(len(RANKS) * 128, width + odd, dtype=target) for width in WIDTHS]
+    OPS["truncate_"](out, _rows(source, odd, 128), RANKS * 2, dense)
+
+
+def _aggregate(source: torch.dtype, target: torch.dtype, owners: bool, odd: int = 0) -> None:
+    weights = torch.ones(len(RANKS), len(WIDTHS), dtype=compute_dtype(source))
+    OPS["aggregate_"](_rows(target, odd, 128), _rows(source, odd), weights, _rows(target, odd, 128), RANKS * 2, owners)
+
+
+def _accumulate(source: torch.dtype, odd: int = 0) -> None:
+    total = compute_dtype(source)
+    OPS["accumulate_"](_rows(total, odd), _rows(source, odd), torch.ones(len(WIDTHS), dtype=total))
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "truncate-f32-bf16": partial(_truncate, torch.float32, torch.bfloat16, False),
+    "truncate-f32-odd": partial(_truncate, torch.float32, torch.float32, False, 1),
+}
+for _name, _dtype in TYPES.items():
+    CASES[f"truncate-{_name}"] = partial(_truncate, _dtype, _dtype, False)
+    CASES[f"truncate-dense-{_name}"] = partial(_truncate, _dtype, _dtype, True)
+    CASES[f"aggregate-{_name}"] = partial(_aggregate, _dtype, _dtype, False)
+    CASES[f"aggregate-owners-{_name}"] = partial(_aggregate, _dtype, _dtype, True)
+    CASES[f"accumulate-{_name}"] = partial(_accumulate, _dtype)
+
+
+def _norms(dtype: torch.dtype, exact: bool) -> None:
+    OPS["delta_norms"]([torch.zeros(sum(RANKS), 4096, dtype=dtype)], [torch.zeros(sum(RANKS), 576, dtype=dtype)], RANKS, exact)
+    OPS["tail_norms"](_rows(dtype), RANKS * 2, [2, 8, 25, 64] * 2)
+
+
+def _step(dtype: torch.dtype, odd: int = 0) -> None:
+    kinds = [_rows(dtype, odd) for _ in range(4)]
+    clients = torch.ones(len(RANKS), dtype=torch.float64)
+    settings = (torch.ones(len(RANKS), dtype=torch.bool), clients, clients, RANKS, [2, 8, 25, 64])
+    OPS["adamw_"](*kinds, clients, torch.ones(len(RANKS), dtype=torch.int64), *settings, 0.9, 0.999, 1e-8, 0.01)
+    OPS["sgd_"](*kinds[:3], clients, *settings, 0.9, 0.01)
+
+
+for _name, _dtype in TYPES.items():
+    CASES[f"norms-{_name}"] = partial(_norms, _dtype, False)
+    CASES[f"step-{_name}"] = partial(_step, _dtype)
+CASES["norms-exact-f32"] = partial(_norms, torch.float32, True)
+CASES["step-f32-odd"] = partial(_step, torch.float32, 1)

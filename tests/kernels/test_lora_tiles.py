@@ -1,0 +1,176 @@
+"""The layer over more than one tile, chunk and thread of every kernel: bits that must not move, memory that must not be touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate
+
+import pytest
+import torch
+from kernel_cases import guarded, kept, leaf_tensors, make_layer, run_fused, same_bits
+
+import hetlora_kernels as hk
+from hetlora_kernels import _library, reference
+
+N, M = 584, 530  # past one panel of columns, multiples of no vector
+LENGTHS, RANKS = [150, 0, 65, 1, 24], [16, 4, 5, 8, 0]
+
+
+def large_layer(p: float, shuffled: bool = False, n: int = N, m: int = M):
+    ids = [k for k, length in enumerate(LENGTHS) for _ in range(length)] + [-1] * 3
+    if shuffled:
+        ids = [ids[i] for i in torch.randperm(len(ids), generator=torch.Generator().manual_seed(3)).tolist()]
+    return make_layer(RANKS, ids, n, m, p=p)
+
+
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_no_bit_depends_on_the_number_of_threads(dtype, shuffled, backend, device):
+    """Of the kernels alone: a framework's own base product may split its sums by threads."""
+    if backend == "reference":
+        pytest.skip("the reference's products are the framework's")
+    layer = large_layer(0.1, shuffled)
+    seg, flat = layer.segments(), sum(r * n for r, n in zip(layer.ranks, layer.segments().lengths, strict=True))
+    x, a = (t.to(device, dtype) for t in (layer.x, layer.a))
+    case = (torch.tensor(layer.seeds, device=device), seg.keys_on(device), seg.index_on(device), layer.ranks, seg.starts, seg.lengths, 0.1)
+    scale = torch.tensor(layer.scale, device=device)
+    outcomes = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        s = _library.call("shrink")(x, a, scale, *case)
+        out = torch.ones(len(layer.ids), N, device=device, dtype=dtype)
+        _library.call("expand_")(out, s, a, *case)
+        outcomes.append((s, out, _library.call("grouped_gram")(s, x, *case, torch.float32)))
+    assert outcomes[0][0].numel() == flat
+    for other in outcomes[1:]:
+        assert all(same_bits(one, two) for one, two in zip(outcomes[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_factor_gradients_alone_and_co_batched_over_many_tiles(dtype, shuffled, device):
+    layer = large_layer(0.1, shuffled)
+    together = run_fused(layer, dtype, device=device)
+    for k, (end, rank) in enumerate(zip(accumulate(RANKS), RANKS, strict=True)):
+        rows, own = layer.client_rows(k), slice(end - rank, end)
+        alone = make_layer([rank], [0] * len(rows), N, M, p=0.1)
+        alone.x, alone.grad, alone.a, alone.bt = layer.x[rows], layer.grad[rows], layer.a[own], layer.bt[own]
+        alone.weight, alone.scale, alone.seeds = layer.weight, layer.scale[k : k + 1], layer.seeds[k : k + 1]
+        result = run_fused(alone, dtype, device=device)
+        assert same_bits(together["d_a"][own], result["d_a"]) and same_bits(together["d_bt"][own], result["d_bt"])
+
+
+@pytest.mark.parametrize("columns", [63, 64, 65, 511, 513, 1100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_masks_over_many_blocks(columns, dtype, device):
+    """What dropout leaves of x and of dx is the written mask, on columns past a vector, a block of draws and a panel."""
+    keys, seed, p = [0, 2**20 + 5, 2**33], 0x0123456789ABCDEF, 0.3
+    mask = kept(seed, keys, columns, p).to(device)
+    seg = hk.Segments.from_lengths([3], row_keys=torch.tensor(keys))
+    a = torch.ones(1, columns, dtype=dtype, device=device, requires_grad=True)
+    x = torch.ones(3, columns, dtype=dtype, device=device, requires_grad=True)
+    y = hk.lora_add(
+        torch.zeros(3, 1, dtype=dtype, device=device), x, a, a.new_ones(1, 1), hk.RankLayout([1]), seg, dropout=p, seeds=torch.tensor([seed], device=device)
+    )
+    y.sum().backward()
+    value = 1 / (1 - round(65536 * p) / 65536)
+    assert torch.equal(x.grad != 0, mask)
+    torch.testing.assert_close(y.detach()[:, 0].double(), mask.sum(1).double() * value, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=0)
+    torch.testing.assert_close(a.grad[0].double(), mask.sum(0).double() * value, rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_nothing_beside_the_results_is_written(dtype, shuffled, p, device):
+    """Every tensor of the call between guards, at an address that is a multiple of no vector; the values are the reference's."""
+    layer = large_layer(p, shuffled, n=75, m=70)
+    seg = layer.segments()
+    case = (torch.tensor(layer.seeds, device=device) if p else None, seg.keys_on(device) if p else None, seg.index_on(device))
+    rows = (layer.ranks, seg.starts, seg.lengths, p)
+    scale, checks, firsts, placed = torch.tensor(layer.scale, device=device), [], [], {}
+    for name in ("x", "a", "grad"):
+        source = getattr(layer, name)
+        buffer, check = guarded((source.numel() + 1,), dtype, device)
+        firsts.append(buffer[:1].fill_(-77.0))
+        placed[name] = buffer[1:].view(source.shape).copy_(source)
+        checks.append(check)
+    x, a, out = placed["x"], placed["a"], placed["grad"]
+    bt = layer.bt.to(device, dtype)
+    s = _library.call("shrink")(x, a, scale, *case, *rows)
+    expected = reference.shrink(x, a, scale, *case, *rows)
+    close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(s, expected, **close)
+    wanted = out.clone()
+    reference.expand_(wanted, s, bt, None, None, case[2], *rows[:3], 0.0)
+    _library.call("expand_")(out, s, bt, None, None, case[2], *rows[:3], 0.0)
+    torch.testing.assert_close(out, wanted, **close)
+    gram = _library.call("grouped_gram")(s, x, *case, *rows, torch.float32)
+    torch.testing.assert_close(gram, reference.grouped_gram(s, x, *case, *rows, torch.float32), rtol=1e-3, atol=1e-3)
+    for check in checks:
+        check()
+    assert all(float(first) == -77.0 for first in firsts)
+
+
+def test_the_output_may_be_changed_in_place(device):
+    """As a residual connection does: also for inputs of more than two dimensions, and the gradient stays right."""
+    layer = make_layer([3], [0] * 6, 9, 7)
+    grads = []
+    for in_place in (False, True):
+        leaves = leaf_tensors(layer, torch.float32, None, device)
+        y = hk.lora_linear(
+            *(leaves["x"].reshape(2, 3, 9), leaves["weight"], leaves["bias"], leaves["a"], leaves["bt"], layer.layout(), layer.segments()),
+        )
+        y = y.mul_(2.0) if in_place else y * 2.0
+        y.backward(layer.grad.reshape(2, 3, 7).to(y))
+        grads.append([leaf.grad for leaf in leaves.values() if leaf.requires_grad])
+    assert all(same_bits(one, other) for one, other in zip(*grads, strict=True))
+
+
+def test_training_after_inference_mode_on_one_layout(device):
+    """What the layout keeps from the first call must serve the second."""
+    layer = make_layer([3], [0] * 6, 9, 7)
+    layout, seg = layer.layout(), layer.segments()
+
+    def run():
+        leaves = leaf_tensors(layer, torch.float32, None, device)
+        return hk.lora_linear(leaves["x"], leaves["weight"], None, leaves["a"], leaves["bt"], layout, seg, scale=0.5), leaves
+
+    with torch.inference_mode():
+        first, _ = run()
+    y, leaves = run()
+    y.sum().backward()
+    assert same_bits(first, y) and bool(leaves["a"].grad.isfinite().all())
+
+
+@pytest.mark.parametrize("backend", ["auto"], indirect=True)
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"index": [0, 9]}, "index: expected rows of x below 4"),
+        ({"index": [0, -1]}, "index: expected rows of x below 4"),
+        ({"starts": [3]}, "starts: expected segments within 4 rows"),
+        ({"starts": [-1]}, "starts: expected segments within 4 rows"),
+        ({"ranks": [3]}, "ranks: expected a sum of 2"),
+        ({"lengths": [2, 2], "starts": [0, 2]}, "starts, lengths: expected at most 1"),
+        ({"seeds": []}, "seeds: expected at least 1"),
+        ({"row_keys": [0]}, "row_keys: expected at least 2"),
+    ],
+)
+def test_compiled_kernels_refuse_what_would_leave_their_memory(change, text, capfd):
+    if _library.whole_layer(True) is None:
+        pytest.skip("no compiled kernel for CPU tensors")
+    arguments = {"seeds": [1], "row_keys": [0, 1], "index": None, "ranks": [2], "starts": [0], "lengths": [2], **change}
+    for name in ("seeds", "row_keys", "index"):
+        arguments[name] = None if arguments[name] is None else torch.tensor(arguments[name], dtype=torch.int64)
+    with pytest.raises(RuntimeError) as caught:
+        torch.ops.hetlora.shrink(torch.ones(4, 3), torch.ones(2, 3), torch.ones(1), *arguments.values(), 0.5)
+    assert text in str(caught.value) + capfd.readouterr().err  # below torch 2.13 the text of a compiled check is on stderr
