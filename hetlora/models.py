@@ -30,7 +30,7 @@ Progress = Callable[[int, int, float], None]
 
 @dataclass(frozen=True)
 class DemoModel:
-    """The demo's byte-level Llama decoder (0.6 M parameters) and its pre-training on public text of Python's library."""
+    """The demo's byte-level Llama decoder (0.69 M parameters) and its pre-training on public text of Python's library."""
 
     hidden: int = 128
     layers: int = 3
