@@ -1,4 +1,5 @@
-"""Run cases on the Triton rung in the interpreter: `interpreter_worker.py f32 small|edge [--break|--no-repair] [case ...]`.
+"""Run cases on the Triton rung in the interpreter: `interpreter_worker.py f32 SHAPE [--break|--no-repair] [case ...]`, SHAPE of cases.py, or lora-SHAPE of
+lora_cases.py.
 
 Prints {case: failure or null} as JSON."""
 
@@ -11,8 +12,9 @@ import warnings
 import torch
 from cases import DTYPES, SHAPES, cases, failures
 from interpreter import repair_bfloat16
+from lora_cases import LORA_SHAPES, lora_cases
 
-from hetlora_kernels.triton import OPS, aggregate
+from hetlora_kernels.triton import OPS, _segments, aggregate
 
 
 def main() -> None:
@@ -23,7 +25,8 @@ def main() -> None:
         repair_bfloat16()
     if "--break" in sys.argv:
         aggregate.row_owners = lambda ranks: [0] * sum(ranks)
-    every = cases(SHAPES[size])
+        _segments.every_segment = lambda *layout, right=_segments.every_segment: [s._replace(row=0) for s in right(*layout)]
+    every = lora_cases(LORA_SHAPES[size.removeprefix("lora-")]) if size.startswith("lora-") else cases(SHAPES[size])
     print(json.dumps({name: failures(every[name], OPS, dtype) for name in names or every}))
 
 
