@@ -1,4 +1,4 @@
-"""Measure this device's launch parameters of the layer's kernels and its fastest way through the layer: `hetlora tune`, or python -m hetlora_kernels.triton.tune.
+"""`hetlora tune`, or python -m hetlora_kernels.triton.tune: measure this device's launch parameters of the layer's kernels and its fastest way through it.
 
 Every candidate's result is checked before it is timed. The file goes into the package's params folder, or, when that cannot be written, to
 `_common.user_params()`; it is read from either place from the next process on. Kernels and types not measured here keep the untuned defaults.
@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product as cartesian
 from math import log
 from pathlib import Path
@@ -125,7 +126,7 @@ def ways(dtype: torch.dtype, device: torch.device, rows: tuple, shapes: tuple, b
         factors, batch = _draw(device, dtype, sum(RANKS), width), _batch(count, device)
         s = _draw(device, dtype, sum(r * n for r, n in zip(RANKS, batch[5], strict=True)))
         plain = (None, None, *batch[2:6], 0.0)
-        times = {way: bench(lambda way=way: lora.product(x, weight.t(), bias, way, s, factors, *plain)) for way in lora.WAYS}
+        times = {way: bench(partial(lora.product, x, weight.t(), bias, way, s, factors, *plain)) for way in lora.WAYS}
         fastest = min(times, key=lambda way: times[way])
         found.append({"dtype": lora.type_name(dtype), "rows": count, "depth": depth, "width": width, "way": fastest, "ms": times})
     return found

@@ -18,6 +18,7 @@ STREAMING = {"_truncate_kernel", "_aggregate_kernel", "_accumulate_kernel", "_sq
 LAYER = {"_shrink_kernel", "_expand_kernel", "_grouped_gram_kernel", "_fused_kernel"}
 LAYER_OPS = ("shrink", "expand_", "grouped_gram", "fused")
 
+
 def launch_cases() -> list[str]:
     """Names of launches.py's cases, read in a process of their own: it imports the kernels, which must not be imported under TRITON_INTERPRET here."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": f"{HERE.parents[1]}:{HERE}"}

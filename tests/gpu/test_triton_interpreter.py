@@ -49,6 +49,13 @@ def test_layer_ops_agree_with_the_float64_reference(dtype: str) -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize("way", ["lora_first", "base_first", "fused"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_the_layer_in_each_way(way: str, dtype: str) -> None:
+    wrong = {f"{shape} {case}": what for shape in ("small", "covered") for case, what in interpret(dtype, f"{way}-{shape}").items() if what}
+    assert not wrong
+
+
 # What is not here is slow and would add nothing: the other types run the same code, long segments differ in their planes alone.
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["mixed", "aligned", "narrow", "base-only", "no-rows", "no-ranks"])
