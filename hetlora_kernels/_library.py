@@ -18,15 +18,16 @@ from hetlora_kernels import _native, reference
 from hetlora_kernels._native import build_info as build_info
 
 _SEGMENT_ARGS = "Tensor? seeds, Tensor? row_keys, Tensor? index, int[] ranks, int[] starts, int[] lengths, float dropout"
+_LAYER_ARGS = "Tensor scale, Tensor? seeds, Tensor? row_keys, Tensor? index, Tensor plan"
 _STEP_ARGS = "Tensor lr, {step}Tensor active, Tensor? clip, Tensor? lam, int[] ranks, int[] keep"
 
 SCHEMAS = {
     "shrink": f"(Tensor x, Tensor rows, Tensor scale, {_SEGMENT_ARGS}) -> Tensor",
     "expand_": f"(Tensor(a!) out, Tensor s, Tensor rows, {_SEGMENT_ARGS}) -> ()",
     "grouped_gram": f"(Tensor s, Tensor x, {_SEGMENT_ARGS}, ScalarType dtype) -> Tensor",
-    "lora_forward": f"(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor a, Tensor bt, Tensor scale, {_SEGMENT_ARGS}) -> (Tensor, Tensor)",
-    "lora_backward": "(Tensor d_y, Tensor x, Tensor? weight, Tensor a, Tensor bt, Tensor s, Tensor scale, "
-    f"{_SEGMENT_ARGS}, bool need_x, bool need_a, bool need_bt) -> Tensor[]",
+    "lora_add_": f"(Tensor(a!) out, Tensor x, Tensor a, Tensor bt, {_LAYER_ARGS}, int elements, float dropout) -> Tensor",
+    "lora_grads_": f"(Tensor(a!)? d_x, Tensor d_y, Tensor x, Tensor a, Tensor bt, Tensor s, {_LAYER_ARGS}, float dropout, bool need_a, bool need_bt) "
+    "-> (Tensor, Tensor)",
     "truncate_": "(Tensor(a!)[] out, Tensor[] bank, int[] ranks, bool dense) -> ()",
     "aggregate_": "(Tensor(a!)[] out, Tensor[] rows, Tensor weights, Tensor[] keep, int[] ranks, bool owners) -> ()",
     "accumulate_": "(Tensor(a!)[] total, Tensor[] rows, Tensor weights) -> ()",
@@ -125,7 +126,7 @@ def _has(name: str, rung: str) -> bool:
 
 
 def whole_layer(on_cpu: bool) -> tuple[Callable, Callable] | None:
-    """(`lora_forward`, `lora_backward`) where the whole layer is one op: on CPU tensors with the C++ rung, unless another is forced.
+    """(`lora_add_`, `lora_grads_`) where the whole LoRA term is one op: on CPU tensors with the C++ rung, unless another is forced.
     None elsewhere: the layer is then composed of the rung's own shrink, expand_ and grouped_gram."""
     return _layer_ops if on_cpu and _layer_ops is not None and (_forced is None or _forced == "cpu") else None
 
@@ -179,7 +180,7 @@ def backends(device: str | None = None) -> dict[str, tuple[str, str]]:
 _define()
 _load()
 _layer_ops: tuple[Callable, Callable] | None = None
-if _has("lora_forward", "cpu"):
-    _layer_ops = torch.ops.hetlora.lora_forward.default, torch.ops.hetlora.lora_backward.default
+if _has("lora_add_", "cpu"):
+    _layer_ops = torch.ops.hetlora.lora_add_.default, torch.ops.hetlora.lora_grads_.default
 if os.environ.get("HETLORA_BACKEND", "").strip():
     _forced = _check_rung(os.environ["HETLORA_BACKEND"].strip(), "environment variable HETLORA_BACKEND")

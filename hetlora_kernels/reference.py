@@ -9,7 +9,6 @@ from __future__ import annotations
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -130,28 +129,23 @@ def grouped_gram(s, x, seeds, row_keys, index, ranks, starts, lengths, dropout, 
     return out
 
 
-def lora_forward(x, weight, bias, base, a, bt, scale, seeds, row_keys, index, ranks, starts, lengths, dropout):
-    """(base + scale_k * drop(x) A_k^T B_k^T, S) where base = x W^T + bias, or the given tensor [T, m] when `weight` is None."""
+def lora_add_(out, x, a, bt, scale, seeds, row_keys, index, plan, elements, dropout):
+    """out += scale_k * drop(x) A_k^T B_k^T; returns the packed S. `plan` [3, K]: ranks, first rows and rows of the clients; `elements` those of S."""
+    ranks, starts, lengths = plan.tolist()
     s = shrink(x, a, scale, seeds, row_keys, index, ranks, starts, lengths, dropout)
-    out = F.linear(x, weight, bias) if base is None else base.clone(memory_format=torch.contiguous_format)
     expand_(out, s, bt, None, None, index, ranks, starts, lengths, 0.0)
-    return out, s
+    return s
 
 
-def lora_backward(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, ranks, starts, lengths, dropout, need_x, need_a, need_bt):
-    """Those needed of [d_x, d_a, d_bt]; without `weight` d_x is that of the LoRA term alone. `d_y` is in x's type."""
-    segments = (seeds, row_keys, index, ranks, starts, lengths, dropout)
-    plain = (None, None, index, ranks, starts, lengths, 0.0)
-    d_s = shrink(d_y, bt, scale, *plain) if need_x or need_a else None
-    out = []
-    if need_x:
-        out.append(torch.zeros_like(x) if weight is None else d_y @ weight)
-        expand_(out[0], d_s, a, *segments)
-    if need_a:
-        out.append(grouped_gram(d_s, x, *segments, a.dtype))
-    if need_bt:
-        out.append(grouped_gram(s, d_y, *plain, bt.dtype))
-    return out
+def lora_grads_(d_x, d_y, x, a, bt, s, scale, seeds, row_keys, index, plan, dropout, need_a, need_bt):
+    """Adds the LoRA term's part to `d_x`, if given; returns (d_a, d_bt), without elements where not needed. `d_y` is in x's type."""
+    lists = plan.tolist()
+    d_s = shrink(d_y, bt, scale, None, None, index, *lists, 0.0) if need_a or d_x is not None else None
+    if d_x is not None:
+        expand_(d_x, d_s, a, seeds, row_keys, index, *lists, dropout)
+    d_a = grouped_gram(d_s, x, seeds, row_keys, index, *lists, dropout, a.dtype) if need_a else a.new_empty(0)
+    d_bt = grouped_gram(s, d_y, None, None, index, *lists, 0.0, bt.dtype) if need_bt else bt.new_empty(0)
+    return d_a, d_bt
 
 
 # ---------------------------------------------------------------- server: truncate, aggregate, norms
