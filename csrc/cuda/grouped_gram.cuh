@@ -20,7 +20,7 @@ __device__ __forceinline__ void store_gram(const LoraCall& call, const LoraClien
     const Acc scale = static_cast<Acc>(call.inverse);
     const bool sums = place.plane_row >= 0 || call.out_type == TYPE<Acc>;
     const int64_t row = (place.plane_row >= 0 ? place.plane_row : client.row) + place.first;
-    void* out = place.plane_row >= 0 ? const_cast<void*>(call.planes) : call.out;
+    void* out = place.plane_row >= 0 ? call.planes : call.out;
 #pragma unroll
     for (int j = 0; j < TILES; ++j) {
         if (place.first + 8 * j >= client.rank) break;

@@ -15,10 +15,12 @@ constexpr int NEAR = 64;
 // A client that has rank and rows.
 struct LoraClient {
     int64_t flat;   // first element of its S
-    int64_t plane;  // first row of its planes of partial sums
+    int64_t plane;  // first row of its planes of partial sums; -1: it has one chunk and needs none
     int client, row, rank, start, length;  // first rank row; first of its rows in x, or in the index
     int tiles, chunks;                     // row tiles, and chunks of GRAM_ROWS, of the clients before it
 };
+
+static_assert(sizeof(LoraClient) % 16 == 0, "what an upload copies at a time");
 
 struct LoraTable {
     const LoraClient* far;  // null: near

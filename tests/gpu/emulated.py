@@ -48,19 +48,19 @@ def _compile(source: Path, target: Path, extra: list[str]) -> Path:
 
 
 def compile_kernel(source: Path, target: Path, headers: Path = CSRC) -> Path:
-    return _compile(source, target, [*_SANITIZE, "-O1", "-x", "c++", "-include", str(ENGINE / "cuda_on_cpu.h"), f"-I{headers}", "-Wno-switch"])
+    return _compile(source, target, [*_SANITIZE, "-O1", "-x", "c++", "-include", str(ENGINE / "cuda_on_cpu.h"), f"-I{ENGINE}", f"-I{headers}", "-Wno-switch"])
 
 
-def _compile_bindings(target: Path) -> Path:
+def _compile_bindings(source: Path, target: Path) -> Path:
     names = ["-DHETLORA_EMULATOR", "-DHETLORA_NAMESPACE=hetlora_emulated", "-DHETLORA_DISPATCH_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     torch_include = f"-isystem{Path(torch.__file__).parent / 'include'}"
-    return _compile(CSRC / "bindings.cpp", target, [*names, torch_include, "-O0"])
+    return _compile(source, target, [*names, torch_include, "-O0"])
 
 
 def compile_all(folder: Path) -> list[Path]:
     """Object files of everything, two at a time."""
     jobs = [(compile_kernel, (source, folder / f"{source.stem}.o")) for source in sorted(CSRC.glob("*.cu"))]
-    jobs.append((_compile_bindings, (folder / "bindings.o",)))
+    jobs += [(_compile_bindings, (source, folder / f"{source.stem}_bindings.o")) for source in sorted(CSRC.glob("*.cpp"))]
     jobs.append((_compile, (ENGINE / "cuda_on_cpu.cpp", folder / "engine.o", [*_SANITIZE, "-O1"])))
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda job: job[0](*job[1]), jobs))
