@@ -144,21 +144,29 @@ __device__ __forceinline__ void multiply(Acc (&c)[TILES][4], Operand<T, A_T> a, 
         }
     } else {
         constexpr int V = VECTOR<T>;
+#pragma unroll
+        for (int j = 0; j < TILES; j += 2) {
+            if (8 * j >= columns) break;
+            Acc sum[2][4] = {};  // of this stage alone: one chain over all of k would lose a digit to PyTorch's blocked sums
 #pragma unroll 1
-        for (int k = 0; k < depth; k += V) {
-            T left[2][V], right[2][V];
+            for (int k = 0; k < depth; k += V) {
+                T left[2][V], right[2][V];
 #pragma unroll
-            for (int p = 0; p < 2; ++p) fetch<A_T>(left[p], a.tile, a.pitch, row + lane / 4 + 8 * p, k);
+                for (int p = 0; p < 2; ++p) fetch<A_T>(left[p], a.tile, a.pitch, row + lane / 4 + 8 * p, k);
 #pragma unroll
-            for (int j = 0; j < TILES; ++j) {
-                if (8 * j >= columns) break;
+                for (int h = 0; h < 2; ++h) {
 #pragma unroll
-                for (int q = 0; q < 2; ++q) fetch<B_T>(right[q], b.tile, b.pitch, 8 * j + lane % 4 * 2 + q, k);
+                    for (int q = 0; q < 2; ++q) fetch<B_T>(right[q], b.tile, b.pitch, 8 * (j + h) + lane % 4 * 2 + q, k);
 #pragma unroll
-                for (int e = 0; e < V; ++e)
+                    for (int e = 0; e < V; ++e)
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) c[j][i] += left[i / 2][e] * right[i % 2][e];
+                        for (int i = 0; i < 4; ++i) sum[h][i] += left[i / 2][e] * right[i % 2][e];
+                }
             }
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) c[j + h][i] += sum[h][i];
         }
     }
 }
