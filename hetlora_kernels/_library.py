@@ -125,11 +125,11 @@ def _has(name: str, rung: str) -> bool:
 
 
 def whole_layer(on_cpu: bool) -> tuple[Callable, Callable] | None:
-    """(`lora_forward`, `lora_backward`) where the whole layer is one op each way: on CPU tensors with the C++ rung, on CUDA tensors where Triton serves
-    the layer, or the rung forced. None elsewhere: the layer is then composed of the rung's own shrink, expand_ and grouped_gram."""
+    """(`lora_forward`, `lora_backward`) where the whole layer is one op each way: on CPU tensors with the C++ rung, on CUDA tensors with the CUDA or Triton
+    rung, or with the rung forced. None elsewhere: the layer is then composed of the rung's own shrink, expand_ and grouped_gram."""
     if _forced is None or (on_cpu and _forced == "cpu"):
         return _layer_ops if on_cpu else _layer_ops_on_cuda
-    return (call("lora_forward"), call("lora_backward")) if _forced == "triton" else None
+    return (call("lora_forward"), call("lora_backward")) if _forced in ("cuda", "triton") and _has("lora_forward", _forced) else None
 
 
 def call(name: str) -> Callable:
@@ -182,6 +182,6 @@ _define()
 _load()
 _whole = torch.ops.hetlora.lora_forward.default, torch.ops.hetlora.lora_backward.default
 _layer_ops = _whole if _has("lora_forward", "cpu") else None
-_layer_ops_on_cuda = _whole if torch.cuda.is_available() and backends("cuda")["shrink"][0] == "triton" else None
+_layer_ops_on_cuda = _whole if torch.cuda.is_available() and backends("cuda")["lora_forward"][0] != "reference" else None
 if os.environ.get("HETLORA_BACKEND", "").strip():
     _forced = _check_rung(os.environ["HETLORA_BACKEND"].strip(), "environment variable HETLORA_BACKEND")

@@ -1,10 +1,10 @@
-// expand: out_k += S_k B_k, or out_k = bias + S_k B_k for the layer that starts from its LoRA term; with the dropout mask and 1 / (1 - p) on the product in
-// the way of dx.
+// expand: out_k = before + S_k B_k, where `before` is out itself, a base layer's output, or the bias (nothing, for dx) in a layer that starts from its LoRA
+// term; with the dropout mask and 1 / (1 - p) on the product in the way of dx.
 //
 // One block owns 64 rows of one client and 64 columns. What it adds to is requested before anything else and waits in registers; S and B_k pass through two
 // stages of 64 ranks (32 in float32, 16 in float64) by cp.async, multiplied in steps of 16 ranks: a rank of 16 costs one. The product goes through shared
 // memory once, so that each thread then has eight neighbouring columns: 16-byte accesses, and one Philox counter.
-// Bytes: T m in and out (out alone when it writes), T r in; again from L2: S per 64 columns, B_k per 64 rows. Blocks that are neighbours write neighbouring columns.
+// Bytes: T m in and out (out alone over a bias), T r in; again from L2: S per 64 columns, B_k per 64 rows. Blocks that are neighbours write neighbouring columns.
 #pragma once
 #include "lora.cuh"
 
@@ -26,15 +26,14 @@ struct ExpandPlace {
     int local, column;          // its first row in the tile; its column in out
 };
 
-// Eight columns of out, or of the bias, with their types known at run time: the types differ, a row is not aligned, or it ends here.
+// Eight columns of out whose type is known at run time only: it is not that of S, a row is not aligned, or it ends here.
 template <class Acc>
-__device__ __forceinline__ void add_singly(const LoraCall& call, Type own, int64_t row, int column, const Acc (&value)[DRAWS]) {
+__device__ __forceinline__ void add_singly(const LoraCall& call, int64_t row, int column, const Acc (&value)[DRAWS]) {
 #pragma unroll
     for (int e = 0; e < DRAWS; ++e) {
         if (column + e >= call.width) return;
-        const int64_t at = row * call.width + column + e;
-        const Acc before = !call.write ? load_one_as<Acc>(call.out_type, call.out, at) : call.bias ? load_one_as<Acc>(own, call.bias, column + e) : Acc(0);
-        store_one_as(call.out_type, call.out, at, before + value[e]);
+        const Acc before = call.before ? load_one_as<Acc>(call.out_type, call.before, row * call.before_row + column + e) : Acc(0);
+        store_one_as(call.out_type, call.out, row * call.width + column + e, before + value[e]);
     }
 }
 
@@ -62,7 +61,7 @@ __device__ __forceinline__ void add_product(const LoraCall& call, const LoraClie
             for (int e = 0; e < DRAWS; ++e) sum.v[e] = convert<T>(convert<Acc>(before[part].v[e]) + value[e]);
             *reinterpret_cast<Pack<T, DRAWS>*>(static_cast<T*>(call.out) + place.row[part] * call.width + place.column) = sum;
         } else {
-            add_singly(call, TYPE<T>, place.row[part], place.column, value);
+            add_singly(call, place.row[part], place.column, value);
         }
     }
 }
@@ -83,9 +82,8 @@ __global__ void __launch_bounds__(LORA_THREADS, LORA_BLOCKS<T>) expand_kernel(co
     for (int part = 0; part < EXPAND_PARTS; ++part) {
         const int t = top + place.local + part * (WARP / EXPAND_UNITS);
         place.row[part] = t < client.length ? row_of(call, client, t) : -1;
-        if (!call.aligned || t >= client.length || place.column + DRAWS > call.width) continue;
-        const T* from = call.write ? static_cast<const T*>(call.bias) : static_cast<const T*>(call.out) + place.row[part] * call.width;
-        if (from) before[part] = *reinterpret_cast<const Pack<T, DRAWS>*>(from + place.column);
+        if (!call.before || !call.aligned || t >= client.length || place.column + DRAWS > call.width) continue;
+        before[part] = *reinterpret_cast<const Pack<T, DRAWS>*>(static_cast<const T*>(call.before) + place.row[part] * call.before_row + place.column);
     }
 
     Acc c[LORA_COLUMNS / 8][4] = {};

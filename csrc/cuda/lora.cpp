@@ -65,7 +65,7 @@ class Layer {
     Tensor shrink(const Rows& x, const Tensor& factor, const Tensor& scale, bool drop) const {
         STD_TORCH_CHECK(x.rows() == x_rows_, "x: expected ", x_rows_, " rows, got ", x.rows());
         LoraCall call = with_dropout(drop);
-        const Tensor rows = set_factor(call, factor, x);
+        const Tensor rows = set_factor(call, factor, x.dense, x.width());
         const Tensor scales = torch::stable::contiguous(scale);
         STD_TORCH_CHECK(scales.scalar_type() == scalar_of(sums_of(x.type)) && scales.numel() == static_cast<int64_t>(given_.ranks.size()),
                         "scale: expected one entry per client in the type of the sums");
@@ -79,23 +79,24 @@ class Layer {
         return s;
     }
 
-    // out += S factor, or out = bias + S factor when `write`, which reaches the rows of clients only.
-    void expand(const Rows& out, const Tensor& s, const Tensor& factor, bool drop, bool write, const MaybeTensor& bias) const {
+    // out = before + S factor on the rows of clients; before: out, a matrix like it, or one row for all (a bias), in out's type; zero without one.
+    void expand(const Rows& out, const Tensor& s, const Tensor& factor, bool drop, const MaybeTensor& before) const {
         STD_TORCH_CHECK(out.rows() == x_rows_, "out: expected ", x_rows_, " rows, got ", out.rows());
         check_shrunk(s);
         LoraCall call = with_dropout(drop);
-        const Rows like("s", torch::stable::view(s, {flat_, 1}));
-        const Tensor rows = set_factor(call, factor, like, out.width());
-        STD_TORCH_CHECK(!bias || (bias->scalar_type() == s.scalar_type() && bias->is_contiguous() && bias->numel() == out.width()),
-                        "bias: expected a contiguous vector in the type of x, one entry per column of the result");
+        const Type type = type_of(s);
+        const Tensor rows = set_factor(call, factor, s, out.width());
+        STD_TORCH_CHECK(!before || (type_of(*before) == out.type && before->is_contiguous() && before->size(before->dim() - 1) == out.width() &&
+                                    (before->dim() == 1 || before->size(0) == x_rows_)),
+                        "base, bias: expected the type of the result and its shape, or one entry per column");
         call.s = const_cast<void*>(s.const_data_ptr());
         call.out = out.dense.mutable_data_ptr();
         call.out_type = out.type;
-        call.write = write;
-        call.bias = bias ? bias->const_data_ptr() : nullptr;
+        call.before = before ? before->const_data_ptr() : nullptr;
+        call.before_row = before && before->dim() == 2 ? out.width() : 0;
         call.width = static_cast<int>(out.width());
-        call.aligned = out.type == like.type && aligned(out.type, out.width(), out.dense) && (!bias || aligned(out.type, out.width(), *bias));
-        check(hetlora_expand(&call, like.type, tiles_, device_.stream), op_);
+        call.aligned = out.type == type && aligned(out.type, out.width(), out.dense) && (!before || aligned(out.type, out.width(), *before));
+        check(hetlora_expand(&call, type, tiles_, device_.stream), op_);
     }
 
     // [S, width]: S_k^T drop(x_k), exactly zero where a client has no rows.
@@ -182,18 +183,17 @@ class Layer {
     }
 
     // Rank rows in the type of x, with whatever strides they have: only a cast, of float32 masters over a 16-bit base, makes a copy. Keep what it returns.
-    Tensor set_factor(LoraCall& call, const Tensor& given, const Rows& x, int64_t width = -1) const {
-        if (width < 0) width = x.width();
+    Tensor set_factor(LoraCall& call, const Tensor& given, const Tensor& like, int64_t width) const {
         STD_TORCH_CHECK(given.dim() == 2 && given.size(0) == total_ && given.size(1) == width, "rows: expected [", total_, ", ", width, "], got [", given.size(0),
                         ", ", given.size(1), "]");
-        const Tensor rows = type_of(given) == x.type ? given
-                                                     : torch::stable::to(given, x.dense.scalar_type(), std::nullopt, std::nullopt, std::nullopt, false, false,
-                                                                         torch::headeronly::MemoryFormat::Contiguous);
+        const Type type = type_of(like);
+        const Tensor rows = type_of(given) == type ? given
+                                                   : torch::stable::to(given, like.scalar_type(), std::nullopt, std::nullopt, std::nullopt, false, false,
+                                                                       torch::headeronly::MemoryFormat::Contiguous);
         call.factor = rows.const_data_ptr();
         call.factor_row = rows.stride(0);
         call.factor_column = width == 1 ? 1 : rows.stride(1);
-        const int wide = 16 / hetlora::size_of(x.type);
-        call.factor_aligned = call.factor_column == 1 && call.factor_row % wide == 0 && aligned(x.type, width, rows);
+        call.factor_aligned = call.factor_column == 1 && call.factor_row % (16 / hetlora::size_of(type)) == 0 && aligned(type, width, rows);
         return rows;
     }
 
@@ -234,7 +234,7 @@ void expand_(Tensor out_in, const Tensor& s, const Tensor& rows, const MaybeTens
              const Ints& ranks, const Ints& starts, const Ints& lengths, double dropout) {
     const Rows out("out", out_in);
     const Segments segments{seeds, row_keys, index, ranks, starts, lengths, dropout};
-    Layer(out.dense, segments, out.rows(), "expand_").expand(out, s, rows, true, false, std::nullopt);
+    Layer(out.dense, segments, out.rows(), "expand_").expand(out, s, rows, true, out.dense);
     if (!out_in.is_contiguous()) torch::stable::copy_(out_in, out.dense);
 }
 
@@ -246,7 +246,7 @@ Tensor grouped_gram(const Tensor& s, const Tensor& x_in, const MaybeTensor& seed
 }
 
 // Where every row has a LoRA term the layer starts from it, bias + S B, and the base product adds itself: its epilogue reads what expand wrote while other tiles
-// are multiplied. Otherwise, and on a given base, expand adds to the base product.
+// are multiplied. Otherwise expand adds to the base product. A given base is read once and left alone.
 std::tuple<Tensor, Tensor> lora_forward(const Tensor& x_in, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& base, const Tensor& a,
                                         const Tensor& bt, const Tensor& scale, const MaybeTensor& seeds, const MaybeTensor& row_keys,
                                         const MaybeTensor& index, const Ints& ranks, const Ints& starts, const Ints& lengths, double dropout) {
@@ -259,14 +259,17 @@ std::tuple<Tensor, Tensor> lora_forward(const Tensor& x_in, const MaybeTensor& w
     if (weight && layer.covers_all()) {
         STD_TORCH_CHECK(weight->dim() == 2 && weight->scalar_type() == x.dense.scalar_type(), "weight: expected a matrix in the type of x");
         const Tensor out = torch::stable::new_empty(x.dense, {x.rows(), weight->size(0)});
-        layer.expand(Rows("out", out), s, bt, false, true, bias ? MaybeTensor(torch::stable::contiguous(*bias)) : std::nullopt);
+        layer.expand(Rows("out", out), s, bt, false, bias ? MaybeTensor(torch::stable::contiguous(*bias)) : std::nullopt);
         add_product(out, x.dense, torch::stable::transpose(*weight, 0, 1));
         return {out, s};
     }
-    const Tensor out = weight                  ? call_aten("aten::linear", std::array{from(x.dense), from(*weight), from(bias)})
-                       : base->is_contiguous() ? torch::stable::clone(*base)
-                                               : torch::stable::contiguous(*base);
-    layer.expand(Rows("base", out), s, bt, false, false, std::nullopt);
+    if (weight) {
+        const Tensor out = call_aten("aten::linear", std::array{from(x.dense), from(*weight), from(bias)});
+        layer.expand(Rows("out", out), s, bt, false, out);
+        return {out, s};
+    }
+    const Tensor dense = torch::stable::contiguous(*base), out = layer.covers_all() ? torch::stable::empty_like(dense) : torch::stable::clone(dense);
+    layer.expand(Rows("base", out), s, bt, false, dense);
     return {out, s};
 }
 
@@ -286,7 +289,7 @@ std::vector<Tensor> lora_backward(const Tensor& d_y_in, const Tensor& x_in, cons
         const Tensor d_x = first    ? torch::stable::new_empty(x.dense, {x.rows(), x.width()})
                            : weight ? call_aten("aten::mm", std::array{from(d_y.dense), from(*weight)})
                                     : torch::stable::new_zeros(x.dense, {x.rows(), x.width()});
-        layer.expand(Rows("d_x", d_x), *d_s, a, true, first, std::nullopt);
+        layer.expand(Rows("d_x", d_x), *d_s, a, true, first ? std::nullopt : MaybeTensor(d_x));
         if (first && weight) add_product(d_x, d_y.dense, *weight);
         out.push_back(d_x);
     }

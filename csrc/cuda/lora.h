@@ -33,14 +33,15 @@ struct LoraCall {
     const void *x, *factor;  // x [T, width]; rank rows [S, width] in x's type with these strides
     int64_t factor_row, factor_column;
     void *s, *out, *planes;
-    const void *scale, *bias;  // scale [K] in the type of the sums
+    const void* scale;          // [K] in the type of the sums
+    const void* before;         // what expand adds to, in out's type: out itself, another matrix, or with before_row = 0 a bias; null: zero
+    int64_t before_row;
     const int64_t *seeds, *keys, *index;
     double inverse;  // 1 / (1 - p)
     unsigned threshold;
     int width;
     Type out_type;
-    bool aligned, factor_aligned;  // rows start at multiples of 16 bytes: of x and out, of the factor
-    bool write;                    // expand writes bias + S B instead of adding S B
+    bool aligned, factor_aligned;  // rows start at multiples of 16 bytes: of x, out and before; of the factor
     LoraTable table;
 };
 static_assert(sizeof(LoraCall) <= 4096, "the limit of kernel arguments before CUDA 12.1");
