@@ -151,7 +151,7 @@ def _results(op: str, run: Callable, args: list[Any]) -> list[Tensor]:
     returned = run(*args)
     if op in WRITTEN:
         return [t for i in WRITTEN[op] for t in (args[i] if isinstance(args[i], list) else [args[i]])]
-    return returned if isinstance(returned, list) else [returned]
+    return list(returned) if isinstance(returned, (list, tuple)) else [returned]
 
 
 def _distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
