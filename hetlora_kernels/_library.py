@@ -25,6 +25,9 @@ SCHEMAS = {
     "shrink": f"(Tensor x, Tensor rows, Tensor scale, {_SEGMENT_ARGS}) -> Tensor",
     "expand_": f"(Tensor(a!) out, Tensor s, Tensor rows, {_SEGMENT_ARGS}) -> ()",
     "grouped_gram": f"(Tensor s, Tensor x, {_SEGMENT_ARGS}, ScalarType dtype) -> Tensor",
+    "lora_forward": f"(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor a, Tensor bt, Tensor scale, {_SEGMENT_ARGS}) -> (Tensor, Tensor)",
+    "lora_backward": "(Tensor d_y, Tensor x, Tensor? weight, Tensor a, Tensor bt, Tensor s, Tensor scale, "
+    f"{_SEGMENT_ARGS}, bool need_x, bool need_a, bool need_bt) -> Tensor[]",
     "lora_add_": f"(Tensor(a!) out, Tensor x, Tensor a, Tensor bt, {_LAYER_ARGS}, int elements, float dropout) -> Tensor",
     "lora_grads_": f"(Tensor(a!)? d_x, Tensor d_y, Tensor x, Tensor a, Tensor bt, Tensor s, {_LAYER_ARGS}, float dropout, bool need_a, bool need_bt) "
     "-> (Tensor, Tensor)",
@@ -126,9 +129,17 @@ def _has(name: str, rung: str) -> bool:
 
 
 def whole_layer(on_cpu: bool) -> tuple[Callable, Callable] | None:
-    """(`lora_add_`, `lora_grads_`) where the whole LoRA term is one op: on CPU tensors with the C++ rung, unless another is forced.
-    None elsewhere: the layer is then composed of the rung's own shrink, expand_ and grouped_gram."""
-    return _layer_ops if on_cpu and _layer_ops is not None and (_forced is None or _forced == "cpu") else None
+    """(`lora_forward`, `lora_backward`) where the whole layer, its base product included, is one op each way: on CUDA tensors with the CUDA or Triton
+    rung, or with such a rung forced. None elsewhere."""
+    if _forced is None:
+        return None if on_cpu else _whole_ops
+    return (call("lora_forward"), call("lora_backward")) if _forced in ("cuda", "triton") and _has("lora_forward", _forced) else None
+
+
+def layer_term(on_cpu: bool) -> tuple[Callable, Callable] | None:
+    """(`lora_add_`, `lora_grads_`) where all that the layer adds to its base is one op each way: on CPU tensors with the C++ rung, unless another is
+    forced. None elsewhere."""
+    return _term_ops if on_cpu and (_forced is None or _forced == "cpu") else None
 
 
 def call(name: str) -> Callable:
@@ -179,8 +190,11 @@ def backends(device: str | None = None) -> dict[str, tuple[str, str]]:
 
 _define()
 _load()
-_layer_ops: tuple[Callable, Callable] | None = None
+_term_ops: tuple[Callable, Callable] | None = None
 if _has("lora_add_", "cpu"):
-    _layer_ops = torch.ops.hetlora.lora_add_.default, torch.ops.hetlora.lora_grads_.default
+    _term_ops = torch.ops.hetlora.lora_add_.default, torch.ops.hetlora.lora_grads_.default
+_whole_ops: tuple[Callable, Callable] | None = None
+if torch.cuda.is_available() and backends("cuda")["lora_forward"][0] != "reference":
+    _whole_ops = torch.ops.hetlora.lora_forward.default, torch.ops.hetlora.lora_backward.default
 if os.environ.get("HETLORA_BACKEND", "").strip():
     _forced = _check_rung(os.environ["HETLORA_BACKEND"].strip(), "environment variable HETLORA_BACKEND")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -126,6 +127,30 @@ def grouped_gram(s, x, seeds, row_keys, index, ranks, starts, lengths, dropout, 
         if seeds is not None:
             own = _drop(own, seeds[k], row_keys[start : start + length], dropout)
         out[row : row + rank] = (s[flat : flat + rank * length].view(length, rank).to(compute, copy=True).t() @ own).to(dtype)
+    return out
+
+
+def lora_forward(x, weight, bias, base, a, bt, scale, seeds, row_keys, index, ranks, starts, lengths, dropout):
+    """(base + scale_k * drop(x) A_k^T B_k^T, S) where base = x W^T + bias, or the given tensor [T, m] when `weight` is None."""
+    s = shrink(x, a, scale, seeds, row_keys, index, ranks, starts, lengths, dropout)
+    out = F.linear(x, weight, bias) if base is None else base.clone(memory_format=torch.contiguous_format)
+    expand_(out, s, bt, None, None, index, ranks, starts, lengths, 0.0)
+    return out, s
+
+
+def lora_backward(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, ranks, starts, lengths, dropout, need_x, need_a, need_bt):
+    """Those needed of [d_x, d_a, d_bt]; without `weight` d_x is that of the LoRA term alone. `d_y` is in x's type."""
+    segments = (seeds, row_keys, index, ranks, starts, lengths, dropout)
+    plain = (None, None, index, ranks, starts, lengths, 0.0)
+    d_s = shrink(d_y, bt, scale, *plain) if need_x or need_a else None
+    out = []
+    if need_x:
+        out.append(torch.zeros_like(x) if weight is None else d_y @ weight)
+        expand_(out[0], d_s, a, *segments)
+    if need_a:
+        out.append(grouped_gram(d_s, x, *segments, a.dtype))
+    if need_bt:
+        out.append(grouped_gram(s, d_y, *plain, bt.dtype))
     return out
 
 

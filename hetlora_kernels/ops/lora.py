@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetlora_kernels._library import call as _kernel
-from hetlora_kernels._library import register_fake, whole_layer
+from hetlora_kernels._library import layer_term, register_fake, whole_layer
 from hetlora_kernels.layout import Plan, RankLayout, Segments
 from hetlora_kernels.ops._lists import FLOATS
 from hetlora_kernels.reference import compute_dtype, dropout_threshold
@@ -156,7 +156,7 @@ def _check_seeds(dropout: float, seeds: Tensor | None, clients: int, device: tor
 class _Lora(torch.autograd.Function):
     """Forward and backward of the layer. Either `weight` (the base is computed here) or `base` (its output is given) is a tensor.
 
-    One op each way for the whole LoRA term where the rung has it (`whole_layer`), else composed of the rung's three.
+    One op each way where the rung has it, for the whole layer (`whole_layer`) or for what it adds to the base (`layer_term`), else the rung's three ops.
     """
 
     @staticmethod
@@ -217,11 +217,14 @@ def _without_autocast(run):
 def _forward(x, weight, bias, base, a, bt, call: Call) -> tuple[Tensor, Tensor]:
     """(base + LoRA term, packed S)."""
     scale, seeds, keys, index, plan, dropout = call
-    out = F.linear(x, weight, bias) if base is None else base.clone(memory_format=torch.contiguous_format)
+    lists = (plan.ranks, plan.starts, plan.lengths)
     whole = whole_layer(x.is_cpu)
     if whole is not None:
-        return out, whole[0](out, x, a, bt, scale, seeds, keys, index, plan.table, plan.elements, dropout)
-    lists = (plan.ranks, plan.starts, plan.lengths)
+        return whole[0](x, weight, bias, base, a, bt, scale, seeds, keys, index, *lists, dropout)
+    out = F.linear(x, weight, bias) if base is None else base.clone(memory_format=torch.contiguous_format)
+    term = layer_term(x.is_cpu)
+    if term is not None:
+        return out, term[0](out, x, a, bt, scale, seeds, keys, index, plan.table, plan.elements, dropout)
     s = _kernel("shrink")(x, a.to(x.dtype), scale, seeds, keys, index, *lists, dropout)
     _kernel("expand_")(out, s, bt.to(x.dtype), None, None, index, *lists, 0.0)
     return out, s
@@ -230,14 +233,19 @@ def _forward(x, weight, bias, base, a, bt, call: Call) -> tuple[Tensor, Tensor]:
 def _gradients(d_y, x, weight, a, bt, s, call: Call, need_x: bool, need_a: bool, need_bt: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(d_x, d_a, d_bt), None for what is not needed."""
     scale, seeds, keys, index, plan, dropout = call
+    lists = (plan.ranks, plan.starts, plan.lengths)
+    whole = whole_layer(x.is_cpu)
+    if whole is not None:
+        grads = whole[1](d_y, x, weight, a, bt, s, scale, seeds, keys, index, *lists, dropout, need_x, need_a, need_bt)
+        return grads[0] if need_x else None, grads[int(need_x)] if need_a else None, grads[-1] if need_bt else None
     d_x = None
     if need_x:
         d_x = torch.zeros_like(x) if weight is None else torch.mm(d_y, weight)
-    whole = whole_layer(x.is_cpu)
-    if whole is not None:
-        d_a, d_bt = whole[1](d_x, d_y, x, a, bt, s, scale, seeds, keys, index, plan.table, dropout, need_a, need_bt)
+    term = layer_term(x.is_cpu)
+    if term is not None:
+        d_a, d_bt = term[1](d_x, d_y, x, a, bt, s, scale, seeds, keys, index, plan.table, dropout, need_a, need_bt)
         return d_x, d_a if need_a else None, d_bt if need_bt else None
-    lists, d_a, d_bt, d_s = (plan.ranks, plan.starts, plan.lengths), None, None, None
+    d_a = d_bt = d_s = None
     if need_x or need_a:
         d_s = _kernel("shrink")(d_y, bt.to(x.dtype), scale, None, None, index, *lists, 0.0)
     if need_x:
@@ -247,6 +255,18 @@ def _gradients(d_y, x, weight, a, bt, s, call: Call, need_x: bool, need_a: bool,
     if need_bt:
         d_bt = _kernel("grouped_gram")(s, d_y, None, None, index, *lists, 0.0, bt.dtype)
     return d_x, d_a, d_bt
+
+
+@register_fake("lora_forward")
+def _(x, weight, bias, base, a, bt, scale, seeds, row_keys, index, ranks, starts, lengths, dropout):
+    out = x.new_empty((x.shape[0], weight.shape[0])) if base is None else torch.empty_like(base, memory_format=torch.contiguous_format)
+    return out, x.new_empty(sum(r * n for r, n in zip(ranks, lengths, strict=False)))
+
+
+@register_fake("lora_backward")
+def _(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, ranks, starts, lengths, dropout, need_x, need_a, need_bt):
+    wanted = ((x, need_x), (a, need_a), (bt, need_bt))
+    return [torch.empty_like(like, memory_format=torch.contiguous_format) for like, need in wanted if need]
 
 
 @register_fake("lora_add_")

@@ -37,6 +37,14 @@ def samples(name: str, device) -> list[tuple]:
         if name == "shrink":
             return [(x, rows, scale, *case) for case in cases]
         return [(out, s, rows, *case) for case in cases] if name == "expand_" else [(s, x, *case, torch.float32) for case in cases]
+    if name in ("lora_forward", "lora_backward"):
+        x, weight, bias, base, a, bt, s, d_y = factors(device, (7, 5), (4, 5), (4,), (7, 4), (5, 5), (5, 4), (10,), (7, 4))
+        scale = torch.rand(3, device=device)
+        cases = [layer_arguments(device, gathered, seeds) for gathered in (False, True) for seeds in (False, True)]
+        if name == "lora_forward":
+            return [(x, *own, a, bt, scale, *case) for case in cases for own in ((weight, bias, None), (weight, None, None), (None, None, base))]
+        needs = [(True, True, True), (False, True, False), (True, False, False), (False, False, True)]
+        return [(d_y, x, own, a, bt, s, scale, *case, *need) for case, need in zip(cases, needs, strict=True) for own in (weight, None)]
     if name in ("lora_add_", "lora_grads_"):
         x, out, a, bt, s, d_x, d_y = factors(device, (7, 5), (7, 4), (5, 5), (5, 4), (10,), (7, 5), (7, 4))
         scale, cases = torch.rand(3, device=device), []
