@@ -43,6 +43,9 @@ SCHEMAS = {
     "sgd_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, " + _STEP_ARGS.format(step="") + ", float momentum, float weight_decay) -> ()",
 }
 
+# Two forms of the layer, with its base product inside or beside it; a rung has one of them.
+_TWINS = {"lora_forward": "lora_add_", "lora_backward": "lora_grads_", "lora_add_": "lora_forward", "lora_grads_": "lora_backward"}
+
 RUNGS = ("reference", "cpu", "cuda", "triton")
 
 _library = torch.library.Library("hetlora", "DEF")
@@ -176,6 +179,8 @@ def _chosen(name: str, device: str) -> tuple[str, str]:
     for rung in ladder:
         if _has(name, rung):
             return rung, available()[rung]
+        if _has(_TWINS.get(name, name), rung):
+            return rung, f"{available()[rung]}, through {_TWINS[name]}"
     return "reference", "; ".join(f"{rung}: {missing.get(rung, 'no kernel for this op')}" for rung in ladder)
 
 
@@ -194,7 +199,7 @@ _term_ops: tuple[Callable, Callable] | None = None
 if _has("lora_add_", "cpu"):
     _term_ops = torch.ops.hetlora.lora_add_.default, torch.ops.hetlora.lora_grads_.default
 _whole_ops: tuple[Callable, Callable] | None = None
-if torch.cuda.is_available() and backends("cuda")["lora_forward"][0] != "reference":
+if torch.cuda.is_available() and any(_has("lora_forward", rung) for rung in ("cuda", "triton")):
     _whole_ops = torch.ops.hetlora.lora_forward.default, torch.ops.hetlora.lora_backward.default
 if os.environ.get("HETLORA_BACKEND", "").strip():
     _forced = _check_rung(os.environ["HETLORA_BACKEND"].strip(), "environment variable HETLORA_BACKEND")
