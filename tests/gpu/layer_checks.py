@@ -3,6 +3,7 @@ must not change. A check is a function of (ops, type) that returns None or what 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -97,7 +98,29 @@ def strided_out(ops: Mapping[str, Callable], dtype: torch.dtype) -> str | None:
     return None if torch.equal(wide[:, ::2], dense) and torch.equal(wide[:, 1::2], before[:, 1::2]) else "differs from the contiguous one"
 
 
-CHECKS: dict[str, Check] = {"mask": mask, "alone": alone, "strided out": strided_out}
+def far_rows(ops: Mapping[str, Callable], dtype: torch.dtype) -> str | None:
+    """The last rows of matrices with more than 2^31 elements, in a sparse file, give the same bits as those rows by themselves."""
+    width, rank, count = 64, 5, 66
+    rows = 2**31 // width + count
+    start = rows - count
+    near, factor, scale = _draw(66, count, width, dtype), _draw(67, rank, width, dtype), torch.ones(1, dtype=compute_dtype(dtype))
+    with tempfile.TemporaryDirectory() as folder:
+        far = torch.from_file(f"{folder}/x", shared=True, size=rows * width, dtype=dtype).view(rows, width)
+        far[start:] = near
+        results = []
+        for x, at in ((near.clone(), 0), (far, start)):
+            segments = (None, None, None, [rank], [at], [count], 0.0)
+            s = ops["shrink"](x, factor, scale, *segments)
+            gram = ops["grouped_gram"](s, x, *segments, dtype)
+            ops["expand_"](x, s, factor, *segments)
+            results.append((s, gram, x[at : at + count].clone()))
+    for name, left, right in zip(("shrink", "grouped_gram", "expand_"), *results, strict=True):
+        if not torch.equal(left, right):
+            return f"{name} differs"
+    return None
+
+
+CHECKS: dict[str, Check] = {"mask": mask, "alone": alone, "strided out": strided_out, "far rows": far_rows}
 for _kind, _make in (("forward", forward), ("backward", backward)):
     for _base in (False, True):
         for _name, _shape, _gathered in (("covered", COVERED, False), ("gathered", COVERED, True), ("base-only rows", LORA_SHAPES["small"], False)):

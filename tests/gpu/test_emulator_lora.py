@@ -14,7 +14,7 @@ from emulated import SCHEDULES, Mutant, run_changed, work, wrong
 sys.path.insert(0, str(emulated.HERE.parent / "kernels"))
 from test_dropout import PUBLISHED
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))]
 
 
 def test_every_op_in_every_type_and_schedule(library: Path) -> None:
@@ -58,6 +58,14 @@ MUTANTS = {
         "shrink.cuh", "shrink", "source[part] ? call.width - k - column : 0", "source[part] ? DRAWS : 0", "lora-small", "shrink"
     ),
     "shrink: rows past the client's": Mutant("shrink.cuh", "shrink", "if (t < client.length && rank", "if (rank", "lora-small", "shrink"),
+    "shrink: elements counted in 32 bits": Mutant(
+        "shrink.cuh",
+        "shrink",
+        "row_of(call, client, t) * call.width + column",
+        "static_cast<int>(row_of(call, client, t) * call.width) + column",
+        "checks",
+        "far rows",
+    ),
     "shrink: no barrier between passes": Mutant("shrink.cuh", "shrink", "if (first) __syncthreads();", "", "lora-long", "shrink"),
     "a wait for one copy too few": Mutant("lora.cuh", "grouped_gram", "await_copies<1>();", "await_copies<2>();", "checks", "alone", "bf16"),
     "fragments of the wrong columns": Mutant(
