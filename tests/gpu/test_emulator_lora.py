@@ -69,7 +69,7 @@ MUTANTS = {
     "shrink: no barrier between passes": Mutant("shrink.cuh", "shrink", "if (first) __syncthreads();", "", "lora-long", "shrink"),
     "a wait for one copy too few": Mutant("lora.cuh", "grouped_gram", "await_copies<1>();", "await_copies<2>();", "checks", "alone", "bf16"),
     "fragments of the wrong columns": Mutant(
-        "lora.cuh", "shrink", "row + middle + low, s * SLICE + high)", "row + high + low, s * SLICE + middle)", "lora-small", "shrink", "bf16"
+        "lora.cuh", "shrink", "row + middle + low, k + high)", "row + high + low, k + middle)", "lora-small", "shrink", "bf16"
     ),
     "a neighbour's rank row": Mutant("lora.cuh", "expand", "first + row < client.rank ?", "first + row <= client.rank ?", "lora-small", "expand"),
     "expand: no barrier before the product": Mutant(
