@@ -7,7 +7,6 @@ docs/kernels-gpu.md, which is why a measured table decides and the default is no
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

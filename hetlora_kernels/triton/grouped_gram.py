@@ -42,7 +42,7 @@ def _gram_tile(
     first, r = tl.program_id(1) * COLUMNS, tl.arange(0, RANK)
     column = first + tl.arange(0, COLUMNS)
     inside = (column < width)[None, :]
-    total = tl.zeros((RANK, COLUMNS), ACC)
+    total = tl.zeros((COLUMNS, RANK), ACC)
     for start in range(0, count, DEPTH):
         local = start + tl.arange(0, DEPTH)
         live = local < count
@@ -52,10 +52,10 @@ def _gram_tile(
             key = tl.load(keys + position, mask=live, other=0)
             own = tl.where(keep_mask(tl.load(seeds + tl.load(tile)), key, first, threshold, DEPTH, COLUMNS), own, 0.0)
         left = tl.load(s + place + local[:, None] * rank + r[None, :], mask=live[:, None] & (r < taken)[None, :], other=0.0)
-        total = tl.dot(tl.trans(left), own, total, input_precision="ieee", out_dtype=ACC)
+        total = tl.dot(tl.trans(own), left, total, input_precision="ieee", out_dtype=ACC)
     if seeds is not None:
         total = divide(total * 65536, (65536 - threshold).to(ACC) + tl.zeros_like(total))
-    stored = (r < taken)[:, None] & inside
+    total, stored = tl.trans(total), (r < taken)[:, None] & inside
     if plane < 0:
         target = (tl.load(tile + 5) + r)[:, None] * width + column[None, :]
         tl.store(out + target, cast(total, out.dtype.element_ty), mask=stored)

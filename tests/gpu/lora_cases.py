@@ -1,4 +1,4 @@
-"""Calls of the three ops of the LoRA layer, judged as in cases.py: shared by the Triton and the CUDA tests.
+"""Calls of the LoRA layer and of the three ops it is made of, judged as in cases.py: shared by the Triton and the CUDA tests.
 
 Each shape is ranks, rows per client, base-only rows and one width. `gathered` deals the rows out at random, so that the ops get an `index`; dropout comes
 with seeds over 64 bits and row keys of distant sequences.
@@ -27,6 +27,8 @@ LORA_SHAPES: dict[str, dict[str, Any]] = {
     "aligned": {"ranks": [8, 3, 32], "lengths": [33, 70, 2], "base": 1, "width": 160},
     # A rank beyond the largest bucket, and a segment of several chunks of rows.
     "long": {"ranks": [150, 5], "lengths": [3, 1100], "base": 0, "width": 40},
+    # No base-only rows: what is gathered is all there is.
+    "covered": {"ranks": [5, 16, 2], "lengths": [9, 4, 20], "base": 0, "width": 24},
     "narrow": {"ranks": [3, 2], "lengths": [2, 7], "base": 1, "width": 1},
     "base-only": {"ranks": [3, 0], "lengths": [0, 2], "base": 2, "width": 9},
     "no-rows": {"ranks": [3, 2], "lengths": [0, 0], "base": 0, "width": 9},
@@ -88,6 +90,36 @@ def expand(
 def grouped_gram(shape: Mapping[str, Any], gathered: bool, drop: bool, result: torch.dtype | None, dtype: torch.dtype) -> tuple[str, list[Any]]:
     s, x = _draw(46, 1, _packed(shape), dtype)[0], _draw(47, _rows_of_x(shape), shape["width"], dtype)
     return "grouped_gram", [s, x, *_segment_args(shape, gathered, drop), result or dtype]
+
+
+def forward(shape: Mapping[str, Any], gathered: bool, drop: bool, kind: str, dtype: torch.dtype) -> tuple[str, list[Any]]:
+    """kind: "bias", "no-bias" or "base" (the output of another layer, in float32)."""
+    rows, n, m, total = _rows_of_x(shape), shape["width"], shape["width"] + 13, sum(shape["ranks"])
+    scale = torch.linspace(0.5, 2.0, len(shape["ranks"]), dtype=torch.float64).to(compute_dtype(dtype))
+    base = _draw(48, rows, m, torch.float32) if kind == "base" else None
+    weight, bias = (_draw(49, m, n, dtype, n**-0.5), _draw(50, 1, m, dtype)[0]) if base is None else (None, None)
+    factors = (_draw(51, total, n, torch.float32, n**-0.5), _transposed(_draw(52, total, m, dtype, 0.5)), scale)
+    return "lora_forward", [_draw(53, rows, n, dtype), weight, None if kind == "no-bias" else bias, base, *factors, *_segment_args(shape, gathered, drop)]
+
+
+def backward(shape: Mapping[str, Any], gathered: bool, drop: bool, frozen: bool, dtype: torch.dtype) -> tuple[str, list[Any]]:
+    """`frozen`: with the frozen weight, else the LoRA term alone."""
+    rows, n, m, total = _rows_of_x(shape), shape["width"], shape["width"] + 13, sum(shape["ranks"])
+    scale = torch.linspace(0.5, 2.0, len(shape["ranks"]), dtype=torch.float64).to(compute_dtype(dtype))
+    weight = _draw(54, m, n, dtype, m**-0.5) if frozen else None
+    factors = (_draw(55, total, n, torch.float32, n**-0.5), _transposed(_draw(56, total, m, dtype, 0.5)), _draw(57, 1, _packed(shape), dtype)[0], scale)
+    return "lora_backward", [_draw(58, rows, m, dtype), _draw(59, rows, n, dtype), weight, *factors, *_segment_args(shape, gathered, drop), True, True, True]
+
+
+def layer_cases(shape: Mapping[str, Any]) -> dict[str, Case]:
+    """The whole layer, for rungs that have `lora_forward` and `lora_backward`."""
+    every: dict[str, Case] = {}
+    for where, gathered in (("", False), ("-gathered", True)):
+        for kind in ("bias", "no-bias", "base"):
+            every[f"forward-{kind}{where}"] = partial(forward, shape, gathered, gathered, kind)
+        every[f"backward{where}"] = partial(backward, shape, gathered, not gathered, True)
+        every[f"backward-base{where}"] = partial(backward, shape, gathered, not gathered, False)
+    return every
 
 
 def lora_cases(shape: Mapping[str, Any]) -> dict[str, Case]:

@@ -86,7 +86,16 @@ def main() -> None:
             compiled = compile_launch(kernel, args, kwargs, arch)
             wide = len(re.findall(r"\b[lds]\w*\.global[\w.:]*\.v4\.b32|\b[lds]\w*\.global[\w.:]*\.v2\.b64|\bcp\.async\.cg", compiled.asm["ptx"]))
             mma = len(re.findall(r"\bmma\.sync|\bwgmma\.mma_async|\btcgen05\.mma", compiled.asm["ptx"]))
-            line = {"case": name, "kernel": kernel.fn.__name__, "arch": arch, "warps": kwargs["num_warps"], "wide": wide, "mma": mma, **resources(compiled)}
+            line = {
+                "case": name,
+                "kernel": kernel.fn.__name__,
+                "arch": arch,
+                "warps": kwargs["num_warps"],
+                "wide": wide,
+                "mma": mma,
+                "tf32": "tf32" in compiled.asm["ptx"],
+                **resources(compiled),
+            }
             print(json.dumps(line), flush=True)
 
 
