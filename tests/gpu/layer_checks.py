@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from cases import failures
-from lora_cases import LORA_SHAPES, _draw, _rows_of_x, _segment_args, _transposed, grouped_gram, shrink
+from lora_cases import LORA_SHAPES, _draw, _rows_of_x, _segment_args, grouped_gram, layer_cases, shrink
 
 from hetlora_kernels.reference import compute_dtype, keep_mask
 
@@ -20,30 +20,6 @@ Check = Callable[[Mapping[str, Callable], torch.dtype], str | None]
 MANY = {"ranks": [1 + k % 3 for k in range(70)], "lengths": [1 + k % 2 for k in range(70)], "base": 1, "width": 24}
 # Every row has a LoRA term, so that the layer may start from it.
 COVERED = {"ranks": [4, 9, 16], "lengths": [5, 66, 1], "base": 0, "width": 40}
-OUT = 24  # columns of the layer's output
-
-
-def _layer_args(shape: Mapping[str, Any], gathered: bool, drop: bool, on_base: bool, dtype: torch.dtype) -> list[Any]:
-    """x, weight, bias, base, a, bt, scale and the segments' arguments; factors in float32, as PEFT keeps them, Bt as a transposed view."""
-    rows, n, total = _rows_of_x(shape), shape["width"], sum(shape["ranks"])
-    wide = compute_dtype(dtype)
-    x, weight, bias = _draw(51, rows, n, dtype), _draw(52, OUT, n, dtype, n**-0.5), _draw(53, 1, OUT, dtype)[0]
-    base = _draw(54, rows, OUT, dtype) if on_base else None
-    a, bt = _draw(55, total, n, wide, n**-0.5), _transposed(_draw(56, total, OUT, dtype, 0.5))
-    scale = torch.linspace(0.5, 2.0, len(shape["ranks"]), dtype=torch.float64).to(wide)
-    linear = [None, None, base] if on_base else [weight, bias, None]
-    return [x, *linear, a, bt, scale, *_segment_args(shape, gathered, drop)]
-
-
-def forward(shape: Mapping[str, Any], gathered: bool, drop: bool, on_base: bool, dtype: torch.dtype) -> tuple[str, list[Any]]:
-    return "lora_forward", _layer_args(shape, gathered, drop, on_base, dtype)
-
-
-def backward(shape: Mapping[str, Any], gathered: bool, drop: bool, on_base: bool, dtype: torch.dtype) -> tuple[str, list[Any]]:
-    x, weight, _, _, a, bt, *rest = _layer_args(shape, gathered, drop, on_base, dtype)
-    packed = sum(rank * length for rank, length in zip(shape["ranks"], shape["lengths"], strict=False))
-    d_y, s = _draw(57, _rows_of_x(shape), OUT, dtype), _draw(58, 1, packed, dtype)[0]
-    return "lora_backward", [d_y, x, weight, a, bt, s, *rest, True, True, True]
 
 
 def mask(ops: Mapping[str, Callable], dtype: torch.dtype) -> str | None:
@@ -121,9 +97,7 @@ def far_rows(ops: Mapping[str, Callable], dtype: torch.dtype) -> str | None:
 
 
 CHECKS: dict[str, Check] = {"mask": mask, "alone": alone, "strided out": strided_out, "far rows": far_rows}
-for _kind, _make in (("forward", forward), ("backward", backward)):
-    for _base in (False, True):
-        for _name, _shape, _gathered in (("covered", COVERED, False), ("gathered", COVERED, True), ("base-only rows", LORA_SHAPES["small"], False)):
-            CHECKS[f"{_kind}-{_name}{'-on a base' if _base else ''}"] = partial(failures, partial(_make, _shape, _gathered, True, _base))
+for _name, _shape in (("covered, aligned x", COVERED), ("covered, aligned output", {**COVERED, "width": 43}), ("base-only rows", LORA_SHAPES["small"])):
+    CHECKS |= {f"{_case}, {_name}": partial(failures, _make) for _case, _make in layer_cases(_shape).items()}
 CHECKS["many clients-shrink"] = partial(failures, partial(shrink, MANY, True, True, None, False))
 CHECKS["many clients-grouped_gram"] = partial(failures, partial(grouped_gram, MANY, False, True, None))

@@ -87,7 +87,7 @@ MUTANTS = {
     ),
     "grouped_gram: rows of the next client": Mutant("grouped_gram.cuh", "grouped_gram", "at < end ? static_cast", "true ? static_cast", "checks", "alone"),
     "grouped_gram: splits added without the last": Mutant(
-        "grouped_gram.cuh", "grouped_gram", "chunk < chunks; ++chunk", "chunk + 1 < chunks; ++chunk", "checks", "alone"
+        "grouped_gram.cuh", "grouped_gram", "chunk < chunks; ++chunk", "chunk + 1 < chunks; ++chunk", "lora-long", "grouped_gram"
     ),
 }
 
