@@ -66,7 +66,7 @@ MUTANTS = {
         "checks",
         "far rows",
     ),
-    "shrink: no barrier between passes": Mutant("shrink.cuh", "shrink", "if (first) __syncthreads();", "", "lora-long", "shrink"),
+    "shrink: no barrier between passes": Mutant("shrink.cuh", "shrink", "if (first) __syncthreads();", "", "checks", "alone"),
     "a wait for one copy too few": Mutant("lora.cuh", "grouped_gram", "await_copies<1>();", "await_copies<2>();", "checks", "alone", "bf16"),
     "fragments of the wrong columns": Mutant(
         "lora.cuh", "shrink", "row + middle + low, k + high)", "row + high + low, k + middle)", "lora-small", "shrink", "bf16"
