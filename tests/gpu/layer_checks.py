@@ -62,6 +62,26 @@ def alone(ops: Mapping[str, Callable], dtype: torch.dtype) -> str | None:
     return None
 
 
+def poisoned_neighbours(ops: Mapping[str, Callable], dtype: torch.dtype) -> str | None:
+    """NaN in the rows, rank rows and S of the other clients reaches nothing of the one between them."""
+    ranks, lengths, width = [5, 7, 3], [3, 70, 9], 72
+    segments = (None, None, None, ranks, [0, 3, 73], lengths, 0.0)
+    x, rows, s = _draw(71, sum(lengths), width, dtype), _draw(72, sum(ranks), width, dtype), _draw(73, 1, 5 * 3 + 7 * 70 + 3 * 9, dtype)[0]
+    results = []
+    for poison in (0.0, float("nan")):
+        for whole, own in ((x, slice(3, 73)), (rows, slice(5, 12)), (s, slice(15, 505))):
+            kept = whole[own].clone()
+            whole.fill_(poison)[own] = kept
+        out = torch.zeros(sum(lengths), width, dtype=dtype)
+        ops["expand_"](out, s, rows, *segments)
+        shrunk = ops["shrink"](x, rows, torch.ones(3, dtype=compute_dtype(dtype)), *segments)
+        results.append((out[3:73], shrunk[15:505], ops["grouped_gram"](s, x, *segments, dtype)[5:12]))
+    for name, left, right in zip(("expand_", "shrink", "grouped_gram"), *results, strict=True):
+        if not torch.equal(left, right):
+            return f"{name} lets a neighbour in"
+    return None
+
+
 def strided_out(ops: Mapping[str, Callable], dtype: torch.dtype) -> str | None:
     """expand_ on every second column of a wider matrix; the others stay."""
     shape = COVERED
@@ -96,7 +116,7 @@ def far_rows(ops: Mapping[str, Callable], dtype: torch.dtype) -> str | None:
     return None
 
 
-CHECKS: dict[str, Check] = {"mask": mask, "alone": alone, "strided out": strided_out, "far rows": far_rows}
+CHECKS: dict[str, Check] = {"mask": mask, "alone": alone, "poisoned neighbours": poisoned_neighbours, "strided out": strided_out, "far rows": far_rows}
 for _name, _shape in (("covered, aligned x", COVERED), ("covered, aligned output", {**COVERED, "width": 43}), ("base-only rows", LORA_SHAPES["small"])):
     CHECKS |= {f"{_case}, {_name}": partial(failures, _make) for _case, _make in layer_cases(_shape).items()}
 CHECKS["many clients-shrink"] = partial(failures, partial(shrink, MANY, True, True, None, False))
