@@ -245,7 +245,7 @@ Tensor grouped_gram(const Tensor& s, const Tensor& x_in, const MaybeTensor& seed
 }
 
 // Where every row has a LoRA term the layer starts from it, bias + S B, and the base product adds itself: its epilogue reads what expand wrote while other
-// tiles are multiplied. Otherwise expand adds to the base product. A given base is read once and left alone.
+// tiles are multiplied. Otherwise expand adds to the base product. A given base is read once, or copied where some row has no client.
 std::tuple<Tensor, Tensor> lora_forward(const Tensor& x_in, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& base, const Tensor& a,
                                         const Tensor& bt, const Tensor& scale, const MaybeTensor& seeds, const MaybeTensor& row_keys,
                                         const MaybeTensor& index, const Ints& ranks, const Ints& starts, const Ints& lengths, double dropout) {
