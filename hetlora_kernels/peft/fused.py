@@ -141,7 +141,7 @@ class FusedLayer(nn.Module):
             return self._mixed(self._hetlora_batch, x, args, kwargs)
         if self._disable_adapters or self.merged_adapters:
             return super().forward(x, *args, **kwargs)
-        if kwargs and (kwargs.get("adapter_names") is not None or kwargs.get("alora_offsets") is not None):
+        if kwargs and kwargs.get("adapter_names") is not None:
             return self._with_names(x, args, kwargs)
         active = self._active_adapter
         terms: list[Term] = []
@@ -152,7 +152,7 @@ class FusedLayer(nn.Module):
                 return super().forward(x, *args, **kwargs)
             if term is not None:
                 terms.append(term)
-        if not terms or x.dtype not in FLOATS:
+        if not terms or x.dtype not in FLOATS:  # no active adapter here, or an input that only PEFT's own casts make fit
             return super().forward(x, *args, **kwargs)
         return self._sum(terms, x, args, kwargs)
 
@@ -189,7 +189,8 @@ class FusedLayer(nn.Module):
     def _base(self, x: Tensor, extra: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor | None] | Tensor:
         """(weight, bias with `extra` added) where the base product can be fused for this input, else the base layer's output with `extra` added."""
         base = cast(nn.Linear, self._modules["base_layer"])
-        if args or kwargs or why_not_linear(base) or not (x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type)):
+        fits = x.shape[-1] == base.in_features and (x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type))
+        if args or kwargs or why_not_linear(base) or not fits:  # an input that does not fit gets the base layer's own error
             out = base(x, *args, **kwargs)
             return out if extra is None else out + extra.to(out.dtype)
         if extra is None:
@@ -216,10 +217,7 @@ class FusedLayer(nn.Module):
 
     def _with_names(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         """PEFT's mixed batches in inference: `adapter_names` names the adapter of each sequence."""
-        names = kwargs.get("adapter_names")
-        if kwargs.get("alora_offsets") is not None:
-            tell("alora_offsets are given")
-            return super().forward(x, *args, **kwargs)
+        names = kwargs["adapter_names"]
         terms = [self._term(name, False) for name in dict.fromkeys(names) if name != BASE]
         reason = next((term for term in terms if isinstance(term, str)), None)
         if reason is not None:
@@ -231,7 +229,8 @@ class FusedLayer(nn.Module):
     def _mixed(self, given: tuple[AdapterBatch, int], x: Tensor, args: Any, kwargs: Any) -> Tensor:
         """Each row carries its own adapter's term."""
         batch, position = given
-        kwargs.pop("adapter_names", None)
+        for key in ("adapter_names", "alora_offsets"):
+            kwargs.pop(key, None)
         if self._disable_adapters:
             return super().forward(x, *args, **kwargs)
         if self.merged_adapters:

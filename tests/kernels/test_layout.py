@@ -135,5 +135,5 @@ def test_segments_refuse(build, error, text):
 
 def test_a_plain_scale_keeps_all_its_digits_in_float64():
     scale = 8 / 3
-    assert hk.RankLayout([2, 3]).scales(scale, torch.device("cpu"), torch.float64).tolist() == [scale, scale]
-    assert hk.RankLayout([2, 3]).scales([scale, 0.1], torch.device("cpu"), torch.float64).tolist() == [scale, 0.1]
+    assert RankLayout([2, 3]).scales(scale, torch.device("cpu"), torch.float64).tolist() == [scale, scale]
+    assert RankLayout([2, 3]).scales([scale, 0.1], torch.device("cpu"), torch.float64).tolist() == [scale, 0.1]

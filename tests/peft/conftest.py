@@ -26,13 +26,18 @@ def device() -> torch.device:
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter:
     """How often fused layers called `lora_linear` and `lora_add`."""
     counts: Counter = Counter()
-    for name in ("lora_linear", "lora_add"):
 
-        def counting(*args, op=getattr(fused, name), name=name, **kwargs):
+    def counted(name: str) -> None:
+        op = getattr(fused, name)
+
+        def counting(*args, **kwargs):
             counts[name] += 1
             return op(*args, **kwargs)
 
         monkeypatch.setattr(fused, name, counting)
+
+    counted("lora_linear")
+    counted("lora_add")
     return counts
 
 

@@ -37,9 +37,9 @@ def test_only_classes_change_and_come_back(device):
     assert unfuse(model) is model
     assert [type(m) for m in model.modules()] == classes and not any("hetlora" in key for m in model.modules() for key in vars(m))
     assert_same(outcome(model, tokens), before)
-    with pytest.raises(ValueError, match="^model: expected a model with fused layers, found none"):
+    with pytest.raises(ValueError, match=r"^model: expected a model with fused layers, found none"):
         unfuse(model)
-    with pytest.raises(ValueError, match="^model: expected a model with PEFT LoRA layers, found none"):
+    with pytest.raises(ValueError, match=r"^model: expected a model with PEFT LoRA layers, found none"):
         fuse(tiny_llama())
 
 
