@@ -80,6 +80,11 @@ def why_not_linear(base: nn.Module) -> str | None:
     return "the base layer's weight is trained" if weight.requires_grad and torch.is_grad_enabled() else None
 
 
+def _fits(base: nn.Linear, x: Tensor) -> bool:
+    """An input that does not fit gets the base layer's own error."""
+    return x.shape[-1] == base.in_features and (x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type))
+
+
 class AdapterBatch(Batch):
     """A batch whose clients are adapters of one PEFT model; only those that own a row are its clients."""
 
@@ -189,8 +194,7 @@ class FusedLayer(nn.Module):
     def _base(self, x: Tensor, extra: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor | None] | Tensor:
         """(weight, bias with `extra` added) where the base product can be fused for this input, else the base layer's output with `extra` added."""
         base = cast(nn.Linear, self._modules["base_layer"])
-        fits = x.shape[-1] == base.in_features and (x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type))
-        if args or kwargs or why_not_linear(base) or not fits:  # an input that does not fit gets the base layer's own error
+        if args or kwargs or why_not_linear(base) or not _fits(base, x):
             out = base(x, *args, **kwargs)
             return out if extra is None else out + extra.to(out.dtype)
         if extra is None:
