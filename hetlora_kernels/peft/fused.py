@@ -70,19 +70,20 @@ def _plain(module: nn.Module, cls: type) -> bool:
     return type(module) is cls and not hooks and "forward" not in state
 
 
+def _parameter(module: nn.Module, name: str) -> Any:
+    """`getattr(module, name)` past nn.Module's slow look-up; FSDP keeps parameters as plain attributes."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)
+
+
 def why_not_linear(base: nn.Module) -> str | None:
     """Why the base product is left to the base layer itself; None where `lora_linear` may compute it."""
     if not _plain(base, nn.Linear):
         return f"the base layer is a {type(base).__name__}" if type(base) is not nn.Linear else "the base layer has hooks or a patched forward"
-    weight = cast(Tensor, base.weight)
+    weight = _parameter(base, "weight")
     if type(weight) not in _TENSORS:
         return f"the base layer's weight is a {type(weight).__name__}"
     return "the base layer's weight is trained" if weight.requires_grad and torch.is_grad_enabled() else None
-
-
-def _fits(base: nn.Linear, x: Tensor) -> bool:
-    """An input that does not fit gets the base layer's own error."""
-    return x.shape[-1] == base.in_features and (x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type))
 
 
 class AdapterBatch(Batch):
@@ -173,7 +174,7 @@ class FusedLayer(nn.Module):
         if name in self.lora_variant:
             return f"adapter {name!r} is a LoRA variant, {type(self.lora_variant[name]).__name__}"
         b, drop, scaling = modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name], self.scaling[name]
-        if not (_plain(a, nn.Linear) and _plain(b, nn.Linear) and type(a.weight) in _TENSORS and type(b.weight) in _TENSORS):
+        if not (_plain(a, nn.Linear) and _plain(b, nn.Linear) and type(_parameter(a, "weight")) in _TENSORS and type(_parameter(b, "weight")) in _TENSORS):
             return f"lora_A or lora_B of adapter {name!r} has hooks, a patched forward, or is no plain nn.Linear"
         p = 0.0
         if type(drop) is not nn.Identity or not _plain(drop, nn.Identity):
@@ -191,33 +192,37 @@ class FusedLayer(nn.Module):
         reasons = [term for name in cast(nn.Module, self.lora_A)._modules if isinstance(term := self._term(name, False), str)]
         return why_not_linear(cast(nn.Module, self.base_layer)), reasons[0] if reasons else None
 
-    def _base(self, x: Tensor, extra: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor | None] | Tensor:
-        """(weight, bias with `extra` added) where the base product can be fused for this input, else the base layer's output with `extra` added."""
-        base = cast(nn.Linear, self._modules["base_layer"])
-        if args or kwargs or why_not_linear(base) or not _fits(base, x):
-            out = base(x, *args, **kwargs)
-            return out if extra is None else out + extra.to(out.dtype)
-        if extra is None:
-            return base.weight, base.bias
-        if extra.dim() == 1:
-            return base.weight, (extra if base.bias is None else base.bias + extra).to(base.weight.dtype)
-        out = base(x)
-        return out + extra.to(out.dtype)
+    def _base(self, x: Tensor, extra: Tensor | None, args: Any, kwargs: Any) -> tuple[Tensor, Tensor | None] | Tensor:
+        """(weight, bias with `extra` added) where the base product can be fused for this input, else the base layer's output with `extra` added.
+
+        An input that does not fit the base layer gets that layer's own error.
+        """
+        base: Any = self._modules["base_layer"]
+        if not (args or kwargs) and (extra is None or extra.dim() == 1) and why_not_linear(base) is None:
+            weight, bias = _parameter(base, "weight"), _parameter(base, "bias")
+            if x.shape[-1] == weight.shape[1] and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)):
+                return weight, bias if extra is None else (extra if bias is None else bias + extra).to(weight.dtype)
+        out = base(x, *args, **kwargs)
+        return out if extra is None else out + extra.to(out.dtype)
 
     def _sum(self, terms: list[Term], x: Tensor, args: Any, kwargs: Any) -> Tensor:
         """Every row carries every term."""
-        kwargs.pop("adapter_names", None)
-        kwargs.pop("alora_offsets", None)
+        if kwargs:
+            for key in ("adapter_names", "alora_offsets"):
+                kwargs.pop(key, None)
         extra = None
         for _, b, _, scaling in terms:
-            if b.bias is not None:
-                extra = b.bias * scaling if extra is None else extra + b.bias * scaling
+            bias = _parameter(b, "bias")
+            if bias is not None:
+                extra = bias * scaling if extra is None else extra + bias * scaling
         base = self._base(x, extra, args, kwargs)
         segments = _all_rows(x.numel() // x.shape[-1])
         for a, b, p, scaling in terms:
-            factors: Any = a.weight, b.weight.t(), _layout(a.weight.shape[0], scaling), segments, scaling, p
+            rows = _parameter(a, "weight")
+            factors: Any = rows, _parameter(b, "weight").t(), _layout(rows.shape[0], scaling), segments, scaling, p
             base = lora_add(base, x, *factors) if isinstance(base, Tensor) else lora_linear(x, *base, *factors)
-        return cast(Tensor, base)
+        assert isinstance(base, Tensor)
+        return base
 
     def _with_names(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         """PEFT's mixed batches in inference: `adapter_names` names the adapter of each sequence."""

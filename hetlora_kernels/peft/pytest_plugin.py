@@ -6,7 +6,7 @@ Every LoRA layer that PEFT makes or extends is fused. At the end the number of f
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from peft.tuners.lora import LoraLayer
@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
                 fuse(model)
         return result
 
-    BaseTuner.inject_adapter = inject_and_fuse
+    cast(Any, BaseTuner).inject_adapter = inject_and_fuse
     warnings.filterwarnings("ignore", message="hetlora_kernels.peft: ")
     _count("_sum")
     _count("_mixed")
