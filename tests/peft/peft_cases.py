@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +72,15 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], **tolerance) -
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name], other[name], **(tolerance or TIGHT), msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_same_adapter(one: Path, other: Path) -> None:
+    """Two adapter folders hold the same tensors, bit for bit, and the same config; the order of PEFT's sets is chance."""
+    configs = [json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")) for folder in (one, other)]
+    for config in configs:
+        config["target_modules"].sort()
+    assert configs[0] == configs[1]
+    assert (one / "adapter_model.safetensors").read_bytes() == (other / "adapter_model.safetensors").read_bytes()
 
 
 def assert_fused_is_stock(model: PeftModel, tokens: Tensor | None = None, step=None) -> nn.Module:

@@ -12,7 +12,7 @@ import torch
 from model_cases import tiny_gpt2, tiny_llama, token_batch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear
-from peft_cases import TARGETS, assert_same, filled, lora_model, outcome
+from peft_cases import TARGETS, assert_same, assert_same_adapter, filled, lora_model, outcome
 from torch import nn
 
 from hetlora_kernels.peft import FusedLinear, enable, fuse, unfuse
@@ -45,8 +45,7 @@ def test_nothing_of_it_is_saved(tmp_path, device):
     model, _, config = enabled_model()
     model.save_pretrained(tmp_path / "fused")
     lora_model().save_pretrained(tmp_path / "stock")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "fused" / name).read_bytes() == (tmp_path / "stock" / name).read_bytes()
+    assert_same_adapter(tmp_path / "stock", tmp_path / "fused")
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "fused")
     assert not any(isinstance(m, FusedLinear) for m in loaded.modules())
     again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "fused", config=copy.deepcopy(config))

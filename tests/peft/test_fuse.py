@@ -9,7 +9,7 @@ import pytest
 import torch
 from model_cases import tiny_gpt2, tiny_llama, token_batch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft_cases import TARGETS, TIGHT, assert_fused_is_stock, assert_same, filled, lora_model, outcome, several_adapters, tiny_bert
+from peft_cases import TARGETS, TIGHT, assert_fused_is_stock, assert_same, assert_same_adapter, filled, lora_model, outcome, several_adapters, tiny_bert
 from torch import nn
 
 from hetlora_kernels.peft import FusedLinear, FuseReport, fuse, unfuse
@@ -184,8 +184,7 @@ def test_save_and_load_cross_over(tmp_path, device):
     twin.save_pretrained(tmp_path / "fused")
     files = sorted(p.name for p in (tmp_path / "stock").iterdir())
     assert "adapter_model.safetensors" in files and files == sorted(p.name for p in (tmp_path / "fused").iterdir())
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (tmp_path / "stock" / name).read_bytes() == (tmp_path / "fused" / name).read_bytes()
+    assert_same_adapter(tmp_path / "stock", tmp_path / "fused")
     loaded = PeftModel.from_pretrained(tiny_llama(device=device), tmp_path / "fused", is_trainable=True).to(torch.float64).eval()
     assert not fused_layers(loaded)
     assert_fused_is_stock(loaded)

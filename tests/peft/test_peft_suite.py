@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import peft_suite, run, tables
 from benchmarks.server import WrongResultError
+from hetlora_kernels.peft import FusedLinear
 
 OPTIONS = argparse.Namespace(quick=True, only=["layer"], seconds=0.01)
 
@@ -34,7 +35,7 @@ def test_a_wrong_gradient_is_not_timed(case, monkeypatch):
     def spoiling(model):
         original(model)
         for module in model.modules():
-            if hasattr(module, "scaling"):
+            if isinstance(module, FusedLinear):
                 module.scaling = {name: value * 1.01 for name, value in module.scaling.items()}
 
     monkeypatch.setattr(peft_suite, "fuse", spoiling)
