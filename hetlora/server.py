@@ -57,9 +57,7 @@ class Aggregate:
     norms: Tensor  # [K] float64, ||B_k A_k||_F over all modules
 
 
-def aggregate(
-    state: ServerState, uploads: hk.AdapterBank, received: hk.AdapterBank, samples: Sequence[int], cfg: Config, model: torch.nn.Module
-) -> Aggregate:
+def aggregate(state: ServerState, uploads: hk.AdapterBank, received: hk.AdapterBank, samples: Sequence[int], cfg: Config, model: torch.nn.Module) -> Aggregate:
     """Merge the uploads that arrived into `state.bank` (merge = 'stack': into the weights of `model`, with a fresh bank)."""
     if cfg.clip_update:
         uploads = uploads.select(range(uploads.num_clients))  # the caller's are the clients' own adapters
