@@ -197,6 +197,7 @@ def test_autocast(device):
     assert 0 < float(fused) <= 2 * float(plain), f"fused {float(fused):.3e}, plain {float(plain):.3e}"
 
 
+@pytest.mark.slow
 def test_compile(device):
     base = nn.Sequential(nn.Linear(12, 20), nn.SiLU(), nn.Linear(20, 12, bias=False)).to(device, torch.float64)
     model = lora_model(base, target_modules=["0", "2"])

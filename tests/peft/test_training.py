@@ -189,7 +189,10 @@ def block_outcome(run, model, x):
     return {"y": y.detach()} | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize(("backend", "kind"), [("aot_eager", "plain"), ("aot_eager", "two active adapters"), ("aot_eager", "dropout"), ("inductor", "plain")])
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [("aot_eager", "plain"), ("aot_eager", "two active adapters"), ("aot_eager", "dropout"), pytest.param("inductor", "plain", marks=pytest.mark.slow)],
+)
 def test_compile_in_one_graph(backend, kind, device):
     """Forward and backward traced without a break; a second length of the batch too."""
     block = nn.Sequential(nn.Linear(12, 20), nn.SiLU(), nn.Linear(20, 12, bias=False)).to(device, torch.float64)
