@@ -92,9 +92,18 @@ std::tuple<Tensor, Tensor> lora_grads(const MaybeTensor& d_x_tensor, const Tenso
         expand(plan, d_x, d_s, a);
         d_x.write_back();
     }
+    const auto like = [](const Tensor& factor, const Tensor& gradient) {  // where the factor is a transpose, so is its gradient: the parameter behind it takes it as it is
+        if (!is_transposed(factor)) {
+            return gradient;
+        }
+        const int64_t rows = gradient.size(0), width = gradient.size(1);
+        const Tensor out = empty({rows, width}, gradient.scalar_type(), true);
+        transpose_block(size_of(type_of("gradient", gradient)), gradient.const_data_ptr(), rows, width, const_cast<void*>(out.const_data_ptr()));
+        return out;
+    };
     const ScalarType a_type = a_tensor.scalar_type(), bt_type = bt_tensor.scalar_type();
-    return {need_a ? grouped_gram(plan, lists.ranks, d_s, x, a_type) : empty({0}, a_type),
-            need_bt ? grouped_gram(without, lists.ranks, shrunk(s), d_y, bt_type) : empty({0}, bt_type)};
+    return {need_a ? like(a_tensor, grouped_gram(plan, lists.ranks, d_s, x, a_type)) : empty({0}, a_type),
+            need_bt ? like(bt_tensor, grouped_gram(without, lists.ranks, shrunk(s), d_y, bt_type)) : empty({0}, bt_type)};
 }
 
 }  // namespace

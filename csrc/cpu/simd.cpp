@@ -96,4 +96,38 @@ void stream_fence() {
 #endif
 }
 
+namespace {
+
+// Blocks of 16 rows, so that the lines they lie in are read once.
+template <class T>
+HETLORA_INLINE void transpose_as(const T* __restrict from, int64_t rows, int64_t columns, T* __restrict to) {
+    constexpr int64_t kBlock = 16;
+    int64_t r = 0;
+    for (; r + kBlock <= rows; r += kBlock) {
+        for (int64_t c = 0; c < columns; ++c) {
+            for (int64_t i = 0; i < kBlock; ++i) {
+                to[c * rows + r + i] = from[(r + i) * columns + c];
+            }
+        }
+    }
+    for (; r < rows; ++r) {
+        for (int64_t c = 0; c < columns; ++c) {
+            to[c * rows + r] = from[r * columns + c];
+        }
+    }
+}
+
+}  // namespace
+
+HETLORA_CLONES void transpose_block(int64_t size, const void* from, int64_t rows, int64_t columns, void* to) {
+    switch (size) {
+        case 2:
+            return transpose_as(static_cast<const uint16_t*>(from), rows, columns, static_cast<uint16_t*>(to));
+        case 4:
+            return transpose_as(static_cast<const uint32_t*>(from), rows, columns, static_cast<uint32_t*>(to));
+        default:
+            return transpose_as(static_cast<const uint64_t*>(from), rows, columns, static_cast<uint64_t*>(to));
+    }
+}
+
 }  // namespace hetlora

@@ -119,6 +119,9 @@ void store_block(Type type, void* to, const double* from, int64_t n);
 void copy_block(void* to, const void* from, int64_t bytes, bool stream);
 void stream_fence();
 
+// to [columns, rows] = the transpose of from [rows, columns], both dense, elements of `size` bytes.
+void transpose_block(int64_t size, const void* from, int64_t rows, int64_t columns, void* to);
+
 // Sum of the squares of n elements in double, always in the same order.
 double sum_squares(Type type, const void* from, int64_t n);
 

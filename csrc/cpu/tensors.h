@@ -35,11 +35,11 @@ inline Type type_of(const char* name, const Tensor& tensor) {
     return Type::f32;
 }
 
-// Uninitialised, on the CPU. Not through the dispatcher, as torch::stable::new_empty goes: 1 us less.
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+// Uninitialised, on the CPU; `transposed`: [sizes] whose columns are dense. Not through the dispatcher, as torch::stable::new_empty goes: 1 us less.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, bool transposed = false) {
     std::array<int64_t, 2> strides{1, 1};
     if (sizes.size() == 2) {
-        strides[0] = std::max<int64_t>(1, *(sizes.begin() + 1));
+        strides[transposed ? 1 : 0] = std::max<int64_t>(1, *(sizes.begin() + (transposed ? 0 : 1)));
     }
     AtenTensorHandle handle = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), static_cast<int32_t>(dtype),
@@ -47,10 +47,29 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
     return Tensor(handle);
 }
 
+// Whether a matrix is the transpose of a dense one, as PEFT's lora_B.weight.t() is.
+inline bool is_transposed(const Tensor& tensor) {
+    return tensor.dim() == 2 && tensor.size(0) > 1 && tensor.size(1) > 1 && tensor.stride(0) == 1 && tensor.stride(1) == tensor.size(0);
+}
+
+// The tensor itself where it is contiguous, else a copy that is; the framework transposes several times slower than `transpose_block`.
+inline Tensor dense(const char* name, const Tensor& tensor) {
+    if (tensor.is_contiguous()) {
+        return tensor;
+    }
+    STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
+    if (!is_transposed(tensor)) {
+        return torch::stable::contiguous(tensor);
+    }
+    const Tensor out = empty({tensor.size(0), tensor.size(1)}, tensor.scalar_type());
+    transpose_block(size_of(type_of(name, tensor)), tensor.const_data_ptr(), tensor.size(1), tensor.size(0), const_cast<void*>(out.const_data_ptr()));
+    return out;
+}
+
 // A dense [rows, width] matrix. `write_back` ends an op that wrote to a tensor which was not contiguous.
 class Matrix {
   public:
-    Matrix(const char* name, const Tensor& tensor) : tensor_(tensor), dense_(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor)) {
+    Matrix(const char* name, const Tensor& tensor) : tensor_(tensor), dense_(dense(name, tensor)) {
         STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
         STD_TORCH_CHECK(tensor.dim() >= 2, name, ": expected 2 dimensions, got ", tensor.dim());
         type = type_of(name, tensor);

@@ -276,7 +276,12 @@ def _(out, x, a, bt, scale, seeds, row_keys, index, plan, elements, dropout):
 
 @register_fake("lora_grads_")
 def _(d_x, d_y, x, a, bt, s, scale, seeds, row_keys, index, plan, dropout, need_a, need_bt):
-    return tuple(like.new_empty(like.shape if need else 0) for like, need in ((a, need_a), (bt, need_bt)))
+    def gradient(factor):
+        rows, width = factor.shape
+        transposed = rows > 1 and width > 1 and factor.stride() == (1, rows)
+        return factor.new_empty_strided((rows, width), (1, rows) if transposed else (width, 1))
+
+    return tuple(gradient(factor) if need else factor.new_empty(0) for factor, need in ((a, need_a), (bt, need_bt)))
 
 
 @register_fake("shrink")

@@ -71,6 +71,23 @@ def test_kinds_of_scale(scale, device):
     assert same_bits(call_simple(layer, leaves, scale=scale), call_simple(layer, leaves, scale=torch.tensor([0.7, 0.7], device=device)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("ranks", [[3, 2], [16, 20]])
+def test_factors_as_transposed_views(dtype, ranks, backend, device):
+    """PEFT's lora_B.weight [m, r] as bt: the bits of a contiguous bt, the gradient in the parameter's own layout."""
+    if backend == "reference":
+        pytest.skip("the reference's products are the framework's, which may round otherwise in another layout")
+    layer = make_layer(ranks, [0, 1, 0, 1], N, M)
+    plain, viewed = leaf_tensors(layer, torch.float32, dtype, device), leaf_tensors(layer, torch.float32, dtype, device)
+    b = viewed["bt"].detach().t().contiguous().requires_grad_()
+    y, z = call_simple(layer, plain), call_simple(layer, {**viewed, "bt": b.t()})
+    y.backward(layer.grad.to(y))
+    z.backward(layer.grad.to(z))
+    assert same_bits(y, z) and b.grad.is_contiguous()
+    assert same_bits(plain["bt"].grad.t().contiguous(), b.grad)
+    assert all(same_bits(plain[name].grad, viewed[name].grad) for name in ("x", "a"))
+
+
 # ---------------------------------------------------------------- autocast and compilation
 
 
