@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ ROWS = [1, 256, 1024]
 YARDSTICK = "PEFT"
 TOLERANCE = 1e-4  # relative, float32
 STEP = "training step"
+Runs = tuple[dict[str, Callable[[], None]], dict[str, nn.Module]]  # what each provider does, on which model
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def stepper(model: nn.Module, run: nn.Module, case: Case, tokens: Tensor, mixed:
     return step
 
 
-def model_runs(case: Case, quick: bool, device: torch.device) -> tuple[dict[str, Callable[[], None]], dict[str, nn.Module]]:
+def model_runs(case: Case, quick: bool, device: torch.device) -> Runs:
     make, _, targets = MODELS[case.kind]
     torch.manual_seed(0)
     base = make(case.layers or 1, quick).to(device)
@@ -133,7 +134,7 @@ def model_runs(case: Case, quick: bool, device: torch.device) -> tuple[dict[str,
     return runs, models
 
 
-def layer_runs(case: Case, device: torch.device) -> tuple[dict[str, Callable[[], None]], dict[str, nn.Module]]:
+def layer_runs(case: Case, device: torch.device) -> Runs:
     n, m = case.shape
     torch.manual_seed(0)
     stock = adapted(nn.Sequential(nn.Linear(n, m)).to(device), ["0"], RANKS[1], case.dropout)
@@ -156,10 +157,13 @@ def layer_runs(case: Case, device: torch.device) -> tuple[dict[str, Callable[[],
     return {name: runner(model) for name, model in models.items()}, models
 
 
-def check(case: Case, quick: bool, device: torch.device) -> None:
-    """`WrongResultError` where an adapter's gradient, without dropout, is not stock PEFT's."""
-    plain = Case(case.kind, case.clients, 0.0, case.layers, case.compiled, case.shape, case.rows)
-    runs, models = layer_runs(plain, device) if case.kind == "layer" else model_runs(plain, quick, device)
+def make_runs(case: Case, quick: bool, device: torch.device) -> Runs:
+    return layer_runs(case, device) if case.kind == "layer" else model_runs(case, quick, device)
+
+
+def check(case: Case, built: Runs) -> None:
+    """`WrongResultError` where an adapter's gradient is not stock PEFT's; for runs without dropout."""
+    runs, models = built
     truth: dict[str, Tensor] = {}
     for name, run in runs.items():
         run()
@@ -185,8 +189,9 @@ def measure(case: Case, options: Any, device: torch.device, threads: int) -> lis
     torch.set_num_threads(threads)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        check(case, options.quick, device)
-        runs, models = layer_runs(case, device) if case.kind == "layer" else model_runs(case, options.quick, device)
+        built = make_runs(case, options.quick, device)
+        check(case, built if case.dropout == 0 else make_runs(replace(case, dropout=0.0), options.quick, device))
+        runs, models = built
         timings = interleaved(runs, YARDSTICK, device, options.seconds / (8 if case.kind == "layer" else 1), most_rounds=300 if case.kind == "layer" else 12)
     size = 2 * sum(p.numel() * p.element_size() for p in models[YARDSTICK].parameters() if not p.requires_grad)
     records = []
