@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,25 @@ def lora_table(data: dict[str, Any]) -> list[str]:
     return lines
 
 
+def lora_summary(data: dict[str, Any]) -> list[str]:
+    """One line for each load: medians over the shapes, and the range of the ratio to PEFT."""
+    others = ["PEFT one by one", "torch addmm one by one", "torch padded bmm"]
+    head = ["layer", "rows, ranks", "clients", "type", "threads", "overhead", *(f"overhead, {name}" for name in others), "time / PEFT (range)", "kept / PEFT"]
+    lines = [_row(head), "|---|---|--:|---|--:|" + "--:|" * (len(head) - 5)]
+    cases: dict[tuple, dict[str, dict[str, dict[str, Any]]]] = {}
+    for r in data["results"]:
+        shape, load = r["shape"].split(" ", 1)
+        cases.setdefault((r["op"], load, r["clients"], r["dtype"], r["threads"]), {}).setdefault(shape, {})[r["provider"]] = r
+    for key, shapes in cases.items():
+        own = next(name for name in next(iter(shapes.values())) if name.startswith("hetlora"))
+        overheads = [statistics.median(100 * (each[name]["ratio"] - 1) for each in shapes.values()) for name in (own, *others)]
+        ratios = [each[own]["ratio"] / each["PEFT one by one"]["ratio"] for each in shapes.values()]
+        kept = statistics.median(each[own]["saved_bytes"] / max(1, each["PEFT one by one"]["saved_bytes"]) for each in shapes.values())
+        span = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        lines.append(_row([*(str(part) for part in key), *(f"{value:.0f} %" for value in overheads), span, f"{kept:.2f}"]))
+    return lines
+
+
 def peft_table(data: dict[str, Any]) -> list[str]:
     """Time and extra memory of every provider, one line for each case; in brackets the time over stock PEFT's in the same rounds."""
     names = list(dict.fromkeys(r["provider"] for r in data["results"]))
@@ -80,7 +100,7 @@ def peft_table(data: dict[str, Any]) -> list[str]:
     return lines
 
 
-TABLES = {"server": server_table, "summary": summary_table, "lora": lora_table, "peft": peft_table}
+TABLES = {"server": server_table, "summary": summary_table, "lora": lora_table, "layers": lora_summary, "peft": peft_table}
 
 
 def facts(data: dict[str, Any], file: str) -> list[str]:
