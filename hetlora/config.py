@@ -44,7 +44,7 @@ class Config(BaseModel):
     # data
     data: str = _setting(
         "stdlib", "data", "Folder (each sub-folder, or else each file, is a client), a .jsonl file, 'hub:ORG/NAME', 'stdlib' (packages of Python's "
-        "library) or 'stdlib:NAME,NAME'."
+        "library) or 'unicode' (names of letters, by script); ':NAME,NAME' takes some packages or scripts, ':-NAME,NAME' all others."
     )
     text_field: str = _setting("text", "data", "JSONL key or hub column that holds the text.")
     client_field: str = _setting("client", "data", "JSONL key or hub column that names the client.")

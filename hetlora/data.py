@@ -11,6 +11,7 @@ import numbers
 import os
 import random
 import sys
+import unicodedata
 import warnings
 from array import array
 from collections.abc import Iterable, Iterator
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hetlora.config import Config, ConfigError
-from hetlora.demo_text import stdlib_documents, stdlib_packages
+from hetlora.demo_text import stdlib_documents, stdlib_packages, unicode_scripts
 
 __all__ = ["ClientData", "FederatedData", "load_data", "stdlib_packages"]
 
@@ -62,8 +63,8 @@ class _Corpus:
 def load_data(cfg: Config, tokenizer: Any) -> FederatedData:
     """Tokenise `cfg.data` and split each client's own text in time: the last `test_fraction` of its blocks is its test.
 
-    cfg.data: a folder (each sub-folder is a client, or each file where there are none), a .jsonl file, 'hub:ORG/NAME', 'stdlib',
-        or 'stdlib:NAME,NAME' for some of its packages.
+    cfg.data: a folder (each sub-folder is a client, or each file where there are none), a .jsonl file, 'hub:ORG/NAME', 'stdlib' or 'unicode',
+        with ':NAME,NAME' for some of their packages or scripts and ':-NAME,NAME' for the others.
     tokenizer: a transformers tokenizer; one without EOS joins documents directly, with a warning.
 
     A client needs at least one training and one test sequence of 16 tokens; one with less is an error, or a warning with `skip_empty`.
@@ -147,8 +148,8 @@ def _open(cfg: Config, column: str | None) -> _Corpus:
     is_file = path.suffix.lower() == ".jsonl" and not os.path.isdir(path)
     if column is not None and not is_file:
         raise ConfigError(f"ranks {cfg.ranks!r}: only a .jsonl file or a hub data set has columns, data is {data!r}; give ranks another way")
-    if data.partition(":")[0] == "stdlib":
-        return _from_stdlib(data)
+    if data.partition(":")[0] in ("stdlib", "unicode"):
+        return _from_python(data)
     if not os.path.exists(path):
         raise ConfigError(f"data {data!r}: no such file or folder (or not accessible); give a folder, a .jsonl file, 'hub:ORG/NAME' or 'stdlib'")
     if is_file:
@@ -158,14 +159,19 @@ def _open(cfg: Config, column: str | None) -> _Corpus:
     raise ConfigError(f"data {data!r}: a single file must be .jsonl (one JSON object a line), got {path.suffix or 'no suffix'}; or give its folder")
 
 
-def _from_stdlib(data: str) -> _Corpus:
-    packages = stdlib_documents()
-    wanted = [name.strip() for name in data.partition(":")[2].split(",") if name.strip()] or list(packages)
-    unknown = [name for name in wanted if name not in packages]
+def _from_python(data: str) -> _Corpus:
+    """'stdlib' or 'unicode', alone, with ':NAME,...' (only these), or with ':-NAME,...' (all but these)."""
+    kind, _, chosen = data.partition(":")
+    documents = stdlib_documents() if kind == "stdlib" else unicode_scripts()
+    what = "package" if kind == "stdlib" else "script"
+    named = [name.strip() for name in chosen.removeprefix("-").split(",") if name.strip()]
+    unknown = [name for name in named if name not in documents]
     if unknown:
-        raise ConfigError(f"data {data!r}: no package {_some(unknown)} with enough source text; there are {', '.join(packages)}")
+        raise ConfigError(f"data {data!r}: no {what} {_some(unknown)} with enough text; there are {', '.join(documents)}")
+    wanted = [name for name in documents if name not in named] if chosen.startswith("-") else named or list(documents)
     version = ".".join(map(str, sys.version_info[:2]))
-    return _Corpus(f"{len(wanted)} packages of Python {version}'s standard library", {name: packages[name] for name in wanted})
+    source = f"packages of Python {version}'s standard library" if kind == "stdlib" else f"scripts of Unicode {unicodedata.unidata_version}"
+    return _Corpus(f"{len(wanted)} {source}", {name: documents[name] for name in wanted})
 
 
 def _from_folder(root: Path) -> _Corpus:

@@ -101,7 +101,8 @@ def evaluate_clients(
 
 
 def mean_over_clients(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean of the clients' losses and of their perplexities (each client counts once), and the tokens of all."""
+    """Mean of the clients' losses and of their perplexities (each client counts once), the tokens of all, and every client's loss."""
     count = len(results)
     sums = {key: sum(result[key] for result in results) for key in ("loss", "perplexity", "tokens")}
-    return {"loss": sums["loss"] / count, "perplexity": sums["perplexity"] / count, "tokens": sums["tokens"]}
+    losses = [round(result["loss"], 5) for result in results]
+    return {"loss": sums["loss"] / count, "perplexity": sums["perplexity"] / count, "tokens": sums["tokens"], "losses": losses}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ class Federation:
     model_name: str
     shapes: dict[str, tuple[int, int]]
     data: FederatedData
+    tokenizer: Any = None
     folded_by: Path | None = None  # the run whose updates are in the base weights
 
     @property
@@ -41,7 +43,7 @@ def prepare(cfg: Config, observer: Observer | None = None) -> Federation:
         highest = max(int(s.max()) for s in (*client.train, *client.test))
         if highest >= vocabulary:
             raise ConfigError(f"data: client {client.name!r} has token id {highest}, but model {cfg.model!r} knows {vocabulary}; use the model's own tokenizer")
-    return Federation(model, path, target_shapes(model, cfg.target_modules), data)
+    return Federation(model, path, target_shapes(model, cfg.target_modules), data, tokenizer)
 
 
 def changes_base(cfg: Config) -> bool:

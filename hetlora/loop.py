@@ -349,7 +349,6 @@ def _finish(run: _Run, history: list[dict[str, Any]]) -> Result:
     cfg, state = run.cfg, run.state
     clients = list(run.clients.values())
     after = _own_text(run)
-    train = _own_text(run, "train") if cfg.evaluate == "all" else None
     evaluations = [record["evaluation"] for record in history if record["evaluation"]]
     totals = {key: sum(record[key] for record in history) for key in (*TOTALS, "seconds", "cpu_seconds")}
     summary = {
@@ -362,9 +361,8 @@ def _finish(run: _Run, history: list[dict[str, Any]]) -> Result:
                 "rounds": state.rounds_trained.get(client.name, 0),
                 "perplexity_before": state.perplexity_before[client.name],
                 "perplexity_after": result["perplexity"],
-                **({"loss_after": result["loss"], "loss_train": train[i]["loss"]} if train else {}),
             }
-            for i, (client, result) in enumerate(zip(clients, after, strict=True))
+            for client, result in zip(clients, after, strict=True)
         ],
         "evaluation_before": evaluations[0],
         "evaluation_after": evaluations[-1],
