@@ -9,40 +9,22 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hetlora import checkpoint
 from hetlora.config import Config, ConfigError
 from hetlora.data import load_data
 from hetlora.federation import Federation, changes_base, check_options, prepare
 from hetlora.loop import simulate
-from hetlora.methods import METHODS, OWNED, Method, method_config, parse_methods
+from hetlora.methods import METHODS, OWNED, Method, Plan, method_config, parse_methods
 from hetlora.observer import Observer
 from hetlora.ranks import assign_ranks
 
 PLAN = "comparison-plan.json"
 EVERY_CELL: dict[str, Any] = {"evaluate": "all", "diagnostics": True, "save_clients": False}
 """What a comparison's tables and pictures need of each run, unless the user says otherwise."""
-
-
-class Plan(BaseModel):
-    """What is compared, besides the common settings of the runs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    methods: str = Field("main", description="Methods, groups (main, ablations, all) and variants 'NAME+setting=value', comma-separated.")
-    seeds: int = Field(3, description="Runs per method, with the seeds SEED, SEED + 1, ...", ge=1)
-    target: float = Field(
-        0.9, description="Count the rounds until the global adapter reaches this perplexity; below 1: this share of the perplexity before training.", gt=0
-    )
-    search: str = Field("", description="'SETTING=V1,V2,...': each method first takes the value with the lowest final perplexity in a run of its own.")
-    search_data: str = Field("", description="Data of the search; default: that of the comparison, with another seed.")
-    search_rounds: int = Field(0, description="Rounds of a search run; 0 = as many as in the comparison.", ge=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,15 +49,6 @@ class Comparison:
     cells: list[Cell]
     search: list[Cell]
     chosen: dict[str, str]
-
-
-def make_plan(source: str, **values: Any) -> Plan:
-    """`Plan` of `values`; every fault becomes one `ConfigError` line that names `source`."""
-    try:
-        return Plan(**values)
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg'].lower()}, got {f['input']!r}" for f in error.errors())
-        raise ConfigError(f"{source}: {faults}") from None
 
 
 class _Bench:
@@ -108,12 +81,11 @@ def run_comparison(
     common: Config,
     plan: Plan,
     observer: Observer | None = None,
-    finished: Callable[[Cell, int, int], None] | None = None,
     federation: Federation | None = None,
 ) -> Comparison:
     """Run every cell that `common.output` does not hold yet, each in a run folder of its own there; the same call continues a stopped comparison.
 
-    common: settings of all runs; those in `methods.OWNED` must keep their defaults.   finished(cell, done, total): after each cell, also one found done.
+    common: settings of all runs; those in `methods.OWNED` must keep their defaults.   observer: also told of every cell that is done.
     federation: model and data loaded before; then every run works on these data, search included.
 
     Raises `ConfigError` for settings that no method can use, and when the folder holds a comparison with other common settings.
@@ -141,9 +113,7 @@ def run_comparison(
     seeds = range(common.seed, common.seed + plan.seeds)
     total = len(search) + len(methods) * len(seeds)
     for done, cell in enumerate(search, 1):
-        _run_cell(cell, bench, observer)
-        if finished:
-            finished(cell, done, total)
+        _run_cell(cell, bench, observer, done, total)
     best = {name: min((c for c in search if c.method == name), key=_final_loss).value for name in {c.method for c in search}}
     chosen = {method.name: best[method.like or method.name] for method in methods} if setting else {}
     cells = []
@@ -151,9 +121,7 @@ def run_comparison(
         for method in methods:
             value = {setting: chosen[method.name]} if setting and setting not in method.settings else {}
             cells.append(_cell(method, common.model_copy(update={"seed": seed}), bench, folder / "cells", value, False))
-            _run_cell(cells[-1], bench, observer)
-            if finished:
-                finished(cells[-1], len(search) + len(cells), total)
+            _run_cell(cells[-1], bench, observer, len(search) + len(cells), total)
     cells.sort(key=lambda cell: ([method.name for method in methods].index(cell.method), cell.seed))
     return Comparison(folder, plan, common, methods, cells, search, chosen)
 
@@ -200,12 +168,15 @@ def _cell(method: Method, common: Config, bench: _Bench, folder: Path, values: d
     return Cell(method.name, common.seed, cfg, value, search)
 
 
-def _run_cell(cell: Cell, bench: _Bench, observer: Observer) -> None:
+def _run_cell(cell: Cell, bench: _Bench, observer: Observer, done: int, total: int) -> None:
     folder = Path(cell.cfg.output)
+    summary = None
     if (folder / "summary.json").is_file():
         checkpoint.check_same_config(folder, cell.cfg)
-        return
-    simulate(cell.cfg, resume=(folder / "config.json").is_file(), observer=observer, federation=bench.federation(cell.cfg))
+    else:
+        summary = simulate(cell.cfg, resume=(folder / "config.json").is_file(), observer=observer, federation=bench.federation(cell.cfg)).summary
+    what = f"search {cell.method} {cell.value}" if cell.search else f"{cell.method} seed {cell.seed}"
+    observer.cell(what, done, total, summary)
 
 
 def _final_loss(cell: Cell) -> float:

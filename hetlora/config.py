@@ -154,6 +154,13 @@ class Config(BaseModel):
         return json.dumps(self.model_dump(), indent=2) + "\n"
 
 
+ADAPTER_SETTINGS = (
+    *("adapter_dtype", "target_modules", "quantize", "scale", "dropout", "ranks", "gamma", "prune_lambda", "prune_scope"),
+    *("weight_scope", "weight_cap", "clip_update", "shared_rows", "unowned_rows", "merge"),
+)
+"""Settings that say nothing about full fine-tuning."""
+
+
 def _nearest(name: str, known: Any) -> str:
     import difflib
 

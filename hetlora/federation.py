@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from hetlora.config import Config, ConfigError
+from hetlora.config import ADAPTER_SETTINGS, Config, ConfigError
 from hetlora.data import FederatedData, load_data
-from hetlora.full import ADAPTER_SETTINGS
 from hetlora.models import load_model, load_tokenizer, resolve_model, target_shapes
 from hetlora.observer import Observer
 

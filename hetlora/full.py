@@ -14,12 +14,6 @@ from hetlora.client import LocalResult, local_steps
 from hetlora.config import Config
 from hetlora.data import ClientData
 
-ADAPTER_SETTINGS = (
-    *("adapter_dtype", "target_modules", "quantize", "scale", "dropout", "ranks", "gamma", "prune_lambda", "prune_scope"),
-    *("weight_scope", "weight_cap", "clip_update", "shared_rows", "unowned_rows", "merge"),
-)
-"""Settings that say nothing about full fine-tuning."""
-
 
 @dataclass
 class FullUpdate:

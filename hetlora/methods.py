@@ -1,4 +1,4 @@
-"""The methods that `hetlora compare` runs: names for combinations of the settings of one run, nothing else."""
+"""What `hetlora compare` runs: the plan of a comparison, and its methods, which are names for combinations of the settings of one run."""
 
 from __future__ import annotations
 
@@ -6,11 +6,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hetlora.config import Config, ConfigError
-from hetlora.full import ADAPTER_SETTINGS
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hetlora.config import ADAPTER_SETTINGS, Config, ConfigError
 
 OWNED = ("train", "merge", "weights", "weight_scope", "weight_cap", "prune_scope", "shared_rows", "unowned_rows")
 """Settings that say which method a run is: a comparison takes them from its methods, never from its common settings."""
+
+class Plan(BaseModel):
+    """What is compared, besides the common settings of the runs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    methods: str = Field("main", description="Methods, groups (main, ablations, all) and variants 'NAME+setting=value', comma-separated.")
+    seeds: int = Field(3, description="Runs per method, with the seeds SEED, SEED + 1, ...", ge=1)
+    target: float = Field(
+        0.9, description="Count the rounds until the global adapter reaches this perplexity; below 1: this share of the perplexity before training.", gt=0
+    )
+    search: str = Field("", description="'SETTING=V1,V2,...': each method first takes the value with the lowest final perplexity in a run of its own.")
+    search_data: str = Field("", description="Data of the search; default: that of the comparison, with another seed.")
+    search_rounds: int = Field(0, description="Rounds of a search run; 0 = as many as in the comparison.", ge=0)
+
+
+def make_plan(source: str, **values: Any) -> Plan:
+    """`Plan` of `values`; every fault becomes one `ConfigError` line that names `source`."""
+    try:
+        return Plan(**values)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg'].lower()}, got {f['input']!r}" for f in error.errors())
+        raise ConfigError(f"{source}: {faults}") from None
+
 
 Ranks = Literal["own", "min", "max", "none"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from hetlora.config import Config, ConfigError
 
-PICTURES = ("perplexity.png", "ranks.png", "weights.png", "bytes.png")
+PICTURES = ("perplexity.png", "ranks.png", "weights.png", "bytes.png", "diagnostics.png")
 _GENERATOR = '<meta name="generator" content="hetlora">'
 
 
@@ -198,26 +198,35 @@ def _settings(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def _render(run: Run, pictures: dict[str, Any]) -> str:
+def environment() -> Any:
+    """jinja2 with the package's templates and the filters `number` and `rank`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     from hetlora.tables import number, rank_text
 
-    environment = Environment(loader=PackageLoader("hetlora", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=number, rank=rank_text)
+    made = Environment(loader=PackageLoader("hetlora", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made.filters.update(number=number, rank=rank_text)
+    return made
+
+
+def picture_data(pictures: dict[str, Any]) -> list[dict[str, str]]:
+    """What a page needs to embed its pictures."""
+    return [
+        {"name": name, "title": p.title, "caption": p.caption, "alt": p.alt, "data": base64.b64encode(p.png).decode("ascii")} for name, p in pictures.items()
+    ]
+
+
+def _render(run: Run, pictures: dict[str, Any]) -> str:
     clients = _client_rows(run)
     notes = list((run.summary or {}).get("notes") or [])
     notes += sorted({note for picture in pictures.values() for note in picture.notes})
-    return environment.get_template("report.html.j2").render(
+    return environment().get_template("report.html.j2").render(
         run=run,
         clients=clients,
         has_perplexity=any(client.get("perplexity_after") is not None for client in clients),
         dropped=[(record["round"], drop) for record in run.records for drop in record.get("dropped") or []],
         figures=_key_figures(run),
-        pictures=[
-            {"name": name, "title": p.title, "caption": p.caption, "alt": p.alt, "data": base64.b64encode(p.png).decode("ascii")}
-            for name, p in pictures.items()
-        ],
+        pictures=picture_data(pictures),
         settings=_settings(run),
         notes=notes,
         isfinite=math.isfinite,
