@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
+from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from hetlora.comparison import GLOBAL, OWN, Outcome, Table, gaps
+from hetlora.comparison import GLOBAL, Outcome, Table, gaps
 from hetlora.plots import Picture, empty, log_axis, marker_size, render
-from hetlora.plots_diagnostics import CAPTION, diagnosed, draw_energy, mean_over_runs
+from hetlora.plots_diagnostics import CAPTION, diagnosed, draw_energy, energy_bar, mean_over_runs
 
 _LOOKS = {
     "hetlora": ("#0072B2", "o"),
@@ -39,13 +40,14 @@ def draw_all(table: Table) -> dict[str, Picture]:
     named = {method.name: method for method in table.comparison.methods}
     main = [name for name in table.outcomes if named[name].like is None]
     ablations = [name for name in table.outcomes if named[name].like is not None]
-    pictures = {"comparison.png": render(lambda figure: _trade_off(table, main or ablations, figure))}
+    pictures = {"comparison.png": render(partial(_trade_off, table, main or ablations, "What each method reaches, and what it sends for it"))}
     if ablations:
         with_parents = list(dict.fromkeys([*(named[name].like or "" for name in ablations), *ablations]))
-        pictures["ablations.png"] = render(lambda figure: _ablations(table, [name for name in with_parents if name in table.outcomes], figure))
-    pictures["gap.png"] = render(lambda figure: _gap(table, main or ablations, figure))
+        shown = [name for name in with_parents if name in table.outcomes]
+        pictures["ablations.png"] = render(partial(_trade_off, table, shown, "Ablations: one thing changed at a time"))
+    pictures["gap.png"] = render(partial(_gap, table, main or ablations))
     if any(diagnosed(outcome.run) for own in table.outcomes.values() for outcome in own):
-        pictures["diagnostics.png"] = render(lambda figure: _diagnostics(table, figure))
+        pictures["diagnostics.png"] = render(partial(_diagnostics, table))
     return pictures
 
 
@@ -84,46 +86,33 @@ def _seeds_text(table: Table) -> str:
     return f"Lines: mean over {count} seeds; bands: one standard deviation." if count > 1 else "One seed."
 
 
-def _trade_off(table: Table, names: list[str], figure: Figure) -> tuple[str, str, str]:
-    title = "What each method reaches, and what it sends for it"
+def _trade_off(table: Table, names: list[str], title: str, figure: Figure) -> tuple[str, str, str]:
     figure.set_size_inches(13, 6)
     left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
     left.set_title("perplexity on the clients' held-out text by round")
     _curves(table, names, GLOBAL, left)
     left.set_ylabel("perplexity of the global adapter (lower is better)")
     right.set_title("at the end, against bytes sent up by clients")
-    finals = []
-    for name in table.outcomes:
+    finals, sizes = [], []
+    for name in names:
         final, sent = table.tallies[name]["global_final"], table.tallies[name]["megabytes_up"]
         if final.mean is None or not math.isfinite(final.mean) or not sent.mean:
             continue
         finals.append(final.mean)
+        sizes.append(sent.mean)
         colour, mark = _look(table, name)
         right.errorbar(sent.mean, final.mean, xerr=sent.std or 0, yerr=final.std or 0, color=colour, marker=mark, markersize=8, linestyle="none", label=name)
-    right.set_xscale("log")
-    right.set_xlabel("MB sent up in the whole run, all clients (logarithmic)")
+    right.set_xlabel("MB sent up in the whole run, all clients")
     right.set_ylabel("final perplexity (lower is better)")
     if finals:
         log_axis(right, finals)
-    handles, labels = right.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, max(1, len(labels))))
-    caption = f"{_seeds_text(table)} Lower left in the right panel is better. Bytes are sizes of the factors (or of the model), computed from the ranks."
-    spoken = "; ".join(f"{name} {table.tallies[name]['global_final'].text(2)} at {table.tallies[name]['megabytes_up'].text(2)} MB" for name in table.outcomes)
-    return title, caption, f"{title}: {spoken}"
-
-
-def _ablations(table: Table, names: list[str], figure: Figure) -> tuple[str, str, str]:
-    title = "Ablations: one thing changed at a time"
-    figure.set_size_inches(13, 5.5)
-    left, right = figure.subplots(1, 2)
-    for axes, part, what in ((left, GLOBAL, "global adapter on all held-out text"), (right, OWN, "each client's rank rows on its own held-out text")):
-        axes.set_title(what)
-        _curves(table, names, part, axes)
-        axes.set_ylabel("perplexity (lower is better)")
+        if log_axis(right, sizes, right.xaxis):
+            right.set_xlabel("MB sent up in the whole run, all clients (logarithmic)")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(5, max(1, len(labels))))
-    spoken = "; ".join(f"{name} {table.tallies[name]['global_final'].text(3)}" for name in names)
-    return title, _seeds_text(table), f"{title}: {spoken}"
+    caption = f"{_seeds_text(table)} Lower left in the right panel is better. Bytes are sizes of the factors (or of the model), computed from the ranks."
+    spoken = "; ".join(f"{name} {table.tallies[name]['global_final'].text(2)} at {table.tallies[name]['megabytes_up'].text(2)} MB" for name in names)
+    return title, caption, f"{title}: {spoken}"
 
 
 def _gap(table: Table, names: list[str], figure: Figure) -> tuple[str, str, str]:
@@ -180,11 +169,12 @@ def _diagnostics(table: Table, figure: Figure) -> tuple[str, str, str]:
             colour, mark = _look(table, name)
             axes.plot(rounds, means, color=colour, marker=mark, markersize=3, linewidth=1.2, label=name)
         axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.set_xlabel("round")
     for axes in grid[len(runs) + 2 :]:
         axes.set_axis_off()
     if image is not None:
-        figure.colorbar(image, ax=grid[: len(runs)], shrink=0.6, label="share of the energy")
+        energy_bar(figure, image, grid[: len(runs)])
     handles, labels = grid[len(runs)].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=9)
     without = [name for name in table.outcomes if name not in runs]

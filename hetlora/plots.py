@@ -18,6 +18,7 @@ from typing import Any
 import matplotlib
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -149,14 +150,15 @@ def _perplexity(run: Run, figure: Figure) -> tuple[str, str, str]:
     return title, caption, f"{title}: " + "; ".join(spoken)
 
 
-def log_axis(axes: Axes, shown: list[float]) -> bool:
-    """Make the y axis logarithmic where the values shown span more than a factor of five; whether it did."""
+def log_axis(axes: Axes, shown: list[float], axis: Axis | None = None) -> bool:
+    """Make `axis` (default: y) logarithmic where the values shown span more than a factor of five; whether it did."""
     if not max(shown) > 5 * min(shown) > 0:
         return False
-    axes.set_yscale("log", subs=[2, 5])
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log", subs=[2, 5])
+    axis = axis or axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
     return True
 
 

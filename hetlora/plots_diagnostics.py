@@ -50,6 +50,12 @@ def draw_energy(axes: Axes, runs: Sequence[Diagnosed], title: str) -> AxesImage:
     return image
 
 
+def energy_bar(figure: Figure, image: AxesImage, beside: list[Axes]) -> None:
+    """The scale of `draw_energy`, with plain numbers: the style has mathematics switched off."""
+    bar = figure.colorbar(image, ax=beside, shrink=0.7, label="share of the energy")
+    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
 CAPTION = (
     "Energy of a rank row: sum over modules of ||b_i||² ||a_i||², as its share of the round's total. Effective rank: exp of the entropy of the singular "
     "values of B A, mean over modules. Merge error: distance of the new bank's B A from the exact weighted sum of the uploads' products, relative to the sum."
@@ -67,10 +73,11 @@ def draw_run(run: Run, figure: Figure) -> tuple[str, str, str]:
     image = draw_energy(left, [rows], "share of the energy by rank row")
     left.set_xlabel("round")
     left.set_ylabel("rank row")
-    figure.colorbar(image, ax=left, shrink=0.8)
+    energy_bar(figure, image, [left])
     rounds, ranks = mean_over_runs([rows], "effective_rank")
     right.plot(rounds, ranks, color=BLUE, marker="o", markersize=marker_size(rounds), label=f"effective rank: {ranks[-1]:.1f} at the end")
     right.set_ylim(bottom=0)
+    right.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     right.set_xlabel("round")
     right.set_ylabel("effective rank")
     lines = right.get_lines()
