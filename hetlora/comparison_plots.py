@@ -25,7 +25,7 @@ _LOOKS = {
     "fedavg-full": ("#000000", "X"),
 }
 _OTHERS = ("#CC79A7", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#000000", "#882255", "#44AA99")
-_OTHER_MARKS = "1234+x|_"
+_OTHER_MARKS = "sv^DPX*h"
 
 
 def _look(table: Table, name: str) -> tuple[str, str]:
@@ -88,6 +88,7 @@ def _seeds_text(table: Table) -> str:
 
 def _trade_off(table: Table, names: list[str], title: str, figure: Figure) -> tuple[str, str, str]:
     figure.set_size_inches(13, 6)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13)
     left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
     left.set_title("perplexity on the clients' held-out text by round")
     _curves(table, names, GLOBAL, left)
