@@ -38,7 +38,10 @@ def by_hand(client, cfg, number: int = 1) -> dict[str, torch.Tensor]:
     return weights_of(model)
 
 
-@pytest.mark.parametrize("settings", [{}, {"optimizer": "sgd", "momentum": 0.5, "weight_decay": 0.1, "clip_norm": 0.0}, {"weights": "uniform", "clip_norm": 0.05}])
+SGD = {"optimizer": "sgd", "momentum": 0.5, "weight_decay": 0.1, "clip_norm": 0.0}
+
+
+@pytest.mark.parametrize("settings", [{}, SGD, {"weights": "uniform", "clip_norm": 0.05}])
 def test_mean_of_the_models_each_client_trains(tmp_path, settings):
     cfg = config(tmp_path, **settings)
     clients = tiny_clients([2, 6, 3])
