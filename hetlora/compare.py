@@ -23,6 +23,7 @@ from hetlora.observer import Observer
 from hetlora.ranks import assign_ranks
 
 PLAN = "comparison-plan.json"
+SEARCH_SEED = 1000  # added to the seed: far from those of the comparison, however many there are
 EVERY_CELL: dict[str, Any] = {"evaluate": "all", "diagnostics": True, "save_clients": False}
 """What a comparison's tables and pictures need of each run, unless the user says otherwise."""
 
@@ -102,7 +103,7 @@ def run_comparison(
     if setting:
         trial = common.model_copy(
             update={
-                "seed": common.seed + plan.seeds,
+                "seed": common.seed + SEARCH_SEED,
                 "rounds": plan.search_rounds or common.rounds,
                 "data": plan.search_data or common.data,
                 "held_out_clients": 0 if plan.search_data else common.held_out_clients,
