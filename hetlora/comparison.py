@@ -73,6 +73,11 @@ def _gap(outcome: Outcome) -> float | None:
     return statistics.fmean(values) if values else None
 
 
+def _rouge(outcome: Outcome) -> float | None:
+    found = outcome.evaluations()[-1].get("rouge_l")
+    return 100 * found["f1"] if found else None
+
+
 @dataclass(frozen=True)
 class Metric:
     """A column of the table. `value` of one cell, None where it does not exist."""
@@ -97,6 +102,7 @@ METRICS = (
     Metric("own_final", "clients' own held-out text, final", 3, _of(OWN, lambda values: values[-1])),
     Metric("own_best", "best", 3, _of(OWN, min)),
     Metric("unseen_final", "unseen clients, final", 3, _of(UNSEEN, lambda values: values[-1])),
+    Metric("rouge_l", "ROUGE-L (F1, %)", 2, lambda outcome, _: _rouge(outcome)),
     Metric("rounds_to_target", "rounds to target", 1, rounds_to),
     Metric("gap", "over-fitting gap (nats)", 3, lambda outcome, _: _gap(outcome)),
     Metric("megabytes_down", "MB down", 2, lambda outcome, _: _total(outcome, "bytes_down") / 1e6),

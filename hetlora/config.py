@@ -47,6 +47,9 @@ class Config(BaseModel):
         "library) or 'unicode' (names of letters, by script); ':NAME,NAME' takes some packages or scripts, ':-NAME,NAME' all others."
     )
     text_field: str = _setting("text", "data", "JSONL key or hub column that holds the text.")
+    prompt_field: str = _setting(
+        "", "data", "JSONL key or hub column of a prompt: each row is then one example, prompt and then the text as its response; '' = running text."
+    )
     client_field: str = _setting("client", "data", "JSONL key or hub column that names the client.")
     split: str = _setting("train", "data", "Split of a hub data set.")
     seq_len: int = _setting(256, "data", "Tokens per sequence.", ge=2)
@@ -96,6 +99,10 @@ class Config(BaseModel):
     seed: int = _setting(0, "run", "Seed of everything drawn in the run.", ge=0)
     eval_every: int = _setting(1, "run", "Evaluate every this many rounds (and after the last).", ge=1)
     eval_tokens: int = _setting(65536, "run", "Evaluate on at most this many tokens of each held-out set; 0 = all.", ge=0)
+    rouge_examples: int = _setting(
+        0, "run", "With prompt_field: answer this many held-out prompts before the first and after the last round, scored by ROUGE-L; 0 = none.", ge=0
+    )
+    rouge_tokens: int = _setting(64, "run", "Tokens of an answer that ROUGE-L scores, at most.", ge=1)
     evaluate: Literal["global", "all"] = _setting(
         "global", "run", "'all' also evaluates, each time, every client's own held-out and training text under the rank rows it receives."
     )

@@ -77,5 +77,7 @@ def check_options(cfg: Config) -> None:
         raise ConfigError(f"weight_scope: the scope of ||B A||, only for weights = 'sparsity', got weights = {cfg.weights!r}; leave it out")
     if cfg.dropout and not 0 < round(65536 * cfg.dropout) < 65536:
         raise ConfigError(f"dropout: expected 0, or a probability from 1/65536 to 65535/65536, got {cfg.dropout}")
+    if bool(cfg.rouge_examples) and not cfg.prompt_field:
+        raise ConfigError("rouge_examples: answers prompts, and prompt_field names none; set --prompt-field, or leave it out")
     if cfg.momentum and cfg.optimizer != "sgd":
         raise ConfigError("momentum: only for optimizer = 'sgd'; leave it out (adamw has its own moments)")

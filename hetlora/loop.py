@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import hetlora_kernels as hk
-from hetlora import checkpoint, server
+from hetlora import checkpoint, rouge, server
 from hetlora.client import LocalResult, prune_decision, tail_scores, tail_start
 from hetlora.cohort import train_cohort, train_one_by_one
 from hetlora.config import Config, ConfigError
@@ -221,6 +221,7 @@ def _close_round(run: _Run, record: dict[str, Any], start: _Clock) -> dict[str, 
 
 
 def _evaluate(run: _Run) -> dict[str, Any]:
+    """Losses and perplexities; before the first and after the last round also ROUGE-L of answers, if asked for."""
     cfg, data = run.cfg, run.federation.data
     sets = {"client_text": pool_text(data.clients, cfg.eval_tokens), "held_out_clients": pool_text(data.held_out, cfg.eval_tokens)}
     found = {
@@ -229,6 +230,8 @@ def _evaluate(run: _Run) -> dict[str, Any]:
     }
     if cfg.evaluate == "all":
         found |= {"own_text": mean_over_clients(_own_text(run)), "own_train": mean_over_clients(_own_text(run, "train"))}
+    if cfg.rouge_examples and run.state.round in (0, cfg.rounds):
+        found["rouge_l"] = rouge.evaluate(run.federation, run.state.bank, cfg, run.observer.evaluate)
     return found
 
 

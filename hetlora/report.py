@@ -173,6 +173,10 @@ def _key_figures(run: Run) -> list[tuple[str, str, str]]:
         if values:
             tokens = next(e[part].get("tokens") for e in evaluated if e.get(part))
             figures.append((title, f"{number(values[0])} → {number(values[-1])}", f"global adapter, {tokens:,} tokens" if tokens else "global adapter"))
+    answered = [evaluation["rouge_l"] for evaluation in evaluated if evaluation.get("rouge_l")]
+    if answered:
+        scores = " → ".join(number(100 * found["f1"]) for found in (answered[0], answered[-1]))
+        figures.append(("ROUGE-L of answers (F1, %)", scores, f"global adapter, {answered[0]['examples']} held-out prompts"))
     for way in ("down", "up"):
         ours, full = (sum(record.get(key, 0) for record in run.records) for key in (f"bytes_{way}", f"bytes_{way}_homlora"))
         remark = f"{100 * ours / full:.1f} % of HomLoRA at the largest rank ({size_text(full)})" if full else ""
