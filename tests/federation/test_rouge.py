@@ -72,7 +72,7 @@ def test_faulty_prompts_are_named(tmp_path, row, settings, message):
     assert message in str(caught.value)
 
 
-PAIRS = [("the cat sat", "the cat sat"), ("the big cat sat down", "a cat sat"), ("sat cat the", "the cat sat"), ("dog", "cat"), ("나는 책을 읽", "나는 글을 읽")]
+PAIRS = [("the cat sat", "the cat sat"), ("the big cat sat down", "a cat sat"), ("sat cat the", "the cat sat"), ("dog", "cat"), ("나는 책을", "나는 글을")]
 
 
 @pytest.mark.parametrize(("answer", "reference"), PAIRS)
