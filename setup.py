@@ -248,11 +248,12 @@ class BuildKernels(build_ext):
         assert torch is not None and nvcc is not None
         codes = [flag for code in self.plan.archs for flag in ("-gencode", f"arch={code.replace('sm_', 'compute_')},code={code}")]
         host = ["-ccbin", str(self.plan.compiler), "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-        device = [str(nvcc), "-O3", "-std=c++17", *host, *codes, "-Xptxas", "-v", "--threads", "2", "-c"]
+        folder = ROOT / "csrc" / "cuda"
+        device = [str(nvcc), "-O3", "-std=c++17", *host, *codes, f"-I{folder}", "-Xptxas", "-v", "--threads", "2", "-c"]
         # The bindings through nvcc too, for its include path: the nvcc found may be a wrapper that lies outside its toolkit.
         bindings = [str(nvcc), "-O3", "-std=c++17", *host, *torch.compile_flags, "-DUSE_CUDA", "-c"]
-        jobs = [(device, source) for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
-        jobs += [(bindings, source) for source in sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))]
+        jobs = [(device, source) for source in sorted(folder.glob("*.cu"))]
+        jobs += [(bindings, source) for source in sorted(folder.glob("*.cpp"))]
         objects = self.compile(jobs)
         link = [flag.replace("-Wl,", "-Xlinker=") for flag in torch.link_flags]
         run([str(nvcc), "-shared", *host[:2], "-cudart", "static", *objects, "-o", str(target), *link])

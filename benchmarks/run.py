@@ -20,9 +20,7 @@ from hetlora_kernels import _library
 
 SCHEMA = 1
 SUITES = {"server": server, "lora": lora}
-LINE = (
-    "{op:32s} {shape:34.34s} K={clients:<5d}{dtype:9s} t={threads} {provider:26s} {median_s:10.5f} s {gb_per_s:7.1f} GB/s {ratio:6.2f} x {yardstick}"
-)
+LINE = "{op:32s} {shape:34.34s} K={clients:<5d}{dtype:9s} t={threads} {provider:26s} {median_s:10.5f} s {gb_per_s:7.1f} GB/s {ratio:6.2f} x {yardstick}"
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:

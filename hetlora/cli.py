@@ -1,4 +1,4 @@
-"""The `hetlora` command: demo, run, compare, report, export, info. Bad input is one line on stderr and exit status 2."""
+"""The `hetlora` command: demo, run, compare, report, export, info, tune. Bad input is one line on stderr and exit status 2."""
 
 from __future__ import annotations
 
@@ -304,6 +304,14 @@ def info() -> None:
     from hetlora.tables import print_info
 
     print_info()
+
+
+@cli.command()
+def tune() -> None:
+    """Measure the launch parameters of the Triton kernels on this machine's CUDA device, and keep them for it."""
+    from hetlora_kernels.triton.tune import tune as run_tune
+
+    click.echo(f"written: {run_tune(click.echo)}")
 
 
 def main() -> int | None:

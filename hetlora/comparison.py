@@ -270,16 +270,20 @@ def write_comparison(comparison: Comparison) -> Path:
     write_atomic(folder / "comparison.md", text)
     page = folder / "comparison.html"
     first = next(iter(table.outcomes.values()))[0]
-    html = environment().get_template("comparison.html.j2").render(
-        table=table,
-        rows=[(name, table.text(name), _texts(table, name)) for name in table.tallies],
-        search=search_rows(table) if table.search else None,
-        target=target_text(table),
-        pictures=picture_data(pictures),
-        common=comparison.common.model_dump(),
-        versions=first.run.versions,
-        before=first.curve(GLOBAL)[0][1],
-        notes=sorted({note for picture in pictures.values() for note in picture.notes}),
+    html = (
+        environment()
+        .get_template("comparison.html.j2")
+        .render(
+            table=table,
+            rows=[(name, table.text(name), _texts(table, name)) for name in table.tallies],
+            search=search_rows(table) if table.search else None,
+            target=target_text(table),
+            pictures=picture_data(pictures),
+            common=comparison.common.model_dump(),
+            versions=first.run.versions,
+            before=first.curve(GLOBAL)[0][1],
+            notes=sorted({note for picture in pictures.values() for note in picture.notes}),
+        )
     )
     write_atomic(page, html)
     return page

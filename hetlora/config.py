@@ -43,8 +43,10 @@ class Config(BaseModel):
 
     # data
     data: str = _setting(
-        "stdlib", "data", "Folder (each sub-folder, or else each file, is a client), a .jsonl file, 'hub:ORG/NAME', 'stdlib' (packages of Python's "
-        "library) or 'unicode' (names of letters, by script); ':NAME,NAME' takes some packages or scripts, ':-NAME,NAME' all others."
+        "stdlib",
+        "data",
+        "Folder (each sub-folder, or else each file, is a client), a .jsonl file, 'hub:ORG/NAME', 'stdlib' (packages of Python's "
+        "library) or 'unicode' (names of letters, by script); ':NAME,NAME' takes some packages or scripts, ':-NAME,NAME' all others.",
     )
     text_field: str = _setting("text", "data", "JSONL key or hub column that holds the text.")
     prompt_field: str = _setting(

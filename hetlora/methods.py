@@ -13,6 +13,7 @@ from hetlora.config import ADAPTER_SETTINGS, Config, ConfigError
 OWNED = ("train", "merge", "weights", "weight_scope", "weight_cap", "prune_scope", "shared_rows", "unowned_rows")
 """Settings that say which method a run is: a comparison takes them from its methods, never from its common settings."""
 
+
 class Plan(BaseModel):
     """What is compared, besides the common settings of the runs."""
 

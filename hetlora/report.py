@@ -224,14 +224,18 @@ def _render(run: Run, pictures: dict[str, Any]) -> str:
     clients = _client_rows(run)
     notes = list((run.summary or {}).get("notes") or [])
     notes += sorted({note for picture in pictures.values() for note in picture.notes})
-    return environment().get_template("report.html.j2").render(
-        run=run,
-        clients=clients,
-        has_perplexity=any(client.get("perplexity_after") is not None for client in clients),
-        dropped=[(record["round"], drop) for record in run.records for drop in record.get("dropped") or []],
-        figures=_key_figures(run),
-        pictures=picture_data(pictures),
-        settings=_settings(run),
-        notes=notes,
-        isfinite=math.isfinite,
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            run=run,
+            clients=clients,
+            has_perplexity=any(client.get("perplexity_after") is not None for client in clients),
+            dropped=[(record["round"], drop) for record in run.records for drop in record.get("dropped") or []],
+            figures=_key_figures(run),
+            pictures=picture_data(pictures),
+            settings=_settings(run),
+            notes=notes,
+            isfinite=math.isfinite,
+        )
     )

@@ -58,9 +58,7 @@ class Aggregate:
     diagnostics: dict[str, Any] = field(default_factory=dict)
 
 
-def aggregate(
-    state: ServerState, uploads: hk.AdapterBank, received: hk.AdapterBank, samples: Sequence[int], cfg: Config, model: torch.nn.Module
-) -> Aggregate:
+def aggregate(state: ServerState, uploads: hk.AdapterBank, received: hk.AdapterBank, samples: Sequence[int], cfg: Config, model: torch.nn.Module) -> Aggregate:
     """Merge the uploads that arrived into `state.bank` (merge = 'stack': into the weights of `model`, with a fresh bank)."""
     if cfg.clip_update:
         uploads = uploads.select(range(uploads.num_clients))  # the caller's are the clients' own adapters

@@ -18,6 +18,7 @@ from hetlora_kernels import _native, reference
 from hetlora_kernels._native import build_info as build_info
 
 _SEGMENT_ARGS = "Tensor? seeds, Tensor? row_keys, Tensor? index, int[] ranks, int[] starts, int[] lengths, float dropout"
+_LAYER_ARGS = "Tensor scale, Tensor? seeds, Tensor? row_keys, Tensor? index, Tensor plan"
 _STEP_ARGS = "Tensor lr, {step}Tensor active, Tensor? clip, Tensor? lam, int[] ranks, int[] keep"
 
 SCHEMAS = {
@@ -27,6 +28,9 @@ SCHEMAS = {
     "lora_forward": f"(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor a, Tensor bt, Tensor scale, {_SEGMENT_ARGS}) -> (Tensor, Tensor)",
     "lora_backward": "(Tensor d_y, Tensor x, Tensor? weight, Tensor a, Tensor bt, Tensor s, Tensor scale, "
     f"{_SEGMENT_ARGS}, bool need_x, bool need_a, bool need_bt) -> Tensor[]",
+    "lora_add_": f"(Tensor(a!) out, Tensor x, Tensor a, Tensor bt, {_LAYER_ARGS}, int elements, float dropout) -> Tensor",
+    "lora_grads_": f"(Tensor(a!)? d_x, Tensor d_y, Tensor x, Tensor a, Tensor bt, Tensor s, {_LAYER_ARGS}, float dropout, bool need_a, bool need_bt) "
+    "-> (Tensor, Tensor)",
     "truncate_": "(Tensor(a!)[] out, Tensor[] bank, int[] ranks, bool dense) -> ()",
     "aggregate_": "(Tensor(a!)[] out, Tensor[] rows, Tensor weights, Tensor[] keep, int[] ranks, bool owners) -> ()",
     "accumulate_": "(Tensor(a!)[] total, Tensor[] rows, Tensor weights) -> ()",
@@ -38,6 +42,9 @@ SCHEMAS = {
     + ", float beta1, float beta2, float eps, float weight_decay) -> ()",
     "sgd_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, " + _STEP_ARGS.format(step="") + ", float momentum, float weight_decay) -> ()",
 }
+
+# Two forms of the layer, with its base product inside or beside it; a rung has one of them.
+_TWINS = {"lora_forward": "lora_add_", "lora_backward": "lora_grads_", "lora_add_": "lora_forward", "lora_grads_": "lora_backward"}
 
 RUNGS = ("reference", "cpu", "cuda", "triton")
 
@@ -125,9 +132,17 @@ def _has(name: str, rung: str) -> bool:
 
 
 def whole_layer(on_cpu: bool) -> tuple[Callable, Callable] | None:
-    """(`lora_forward`, `lora_backward`) where the whole layer is one op: on CPU tensors with the C++ rung, unless another is forced.
-    None elsewhere: the layer is then composed of the rung's own shrink, expand_ and grouped_gram."""
-    return _layer_ops if on_cpu and _layer_ops is not None and (_forced is None or _forced == "cpu") else None
+    """(`lora_forward`, `lora_backward`) where the whole layer, its base product included, is one op each way: on CUDA tensors with the CUDA or Triton
+    rung, or with such a rung forced. None elsewhere."""
+    if _forced is None:
+        return None if on_cpu else _whole_ops
+    return (call("lora_forward"), call("lora_backward")) if _forced in ("cuda", "triton") and _has("lora_forward", _forced) else None
+
+
+def layer_term(on_cpu: bool) -> tuple[Callable, Callable] | None:
+    """(`lora_add_`, `lora_grads_`) where all that the layer adds to its base is one op each way: on CPU tensors with the C++ rung, unless another is
+    forced. None elsewhere."""
+    return _term_ops if on_cpu and (_forced is None or _forced == "cpu") else None
 
 
 def call(name: str) -> Callable:
@@ -164,6 +179,8 @@ def _chosen(name: str, device: str) -> tuple[str, str]:
     for rung in ladder:
         if _has(name, rung):
             return rung, available()[rung]
+        if _has(_TWINS.get(name, name), rung):
+            return rung, f"{available()[rung]}, through {_TWINS[name]}"
     return "reference", "; ".join(f"{rung}: {missing.get(rung, 'no kernel for this op')}" for rung in ladder)
 
 
@@ -178,8 +195,11 @@ def backends(device: str | None = None) -> dict[str, tuple[str, str]]:
 
 _define()
 _load()
-_layer_ops: tuple[Callable, Callable] | None = None
-if _has("lora_forward", "cpu"):
-    _layer_ops = torch.ops.hetlora.lora_forward.default, torch.ops.hetlora.lora_backward.default
+_term_ops: tuple[Callable, Callable] | None = None
+if _has("lora_add_", "cpu"):
+    _term_ops = torch.ops.hetlora.lora_add_.default, torch.ops.hetlora.lora_grads_.default
+_whole_ops: tuple[Callable, Callable] | None = None
+if torch.cuda.is_available() and any(_has("lora_forward", rung) for rung in ("cuda", "triton")):
+    _whole_ops = torch.ops.hetlora.lora_forward.default, torch.ops.hetlora.lora_backward.default
 if os.environ.get("HETLORA_BACKEND", "").strip():
     _forced = _check_rung(os.environ["HETLORA_BACKEND"].strip(), "environment variable HETLORA_BACKEND")

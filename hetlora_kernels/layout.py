@@ -91,6 +91,22 @@ class RankLayout:
         return f"RankLayout({list(self.ranks)})"
 
 
+class Plan:
+    """The integers of one call of the layer: the ranks of a layout beside the segments of a batch.
+
+    ranks: K ints;  starts, lengths: at most K ints each, as in `Segments`;  elements: sum of rank * length, those of the packed S;
+    table: int64 [3, K] on the CPU, the three lists (absent segments have length 0): one tensor passes the dispatcher faster than three lists.
+    """
+
+    __slots__ = ("elements", "lengths", "ranks", "starts", "table")
+
+    def __init__(self, ranks: Sequence[int], starts: list[int], lengths: list[int]) -> None:
+        self.ranks, self.starts, self.lengths = list(ranks), starts, lengths
+        self.elements = sum(rank * length for rank, length in zip(ranks, lengths, strict=False))
+        absent = [0] * (len(self.ranks) - len(lengths))
+        self.table = torch.tensor([self.ranks, starts + absent, lengths + absent], dtype=torch.int64)
+
+
 class Segments:
     """Which rows of x belong to which client, and the key of each row (the part of a dropout counter that names the row).
 
@@ -105,16 +121,26 @@ class Segments:
     Rows that no client owns are base only: their output is the frozen layer's, their gradient flows through it alone.
     """
 
-    __slots__ = ("_key_cache", "index", "lengths", "num_rows", "row_keys", "starts")
+    __slots__ = ("_key_cache", "_plans", "index", "lengths", "num_rows", "row_keys", "starts")
 
     def __init__(self, num_rows: int, starts: list[int], lengths: list[int], index: Tensor | None, row_keys: Tensor | None) -> None:
         self.num_rows, self.starts, self.lengths = num_rows, starts, lengths
         self.index, self.row_keys = index, row_keys
         self._key_cache: dict[torch.device, Tensor] = {}
+        self._plans: dict[tuple[int, ...], Plan] = {}
 
     @property
     def num_clients(self) -> int:
         return len(self.lengths)
+
+    def plan(self, layout: RankLayout) -> Plan:
+        """The `Plan` of these segments beside `layout`, which has at least their clients; built once per set of ranks."""
+        plan = self._plans.get(layout.ranks)
+        if plan is None:
+            plan = Plan(layout.ranks, self.starts, self.lengths)
+            if not torch.compiler.is_compiling() and type(plan.table) is Tensor:  # not a tracer's
+                self._plans[layout.ranks] = plan
+        return plan
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int] | Tensor, row_keys: Tensor | None = None) -> Segments:

@@ -154,6 +154,25 @@ def lora_backward(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, ranks
     return out
 
 
+def lora_add_(out, x, a, bt, scale, seeds, row_keys, index, plan, elements, dropout):
+    """out += scale_k * drop(x) A_k^T B_k^T; returns the packed S. `plan` [3, K]: ranks, first rows and rows of the clients; `elements` those of S."""
+    ranks, starts, lengths = plan.tolist()
+    s = shrink(x, a, scale, seeds, row_keys, index, ranks, starts, lengths, dropout)
+    expand_(out, s, bt, None, None, index, ranks, starts, lengths, 0.0)
+    return s
+
+
+def lora_grads_(d_x, d_y, x, a, bt, s, scale, seeds, row_keys, index, plan, dropout, need_a, need_bt):
+    """Adds the LoRA term's part to `d_x`, if given; returns (d_a, d_bt), without elements where not needed. `d_y` is in x's type."""
+    lists = plan.tolist()
+    d_s = shrink(d_y, bt, scale, None, None, index, *lists, 0.0) if need_a or d_x is not None else None
+    if d_x is not None:
+        expand_(d_x, d_s, a, seeds, row_keys, index, *lists, dropout)
+    d_a = grouped_gram(d_s, x, seeds, row_keys, index, *lists, dropout, a.dtype) if need_a else a.new_empty(0)
+    d_bt = grouped_gram(s, d_y, None, None, index, *lists, 0.0, bt.dtype) if need_bt else bt.new_empty(0)
+    return d_a, d_bt
+
+
 # ---------------------------------------------------------------- server: truncate, aggregate, norms
 
 

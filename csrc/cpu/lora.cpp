@@ -176,7 +176,7 @@ void expand(const Plan& plan, const Matrix& out, const Shrunk& s, const Matrix& 
     s.type == Type::f64 ? expand_as<double>(plan, out, s.type, s.data, rows) : expand_as<float>(plan, out, s.type, s.data, rows);
 }
 
-Tensor grouped_gram(const Plan& plan, const std::vector<int64_t>& ranks, const Shrunk& s, const Tensor& like, const Matrix& x, ScalarType dtype) {
+Tensor grouped_gram(const Plan& plan, const std::vector<int64_t>& ranks, const Shrunk& s, const Matrix& x, ScalarType dtype) {
     STD_TORCH_CHECK(s.count == plan.flat, "s: expected ", plan.flat, " elements, got ", s.count);
     STD_TORCH_CHECK((s.type == Type::f64) == (x.type == Type::f64), "s: expected float64 exactly where x is");
     int64_t total = 0, filled = 0;
@@ -186,9 +186,12 @@ Tensor grouped_gram(const Plan& plan, const std::vector<int64_t>& ranks, const S
     for (const Segment& segment : plan.segments) {
         filled += segment.rank;
     }
-    Tensor out = filled == total ? torch::stable::new_empty(like, {total, x.width}, dtype) : torch::stable::new_zeros(like, {total, x.width}, dtype);
+    const Tensor out = empty({total, x.width}, dtype);
     const Type out_type = type_of("dtype", out);
-    void* data = out.mutable_data_ptr();
+    void* data = const_cast<void*>(out.const_data_ptr());
+    if (filled != total) {
+        std::memset(data, 0, static_cast<size_t>(total * x.width * size_of(out_type)));
+    }
     s.type == Type::f64 ? gram_as<double>(plan, x, s.type, s.data, out_type, data, total) : gram_as<float>(plan, x, s.type, s.data, out_type, data, total);
     return out;
 }

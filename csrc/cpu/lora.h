@@ -109,6 +109,6 @@ struct Shrunk {
 // scale [K] -> S in x's type, plan.flat elements at `out`.
 void shrink(const Plan& plan, const Matrix& x, const Matrix& rows, const std::vector<double>& scale, void* out);
 void expand(const Plan& plan, const Matrix& out, const Shrunk& s, const Matrix& rows);
-Tensor grouped_gram(const Plan& plan, const std::vector<int64_t>& ranks, const Shrunk& s, const Tensor& like, const Matrix& x, ScalarType dtype);
+Tensor grouped_gram(const Plan& plan, const std::vector<int64_t>& ranks, const Shrunk& s, const Matrix& x, ScalarType dtype);
 
 }  // namespace hetlora

@@ -7,6 +7,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
+#include <initializer_list>
 #include <optional>
 #include <vector>
 
@@ -31,6 +33,18 @@ inline Type type_of(const char* name, const Tensor& tensor) {
             STD_TORCH_CHECK(false, name, ": expected float32, bfloat16, float16 or float64");
     }
     return Type::f32;
+}
+
+// Uninitialised, on the CPU. Not through the dispatcher, as torch::stable::new_empty goes: 1 us less.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+    std::array<int64_t, 2> strides{1, 1};
+    if (sizes.size() == 2) {
+        strides[0] = std::max<int64_t>(1, *(sizes.begin() + 1));
+    }
+    AtenTensorHandle handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), static_cast<int32_t>(dtype),
+                                                    aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
 }
 
 // A dense [rows, width] matrix. `write_back` ends an op that wrote to a tensor which was not contiguous.

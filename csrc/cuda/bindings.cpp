@@ -2,11 +2,6 @@
 // Meaning is checked in hetlora_kernels/ops; here only what memory safety needs.
 #include "calls.h"
 
-#ifndef HETLORA_NAMESPACE  // the tests register the same code, run on the host, under another name
-#define HETLORA_NAMESPACE hetlora
-#define HETLORA_DISPATCH_KEY CUDA
-#endif
-
 namespace {
 
 // ---------------------------------------------------------------- server

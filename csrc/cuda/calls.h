@@ -10,6 +10,11 @@
 
 #include "launch.h"
 
+#ifndef HETLORA_NAMESPACE  // the tests register the same code, run on the host, under another name
+#define HETLORA_NAMESPACE hetlora
+#define HETLORA_DISPATCH_KEY CUDA
+#endif
+
 namespace {
 
 using hetlora::Module;
@@ -20,7 +25,7 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using Ints = std::vector<int64_t>;
 
-Type type_of(const Tensor& t) {
+inline Type type_of(const Tensor& t) {
     switch (t.scalar_type()) {
         case ScalarType::Float: return Type::f32;
         case ScalarType::BFloat16: return Type::bf16;
@@ -31,12 +36,12 @@ Type type_of(const Tensor& t) {
     return Type::f32;
 }
 
-Type sums_of(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }
-ScalarType scalar_of(Type type) { return type == Type::f64 ? ScalarType::Double : ScalarType::Float; }
+inline Type sums_of(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }
+inline ScalarType scalar_of(Type type) { return type == Type::f64 ? ScalarType::Double : ScalarType::Float; }
 
-void check(cudaError_t error, const char* op) { STD_TORCH_CHECK(error == cudaSuccess, "hetlora::", op, ": ", cudaGetErrorString(error)); }
+inline void check(cudaError_t error, const char* op) { STD_TORCH_CHECK(error == cudaSuccess, "hetlora::", op, ": ", cudaGetErrorString(error)); }
 
-Tensors contiguous(const Tensors& tensors) {
+inline Tensors contiguous(const Tensors& tensors) {
     Tensors out;
     out.reserve(tensors.size());
     for (const Tensor& t : tensors) out.push_back(torch::stable::contiguous(t));
@@ -44,16 +49,16 @@ Tensors contiguous(const Tensors& tensors) {
 }
 
 // Rows [*, d] of one type, contiguous; `like` gives the type.
-void check_rows(const Tensors& tensors, const Tensor& like, const char* name) {
+inline void check_rows(const Tensors& tensors, const Tensor& like, const char* name) {
     for (const Tensor& t : tensors) {
         STD_TORCH_CHECK(t.dim() == 2 && t.is_contiguous() && t.size(1) < INT32_MAX && t.size(0) < INT32_MAX, name, ": expected contiguous matrices");
         STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, ": expected tensors of one type");
     }
 }
 
-void check_count(size_t got, size_t expected, const char* name) { STD_TORCH_CHECK(got == expected, name, ": expected ", expected, " entries, got ", got); }
+inline void check_count(size_t got, size_t expected, const char* name) { STD_TORCH_CHECK(got == expected, name, ": expected ", expected, " entries, got ", got); }
 
-int clients_of(const Ints& ranks, size_t modules) {
+inline int clients_of(const Ints& ranks, size_t modules) {
     STD_TORCH_CHECK(modules > 0 && modules <= 65535 && ranks.size() % modules == 0, "ranks: expected one list for each of 1 to 65535 modules");
     return static_cast<int>(ranks.size() / modules);
 }
@@ -120,7 +125,7 @@ class Launch {
 };
 
 // offsets of one module, checked against its rows.
-std::vector<int> checked_offsets(const Ints& ranks, size_t module, int clients, int64_t rows) {
+inline std::vector<int> checked_offsets(const Ints& ranks, size_t module, int clients, int64_t rows) {
     const int64_t* own = ranks.data() + module * clients;
     int64_t total = 0;
     for (int k = 0; k < clients; ++k) {
@@ -131,12 +136,12 @@ std::vector<int> checked_offsets(const Ints& ranks, size_t module, int clients, 
     return hetlora::offsets_of(own, clients);
 }
 
-int64_t largest(const Ints& ranks, size_t module, int clients) {
+inline int64_t largest(const Ints& ranks, size_t module, int clients) {
     int64_t out = 0;
     for (int k = 0; k < clients; ++k) out = std::max(out, ranks[module * clients + k]);
     return out;
 }
 
-int64_t items_of(int64_t rows, int64_t width, Type type) { return rows * hetlora::divide_up(width, hetlora_chunk(type)); }
+inline int64_t items_of(int64_t rows, int64_t width, Type type) { return rows * hetlora::divide_up(width, hetlora_chunk(type)); }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include "lora.h"
 #include "table.h"
 
 #ifndef HETLORA_LAUNCH
@@ -55,4 +56,12 @@ extern "C" {
 cudaError_t hetlora_prepare(const HetloraCall* call, hetlora::Type type, const HetloraStep* step, double beta1, double beta2, double weight_decay);
 cudaError_t hetlora_adamw(const HetloraCall* call, hetlora::Type type, const HetloraStep* step, double beta1, double beta2, double eps);
 cudaError_t hetlora_sgd(const HetloraCall* call, hetlora::Type type, const HetloraStep* step, double momentum, double weight_decay);
+}
+
+// The LoRA layer. `type` is that of x and S; `tiles` and `chunks` are the sums over clients, `rank` the largest.
+extern "C" {
+cudaError_t hetlora_shrink(const hetlora::LoraCall* call, hetlora::Type type, int64_t tiles, cudaStream_t stream);
+cudaError_t hetlora_expand(const hetlora::LoraCall* call, hetlora::Type type, int64_t tiles, cudaStream_t stream);
+// planes null: no client has more than one chunk.
+cudaError_t hetlora_grouped_gram(const hetlora::LoraCall* call, hetlora::Type type, int64_t chunks, int rank, cudaStream_t stream);
 }

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetlora_kernels._library import call, register_fake, whole_layer
-from hetlora_kernels.layout import RankLayout, Segments
+from hetlora_kernels._library import call as _kernel
+from hetlora_kernels._library import layer_term, register_fake, whole_layer
+from hetlora_kernels.layout import Plan, RankLayout, Segments
 from hetlora_kernels.ops._lists import FLOATS
 from hetlora_kernels.reference import compute_dtype, dropout_threshold
+
+# scale [K], seeds [K] or None, row keys or None, index or None, plan, dropout probability
+Call = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Plan, float]
 
 
 def lora_linear(
@@ -50,14 +55,13 @@ def lora_linear(
     if bias is not None and bias.shape != (m,):
         raise ValueError(f"bias: expected shape ({m},), got {tuple(bias.shape)}")
     _check_input(x, n)
-    device = x.device
-    if torch.is_autocast_enabled(device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device.type)
+    if _autocast(x) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if weight.dtype != x.dtype or weight.device != device:
+    if weight.dtype != x.dtype or weight.device != x.device:
         raise ValueError(f"weight: expected the type and device of x ({x.dtype}, {x.device}), got {weight.dtype}, {weight.device}")
-    arguments = _adapter_arguments(x, m, a, bt, layout, seg, scale, dropout if training else 0.0, seeds)
-    return _Lora.apply(x, weight, bias, None, *arguments)
+    call = _adapter_call(x, m, a, bt, layout, seg, scale, dropout if training else 0.0, seeds)
+    return _apply(x, bias, None, a, bt, weight, call)
 
 
 def lora_add(
@@ -85,11 +89,15 @@ def lora_add(
         raise ValueError(
             f"base_out: expected the leading shape and device of x {tuple(x.shape)} on {x.device}, got {tuple(base_out.shape)} on {base_out.device}"
         )
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if _autocast(x) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     m = base_out.shape[-1]
-    arguments = _adapter_arguments(x, m, a, bt, layout, seg, scale, dropout if training else 0.0, seeds)
-    return _Lora.apply(x, None, None, base_out, *arguments)
+    call = _adapter_call(x, m, a, bt, layout, seg, scale, dropout if training else 0.0, seeds)
+    return _apply(x, None, base_out, a, bt, None, call)
+
+
+def _autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
 
 
 def _check_input(x: Tensor, n: int | None) -> None:
@@ -99,19 +107,18 @@ def _check_input(x: Tensor, n: int | None) -> None:
         raise ValueError(f"x: expected a last dimension of {n if n is not None else 'in_features'}, got shape {tuple(x.shape)}")
 
 
-def _adapter_arguments(x, m, a, bt, layout, seg, scale, dropout, seeds):
-    """Checks of everything but the base; returns (a, bt, scale [K], seeds or None, keys, index, (ranks, starts, lengths, dropout))."""
+def _adapter_call(x, m, a, bt, layout, seg, scale, dropout, seeds) -> Call:
+    """Checks of everything but the base; what a call has beside its differentiable tensors and the weight."""
     if not isinstance(layout, RankLayout):
         raise TypeError(f"layout: expected a RankLayout, got {type(layout).__name__}")
     if not isinstance(seg, Segments):
         raise TypeError(f"seg: expected Segments, got {type(seg).__name__}")
     n, clients, device = x.shape[-1], len(layout.ranks), x.device
-    for name, factor, width in (("a", a, n), ("bt", bt, m)):
-        if not isinstance(factor, Tensor) or factor.shape != (layout.total, width) or factor.dtype not in FLOATS:
-            got = f"{tuple(factor.shape)} {factor.dtype}" if isinstance(factor, Tensor) else type(factor).__name__
-            raise ValueError(f"{name}: expected a floating-point tensor of shape ({layout.total}, {width}), got {got}")
-        if factor.device != device:
-            raise ValueError(f"{name}: expected device {device} as x, got {factor.device}")
+    size = layout.total
+    if not (isinstance(a, Tensor) and a.shape == (size, n) and a.dtype in FLOATS and a.device == device):
+        _refuse_factor("a", a, (size, n), device)
+    if not (isinstance(bt, Tensor) and bt.shape == (size, m) and bt.dtype in FLOATS and bt.device == device):
+        _refuse_factor("bt", bt, (size, m), device)
     rows = x.numel() // n if n else 0
     if seg.num_rows != rows:
         raise ValueError(f"seg: expected segments over the {rows} rows of x, got {seg.num_rows}")
@@ -122,7 +129,14 @@ def _adapter_arguments(x, m, a, bt, layout, seg, scale, dropout, seeds):
     scales = layout.scales(scale, device, compute_dtype(x.dtype))
     seeds = None if dropout == 0 else _check_seeds(dropout, seeds, clients, device)
     keys = None if seeds is None else seg.keys_on(device)
-    return a, bt, scales, seeds, keys, seg.index_on(device), (list(layout.ranks), seg.starts, seg.lengths, float(dropout))
+    return scales, seeds, keys, seg.index_on(device), seg.plan(layout), float(dropout)
+
+
+def _refuse_factor(name: str, factor: object, shape: tuple[int, int], device: torch.device) -> NoReturn:
+    if isinstance(factor, Tensor) and factor.shape == shape and factor.dtype in FLOATS:
+        raise ValueError(f"{name}: expected device {device} as x, got {factor.device}")
+    got = f"{tuple(factor.shape)} {factor.dtype}" if isinstance(factor, Tensor) else type(factor).__name__
+    raise ValueError(f"{name}: expected a floating-point tensor of shape {shape}, got {got}")
 
 
 def _check_seeds(dropout: float, seeds: Tensor | None, clients: int, device: torch.device) -> Tensor | None:
@@ -142,76 +156,105 @@ def _check_seeds(dropout: float, seeds: Tensor | None, clients: int, device: tor
 class _Lora(torch.autograd.Function):
     """Forward and backward of the layer. Either `weight` (the base is computed here) or `base` (its output is given) is a tensor.
 
-    `rows` = (ranks, starts, lengths, dropout). One op each way where the rung has it (`whole_layer`), else composed of the rung's three.
+    One op each way where the rung has it, for the whole layer (`whole_layer`) or for what it adds to the base (`layer_term`), else the rung's three ops.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, base, a, bt, scale, seeds, keys, index, rows):
+    def forward(ctx, x, bias, base, a, bt, weight, call):
         x = x.contiguous()
-        flat = x if x.dim() == 2 else x.view(-1, x.shape[-1])
-        flat_base = base if base is None or base.dim() == 2 else base.reshape(-1, base.shape[-1])
-        run = (whole_layer(x.is_cpu) or _COMPOSED)[0]
-        out, s = _without_autocast(run, x, flat, weight, bias, flat_base, a, bt, scale, seeds, keys, index, *rows)
-        ctx.save_for_backward(x, weight, a, bt, s, scale, seeds, keys, index)
-        ctx.rows = rows
+        matrix = x.dim() == 2
+        flat = x if matrix else x.view(-1, x.shape[-1])
+        flat_base = base if base is None or matrix else base.reshape(-1, base.shape[-1])
+        run = _without_autocast(_forward) if _autocast(x) else _forward
+        out, s = run(flat, weight, bias, flat_base, a, bt, call)
+        ctx.save_for_backward(x, weight, a, bt, s)
+        ctx.call = call
         ctx.bias_dtype = None if bias is None else bias.dtype
         # Not a view: autograd forbids in-place changes of a view that a Function returns, and models make them.
-        return out if x.dim() == 2 else torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[1]))
+        return out if matrix else torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[1]))
 
     @staticmethod
     def backward(ctx, d_y):
         return _refuse_second_derivatives(ctx, d_y) if torch.is_grad_enabled() else _backward(ctx, d_y)
 
 
+# What `Function.apply` adds to its base class serves the transforms of torch.func and costs 4 us a call, a tenth of a small layer's whole cost.
+_direct_apply = super(torch.autograd.Function, _Lora).apply
+
+
+def _apply(*arguments) -> Tensor:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _Lora.apply(*arguments)
+    return _direct_apply(*arguments)
+
+
 def _backward(ctx, d_y):
-    x, weight, a, bt, s, scale, seeds, keys, index = ctx.saved_tensors
-    need_x, _, need_bias, need_base, need_a, need_bt = ctx.needs_input_grad[:6]
+    x, weight, a, bt, s = ctx.saved_tensors
+    need_x, need_bias, need_base, need_a, need_bt = ctx.needs_input_grad[:5]
     flat, flat_dy = (x, d_y) if x.dim() == 2 else (x.view(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1]))
     d_out = flat_dy.contiguous() if d_y.dtype == x.dtype else flat_dy.to(x.dtype).contiguous()
-    run = (whole_layer(x.is_cpu) or _COMPOSED)[1]
-    grads = _without_autocast(run, x, d_out, flat, weight, a, bt, s, scale, seeds, keys, index, *ctx.rows, need_x, need_a, need_bt)
-    d_x = None if not need_x else grads[0] if x.dim() == 2 else grads[0].view(x.shape)
-    d_a = grads[int(need_x)] if need_a else None
-    d_bt = grads[-1] if need_bt else None
+    run = _without_autocast(_gradients) if _autocast(x) else _gradients
+    d_x, d_a, d_bt = run(d_out, flat, weight, a, bt, s, ctx.call, need_x, need_a, need_bt)
+    d_x = d_x if d_x is None or x.dim() == 2 else d_x.view(x.shape)
     d_bias = flat_dy.sum(0, dtype=compute_dtype(d_y.dtype)).to(ctx.bias_dtype) if need_bias else None
-    return d_x, None, d_bias, d_y if need_base else None, d_a, d_bt, None, None, None, None, None
+    return d_x, d_bias, d_y if need_base else None, d_a, d_bt, None, None
 
 
 # The decorator's own cost is paid only where a graph of the backward pass is asked for.
 _refuse_second_derivatives = torch.autograd.function.once_differentiable(_backward)
 
 
-def _without_autocast(run, x, *arguments):
-    """The types are chosen already; a weight would be cast again."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return run(*arguments)
-    with torch.autocast(x.device.type, enabled=False):
-        return run(*arguments)
+def _without_autocast(run):
+    """`run`, its first argument naming the device: the types are chosen already, and a float32 product inside would be made in half precision."""
+
+    def outside(x, *arguments):
+        with torch.autocast(x.device.type, enabled=False):
+            return run(x, *arguments)
+
+    return outside
 
 
-def _compose_forward(x, weight, bias, base, a, bt, scale, seeds, keys, index, ranks, starts, lengths, dropout):
-    s = call("shrink")(x, a.to(x.dtype), scale, seeds, keys, index, ranks, starts, lengths, dropout)
+def _forward(x, weight, bias, base, a, bt, call: Call) -> tuple[Tensor, Tensor]:
+    """(base + LoRA term, packed S)."""
+    scale, seeds, keys, index, plan, dropout = call
+    lists = (plan.ranks, plan.starts, plan.lengths)
+    whole = whole_layer(x.is_cpu)
+    if whole is not None:
+        return whole[0](x, weight, bias, base, a, bt, scale, seeds, keys, index, *lists, dropout)
     out = F.linear(x, weight, bias) if base is None else base.clone(memory_format=torch.contiguous_format)
-    call("expand_")(out, s, bt.to(x.dtype), None, None, index, ranks, starts, lengths, 0.0)
+    term = layer_term(x.is_cpu)
+    if term is not None:
+        return out, term[0](out, x, a, bt, scale, seeds, keys, index, plan.table, plan.elements, dropout)
+    s = _kernel("shrink")(x, a.to(x.dtype), scale, seeds, keys, index, *lists, dropout)
+    _kernel("expand_")(out, s, bt.to(x.dtype), None, None, index, *lists, 0.0)
     return out, s
 
 
-def _compose_backward(d_y, x, weight, a, bt, s, scale, seeds, keys, index, ranks, starts, lengths, dropout, need_x, need_a, need_bt):
-    segments = (seeds, keys, index, ranks, starts, lengths, dropout)
-    plain = (None, None, index, ranks, starts, lengths, 0.0)
-    d_s = call("shrink")(d_y, bt.to(x.dtype), scale, *plain) if need_x or need_a else None
-    out = []
+def _gradients(d_y, x, weight, a, bt, s, call: Call, need_x: bool, need_a: bool, need_bt: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(d_x, d_a, d_bt), None for what is not needed."""
+    scale, seeds, keys, index, plan, dropout = call
+    lists = (plan.ranks, plan.starts, plan.lengths)
+    whole = whole_layer(x.is_cpu)
+    if whole is not None:
+        grads = whole[1](d_y, x, weight, a, bt, s, scale, seeds, keys, index, *lists, dropout, need_x, need_a, need_bt)
+        return grads[0] if need_x else None, grads[int(need_x)] if need_a else None, grads[-1] if need_bt else None
+    d_x = None
     if need_x:
-        out.append(x.new_zeros(x.shape) if weight is None else d_y @ weight)
-        call("expand_")(out[0], d_s, a.to(x.dtype), *segments)
+        d_x = torch.zeros_like(x) if weight is None else torch.mm(d_y, weight)
+    term = layer_term(x.is_cpu)
+    if term is not None:
+        d_a, d_bt = term[1](d_x, d_y, x, a, bt, s, scale, seeds, keys, index, plan.table, dropout, need_a, need_bt)
+        return d_x, d_a if need_a else None, d_bt if need_bt else None
+    d_a = d_bt = d_s = None
+    if need_x or need_a:
+        d_s = _kernel("shrink")(d_y, bt.to(x.dtype), scale, None, None, index, *lists, 0.0)
+    if need_x:
+        _kernel("expand_")(d_x, d_s, a.to(x.dtype), seeds, keys, index, *lists, dropout)
     if need_a:
-        out.append(call("grouped_gram")(d_s, x, *segments, a.dtype))
+        d_a = _kernel("grouped_gram")(d_s, x, seeds, keys, index, *lists, dropout, a.dtype)
     if need_bt:
-        out.append(call("grouped_gram")(s, d_y, *plain, bt.dtype))
-    return out
-
-
-_COMPOSED = (_compose_forward, _compose_backward)
+        d_bt = _kernel("grouped_gram")(s, d_y, None, None, index, *lists, 0.0, bt.dtype)
+    return d_x, d_a, d_bt
 
 
 @register_fake("lora_forward")
@@ -224,6 +267,16 @@ def _(x, weight, bias, base, a, bt, scale, seeds, row_keys, index, ranks, starts
 def _(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, ranks, starts, lengths, dropout, need_x, need_a, need_bt):
     wanted = ((x, need_x), (a, need_a), (bt, need_bt))
     return [torch.empty_like(like, memory_format=torch.contiguous_format) for like, need in wanted if need]
+
+
+@register_fake("lora_add_")
+def _(out, x, a, bt, scale, seeds, row_keys, index, plan, elements, dropout):
+    return x.new_empty(elements)
+
+
+@register_fake("lora_grads_")
+def _(d_x, d_y, x, a, bt, s, scale, seeds, row_keys, index, plan, dropout, need_a, need_bt):
+    return tuple(like.new_empty(like.shape if need else 0) for like, need in ((a, need_a), (bt, need_bt)))
 
 
 @register_fake("shrink")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
-_PARAMS = Path(__file__).parent / "params"
+PARAMS = Path(__file__).parent / "params"
 
 
 @lru_cache(maxsize=512)
@@ -109,22 +110,39 @@ def require_contiguous(**lists: Sequence[Tensor]) -> None:
                 raise ValueError(f"{name}[{position}]: expected a contiguous tensor, got strides {tensor.stride()} for shape {tuple(tensor.shape)}")
 
 
+def params_file(device_name: str) -> str:
+    """Name of the file with a device's measured parameters."""
+    return re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_") + ".json"
+
+
+def user_params() -> Path:
+    """Where `hetlora tune` writes when the package's own folder cannot be written; read before that folder."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "hetlora" / "triton"
+
+
 @lru_cache(maxsize=8)
-def _device_params(device_name: str | None) -> dict[str, dict[str, int]]:
-    default = json.loads((_PARAMS / "default.json").read_text())["kernels"]
+def _named_params(device_name: str | None) -> dict[str, dict[str, Any]]:
+    default = json.loads((PARAMS / "default.json").read_text())
+    tables = default["kernels"] | {"layer": default["layer"]}
     if device_name is None:
-        return default
-    slug = re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_")
-    path = _PARAMS / f"{slug}.json"
-    if not path.exists():
-        warnings.warn(f"hetlora: no measured Triton launch parameters for {device_name}; using the untuned defaults", RuntimeWarning, stacklevel=5)
-        return default
-    return default | json.loads(path.read_text())["kernels"]
+        return tables
+    path = next((path for path in (folder / params_file(device_name) for folder in (user_params(), PARAMS)) if path.exists()), None)
+    if path is None:
+        text = f"hetlora: no measured Triton launch parameters for {device_name}; using the untuned defaults (`hetlora tune` measures them)"
+        warnings.warn(text, RuntimeWarning, stacklevel=6)
+        return tables
+    measured = json.loads(path.read_text())
+    return tables | measured["kernels"] | {"layer": measured.get("layer", default["layer"])}
+
+
+def device_params(device: torch.device) -> dict[str, dict[str, Any]]:
+    """{kernel: launch parameters} and the table "layer" of `device`: measured where a file has them, else the untuned defaults and one warning."""
+    return _named_params(torch.cuda.get_device_name(device) if device.type == "cuda" else None)
 
 
 def params(name: str, device: torch.device) -> dict[str, int]:
-    """Launch parameters of one kernel on `device`: measured ones where params/<device>.json exists, else the untuned defaults and one warning."""
-    return dict(_device_params(torch.cuda.get_device_name(device) if device.type == "cuda" else None)[name])
+    """Launch parameters of one kernel on `device`."""
+    return dict(device_params(device)[name])
 
 
 def block_for(limit: int, width: int) -> int:

@@ -82,7 +82,7 @@ def test_every_setting_is_an_option_under_its_group():
     assert "--cobatch / --no-cobatch" in text and "[none|owners]" in text
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("run",), ("report",), ("export",), ("info",)])
+@pytest.mark.parametrize("command", [(), ("demo",), ("run",), ("report",), ("export",), ("info",), ("tune",)])
 def test_help_works(command):
     result = invoke(*command, "--help")
     assert result.exit_code == 0 and result.stderr == "" and "Usage" in result.output
@@ -90,7 +90,7 @@ def test_help_works(command):
 
 def test_without_a_command_help_is_shown():
     result = invoke()
-    assert result.exit_code == 0 and all(name in result.output for name in ("demo", "run", "report", "export", "info"))
+    assert result.exit_code == 0 and all(name in result.output for name in ("demo", "run", "report", "export", "info", "tune"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from hetlora_kernels import reference
 from hetlora_kernels.reference import compute_dtype
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
-WRITTEN = {"truncate_": (0,), "aggregate_": (0,), "accumulate_": (0,), "adamw_": (0, 2, 3), "sgd_": (0, 2)}
+WRITTEN = {"truncate_": (0,), "aggregate_": (0,), "accumulate_": (0,), "adamw_": (0, 2, 3), "sgd_": (0, 2), "expand_": (0,)}
 EXACT = {"truncate_"}
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {"ranks": [[4, 0, 1, 7], [3, 18, 40, 2]], "widths": [33, 64]},
@@ -144,14 +144,14 @@ def _copy(value: Any, dtype: torch.dtype | None = None) -> Any:
         return [_copy(v, dtype) for v in value]
     if isinstance(value, Tensor):
         return value.to(dtype if dtype and value.is_floating_point() else value.dtype, copy=True)
-    return value
+    return dtype if dtype and isinstance(value, torch.dtype) else value
 
 
 def _results(op: str, run: Callable, args: list[Any]) -> list[Tensor]:
     returned = run(*args)
     if op in WRITTEN:
-        return [t for i in WRITTEN[op] for t in args[i]]
-    return returned if isinstance(returned, list) else [returned]
+        return [t for i in WRITTEN[op] for t in (args[i] if isinstance(args[i], list) else [args[i]])]
+    return list(returned) if isinstance(returned, (list, tuple)) else [returned]
 
 
 def _distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:

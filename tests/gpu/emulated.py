@@ -1,11 +1,15 @@
-"""Build the CUDA kernels, their launchers and the bindings for the host: ops of the namespace `hetlora_emulated` on CPU tensors, under AddressSanitizer."""
+"""Build the CUDA kernels, their launchers and the bindings for the host, as they are or with a planted bug, and run cases on them: ops of the namespace
+`hetlora_emulated` on CPU tensors, under AddressSanitizer."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +17,14 @@ import torch
 HERE = Path(__file__).parent
 ENGINE = HERE / "emulator"
 CSRC = HERE.parents[1] / "csrc" / "cuda"
+SCHEDULES = "fwd,rev,rand,warp"
+# Where a planted bug is built, only the type that its case runs in is compiled.
+TYPES = {
+    "f32": "case Type::f32: return body(float{});",
+    "bf16": "case Type::bf16: return body(__nv_bfloat16{});",
+    "f16": "case Type::f16: return body(__half{});",
+    "f64": "case Type::f64: return body(double{});",
+}
 _SANITIZE = ["-fsanitize=address,alignment", "-fno-sanitize-recover=all"]
 _COMMON = ["g++", "-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
 
@@ -47,27 +59,79 @@ def _compile(source: Path, target: Path, extra: list[str]) -> Path:
     return target
 
 
-def compile_kernel(source: Path, target: Path, headers: Path = CSRC) -> Path:
-    return _compile(source, target, [*_SANITIZE, "-O1", "-x", "c++", "-include", str(ENGINE / "cuda_on_cpu.h"), f"-I{headers}", "-Wno-switch"])
+def compile_kernel(source: Path, target: Path, headers: Path = CSRC, sanitize: bool = True) -> Path:
+    return _compile(
+        source,
+        target,
+        [*(_SANITIZE if sanitize else []), "-O1", "-x", "c++", "-include", str(ENGINE / "cuda_on_cpu.h"), f"-I{ENGINE}", f"-I{headers}", "-Wno-switch"],
+    )
 
 
-def _compile_bindings(target: Path) -> Path:
+def _compile_bindings(source: Path, target: Path) -> Path:
     names = ["-DHETLORA_EMULATOR", "-DHETLORA_NAMESPACE=hetlora_emulated", "-DHETLORA_DISPATCH_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     torch_include = f"-isystem{Path(torch.__file__).parent / 'include'}"
-    return _compile(CSRC / "bindings.cpp", target, [*names, torch_include, "-O0"])
+    return _compile(source, target, [*names, torch_include, "-O0"])
 
 
 def compile_all(folder: Path) -> list[Path]:
     """Object files of everything, two at a time."""
     jobs = [(compile_kernel, (source, folder / f"{source.stem}.o")) for source in sorted(CSRC.glob("*.cu"))]
-    jobs.append((_compile_bindings, (folder / "bindings.o",)))
+    jobs += [(_compile_bindings, (source, folder / f"{source.stem}_bindings.o")) for source in sorted(CSRC.glob("*.cpp"))]
     jobs.append((_compile, (ENGINE / "cuda_on_cpu.cpp", folder / "engine.o", [*_SANITIZE, "-O1"])))
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda job: job[0](*job[1]), jobs))
 
 
-def link(objects: list[Path], target: Path) -> Path:
+def link(objects: list[Path], target: Path, sanitize: bool = True) -> Path:
     library = Path(torch.__file__).parent / "lib"
-    command = ["g++", "-shared", *_SANITIZE, *map(str, objects), "-o", str(target), f"-L{library}", "-ltorch", "-ltorch_cpu"]
+    command = ["g++", "-shared", *(_SANITIZE if sanitize else []), *map(str, objects), "-o", str(target), f"-L{library}", "-ltorch", "-ltorch_cpu"]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return target
+
+
+def work(library: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run emulator_worker.py."""
+    environment = os.environ | {
+        "LD_PRELOAD": str(sanitizer_library()),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "PYTHONPATH": str(HERE.parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, str(HERE / "emulator_worker.py"), str(library), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def wrong(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """{schedule case: what is wrong} of a finished worker."""
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {f"{schedule} {case}": what for schedule, report in json.loads(done.stdout).items() for case, what in report.items() if what}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A planted bug: `old` becomes `new` in a header, the kernels of `source` are rebuilt for one type, and `case` of `shapes` has to fail."""
+
+    header: str
+    source: str
+    old: str
+    new: str
+    shapes: str
+    case: str
+    dtype: str = "f32"
+
+
+def run_changed(mutant: Mutant, objects: list[Path], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Build the library with the change and run the mutant's case in every schedule."""
+    source = folder / "csrc"
+    shutil.copytree(CSRC, source)
+    text = (source / mutant.header).read_text()
+    assert text.count(mutant.old) == 1, f"{mutant.header} no longer has the line that this bug changes"
+    (source / mutant.header).write_text(text.replace(mutant.old, mutant.new))
+    dispatch = (source / "dispatch.cuh").read_text()
+    for name, line in TYPES.items():
+        assert line in dispatch
+        dispatch = dispatch if name == mutant.dtype else dispatch.replace(line, "")
+    (source / "dispatch.cuh").write_text(dispatch)
+    changed = compile_kernel(source / f"{mutant.source}.cu", folder / "changed.o", source)
+    library = link([changed if o.stem == mutant.source else o for o in objects], folder / "changed.so")
+    return work(library, mutant.dtype, mutant.shapes, SCHEDULES, mutant.case)

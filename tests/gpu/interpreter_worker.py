@@ -1,4 +1,6 @@
-"""Run cases on the Triton rung in the interpreter: `interpreter_worker.py f32 small|edge [--break|--no-repair] [case ...]`.
+"""Run cases on the Triton rung in the interpreter: `interpreter_worker.py f32 SHAPE [--break|--no-repair] [case ...]`.
+
+SHAPE: one of cases.py; lora-SHAPE for the layer's ops on one of lora_cases.py; lora_first-, base_first- or fused-SHAPE for the whole layer in that way.
 
 Prints {case: failure or null} as JSON."""
 
@@ -11,8 +13,9 @@ import warnings
 import torch
 from cases import DTYPES, SHAPES, cases, failures
 from interpreter import repair_bfloat16
+from lora_cases import LORA_SHAPES, layer_cases, lora_cases
 
-from hetlora_kernels.triton import OPS, aggregate
+from hetlora_kernels.triton import OPS, _segments, aggregate, lora
 
 
 def main() -> None:
@@ -23,7 +26,13 @@ def main() -> None:
         repair_bfloat16()
     if "--break" in sys.argv:
         aggregate.row_owners = lambda ranks: [0] * sum(ranks)
-    every = cases(SHAPES[size])
+        _segments.every_segment = lambda *layout, right=_segments.every_segment: [s._replace(row=0) for s in right(*layout)]
+    way, _, shape = size.partition("-")
+    if way in lora.WAYS:
+        lora._way = lambda *_: way
+        every = layer_cases(LORA_SHAPES[shape])
+    else:
+        every = lora_cases(LORA_SHAPES[shape]) if way == "lora" else cases(SHAPES[size])
     print(json.dumps({name: failures(every[name], OPS, dtype) for name in names or every}))
 
 

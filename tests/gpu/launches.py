@@ -9,6 +9,7 @@ import torch
 
 from hetlora_kernels.reference import compute_dtype
 from hetlora_kernels.triton import OPS
+from hetlora_kernels.triton.fused import fused
 
 RANKS = [4, 16, 50, 128]
 WIDTHS = [576, 1536]
@@ -64,3 +65,43 @@ for _name, _dtype in TYPES.items():
     CASES[f"step-{_name}"] = partial(_step, _dtype)
 CASES["norms-exact-f32"] = partial(_norms, torch.float32, True)
 CASES["step-f32-odd"] = partial(_step, torch.float32, 1)
+
+
+def _layer(op: str, dtype: torch.dtype, ranks: list[int], drop: bool, gathered: bool, odd: int = 0, peft: bool = False) -> None:
+    """One of the layer's three ops on 1536 (or `odd` more) columns; segments of several tiles and chunks, rows of PEFT's strides."""
+    lengths, width = [256, 0, 1500, 300][: len(ranks)], 1536 + odd
+    total, flat = sum(lengths), sum(r * n for r, n in zip(ranks, lengths, strict=True))
+    x, rows, s = torch.zeros(total, width, dtype=dtype), torch.zeros(sum(ranks), width, dtype=dtype), torch.zeros(flat, dtype=dtype)
+    rows = rows.t().contiguous().t() if peft else rows
+    starts = [sum(lengths[:k]) for k in range(len(lengths))]
+    keys = torch.zeros(total, dtype=torch.int64)
+    segments = (torch.zeros(4, dtype=torch.int64) if drop else None, keys if drop else None, keys if gathered else None, ranks, starts, lengths, 0.1 * drop)
+    if op == "shrink":
+        OPS["shrink"](x, rows, torch.ones(4, dtype=compute_dtype(dtype)), *segments)
+    elif op == "expand_":
+        OPS["expand_"](x, s, rows, *segments)
+    else:
+        OPS["grouped_gram"](s, x, *segments, dtype)
+
+
+def _fused(dtype: torch.dtype, drop: bool) -> None:
+    """The one-launch product as forward (W^T, a bias) and as dx (W, dropout)."""
+    ranks, lengths = [4, 50], [256, 300]
+    total, flat = sum(lengths), sum(r * n for r, n in zip(ranks, lengths, strict=True))
+    x, weight, rows = torch.zeros(total, 1536, dtype=dtype), torch.zeros(1536, 1536, dtype=dtype), torch.zeros(sum(ranks), 1536, dtype=dtype)
+    keys, seeds = (torch.zeros(total, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)) if drop else (None, None)
+    bias = None if drop else torch.zeros(1536, dtype=dtype)
+    fused(x, weight if drop else weight.t(), bias, torch.zeros(flat, dtype=dtype), rows, seeds, keys, None, ranks, [0, 256], lengths, 0.1 * drop)
+
+
+CASES["fused-f16"] = partial(_fused, torch.float16, False)
+CASES["fused-drop-bf16"] = partial(_fused, torch.bfloat16, True)
+CASES["fused-drop-f32"] = partial(_fused, torch.float32, True)
+for _op in ("shrink", "expand_", "grouped_gram"):
+    # All four buckets take seconds to compile: with dropout where it weighs most, without it once.
+    for _name, _dtype in TYPES.items():
+        CASES[f"{_op}-drop-gathered-{_name}"] = partial(_layer, _op, _dtype, RANKS, True, True)
+    CASES[f"{_op}-bf16"] = partial(_layer, _op, torch.bfloat16, RANKS, False, False)
+    CASES[f"{_op}-rank16-peft-bf16"] = partial(_layer, _op, torch.bfloat16, [16], True, False, 0, True)
+    CASES[f"{_op}-rank16-f32"] = partial(_layer, _op, torch.float32, [16], False, False)
+    CASES[f"{_op}-odd-bf16"] = partial(_layer, _op, torch.bfloat16, [3, 5, 7], True, True, 1)

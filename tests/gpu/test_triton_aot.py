@@ -15,18 +15,46 @@ HERE = Path(__file__).parent
 # Bytes of shared memory that one block may have (CUDA C programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 << 10, 87: 163 << 10, 90: 227 << 10, 100: 227 << 10, 110: 227 << 10}
 STREAMING = {"_truncate_kernel", "_aggregate_kernel", "_accumulate_kernel", "_squares_kernel", "_adamw_kernel", "_sgd_kernel", "_gram_kernel"}
+LAYER = {"_shrink_kernel", "_expand_kernel", "_grouped_gram_kernel", "_fused_kernel"}
+LAYER_OPS = ("shrink", "expand_", "grouped_gram", "fused")
+
+
+def launch_cases() -> list[str]:
+    """Names of launches.py's cases, read in a process of their own: it imports the kernels, which must not be imported under TRITON_INTERPRET here."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": f"{HERE.parents[1]}:{HERE}"}
+    done = subprocess.run([sys.executable, "-c", "import launches; print(*launches.CASES)"], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")]
 
 
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
-def test_kernels_compile_without_spills(arch: int, tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(HERE.parents[1]), "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, HERE / "triton_aot.py", str(arch)], env=environment, capture_output=True, text=True, timeout=290)
+def compiled(arch: int, cache: Path, *cases: str) -> list[dict]:
+    """What triton_aot.py says of each kernel that `cases` launch, after the checks that hold for every kernel."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(HERE.parents[1]), "TRITON_CACHE_DIR": str(cache)}
+    done = subprocess.run([sys.executable, HERE / "triton_aot.py", str(arch), *cases], env=environment, capture_output=True, text=True, timeout=290)
     assert done.returncode == 0, done.stderr[-3000:]
     variants = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {v["kernel"] for v in variants} >= STREAMING
     assert not [v for v in variants if v["stack"] or v["local"]], "registers spill"
     assert not [v for v in variants if v["shared"] > SHARED_LIMIT[arch]], "more shared memory than a block may have"
-    assert not [v for v in variants if v["kernel"] in STREAMING and "odd" not in v["case"] and not v["wide"]], "no 16-byte access"
-    assert not [v for v in variants if v["kernel"] in STREAMING and "odd" in v["case"] and v["wide"]], "16-byte accesses where rows are not aligned"
+    streaming = [v for v in variants if v["kernel"] in STREAMING | LAYER]
+    assert not [v for v in streaming if "odd" not in v["case"] and not v["wide"]], "no 16-byte access"
+    assert not [v for v in streaming if "odd" in v["case"] and v["wide"]], "16-byte accesses where rows are not aligned"
+    return variants
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+def test_kernels_compile_without_spills(arch: int, tmp_path: Path) -> None:
+    cases = [case for case in launch_cases() if not case.startswith(LAYER_OPS)]
+    assert {v["kernel"] for v in compiled(arch, tmp_path, *cases)} >= STREAMING
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+def test_layer_kernels_use_tensor_cores_on_16_bit_types_only(arch: int, tmp_path: Path) -> None:
+    """sm_87 and sm_100 take the paths of sm_80 and sm_110: there the type of the bases alone is compiled."""
+    every = [case for case in launch_cases() if case.startswith(LAYER_OPS)]
+    variants = compiled(arch, tmp_path, *[case for case in every if arch not in (87, 100) or case.endswith("bf16")])
+    assert {v["kernel"] for v in variants} >= LAYER
+    products = [v for v in variants if v["kernel"] in LAYER]
+    assert not [v for v in products if v["case"].endswith("16") and not v["mma"]], "no tensor-core instruction"
+    assert not [v for v in products if v["case"].endswith("f32") and (v["mma"] or v["tf32"])], "float32 products on tensor cores: TF32"

@@ -38,15 +38,25 @@ def record(case: Callable[[], None]) -> list[tuple[JITFunction, tuple, dict[str,
     return seen
 
 
+def _specialised(parameter: Any, value: Any) -> tuple[str, bool]:
+    """(type, whether it is promised to be a multiple of 16) of an argument, as a launch would have it; "constexpr" for None and 1."""
+    if value is None or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
+        return "constexpr", False
+    if isinstance(value, torch.Tensor):
+        return _POINTERS[value.dtype], value.data_ptr() % 16 == 0
+    return "i32" if abs(value) < 2**31 else "i64", value % 16 == 0 and not parameter.do_not_specialize
+
+
 def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict[str, Any], arch: int) -> Any:
-    """The compiled kernel, specialised on divisibility by 16 as a launch would."""
+    """The compiled kernel, specialised as a launch would."""
     constants = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
     options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
     signature, attrs = dict.fromkeys(constants, "constexpr"), {}
-    for position, value in enumerate(args):
-        address = value.data_ptr() if isinstance(value, torch.Tensor) else value
-        signature[kernel.arg_names[position]] = _POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
-        if address % 16 == 0:
+    for position, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        signature[name], divisible = _specialised(kernel.params[position], value)
+        if signature[name] == "constexpr":
+            constants[name] = value
+        elif divisible:
             attrs[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(
         fn=kernel,
@@ -75,7 +85,17 @@ def main() -> None:
         for kernel, args, kwargs in record(CASES[name]):
             compiled = compile_launch(kernel, args, kwargs, arch)
             wide = len(re.findall(r"\b[lds]\w*\.global[\w.:]*\.v4\.b32|\b[lds]\w*\.global[\w.:]*\.v2\.b64|\bcp\.async\.cg", compiled.asm["ptx"]))
-            line = {"case": name, "kernel": kernel.fn.__name__, "arch": arch, "warps": kwargs["num_warps"], "wide": wide, **resources(compiled)}
+            mma = len(re.findall(r"\bmma\.sync|\bwgmma\.mma_async|\btcgen05\.mma", compiled.asm["ptx"]))
+            line = {
+                "case": name,
+                "kernel": kernel.fn.__name__,
+                "arch": arch,
+                "warps": kwargs["num_warps"],
+                "wide": wide,
+                "mma": mma,
+                "tf32": "tf32" in compiled.asm["ptx"],
+                **resources(compiled),
+            }
             print(json.dumps(line), flush=True)
 
 

@@ -45,6 +45,17 @@ def samples(name: str, device) -> list[tuple]:
             return [(x, *own, a, bt, scale, *case) for case in cases for own in ((weight, bias, None), (weight, None, None), (None, None, base))]
         needs = [(True, True, True), (False, True, False), (True, False, False), (False, False, True)]
         return [(d_y, x, own, a, bt, s, scale, *case, *need) for case, need in zip(cases, needs, strict=True) for own in (weight, None)]
+    if name in ("lora_add_", "lora_grads_"):
+        x, out, a, bt, s, d_x, d_y = factors(device, (7, 5), (7, 4), (5, 5), (5, 4), (10,), (7, 5), (7, 4))
+        scale, cases = torch.rand(3, device=device), []
+        for seeds, keys, index, *lists, dropout in [layer_arguments(device, gathered, seeds) for gathered in (False, True) for seeds in (False, True)]:
+            call = (scale, seeds, keys, index, torch.tensor(lists))
+            if name == "lora_add_":
+                cases.append((out, x, a, bt, *call, 10, dropout))
+            else:
+                needs = ((d_x, True, True), (None, True, False), (d_x, False, False), (None, False, True))
+                cases += [(target, d_y, x, a, bt, s, *call, dropout, *need) for target, *need in needs]
+        return cases
     if name == "truncate_":
         banks = factors(device, (4, 5), (4, 7))
         return [

@@ -52,6 +52,15 @@ def test_published_vectors_of_philox(counter, key, rounds, expected):
     assert philox_words(counter, key, rounds) == expected
 
 
+@pytest.mark.parametrize(("counter", "key", "rounds", "expected"), [vector for vector in PUBLISHED if vector[2] == 7])
+def test_published_vectors_in_triton(counter, key, rounds, expected, backend, device):
+    if backend != "triton":
+        pytest.skip("a kernel of the Triton rung")
+    from philox_kernel import philox_in_triton
+
+    assert tuple(philox_in_triton(counter, key, device).tolist()) == expected
+
+
 def test_seven_rounds_by_default():
     words = philox4x32(tuple(torch.tensor([c]) for c in PI[0]), tuple(torch.tensor([k]) for k in PI[1]))
     assert tuple(int(w) for w in words) == PUBLISHED[2][3]

@@ -21,7 +21,14 @@ namespace emulator {
 namespace {
 
 constexpr size_t STACK = 256 << 10;
+constexpr int COPY_BYTES = 16;
 enum class State { ready, at_barrier, at_collective, done };
+
+struct Copy {
+    unsigned char* to;
+    const void* from;
+    int bytes;
+};
 
 struct Thread {
     Place place;
@@ -30,6 +37,8 @@ struct Thread {
     unsigned mask = 0;      // of the collective it waits at
     Collective kind = Collective::sync;
     uint64_t value = 0;     // what it offers to the other lanes
+    const void* address = nullptr;
+    std::vector<std::vector<Copy>> copies{1};  // groups on their way, the last one open
     char* stack = nullptr;
     void* stack_pointer = nullptr;
 #ifndef FIBER_ASM
@@ -224,6 +233,26 @@ void run_block(const std::string& schedule, std::mt19937& random) {
 const Place& here() { return threads[current].place; }
 
 uint64_t& slot(int lane) { return threads[current / 32 * 32 + lane].value; }
+
+const void*& offer(int lane) { return threads[current / 32 * 32 + lane].address; }
+
+void start_copy(void* to, const void* from, int bytes) {
+    memset(to, 0xff, COPY_BYTES);
+    threads[current].copies.back().push_back({static_cast<unsigned char*>(to), from, bytes});
+}
+
+void close_copies() { threads[current].copies.emplace_back(); }
+
+void await_copies(int pending) {
+    auto& groups = threads[current].copies;
+    while (static_cast<int>(groups.size()) > pending + 1) {
+        for (const Copy& copy : groups.front()) {
+            memcpy(copy.to, copy.from, copy.bytes);
+            memset(copy.to + copy.bytes, 0, COPY_BYTES - copy.bytes);
+        }
+        groups.erase(groups.begin());
+    }
+}
 
 void block_barrier(int line) {
     threads[current].state = State::at_barrier;

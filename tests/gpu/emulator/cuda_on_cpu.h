@@ -33,7 +33,7 @@
 
 namespace emulator {
 
-enum class Collective : int { shuffle, ballot, sync };
+enum class Collective : int { shuffle, ballot, sync, matrices, product };
 
 struct Place {
     dim3 grid, block;
@@ -48,6 +48,12 @@ void block_barrier(int line);
 // Meets the lanes of `mask` at the same kind of collective and returns when all are there.
 void meet(unsigned mask, Collective kind);
 uint64_t& slot(int lane);  // of the running thread's warp
+const void*& offer(int lane);  // the same, an address: valid until the lanes meet again
+
+// Asynchronous copies: what the running thread starts arrives when it waits for it, and is garbage until then.
+void start_copy(void* to, const void* from, int bytes);
+void close_copies();
+void await_copies(int pending);
 
 template <class T>
 T exchange(unsigned mask, T value, int from) {

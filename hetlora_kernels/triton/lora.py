@@ -1,0 +1,91 @@
+"""The whole layer of this rung: shrink, one of three ways to bring base and LoRA term together, and the factors' gradients.
+
+The ways, for the forward pass (x W^T + bias + S B) and for dx (dY W + mask(dS A) / (1 - p)) alike:
+  lora_first   S B is written under the bias, and the BLAS library's product accumulates on it: one write of the output more than the base alone;
+  base_first   the base, then S B accumulates in place: one read and one write more. The only way where gathered rows leave base-only ones out;
+  fused        one Triton product that starts from bias and S B (fused.py).
+Which one is data: the nearest measured shape of params/<device>.json (`hetlora tune` writes it), else its default.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import log2
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hetlora_kernels.triton._common import device_params
+from hetlora_kernels.triton.expand import covers, expand_, expanded
+from hetlora_kernels.triton.fused import fused
+from hetlora_kernels.triton.grouped_gram import grouped_gram
+from hetlora_kernels.triton.shrink import shrink
+
+WAYS = ("lora_first", "base_first", "fused")
+
+
+def type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def nearest(table: dict[str, Any], dtype: str, rows: int, depth: int, width: int) -> str:
+    """The way that was fastest on the measured shape nearest in the logarithms of its extents; the table's default where its type was not measured."""
+
+    def distance(entry: dict[str, Any]) -> float:
+        return sum(abs(log2(max(1, ours)) - log2(entry[name])) for name, ours in (("rows", rows), ("depth", depth), ("width", width)))
+
+    own = [entry for entry in table["measured"] if entry["dtype"] == dtype]
+    return min(own, key=distance)["way"] if own else table["default"]
+
+
+@lru_cache(maxsize=4096)
+def _way(device: torch.device, dtype: torch.dtype, rows: int, depth: int, width: int) -> str:
+    return nearest(device_params(device)["layer"], type_name(dtype), rows, depth, width)
+
+
+def product(x: Tensor, matrix: Tensor, bias: Tensor | None, way: str, s: Tensor, rows: Tensor, *segments: Any) -> Tensor:
+    """x matrix + bias + S_k rows_k in one of the three ways; `segments` = (seeds, row_keys, index, ranks, starts, lengths, dropout)."""
+    if way == "fused":
+        return fused(x, matrix, bias, s, rows, *segments)
+    if way == "lora_first":
+        return expanded(bias, torch.Size((x.shape[0], matrix.shape[1])), x.dtype, s, rows, *segments).addmm_(x, matrix)
+    out = x @ matrix if bias is None else torch.addmm(bias, x, matrix)
+    expand_(out, s, rows, *segments)
+    return out
+
+
+def _with_base(x: Tensor, matrix: Tensor, bias: Tensor | None, s: Tensor, rows: Tensor, *segments: Any) -> Tensor:
+    way = _way(x.device, x.dtype, x.shape[0], *matrix.shape) if covers(segments[2], x.shape[0]) else "base_first"
+    return product(x, matrix, bias, way, s, rows, *segments)
+
+
+def _beside(base: Tensor | None, shape: torch.Size, s: Tensor, rows: Tensor, *segments: Any) -> Tensor:
+    """A new tensor base + S_k rows_k; zeros for no base."""
+    if covers(segments[2], shape[0]):
+        return expanded(base, shape, s.dtype if base is None else base.dtype, s, rows, *segments)
+    out = s.new_zeros(shape) if base is None else base.clone(memory_format=torch.contiguous_format)
+    expand_(out, s, rows, *segments)
+    return out
+
+
+def lora_forward(x, weight, bias, base, a, bt, scale, seeds, row_keys, index, ranks, starts, lengths, dropout):
+    """See `reference.lora_forward`."""
+    s = shrink(x, a, scale, seeds, row_keys, index, ranks, starts, lengths, dropout)
+    plain = (None, None, index, ranks, starts, lengths, 0.0)
+    return _beside(base, base.shape, s, bt, *plain) if weight is None else _with_base(x, weight.t(), bias, s, bt, *plain), s
+
+
+def lora_backward(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, ranks, starts, lengths, dropout, need_x, need_a, need_bt):
+    """See `reference.lora_backward`."""
+    segments = (seeds, row_keys, index, ranks, starts, lengths, dropout)
+    plain = (None, None, index, ranks, starts, lengths, 0.0)
+    d_s = shrink(d_y, bt, scale, *plain) if need_x or need_a else None
+    out = []
+    if need_x:
+        out.append(_beside(None, x.shape, d_s, a, *segments) if weight is None else _with_base(d_y, weight, None, d_s, a, *segments))
+    if need_a:
+        out.append(grouped_gram(d_s, x, *segments, a.dtype))
+    if need_bt:
+        out.append(grouped_gram(s, d_y, *plain, bt.dtype))
+    return out

@@ -1,0 +1,95 @@
+"""The CUDA kernels of the LoRA layer run on the host as in test_emulator.py: ragged cases, the whole layer, the mask and the published Philox vectors, and
+planted bugs. Copies by cp.async arrive in the emulator when they are waited for and are garbage before, so that a missing wait shows."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+
+import emulated
+import pytest
+from emulated import SCHEDULES, Mutant, run_changed, work, wrong
+
+sys.path.insert(0, str(emulated.HERE.parent / "kernels"))
+from test_dropout import PUBLISHED
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))]
+
+
+def test_every_op_in_every_type_and_schedule(library: Path) -> None:
+    assert not wrong(work(library, "f32,bf16,f16,f64", "lora-small", SCHEDULES))
+
+
+@pytest.mark.parametrize("shape", ["mixed", "aligned", "long", "narrow", "base-only", "no-rows", "no-ranks"])
+def test_every_rank_and_segment(library: Path, shape: str) -> None:
+    assert not wrong(work(library, "f32,bf16", f"lora-{shape}", "rand"))
+
+
+def test_whole_layer_mask_and_batch_mates(library: Path) -> None:
+    assert not wrong(work(library, "f32,bf16", "checks", "warp"))
+
+
+def test_published_vectors_of_philox(tmp_path: Path) -> None:
+    source = tmp_path / "philox.cu"
+    source.write_text(
+        '#include "philox.cuh"\n'
+        'extern "C" __attribute__((visibility("default"))) void words(uint32_t* c, uint64_t key) {\n'
+        "    const hetlora::Counter out = hetlora::philox({c[0], c[1], c[2], c[3]}, key);\n"
+        "    memcpy(c, out.word, sizeof out.word);\n}\n"
+    )
+    emulated.link([emulated.compile_kernel(source, tmp_path / "philox.o", sanitize=False)], tmp_path / "philox.so", sanitize=False)
+    function = ctypes.CDLL(str(tmp_path / "philox.so")).words
+    for counter, key, rounds, expected in PUBLISHED:
+        if rounds == 7:
+            words = (ctypes.c_uint32 * 4)(*counter)
+            function(words, ctypes.c_uint64(key[0] | key[1] << 32))
+            assert tuple(words) == expected
+
+
+STAGED = "            __syncthreads();  // the stage is whole, and the one before it is free\n"
+MUTANTS = {
+    "shrink: no barrier between staging and use": Mutant("shrink.cuh", "shrink", STAGED, "", "lora-small", "shrink"),
+    "shrink: no wait for the copies": Mutant("shrink.cuh", "shrink", "ring.await();", "", "lora-aligned", "shrink"),
+    "shrink: dropped columns of the first stage again": Mutant(
+        "shrink.cuh", "shrink", "key[part], step * DEPTH<T> + column", "key[part], column", "lora-small", "shrink-drop"
+    ),
+    "shrink: columns past the width": Mutant(
+        "shrink.cuh", "shrink", "source[part] ? call.width - k - column : 0", "source[part] ? DRAWS : 0", "lora-small", "shrink"
+    ),
+    "shrink: rows past the client's": Mutant("shrink.cuh", "shrink", "if (t < client.length && rank", "if (rank", "lora-small", "shrink"),
+    "shrink: no barrier between passes": Mutant("shrink.cuh", "shrink", "if (first) __syncthreads();", "", "lora-long", "shrink"),
+    "a wait for one copy too few": Mutant("lora.cuh", "grouped_gram", "await_copies<1>();", "await_copies<2>();", "checks", "alone", "bf16"),
+    "fragments of the wrong columns": Mutant(
+        "lora.cuh", "shrink", "row + middle + low, s * SLICE + high)", "row + high + low, s * SLICE + middle)", "lora-small", "shrink", "bf16"
+    ),
+    "a neighbour's rank row": Mutant("lora.cuh", "expand", "first + row < client.rank ?", "first + row <= client.rank ?", "lora-small", "expand"),
+    "expand: no barrier before the product": Mutant(
+        "expand.cuh", "expand", "    __syncthreads();  // the product takes the stages' place\n", "", "lora-small", "expand", "bf16"
+    ),
+    "expand: no wait for the copies": Mutant("expand.cuh", "expand", "await_copies<0>();", "", "lora-aligned", "expand"),
+    "expand: a warp that does not wait for its lanes": Mutant("expand.cuh", "expand", "    __syncwarp();\n", "", "lora-small", "expand", "bf16"),
+    "expand: a store past the row": Mutant("expand.cuh", "expand", "        if (column + e >= call.width) return;\n", "", "lora-small", "expand"),
+    "expand: the mask of the next row": Mutant(
+        "expand.cuh", "expand", "call.keys[client.start + top + local]", "call.keys[client.start + top + local / 2]", "lora-small", "expand-drop"
+    ),
+    "grouped_gram: no barrier between staging and use": Mutant("grouped_gram.cuh", "grouped_gram", STAGED, "", "lora-small", "grouped_gram"),
+    "grouped_gram: the mask of the step before": Mutant(
+        "grouped_gram.cuh", "grouped_gram", "(step + 1) * DEPTH<T> + row", "step * DEPTH<T> + row", "lora-aligned", "grouped_gram-drop"
+    ),
+    "grouped_gram: rows of the next client": Mutant("grouped_gram.cuh", "grouped_gram", "at < end ? static_cast", "true ? static_cast", "checks", "alone"),
+    "grouped_gram: splits added without the last": Mutant(
+        "grouped_gram.cuh", "grouped_gram", "chunk < chunks; ++chunk", "chunk + 1 < chunks; ++chunk", "checks", "alone"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_planted_bug_is_noticed(name: str, objects: list[Path], tmp_path: Path) -> None:
+    done = run_changed(MUTANTS[name], objects, tmp_path)
+    assert "AddressSanitizer" in done.stderr or wrong(done)
+
+
+def test_the_same_build_without_a_bug_passes(objects: list[Path], tmp_path: Path) -> None:
+    line = "await_copies<0>();\n            __sync"
+    assert not wrong(run_changed(Mutant("expand.cuh", "expand", line, line, "lora-small", "expand", "bf16"), objects, tmp_path))
