@@ -23,7 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from hetlora.report import Run, mean_rank
+from hetlora.report import DIAGNOSTICS, Run, mean_rank
 from hetlora.tables import perplexity_of
 
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
@@ -59,7 +59,7 @@ def draw_all(run: Run) -> dict[str, Picture]:
     if any(record.get("diagnostics") for record in run.records):
         from hetlora.plots_diagnostics import draw_run
 
-        drawn += (("diagnostics.png", draw_run),)
+        drawn += ((DIAGNOSTICS, draw_run),)
     return {name: render(partial(draw, run)) for name, draw in drawn}
 
 

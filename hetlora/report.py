@@ -1,4 +1,4 @@
-"""A run folder as one self-contained HTML page and four PNGs. Works on runs that were stopped, and says that they were."""
+"""A run folder as one self-contained HTML page and its PNGs. Works on runs that were stopped, and says that they were."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 from hetlora.config import Config, ConfigError
 
-PICTURES = ("perplexity.png", "ranks.png", "weights.png", "bytes.png", "diagnostics.png")
+PICTURES = ("perplexity.png", "ranks.png", "weights.png", "bytes.png")
+DIAGNOSTICS = "diagnostics.png"  # of runs that recorded them
 _GENERATOR = '<meta name="generator" content="hetlora">'
 
 
@@ -137,7 +138,7 @@ def write_report(run_dir: str | Path, out_dir: str | Path | None = None) -> Path
 
 
 def _refuse_foreign(out: Path, page: Path, own: bool) -> None:
-    there = [name for name in (page.name, *PICTURES) if (out / name).exists()]
+    there = [name for name in (page.name, *PICTURES, DIAGNOSTICS) if (out / name).exists()]
     if own or not there:
         return
     if page.is_file() and _GENERATOR in page.read_text(encoding="utf-8", errors="replace")[:2000]:
