@@ -143,11 +143,12 @@ def _parse_search(text: str) -> tuple[str, list[str]]:
 
 
 def _open_folder(common: Config, plan: Plan) -> Path:
-    """Create the folder, or make sure that the comparison it holds has the same common settings; methods and seeds may be added."""
+    """Create the folder, or make sure that the comparison it holds has the same common settings; methods, seeds and searched values may be added."""
     folder = Path(common.output)
-    wanted = {"config": common.model_dump(exclude={"output"}), "plan": plan.model_dump(include={"search", "search_data", "search_rounds"})}
+    wanted = {"config": common.model_dump(exclude={"output"}), "plan": plan.model_dump(include={"search_data", "search_rounds"})}
     if (folder / PLAN).is_file():
         saved = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        saved["config"] = Config.create(str(folder / PLAN), **saved["config"]).model_dump()  # settings that came later have their defaults
         pairs = [(key, saved[part].get(key), value) for part in wanted for key, value in wanted[part].items()]
         different = [f"{key} was {old!r}, now {new!r}" for key, old, new in pairs if old != new]
         if different:
@@ -162,7 +163,7 @@ def _open_folder(common: Config, plan: Plan) -> Path:
 
 def _cell(method: Method, common: Config, bench: _Bench, folder: Path, values: dict[str, str], search: bool) -> Cell:
     value = next(iter(values.values()), "")
-    name = f"{quote(method.name, safe='+=')}{f'-{value}' if search else ''}"
+    name = f"{quote(method.name, safe='+=')}{f'-{value}' if value else ''}"  # a search that takes another value leaves the old runs alone
     r_min, r_max = bench.bounds(common)
     cfg = method_config(method, common, r_min, r_max, **values, output=str(folder / name / f"seed-{common.seed}"))
     check_options(cfg)

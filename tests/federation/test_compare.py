@@ -95,12 +95,21 @@ def test_stopped_anywhere_the_same_call_continues_and_runs_nothing_twice(tmp_pat
     assert again.found == seen.found + seen.ran and len(again.ran) == 4, "methods and seeds can be added"
 
 
+def test_searched_values_can_be_added(tmp_path):
+    """The runs at the value that is no longer taken stay, and count for nothing."""
+    first = compared(tmp_path / "c", search="lr=0.0001")
+    seen = Cells()
+    second = compared(tmp_path / "c", "hetlora", seen, search="lr=0.0001,0.05")
+    assert seen.found == ["search hetlora 0.0001"] and seen.ran == ["search hetlora 0.05", "hetlora seed 0"]
+    assert first.chosen == {"hetlora": "0.0001"} and second.chosen == {"hetlora": "0.05"} and second.cells[0].cfg.lr == 0.05
+
+
 def test_another_comparison_in_the_folder_is_refused(tmp_path):
     compared(tmp_path / "c")
     with pytest.raises(ConfigError, match=r"other settings \(rounds was 2, now 3\)"):
         compared(tmp_path / "c", settings={"rounds": 3})
-    with pytest.raises(ConfigError, match="search was"):
-        compared(tmp_path / "c", search="lr=0.1")
+    with pytest.raises(ConfigError, match="search_rounds was 0, now 1"):
+        compared(tmp_path / "c", search="lr=0.1", search_rounds=1)
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "mine.txt").touch()
     with pytest.raises(ConfigError, match="holds no comparison"):
