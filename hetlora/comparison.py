@@ -208,27 +208,40 @@ def _csv(table: Table) -> str:
     return buffer.getvalue()
 
 
+def _plain(value: Any) -> Any:
+    """Numbers to six digits, in lists and dicts too; those that JSON does not know (infinite perplexities) become text."""
+    if isinstance(value, dict):
+        return {key: _plain(own) for key, own in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(own) for own in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+    return value
+
+
+def _diagnostics(outcome: Outcome) -> dict[str, Any]:
+    """Effective rank and merge error by round, and the energy of the rank rows after the last; every round's is in the run folder."""
+    found = [record["diagnostics"] for record in outcome.run.trained if record.get("diagnostics")]
+    last = found[-1]["row_energy"] if found else []
+    return {"effective_rank": [own["effective_rank"] for own in found], "merge_error": [own["merge_error"] for own in found], "row_energy": last}
+
+
 def _json(table: Table) -> str:
-    """Every figure of the page; values that are no JSON numbers (infinite perplexities) become text."""
-
-    def plain(value: float | None) -> float | str | None:
-        return value if value is None or math.isfinite(value) else str(value)
-
+    """Every figure of the page."""
     methods = {}
     for name, outcomes in table.outcomes.items():
-        tallies = table.tallies[name]
         methods[name] = {
             "text": table.text(name),
             "searched": table.comparison.chosen.get(name),
-            "metrics": {key: {"mean": plain(t.mean), "std": plain(t.std), "values": [plain(v) for v in t.values]} for key, t in tallies.items()},
-            "curves": {part: [[[r, plain(p)] for r, p in o.curve(part)] for o in outcomes] for part in (GLOBAL, OWN, "own_train", UNSEEN)},
+            "metrics": {key: {"mean": t.mean, "std": t.std, "values": t.values} for key, t in table.tallies[name].items()},
+            "curves": {part: [o.curve(part) for o in outcomes] for part in (GLOBAL, OWN, "own_train", UNSEEN)},
             "gap_by_rank": [gaps(outcome) for outcome in outcomes],
-            "diagnostics": [[record.get("diagnostics") for record in outcome.run.trained] for outcome in outcomes],
+            "diagnostics": [_diagnostics(outcome) for outcome in outcomes],
         }
     versions = next(iter(table.outcomes.values()))[0].run.versions
-    search = [{"method": o.cell.method, "value": o.cell.value, "curve": [[r, plain(p)] for r, p in o.curve(GLOBAL)]} for o in table.search]
+    search = [{"method": o.cell.method, "value": o.cell.value, "curve": o.curve(GLOBAL)} for o in table.search]
     common = {"plan": table.comparison.plan.model_dump(), "config": table.comparison.common.model_dump(), "versions": versions}
-    return json.dumps({**common, "methods": methods, "search": search}, indent=1) + "\n"
+    return json.dumps(_plain({**common, "methods": methods, "search": search})) + "\n"
 
 
 def target_text(table: Table) -> str:
