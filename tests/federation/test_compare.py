@@ -62,6 +62,14 @@ def test_a_method_gives_the_same_bits_alone_and_after_all_the_others(tmp_path, m
     assert len({curve[-1] for curve in curves.values()}) >= len(curves) - 1, "the methods differ, or equal bits would say nothing"
 
 
+def test_baselines_are_hetlora_with_its_parts_switched_off(tmp_path):
+    """One code path: equal ranks, no pruning and FedAvg's weights are HomLoRA, to the bit; with unequal ranks they are not."""
+    same = "hetlora+gamma=1+weights=samples+ranks=fixed:2"
+    found = compared(tmp_path / "c", f"homlora-min,{same},hetlora+gamma=1+weights=samples")
+    runs = [outputs(found, cell.method)[0] for cell in found.cells]
+    assert runs[0] == runs[1] != runs[2]
+
+
 def test_a_value_found_by_search_does_not_depend_on_the_other_methods(tmp_path):
     search = {"search": "lr=0.0001,0.05"}
     alone = compared(tmp_path / "alone", "hetlora-owners", settings={"rounds": 1}, **search)
