@@ -1,6 +1,7 @@
 """The lora suite: forward + backward of one multi-rank LoRA linear, against the frozen layer alone in the same round (ratio - 1 = overhead of LoRA).
 
-Providers: this project on every rung of the device; stock PEFT, one client after another; hand-written addmm per client; zero-padded batched GEMMs.
+Providers: this project on every rung of the device; stock PEFT, one client after another, and compiled at a few shapes; hand-written addmm per client;
+zero-padded batched GEMMs. The smallest load, four rows, shows the overhead of a call.
 Adapters are float32, the base and its input `dtype`, as PEFT has them; every provider is checked at p = 0 against the reference before it is timed.
 """
 
@@ -17,12 +18,20 @@ from torch import Tensor
 
 import hetlora_kernels as hk
 from benchmarks.server import WrongResultError
+from benchmarks.shapes import power_law_ranks
 from benchmarks.timing import interleaved, peak_extra_bytes
 from hetlora_kernels import _library
 
-SHAPES = [(256, 256), (1024, 1024), (1536, 1536), (576, 576), (576, 192), (576, 1536), (1536, 576)]  # in -> out; the last four: SmolLM2-135M
-TOKENS_AND_CLIENTS = [(256, 1), (1024, 1), (4096, 1), (1024, 4), (1024, 8)]
-RANK = 16
+# in -> out features
+SMOLLM2_135M = [(576, 576), (576, 192), (576, 1536), (1536, 576)]
+QWEN25_15B = [(1536, 1536), (1536, 256), (1536, 8960), (8960, 1536)]
+LLAMA_8B = [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)]
+CPU_SHAPES = [(256, 256), (1024, 1024), (1536, 1536), *SMOLLM2_135M]
+GPU_SHAPES = [*SMOLLM2_135M, *QWEN25_15B, *LLAMA_8B, (2048, 2048), (8192, 8192)]
+# rows of x, ranks of the clients, which own equal numbers of rows
+CPU_LOADS = [(4, [4]), (256, [16]), (1024, [16]), (4096, [16]), (1024, [16] * 4), (1024, [16] * 8), (1024, [4, 8, 16, 32, 64, 4, 8, 16])]
+GPU_LOADS = [(2048, [16]), (8192, [16]), (8192, [64]), (2048, power_law_ranks(8)), (8192, [4, 8, 16, 32]), (16384, power_law_ranks(32))]
+COMPILED = [(576, 576), (1536, 576), (4096, 4096)]  # at 1024 or 8192 rows: compiling takes longer than all else
 YARDSTICK = "frozen layer"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
@@ -32,7 +41,7 @@ class Problem:
     n: int
     m: int
     tokens: int
-    clients: int
+    ranks: list[int]
     dtype: torch.dtype
     device: torch.device
     p: float = 0.0
@@ -43,15 +52,22 @@ class Problem:
         def normal(*size: int, std: float = 1.0, dtype: torch.dtype = self.dtype) -> Tensor:
             return (torch.randn(*size, generator=draw, device=self.device) * std).to(dtype)
 
-        rows = self.clients * RANK
+        rows = sum(self.ranks)
         self.x = normal(self.tokens, self.n).requires_grad_()
         self.weight, self.d_y = normal(self.m, self.n, std=self.n**-0.5), normal(self.tokens, self.m)
         self.a = normal(rows, self.n, std=self.n**-0.5, dtype=torch.float32).requires_grad_()
         self.bt = normal(rows, self.m, std=0.1, dtype=torch.float32).requires_grad_()
 
-    def each(self, tensor: Tensor) -> list[Tensor]:
+    @property
+    def clients(self) -> int:
+        return len(self.ranks)
+
+    def x_of_each(self) -> list[Tensor]:
         """One leaf per client."""
-        return [part.detach().clone().requires_grad_() for part in tensor.chunk(self.clients)]
+        return [part.detach().clone().requires_grad_() for part in self.x.chunk(self.clients)]
+
+    def of_each(self, factor: Tensor) -> list[Tensor]:
+        return [part.detach().clone().requires_grad_() for part in factor.split(self.ranks)]
 
 
 Results = Callable[[], tuple[Tensor, Tensor, Tensor]]
@@ -67,7 +83,7 @@ def frozen(p: Problem) -> Callable[[], object]:
 
 
 def ours(p: Problem, rung: str) -> tuple[Callable[[], object], Results]:
-    layout, seg = hk.RankLayout([RANK] * p.clients), hk.Segments.from_lengths([p.tokens // p.clients] * p.clients)
+    layout, seg = hk.RankLayout(p.ranks), hk.Segments.from_lengths([p.tokens // p.clients] * p.clients)
     seeds = torch.arange(p.clients, device=p.device)
 
     def run() -> None:
@@ -82,25 +98,25 @@ def _joined(xs: list[Tensor], a: list[Tensor], bt: list[Tensor]) -> tuple[Tensor
     return tuple(torch.cat([t.grad for t in own]) for own in (xs, a, bt))
 
 
-def peft(p: Problem) -> tuple[Callable[[], object], Results]:
+def peft(p: Problem, compiled: bool = False) -> tuple[Callable[[], object], Results]:
     from peft import LoraConfig
     from peft.tuners.lora import Linear
 
     base = torch.nn.Linear(p.n, p.m, bias=False, device=p.device, dtype=p.dtype)
     base.weight = torch.nn.Parameter(p.weight, requires_grad=False)
-    config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=p.p)
-    xs, d_ys, layers = p.each(p.x), p.d_y.chunk(p.clients), []
-    for a, bt in zip(p.a.chunk(p.clients), p.bt.chunk(p.clients), strict=True):
-        layer = Linear(base, "default", config=config, r=RANK, lora_alpha=RANK)
+    xs, d_ys, layers = p.x_of_each(), p.d_y.chunk(p.clients), []
+    for rank, a, bt in zip(p.ranks, p.a.split(p.ranks), p.bt.split(p.ranks), strict=True):
+        layer = Linear(base, "default", config=LoraConfig(r=rank, lora_alpha=rank, lora_dropout=p.p), r=rank, lora_alpha=rank)
         layer.lora_A["default"].weight = torch.nn.Parameter(a.detach().clone())
         layer.lora_B["default"].weight = torch.nn.Parameter(bt.detach().t().contiguous())
         layers.append(layer)
     factors = [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in layers]
+    calls = [torch.compile(layer) if compiled else layer for layer in layers]
 
     def run() -> None:
-        for layer, x, d_y, (a, b) in zip(layers, xs, d_ys, factors, strict=True):
+        for call, x, d_y, (a, b) in zip(calls, xs, d_ys, factors, strict=True):
             x.grad = a.grad = b.grad = None
-            layer(x).backward(d_y)
+            call(x).backward(d_y)
 
     def results() -> tuple[Tensor, Tensor, Tensor]:
         return torch.cat([x.grad for x in xs]), torch.cat([a.grad for a, _ in factors]), torch.cat([b.grad.t() for _, b in factors])
@@ -109,7 +125,7 @@ def peft(p: Problem) -> tuple[Callable[[], object], Results]:
 
 
 def addmm(p: Problem) -> tuple[Callable[[], object], Results]:
-    xs, d_ys, factors, others = p.each(p.x), p.d_y.chunk(p.clients), p.each(p.a), p.each(p.bt)
+    xs, d_ys, factors, others = p.x_of_each(), p.d_y.chunk(p.clients), p.of_each(p.a), p.of_each(p.bt)
 
     def run() -> None:
         for x, d_y, a, bt in zip(xs, d_ys, factors, others, strict=True):
@@ -117,46 +133,54 @@ def addmm(p: Problem) -> tuple[Callable[[], object], Results]:
             s = F.dropout(x, p.p) @ a.to(x.dtype).t()
             torch.addmm(F.linear(x, p.weight), s, bt.to(x.dtype)).backward(d_y)
 
-    return run, lambda: _joined(xs, factors, others)
+    return run, lambda: tuple(torch.cat([t.grad for t in own]) for own in (xs, factors, others))
 
 
 def padded(p: Problem) -> tuple[Callable[[], object], Results]:
-    a = p.a.detach().clone().requires_grad_()
-    bt = p.bt.detach().clone().requires_grad_()
-    x = p.x.detach().clone().requires_grad_()
+    def stacked(factor: Tensor) -> Tensor:
+        return torch.stack([F.pad(own, (0, 0, 0, max(p.ranks) - own.shape[0])) for own in factor.detach().split(p.ranks)]).requires_grad_()
+
+    def unpadded(grad: Tensor) -> Tensor:
+        return torch.cat([own[:rank] for own, rank in zip(grad, p.ranks, strict=True)])
+
+    a, bt, x = stacked(p.a), stacked(p.bt), p.x.detach().clone().requires_grad_()
 
     def run() -> None:
         x.grad = a.grad = bt.grad = None
-        grouped = F.dropout(x, p.p).view(p.clients, -1, p.n)
-        s = torch.bmm(grouped, a.to(x.dtype).view(p.clients, RANK, p.n).transpose(1, 2))
-        delta = torch.bmm(s, bt.to(x.dtype).view(p.clients, RANK, p.m))
-        (F.linear(x, p.weight) + delta.view(p.tokens, p.m)).backward(p.d_y)
+        s = torch.bmm(F.dropout(x, p.p).view(p.clients, -1, p.n), a.to(x.dtype).transpose(1, 2))
+        (F.linear(x, p.weight) + torch.bmm(s, bt.to(x.dtype)).view(p.tokens, p.m)).backward(p.d_y)
 
-    return run, lambda: (x.grad, a.grad, bt.grad)
+    return run, lambda: (x.grad, unpadded(a.grad), unpadded(bt.grad))
 
 
-def providers(device: torch.device) -> dict[str, Provider]:
-    rungs = [rung for rung in _library.available() if rung != "reference" and (rung == "cpu") == (device.type == "cpu")]
+def providers(p: Problem) -> dict[str, Provider]:
+    rungs = [rung for rung in _library.available() if rung != "reference" and (rung == "cpu") == (p.device.type == "cpu")]
     own: dict[str, Provider] = {f"hetlora {rung}": partial(ours, rung=rung) for rung in (*rungs, "reference")}
-    return own | {"PEFT one by one": peft, "torch addmm one by one": addmm, "torch padded bmm": padded}
+    own |= {"PEFT one by one": peft, "torch addmm one by one": addmm, "torch padded bmm": padded}
+    if (p.n, p.m) in COMPILED and p.tokens in (1024, 8192) and len(set(p.ranks)) == 1:
+        own["PEFT compiled"] = partial(peft, compiled=True)
+    return own
 
 
 def cases(options: Any, device: torch.device) -> Iterator[tuple[Problem, str]]:
-    shapes, loads = ([(40, 24)], [(16, 1), (16, 4)]) if options.quick else (SHAPES, TOKENS_AND_CLIENTS)
-    for dtype in (torch.float32, torch.bfloat16):
+    on_cpu = device.type == "cpu"
+    shapes, loads = (CPU_SHAPES, CPU_LOADS) if on_cpu else (GPU_SHAPES, GPU_LOADS)
+    if options.quick:
+        shapes, loads = [(40, 24)], [(16, [4]), (16, [4, 1, 7, 4])]
+    for dtype in (torch.float32, torch.bfloat16) if on_cpu or options.quick else (torch.bfloat16,):
         for n, m in shapes:
-            for tokens, clients in loads:
+            for tokens, ranks in loads:
                 for p in (0.0, 0.1):
                     op = f"lora_linear p={p}"
                     if not options.only or op in options.only or f"T={tokens}" in options.only:
-                        yield Problem(n, m, tokens, clients, dtype, device, p), op
+                        yield Problem(n, m, tokens, ranks, dtype, device, p), op
 
 
 def check(p: Problem) -> None:
     """`WrongResultError` where a provider's gradients, without dropout, are not the reference's."""
-    plain = Problem(p.n, p.m, p.tokens, p.clients, p.dtype, p.device)
+    plain = Problem(p.n, p.m, p.tokens, p.ranks, p.dtype, p.device)
     truth: tuple[Tensor, ...] = ()
-    for name, make in {"truth": partial(ours, rung="reference"), **providers(p.device)}.items():
+    for name, make in {"truth": partial(ours, rung="reference"), **providers(p)}.items():
         work, results = make(plain)
         work()
         own = tuple(t.double().clone() for t in results())
@@ -167,19 +191,38 @@ def check(p: Problem) -> None:
                 raise WrongResultError(f"{name}: {label} of {p.n}->{p.m}, {p.dtype} is off by {error:.2e}; nothing is timed")
 
 
+def _text(ranks: list[int]) -> str:
+    return str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)}..{max(ranks)}"
+
+
+def saved_bytes(run: Callable[[], object], p: Problem) -> int:
+    """What the forward pass keeps for the backward pass beside inputs, weight and factors (of these: anything that is not one of the call's own tensors)."""
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not tensor.is_leaf or not (tensor.requires_grad or tensor.data_ptr() == p.weight.data_ptr()):
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    known = {t.untyped_storage().data_ptr() for t in (p.x, p.weight, p.d_y, p.a, p.bt)}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(size for at, size in held.items() if at not in known)
+
+
 def measure(case: tuple[Problem, str], options: Any, device: torch.device, threads: int) -> list[dict[str, Any]]:
     """One record for each provider and the frozen layer; bytes: x, W, y, d_y and d_x once."""
     torch.set_num_threads(threads)
     p, op = case
     check(p)
-    runs = {YARDSTICK: frozen(p)} | {name: make(p)[0] for name, make in providers(device).items()}
+    runs = {YARDSTICK: frozen(p)} | {name: make(p)[0] for name, make in providers(p).items()}
     timings = interleaved(runs, YARDSTICK, device, options.seconds / 4)
     size = (2 * p.tokens * (p.n + p.m) + p.n * p.m) * p.dtype.itemsize
     records = []
     for name, timing in timings.items():
-        record = {"op": op, "shape": f"{p.n}->{p.m} T={p.tokens} r={RANK}", "clients": p.clients, "dtype": str(p.dtype).removeprefix("torch.")}
+        record = {"op": op, "shape": f"{p.n}->{p.m} T={p.tokens} r={_text(p.ranks)}", "clients": p.clients, "dtype": str(p.dtype).removeprefix("torch.")}
         record |= {"threads": threads, "provider": name, "yardstick": YARDSTICK, "bytes": size, "rounds": timing.rounds, "note": ""}
         record |= {"median_s": timing.median, "p20_s": timing.p20, "p80_s": timing.p80, "gb_per_s": size / timing.median / 1e9, "ratio": timing.ratio}
-        record["peak_extra_bytes"] = peak_extra_bytes(runs[name], device)
+        record |= {"peak_extra_bytes": peak_extra_bytes(runs[name], device), "saved_bytes": saved_bytes(runs[name], p)}
         records.append(record)
     return records

@@ -66,7 +66,21 @@ def lora_table(data: dict[str, Any]) -> list[str]:
     return lines
 
 
-TABLES = {"server": server_table, "summary": summary_table, "lora": lora_table}
+def peft_table(data: dict[str, Any]) -> list[str]:
+    """Time and extra memory of every provider, one line for each case; in brackets the time over stock PEFT's in the same rounds."""
+    names = list(dict.fromkeys(r["provider"] for r in data["results"]))
+    lines = [_row(["what", "shape", "adapters", "threads", *names, *(f"memory, {name}" for name in names)]), "|---|---|--:|--:|" + "--:|" * (2 * len(names))]
+    groups: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for r in data["results"]:
+        groups.setdefault((r["op"], r["shape"], r["clients"], r["threads"]), {})[r["provider"]] = r
+    for key, own in groups.items():
+        times = [f"{_seconds(own[name]['median_s'])} ({own[name]['ratio']:.2f} x)" if name in own else "" for name in names]
+        memory = [_memory(own[name]["peak_extra_bytes"]) if name in own else "" for name in names]
+        lines.append(_row([*(str(part) for part in key), *times, *memory]))
+    return lines
+
+
+TABLES = {"server": server_table, "summary": summary_table, "lora": lora_table, "peft": peft_table}
 
 
 def facts(data: dict[str, Any], file: str) -> list[str]:

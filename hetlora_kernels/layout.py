@@ -73,7 +73,7 @@ class RankLayout:
         if key in self._scales:
             return self._scales[key]
         clients = len(self.ranks)
-        values = torch.as_tensor(scale, device=device).detach().to(dtype)
+        values = torch.as_tensor(scale, dtype=dtype, device=device).detach()  # a plain number would become float32 first
         if values.dim() > 1 or (values.dim() == 1 and values.numel() != clients):
             raise ValueError(f"scale: expected a number or {clients} numbers, one per client, got shape {tuple(values.shape)}")
         values = values.expand(clients).contiguous()

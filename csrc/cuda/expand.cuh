@@ -4,7 +4,7 @@
 // One block owns 64 rows of one client and 64 columns. What it adds to is requested before anything else and waits in registers; S and B_k pass through two
 // stages of 64 ranks (32 in float32, 16 in float64) by cp.async, multiplied in steps of 16 ranks: a rank of 16 costs one. The product goes through shared
 // memory once, so that each thread then has eight neighbouring columns: 16-byte accesses, and one Philox counter.
-// Bytes: T m in and out (out alone over a bias), T r in; again from L2: S per 64 columns, B_k per 64 rows. Blocks that are neighbours write neighbouring columns.
+// Bytes: T m in and out (out alone over a bias), T r in; again from L2: S per 64 columns, B_k per 64 rows. Neighbouring blocks write neighbouring columns.
 #pragma once
 #include "lora.cuh"
 

@@ -40,7 +40,7 @@ struct Rows {
 // One call of an op: its segments as a table that all its launches share, uploaded only where it does not fit into kernel arguments.
 class Layer {
   public:
-    Layer(const Tensor& like, const Segments& given, int64_t rows, const char* op) : like_(like), op_(op), device_(like), given_(given), x_rows_(rows) {
+    Layer(const Tensor& like, const Segments& given, int64_t rows, const char* op) : op_(op), device_(like), given_(given), x_rows_(rows) {
         std::vector<LoraClient> clients = find_clients();
         call_.inverse = 1;
         if (given.seeds) set_dropout();
@@ -184,8 +184,8 @@ class Layer {
 
     // Rank rows in the type of x, with whatever strides they have: only a cast, of float32 masters over a 16-bit base, makes a copy. Keep what it returns.
     Tensor set_factor(LoraCall& call, const Tensor& given, const Tensor& like, int64_t width) const {
-        STD_TORCH_CHECK(given.dim() == 2 && given.size(0) == total_ && given.size(1) == width, "rows: expected [", total_, ", ", width, "], got [", given.size(0),
-                        ", ", given.size(1), "]");
+        STD_TORCH_CHECK(given.dim() == 2 && given.size(0) == total_ && given.size(1) == width, "rows: expected [", total_, ", ", width, "], got [",
+                        given.size(0), ", ", given.size(1), "]");
         const Type type = type_of(like);
         const Tensor rows = type_of(given) == type ? given
                                                    : torch::stable::to(given, like.scalar_type(), std::nullopt, std::nullopt, std::nullopt, false, false,
@@ -201,7 +201,6 @@ class Layer {
         STD_TORCH_CHECK(s.is_contiguous() && s.numel() == flat_, "s: expected ", flat_, " contiguous elements, got ", s.numel());
     }
 
-    const Tensor& like_;
     const char* op_;
     OnDevice device_;
     const Segments& given_;
@@ -245,8 +244,8 @@ Tensor grouped_gram(const Tensor& s, const Tensor& x_in, const MaybeTensor& seed
     return Layer(x.dense, segments, x.rows(), "grouped_gram").grouped_gram(s, x, true, dtype);
 }
 
-// Where every row has a LoRA term the layer starts from it, bias + S B, and the base product adds itself: its epilogue reads what expand wrote while other tiles
-// are multiplied. Otherwise expand adds to the base product. A given base is read once and left alone.
+// Where every row has a LoRA term the layer starts from it, bias + S B, and the base product adds itself: its epilogue reads what expand wrote while other
+// tiles are multiplied. Otherwise expand adds to the base product. A given base is read once, or copied where some row has no client.
 std::tuple<Tensor, Tensor> lora_forward(const Tensor& x_in, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& base, const Tensor& a,
                                         const Tensor& bt, const Tensor& scale, const MaybeTensor& seeds, const MaybeTensor& row_keys,
                                         const MaybeTensor& index, const Ints& ranks, const Ints& starts, const Ints& lengths, double dropout) {

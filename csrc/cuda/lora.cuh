@@ -86,7 +86,8 @@ __device__ __forceinline__ void copy_factor(T* tile, int pitch, const LoraCall& 
 
 // Rows t .. t + rows - 1 of the client's S below `end`, ranks from `first`, `units` times eight of them.
 template <class T>
-__device__ __forceinline__ void copy_shrunk(T* tile, int pitch, const LoraCall& call, const LoraClient& client, int t, int rows, int end, int first, int units) {
+__device__ __forceinline__ void copy_shrunk(T* tile, int pitch, const LoraCall& call, const LoraClient& client, int t, int rows, int end, int first,
+                                            int units) {
     const T* s = static_cast<const T*>(call.s) + client.flat;
     const bool aligned = (reinterpret_cast<uintptr_t>(s) | (client.rank * sizeof(T))) % 16 == 0;
 #pragma unroll 1
@@ -119,25 +120,30 @@ struct Operand {
     int pitch;
 };
 
-// c [16, columns] += a [16 rows from `row`, depth] b [columns, depth]^T, both in steps of 16 at most 8 TILES and DEPTH. Columns outside, so that the products of
-// one pair of tiles, which do not wait for each other, are in flight together however few the columns; each sum is in the order of k.
+// c [16, columns] += a [16 rows from `row`, depth] b [columns, depth]^T; columns and depth are multiples of 16, at most 8 TILES and DEPTH. Columns outside, so
+// that however few they are, the loads of a whole stage are in flight together; each sum is in the order of k.
 template <bool A_T, bool B_T, int TILES, class T, class Acc>
 __device__ __forceinline__ void multiply(Acc (&c)[TILES][4], Operand<T, A_T> a, int row, Operand<T, B_T> b, int columns, int depth) {
     const int lane = lane_id(), low = lane % 8, middle = lane / 8 % 2 * 8, high = lane / 16 * 8;
     if constexpr (sizeof(T) == 2) {
         constexpr int SLICES = DEPTH<T> / SLICE;
+        const auto a_at = [&](int k) {
+            return A_T ? cell(a.tile, a.pitch, k + high + low, row + middle) : cell(a.tile, a.pitch, row + middle + low, k + high);
+        };
+        const auto b_at = [&](int n, int k) {
+            return B_T ? cell(b.tile, b.pitch, k + middle + low, n + high) : cell(b.tile, b.pitch, n + high + low, k + middle);
+        };
         uint32_t left[SLICES][4], right[4];
 #pragma unroll
         for (int s = 0; s < SLICES; ++s)
-            if (s * SLICE < depth)
-                load_matrices<A_T>(left[s], A_T ? cell(a.tile, a.pitch, s * SLICE + high + low, row + middle) : cell(a.tile, a.pitch, row + middle + low, s * SLICE + high));
+            if (s * SLICE < depth) load_matrices<A_T>(left[s], a_at(s * SLICE));
 #pragma unroll
         for (int j = 0; j < TILES; j += 2) {
             if (8 * j >= columns) break;
 #pragma unroll
             for (int s = 0; s < SLICES; ++s)
                 if (s * SLICE < depth) {
-                    load_matrices<B_T>(right, B_T ? cell(b.tile, b.pitch, s * SLICE + middle + low, 8 * j + high) : cell(b.tile, b.pitch, 8 * j + high + low, s * SLICE + middle));
+                    load_matrices<B_T>(right, b_at(8 * j, s * SLICE));
                     multiply_add<T>(c[j], left[s], right[0], right[1]);
                     multiply_add<T>(c[j + 1], left[s], right[2], right[3]);
                 }

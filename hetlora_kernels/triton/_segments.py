@@ -35,8 +35,8 @@ class Segment(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    table: Tensor  # int64 [count, FIELDS]
-    count: int
+    table: Tensor  # int64 [number, FIELDS]
+    number: int
     largest: int  # bucket of the largest rank
     unit: int  # every rank, and so every place in S, is a multiple of it
 

@@ -48,7 +48,7 @@ def lora_term(
         r = start + tl.arange(0, DEPTH)
         own = tl.load(s + place + local[:, None] * rank + r[None, :], mask=live[:, None] & (r < rank)[None, :], other=0.0)
         inside = (r < rank)[:, None] & (column < width)[None, :]
-        b = tl.load(rows + (first_row + r)[:, None] * row_stride + column[None, :] * column_stride, mask=inside, other=0.0)
+        b = tl.load(rows + (first_row + r)[:, None] * row_stride + column[None, :].to(tl.int64) * column_stride, mask=inside, other=0.0)
         total = tl.dot(own, b.to(own.dtype), total, input_precision="ieee", out_dtype=ACC)
     if seeds is not None:
         key = tl.load(keys + position, mask=live & (rank > 0), other=0)
@@ -102,7 +102,7 @@ def _launch(kind, extent, out, source, source_stride, s, rows, seeds, row_keys, 
     columns = block_for(setting.pop("COLUMNS"), width)
     launch(
         _expand_kernel,
-        (plan.count, triton.cdiv(width, columns)),
+        (plan.number, triton.cdiv(width, columns)),
         s.device,
         *(out, source, s, rows, seeds, row_keys, index, plan.table, out.stride(0), source_stride, *rows.stride(), width, dropout_threshold(dropout)),
         UNIT=plan.unit,

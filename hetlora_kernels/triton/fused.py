@@ -86,9 +86,9 @@ def fused(x: Tensor, matrix: Tensor, bias: Tensor | None, s: Tensor, rows: Tenso
     strides = (x.stride(0), *matrix.stride(), *rows.stride())
     launch(
         _fused_kernel,
-        (plan.count * triton.cdiv(width, columns),),
+        (plan.number * triton.cdiv(width, columns),),
         x.device,
-        *(x, matrix, out, bias, s, rows, seeds, row_keys, index, plan.table, plan.count, *strides, depth, width, dropout_threshold(dropout)),
+        *(x, matrix, out, bias, s, rows, seeds, row_keys, index, plan.table, plan.number, *strides, depth, width, dropout_threshold(dropout)),
         UNIT=plan.unit,
         ACC=TYPES[compute_dtype(x.dtype)],
         COLUMNS=columns,

@@ -131,7 +131,7 @@ def grouped_gram(s, x, seeds, row_keys, index, ranks, starts, lengths, dropout, 
     planes = torch.empty(count, width, dtype=compute, device=device)
     launch(
         _grouped_gram_kernel,
-        (plan.count, triton.cdiv(width, columns)),
+        (plan.number, triton.cdiv(width, columns)),
         device,
         *(s, x, out, planes, seeds, row_keys, index, plan.table, x.stride(0), width, dropout_threshold(dropout)),
         UNIT=plan.unit,
@@ -141,5 +141,5 @@ def grouped_gram(s, x, seeds, row_keys, index, ranks, starts, lengths, dropout, 
         **setting,
     )
     wide = block_for(1024, width)
-    launch(_plane_sum_kernel, (sums.count, triton.cdiv(width, wide)), device, planes, out, sums.table, width, COLUMNS=wide, num_warps=4)
+    launch(_plane_sum_kernel, (sums.number, triton.cdiv(width, wide)), device, planes, out, sums.table, width, COLUMNS=wide, num_warps=4)
     return out

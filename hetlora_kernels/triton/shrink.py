@@ -54,7 +54,7 @@ def _shrink_tile(
         own = tl.load(source + at[None, :], mask=live[:, None] & inside[None, :], other=0.0)
         if seeds is not None:
             own = tl.where(keep_mask(seed, key, start, threshold, ROWS, DEPTH), own, 0.0)
-        b = tl.load(factors + at[:, None] * column_stride, mask=inside[:, None] & (r < taken)[None, :], other=0.0)
+        b = tl.load(factors + at[:, None].to(tl.int64) * column_stride, mask=inside[:, None] & (r < taken)[None, :], other=0.0)
         total = tl.dot(own, b.to(own.dtype), total, input_precision="ieee", out_dtype=ACC)
     target = out + place + local[:, None] * rank + r[None, :]
     tl.store(target, cast(total * factor, out.dtype.element_ty), mask=live[:, None] & (r < taken)[None, :])
@@ -109,7 +109,7 @@ def shrink(x, rows, scale, seeds, row_keys, index, ranks, starts, lengths, dropo
     plan = tiles(shrink_tiles, ranks, starts, lengths, setting["ROWS"], device=x.device)
     launch(
         _shrink_kernel,
-        (plan.count,),
+        (plan.number,),
         x.device,
         *(x, rows, out, scale, seeds, row_keys, index, plan.table, x.stride(0), *rows.stride(), x.shape[1], dropout_threshold(dropout)),
         UNIT=plan.unit,

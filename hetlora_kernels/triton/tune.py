@@ -77,7 +77,8 @@ def calls(kernel: str, dtype: torch.dtype, rows: int, width: int, device: torch.
     if kernel == "shrink":
         return lambda: shrink(x, factors, scale, *batch), lambda: reference.shrink(x, factors, scale, *batch)
     if kernel == "grouped_gram":
-        return lambda: grouped_gram(s, x, *batch, torch.float32), lambda: reference.grouped_gram(s, x, *batch, torch.float32)
+        gram = (s, x, *batch, torch.float32)
+        return partial(grouped_gram, *gram), partial(reference.grouped_gram, *gram)
     plain = (None, None, *batch[2:6], 0.0)
     if kernel == "fused":
         weight = _draw(device, dtype, width, width) * width**-0.5

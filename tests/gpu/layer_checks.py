@@ -3,13 +3,14 @@ must not change. A check is a function of (ops, type) that returns None or what 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from cases import failures
-from lora_cases import LORA_SHAPES, _draw, _rows_of_x, _segment_args, _transposed, grouped_gram, shrink
+from lora_cases import LORA_SHAPES, _draw, _rows_of_x, _segment_args, grouped_gram, layer_cases, shrink
 
 from hetlora_kernels.reference import compute_dtype, keep_mask
 
@@ -19,30 +20,6 @@ Check = Callable[[Mapping[str, Callable], torch.dtype], str | None]
 MANY = {"ranks": [1 + k % 3 for k in range(70)], "lengths": [1 + k % 2 for k in range(70)], "base": 1, "width": 24}
 # Every row has a LoRA term, so that the layer may start from it.
 COVERED = {"ranks": [4, 9, 16], "lengths": [5, 66, 1], "base": 0, "width": 40}
-OUT = 24  # columns of the layer's output
-
-
-def _layer_args(shape: Mapping[str, Any], gathered: bool, drop: bool, on_base: bool, dtype: torch.dtype) -> list[Any]:
-    """x, weight, bias, base, a, bt, scale and the segments' arguments; factors in float32, as PEFT keeps them, Bt as a transposed view."""
-    rows, n, total = _rows_of_x(shape), shape["width"], sum(shape["ranks"])
-    wide = compute_dtype(dtype)
-    x, weight, bias = _draw(51, rows, n, dtype), _draw(52, OUT, n, dtype, n**-0.5), _draw(53, 1, OUT, dtype)[0]
-    base = _draw(54, rows, OUT, dtype) if on_base else None
-    a, bt = _draw(55, total, n, wide, n**-0.5), _transposed(_draw(56, total, OUT, dtype, 0.5))
-    scale = torch.linspace(0.5, 2.0, len(shape["ranks"]), dtype=torch.float64).to(wide)
-    linear = [None, None, base] if on_base else [weight, bias, None]
-    return [x, *linear, a, bt, scale, *_segment_args(shape, gathered, drop)]
-
-
-def forward(shape: Mapping[str, Any], gathered: bool, drop: bool, on_base: bool, dtype: torch.dtype) -> tuple[str, list[Any]]:
-    return "lora_forward", _layer_args(shape, gathered, drop, on_base, dtype)
-
-
-def backward(shape: Mapping[str, Any], gathered: bool, drop: bool, on_base: bool, dtype: torch.dtype) -> tuple[str, list[Any]]:
-    x, weight, _, _, a, bt, *rest = _layer_args(shape, gathered, drop, on_base, dtype)
-    packed = sum(rank * length for rank, length in zip(shape["ranks"], shape["lengths"], strict=False))
-    d_y, s = _draw(57, _rows_of_x(shape), OUT, dtype), _draw(58, 1, packed, dtype)[0]
-    return "lora_backward", [d_y, x, weight, a, bt, s, *rest, True, True, True]
 
 
 def mask(ops: Mapping[str, Callable], dtype: torch.dtype) -> str | None:
@@ -85,6 +62,26 @@ def alone(ops: Mapping[str, Callable], dtype: torch.dtype) -> str | None:
     return None
 
 
+def poisoned_neighbours(ops: Mapping[str, Callable], dtype: torch.dtype) -> str | None:
+    """NaN in the rows, rank rows and S of the other clients reaches nothing of the one between them."""
+    ranks, lengths, width = [5, 7, 3], [3, 70, 9], 72
+    segments = (None, None, None, ranks, [0, 3, 73], lengths, 0.0)
+    x, rows, s = _draw(71, sum(lengths), width, dtype), _draw(72, sum(ranks), width, dtype), _draw(73, 1, 5 * 3 + 7 * 70 + 3 * 9, dtype)[0]
+    results = []
+    for poison in (0.0, float("nan")):
+        for whole, own in ((x, slice(3, 73)), (rows, slice(5, 12)), (s, slice(15, 505))):
+            kept = whole[own].clone()
+            whole.fill_(poison)[own] = kept
+        out = torch.zeros(sum(lengths), width, dtype=dtype)
+        ops["expand_"](out, s, rows, *segments)
+        shrunk = ops["shrink"](x, rows, torch.ones(3, dtype=compute_dtype(dtype)), *segments)
+        results.append((out[3:73], shrunk[15:505], ops["grouped_gram"](s, x, *segments, dtype)[5:12]))
+    for name, left, right in zip(("expand_", "shrink", "grouped_gram"), *results, strict=True):
+        if not torch.equal(left, right):
+            return f"{name} lets a neighbour in"
+    return None
+
+
 def strided_out(ops: Mapping[str, Callable], dtype: torch.dtype) -> str | None:
     """expand_ on every second column of a wider matrix; the others stay."""
     shape = COVERED
@@ -97,10 +94,30 @@ def strided_out(ops: Mapping[str, Callable], dtype: torch.dtype) -> str | None:
     return None if torch.equal(wide[:, ::2], dense) and torch.equal(wide[:, 1::2], before[:, 1::2]) else "differs from the contiguous one"
 
 
-CHECKS: dict[str, Check] = {"mask": mask, "alone": alone, "strided out": strided_out}
-for _kind, _make in (("forward", forward), ("backward", backward)):
-    for _base in (False, True):
-        for _name, _shape, _gathered in (("covered", COVERED, False), ("gathered", COVERED, True), ("base-only rows", LORA_SHAPES["small"], False)):
-            CHECKS[f"{_kind}-{_name}{'-on a base' if _base else ''}"] = partial(failures, partial(_make, _shape, _gathered, True, _base))
+def far_rows(ops: Mapping[str, Callable], dtype: torch.dtype) -> str | None:
+    """The last rows of matrices with more than 2^31 elements, in a sparse file, give the same bits as those rows by themselves."""
+    width, rank, count = 64, 5, 66
+    rows = 2**31 // width + count
+    start = rows - count
+    near, factor, scale = _draw(66, count, width, dtype), _draw(67, rank, width, dtype), torch.ones(1, dtype=compute_dtype(dtype))
+    with tempfile.TemporaryDirectory() as folder:
+        far = torch.from_file(f"{folder}/x", shared=True, size=rows * width, dtype=dtype).view(rows, width)
+        far[start:] = near
+        results = []
+        for x, at in ((near.clone(), 0), (far, start)):
+            segments = (None, None, None, [rank], [at], [count], 0.0)
+            s = ops["shrink"](x, factor, scale, *segments)
+            gram = ops["grouped_gram"](s, x, *segments, dtype)
+            ops["expand_"](x, s, factor, *segments)
+            results.append((s, gram, x[at : at + count].clone()))
+    for name, left, right in zip(("shrink", "grouped_gram", "expand_"), *results, strict=True):
+        if not torch.equal(left, right):
+            return f"{name} differs"
+    return None
+
+
+CHECKS: dict[str, Check] = {"mask": mask, "alone": alone, "poisoned neighbours": poisoned_neighbours, "strided out": strided_out, "far rows": far_rows}
+for _name, _shape in (("covered, aligned x", COVERED), ("covered, aligned output", {**COVERED, "width": 43}), ("base-only rows", LORA_SHAPES["small"])):
+    CHECKS |= {f"{_case}, {_name}": partial(failures, _make) for _case, _make in layer_cases(_shape).items()}
 CHECKS["many clients-shrink"] = partial(failures, partial(shrink, MANY, True, True, None, False))
 CHECKS["many clients-grouped_gram"] = partial(failures, partial(grouped_gram, MANY, False, True, None))

@@ -1,7 +1,9 @@
-"""The CUDA library built by setup.py for every architecture, with the CPU build of torch and no GPU: no spills, and no torch symbol it could lack."""
+"""The CUDA library built by setup.py for every architecture, with the CPU build of torch and no GPU: no spills, tensor cores where the layer's types have
+them, and no torch symbol it could lack."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -15,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-ONLY_WITH_CUDA = {"aoti_torch_get_current_cuda_stream"}  # in libtorch_cuda, which libtorch brings along where there is one
+ONLY_WITH_CUDA = {"aoti_torch_get_current_cuda_stream", "aoti_torch_cuda_addmm_out"}  # in libtorch_cuda, which libtorch brings along where there is one
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path(NVCC).exists(), reason="nvcc is not installed")]
 
@@ -58,6 +60,46 @@ def test_no_kernel_spills_on_any_architecture(build: tuple[Path, str]) -> None:
     assert len({r["kernel"] for r in found}) * len(archs) == len(found)
     assert not [r for r in found if r["stack"] or r["stores"] or r["loads"]]
     assert max(r["shared"] for r in found) <= 48 << 10, "more than the static limit of every architecture"
+
+
+def disassembler() -> str | None:
+    """cuobjdump, which the CUDA toolkit may lack and Triton brings along."""
+    triton = importlib.util.find_spec("triton")
+    beside = Path(str(triton.origin)).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if triton else None
+    return shutil.which("cuobjdump") or (str(beside) if beside and beside.exists() else None)
+
+
+def instructions(file: Path) -> dict[tuple[int, str], set[str]]:
+    """{(architecture, kernel): names of its instructions, without their modifiers}."""
+    tool = disassembler()
+    assert tool is not None
+    with subprocess.Popen([tool, "-sass", file], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        found: dict[tuple[int, str], set[str]] = {}
+        arch, names = 0, set[str]()
+        for line in process.stdout:
+            if head := re.match(r"\s*code for sm_(\d+)|\s*Function : (\w+)", line):
+                arch = int(head[1]) if head[1] else arch
+                names = found.setdefault((arch, head[2]), set()) if head[2] else names
+            elif code := re.match(r"\s*/\*\w+\*/\s+(?:@!?\w+ )?(\w+)", line):
+                names.add(code[1])
+    return found
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(disassembler() is None, reason="cuobjdump is not installed, neither with the CUDA toolkit nor with Triton")
+@pytest.mark.parametrize("kernel", ["shrink", "expand", "grouped_gram"])
+def test_the_layer_multiplies_on_tensor_cores_and_copies_asynchronously(build: tuple[Path, str], kernel: str) -> None:
+    """16-bit types on tensor cores on every architecture, the others not: float32 products are exact, without TF32."""
+    record = json.loads((build[0] / "_build_info.json").read_text())["cuda"]
+    found = instructions(build[0].parents[1] / "temp" / "csrc" / "cuda" / f"{kernel}.cu.o")
+    own = {place: names for place, names in found.items() if f"{kernel}_kernelI" in place[1]}
+    assert {arch for arch, _ in own} == {int(code[3:]) for code in record["archs"] if code.startswith("sm_")}
+    assert len(own) == 8 * len({arch for arch, _ in own}), "four types, with and without dropout"
+    for (arch, name), names in own.items():
+        narrow = "bfloat16" in name or "6__half" in name
+        assert ("HMMA" in names) == narrow, f"{name} on sm_{arch}: HMMA {'missing' if narrow else 'unexpected'}"
+        assert ("LDSM" in names) == narrow and "LDGSTS" in names, f"{name} on sm_{arch}: ldmatrix or cp.async not as expected"
 
 
 @pytest.mark.timeout(900)

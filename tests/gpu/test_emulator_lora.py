@@ -14,7 +14,7 @@ from emulated import SCHEDULES, Mutant, run_changed, work, wrong
 sys.path.insert(0, str(emulated.HERE.parent / "kernels"))
 from test_dropout import PUBLISHED
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))]
 
 
 def test_every_op_in_every_type_and_schedule(library: Path) -> None:
@@ -58,12 +58,20 @@ MUTANTS = {
         "shrink.cuh", "shrink", "source[part] ? call.width - k - column : 0", "source[part] ? DRAWS : 0", "lora-small", "shrink"
     ),
     "shrink: rows past the client's": Mutant("shrink.cuh", "shrink", "if (t < client.length && rank", "if (rank", "lora-small", "shrink"),
-    "shrink: no barrier between passes": Mutant("shrink.cuh", "shrink", "if (first) __syncthreads();", "", "lora-long", "shrink"),
+    "shrink: elements counted in 32 bits": Mutant(
+        "shrink.cuh",
+        "shrink",
+        "row_of(call, client, t) * call.width + column",
+        "static_cast<int>(row_of(call, client, t) * call.width) + column",
+        "checks",
+        "far rows",
+    ),
+    "shrink: no barrier between passes": Mutant("shrink.cuh", "shrink", "if (first) __syncthreads();", "", "checks", "alone"),
     "a wait for one copy too few": Mutant("lora.cuh", "grouped_gram", "await_copies<1>();", "await_copies<2>();", "checks", "alone", "bf16"),
     "fragments of the wrong columns": Mutant(
-        "lora.cuh", "shrink", "row + middle + low, s * SLICE + high)", "row + high + low, s * SLICE + middle)", "lora-small", "shrink", "bf16"
+        "lora.cuh", "shrink", "row + middle + low, k + high)", "row + high + low, k + middle)", "lora-small", "shrink", "bf16"
     ),
-    "a neighbour's rank row": Mutant("lora.cuh", "expand", "first + row < client.rank ?", "first + row <= client.rank ?", "lora-small", "expand"),
+    "a neighbour's rank row": Mutant("lora.cuh", "expand", "first + row < client.rank ?", "first + row <= client.rank ?", "checks", "poisoned neighbours"),
     "expand: no barrier before the product": Mutant(
         "expand.cuh", "expand", "    __syncthreads();  // the product takes the stages' place\n", "", "lora-small", "expand", "bf16"
     ),
@@ -79,7 +87,7 @@ MUTANTS = {
     ),
     "grouped_gram: rows of the next client": Mutant("grouped_gram.cuh", "grouped_gram", "at < end ? static_cast", "true ? static_cast", "checks", "alone"),
     "grouped_gram: splits added without the last": Mutant(
-        "grouped_gram.cuh", "grouped_gram", "chunk < chunks; ++chunk", "chunk + 1 < chunks; ++chunk", "checks", "alone"
+        "grouped_gram.cuh", "grouped_gram", "chunk < chunks; ++chunk", "chunk + 1 < chunks; ++chunk", "lora-long", "grouped_gram"
     ),
 }
 

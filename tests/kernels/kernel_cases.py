@@ -183,7 +183,11 @@ Run = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
 
 
 def assert_as_exact_as_torch(runs: Sequence[Run], dtypes: dict[str, torch.dtype], factor: float = 1.1) -> None:
-    """Over all `runs` of (result, PyTorch's own result, float64 truth), by name: error <= max(factor * PyTorch's own error, 2 eps ||truth||)."""
+    """Over all `runs` of (result, PyTorch's own result, float64 truth), by name: error <= max(factor * PyTorch's own error, 2 eps ||truth||).
+
+    8 eps where the result is float64: PyTorch's own is then the truth itself, bit for bit, and the truth no more exact than what it judges (a sum that
+    begins with the LoRA term instead of the base is as good, and 2.2 eps away).
+    """
     for name in runs[0][2]:
         error, own, size = (
             sum(float(f(run).detach().double().square().sum()) for run in runs) ** 0.5
@@ -193,7 +197,8 @@ def assert_as_exact_as_torch(runs: Sequence[Run], dtypes: dict[str, torch.dtype]
                 lambda run, name=name: run[2][name],
             )
         )
-        bound = max(factor * own, 2 * torch.finfo(dtypes[name]).eps * size)
+        steps = 8 if dtypes[name] == torch.float64 else 2
+        bound = max(factor * own, steps * torch.finfo(dtypes[name]).eps * size)
         assert error <= bound, f"{name}: error {error:.3e} is above {bound:.3e} (PyTorch's own {own:.3e}, norm {size:.3e})"
 
 

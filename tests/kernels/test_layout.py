@@ -131,3 +131,9 @@ def test_from_ids_keeps_every_row_with_its_owner_and_key(ids, given_keys, extra_
 def test_segments_refuse(build, error, text):
     with pytest.raises(error, match=text):
         build()
+
+
+def test_a_plain_scale_keeps_all_its_digits_in_float64():
+    scale = 8 / 3
+    assert RankLayout([2, 3]).scales(scale, torch.device("cpu"), torch.float64).tolist() == [scale, scale]
+    assert RankLayout([2, 3]).scales([scale, 0.1], torch.device("cpu"), torch.float64).tolist() == [scale, 0.1]

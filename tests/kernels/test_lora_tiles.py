@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import accumulate
 
+import numpy
 import pytest
 import torch
 from kernel_cases import guarded, kept, leaf_tensors, make_layer, run_fused, same_bits
@@ -118,6 +119,31 @@ def test_nothing_beside_the_results_is_written(dtype, shuffled, p, device):
     for check in checks:
         check()
     assert all(float(first) == -77.0 for first in firsts)
+
+
+def far_apart(t: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The same bfloat16 rows 2^30 elements apart, in memory that nobody touches in between."""
+    size = (t.shape[0] - 1 << 30) + t.shape[1]
+    buffer = torch.from_numpy(numpy.empty(size, numpy.int16)).view(torch.bfloat16) if device.type == "cpu" else torch.empty(size, device=device, dtype=t.dtype)
+    return buffer.as_strided(t.shape, (1 << 30, 1)).copy_(t)
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_rows_past_two_to_the_thirty_first_element(gathered, backend, device):
+    """Where 32-bit arithmetic on addresses wraps around."""
+    if backend not in ("triton", "cuda", "reference"):
+        pytest.skip("this rung copies rows that are not adjacent")
+    g = torch.Generator().manual_seed(1)
+    x, rows = (torch.randn(n, 24, generator=g).to(device, torch.bfloat16) for n in (4, 5))
+    index = torch.tensor([3, 0, 2, 1], device=device) if gathered else None
+    case = (torch.tensor([1, 2], device=device), torch.arange(4, device=device), index, [2, 3], [0, 2], [2, 2], 0.25)
+    outcomes = []
+    for place in (x, far_apart(x, device)):
+        s = _library.call("shrink")(place, rows, torch.ones(2, device=device), *case)
+        gram = _library.call("grouped_gram")(s, place, *case, torch.float32)
+        _library.call("expand_")(place, s, rows, *case)
+        outcomes.append((s, gram, place.contiguous()))
+    assert all(same_bits(one, other) for one, other in zip(*outcomes, strict=True))
 
 
 def test_the_output_may_be_changed_in_place(device):

@@ -1,0 +1,41 @@
+"""Drop-in for PEFT and transformers models.
+
+`fuse`, `unfuse`, `enable`: fused LoRA layers for a PEFT model. `attach`, `detach`: a bank of K clients' adapters on any model. `client_segments`,
+`client_losses`: many clients in one batch, on either. The first three need the `peft` package and load it at first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hetlora_kernels.peft.attached import attach, detach
+from hetlora_kernels.peft.batch import SEQUENCE_STRIDE, layer_seeds
+from hetlora_kernels.peft.context import client_segments
+from hetlora_kernels.peft.losses import client_losses
+
+if TYPE_CHECKING:
+    from hetlora_kernels.peft.swap import FusedLinear, FuseReport, enable, fuse, unfuse
+
+__all__ = [
+    "SEQUENCE_STRIDE",
+    "FuseReport",
+    "FusedLinear",
+    "attach",
+    "client_losses",
+    "client_segments",
+    "detach",
+    "enable",
+    "fuse",
+    "layer_seeds",
+    "unfuse",
+]
+
+_FROM_SWAP = ("FuseReport", "FusedLinear", "enable", "fuse", "unfuse")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FROM_SWAP:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from hetlora_kernels.peft import swap
+
+    return getattr(swap, name)

@@ -1,0 +1,277 @@
+"""The fused forward of a PEFT LoRA layer: base product and adapters in one op. `fuse` puts `FusedLayer` in front of the layer's class.
+
+What is asked at every call: is the layer disabled, merged, inside `client_segments`, given `adapter_names`; are the modules it stands for plain (a hook or a
+patched forward must run). All of it reads attributes; rank layouts and segments are made once and shared by the layers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from hetlora_kernels.layout import RankLayout, Segments
+from hetlora_kernels.ops._lists import FLOATS
+from hetlora_kernels.ops.lora import lora_add, lora_linear
+from hetlora_kernels.peft.batch import Batch
+
+BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
+_KEPT_SEGMENTS = 16
+_LARGEST_DROPOUT = 1 - 2**-16
+_TENSORS = (nn.Parameter, Tensor)
+
+Term = tuple[nn.Linear, nn.Linear, float, float]  # lora_A, lora_B, dropout, scaling
+
+_layouts: dict[tuple[int, float], RankLayout] = {}
+_segments: dict[int, Segments] = {}
+_told: set[str] = set()
+
+
+def tell(reason: str) -> None:
+    """Say once in this process that a LoRA layer runs PEFT's own forward, and why."""
+    if reason not in _told and not torch.compiler.is_compiling():
+        _told.add(reason)
+        warnings.warn(f"hetlora_kernels.peft: a LoRA layer runs PEFT's own forward: {reason}", stacklevel=3)
+
+
+def _caching() -> bool:
+    """What a tracer or inference mode makes must not reach a later call."""
+    return not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled())
+
+
+def _layout(rank: int, scaling: float) -> RankLayout:
+    """One client of this rank. A layout keeps its last scale as a tensor, hence one layout for each scaling."""
+    if not _caching():
+        return RankLayout([rank])
+    key = rank, scaling
+    if key not in _layouts:
+        _layouts[key] = RankLayout([rank])
+    return _layouts[key]
+
+
+def _all_rows(rows: int) -> Segments:
+    """Every row belongs to client 0."""
+    if not _caching():
+        return Segments(rows, [0], [rows], None, None)
+    if rows not in _segments:
+        if len(_segments) >= _KEPT_SEGMENTS:
+            _segments.clear()
+        _segments[rows] = Segments(rows, [0], [rows], None, None)
+    return _segments[rows]
+
+
+def _plain(module: nn.Module, cls: type) -> bool:
+    """Whether calling `module` is nothing but `cls.forward`."""
+    state = module.__dict__
+    hooks = state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
+    return type(module) is cls and not hooks and "forward" not in state
+
+
+def _parameter(module: nn.Module, name: str) -> Any:
+    """`getattr(module, name)` past nn.Module's slow look-up; FSDP keeps parameters as plain attributes."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)
+
+
+def why_not_linear(base: nn.Module) -> str | None:
+    """Why the base product is left to the base layer itself; None where `lora_linear` may compute it."""
+    if not _plain(base, nn.Linear):
+        return f"the base layer is a {type(base).__name__}" if type(base) is not nn.Linear else "the base layer has hooks or a patched forward"
+    weight = _parameter(base, "weight")
+    if type(weight) not in _TENSORS:
+        return f"the base layer's weight is a {type(weight).__name__}"
+    return "the base layer's weight is trained" if weight.requires_grad and torch.is_grad_enabled() else None
+
+
+class AdapterBatch(Batch):
+    """A batch whose clients are adapters of one PEFT model; only those that own a row are its clients."""
+
+    def __init__(self, names: Sequence[str], ids: Tensor, sequence_index: Tensor | None = None, seeds: Tensor | None = None, step: int | Tensor = 0) -> None:
+        """names: all adapters, that `ids`, `seeds` and a `step` [K] count."""
+        present = [k for k in ids.unique().tolist() if k >= 0]
+        local = torch.full((len(names) + 1,), -1, dtype=torch.int64)  # the last one serves -1
+        local[present] = torch.arange(len(present))
+        seeds = None if seeds is None else seeds[present]
+        step = step[present] if isinstance(step, Tensor) and step.dim() else step
+        super().__init__(len(present), local[ids.cpu()].to(ids.device), sequence_index, seeds, step)
+        self.names = tuple(names[k] for k in present)
+        self._scales: dict[tuple, Tensor] = {}
+
+    def scale(self, scalings: tuple[float, ...], device: torch.device) -> float | Tensor:
+        if len(set(scalings)) == 1:
+            return scalings[0]
+        key = scalings, device
+        if key not in self._scales:
+            self._scales[key] = torch.tensor(scalings, dtype=torch.float64, device=device)
+        return self._scales[key]
+
+
+_named: dict[tuple, AdapterBatch] = {}
+
+
+def _named_batch(names: Sequence[str]) -> AdapterBatch:
+    """The batch that PEFT's `adapter_names` describes; the last one is kept, as every layer of the model asks for it."""
+    key = tuple(names), torch.is_inference_mode_enabled()
+    if key not in _named:
+        adapters = [name for name in dict.fromkeys(names) if name != BASE]
+        ids = torch.tensor([-1 if name == BASE else adapters.index(name) for name in names], dtype=torch.int64)
+        _named.clear()
+        _named[key] = AdapterBatch(adapters, ids)
+    return _named[key]
+
+
+class FusedLayer(nn.Module):
+    """Mixed in front of `peft.tuners.lora.Linear` (or a bitsandbytes one): y = x W^T + bias + sum over its adapters of scaling * (drop(x) A^T) B^T.
+
+    Parameters, state_dict keys, merging, saving and everything but `forward` are PEFT's own. The frozen product is fused where the base is a plain
+    `nn.Linear` (`lora_linear`), else the adapters are added to the base layer's output (`lora_add`). PEFT's own forward runs, and a warning says
+    so once, for LoRA variants, adapters with hooks, patched forwards or modules of another class, scalings that are tensors, dropout of 1, and inside
+    `peft.helpers.disable_input_dtype_casting`.
+    """
+
+    _hetlora_batch: tuple[AdapterBatch, int] | None = None  # set inside `client_segments`: the batch, and the layer's position in the model
+
+    # PEFT's
+    _active_adapter: str | list[str]
+    _disable_adapters: bool
+    cast_input_dtype_enabled: bool
+    lora_variant: dict[str, Any]
+    merged_adapters: list[str]
+    scaling: dict[str, Any]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._hetlora_batch is not None:
+            return self._mixed(self._hetlora_batch, x, args, kwargs)
+        if self._disable_adapters or self.merged_adapters:
+            return super().forward(x, *args, **kwargs)
+        if kwargs and kwargs.get("adapter_names") is not None:
+            return self._with_names(x, args, kwargs)
+        active = self._active_adapter
+        terms: list[Term] = []
+        for name in (active,) if isinstance(active, str) else active:
+            term = self._term(name, False)
+            if isinstance(term, str):
+                tell(term)
+                return super().forward(x, *args, **kwargs)
+            if term is not None:
+                terms.append(term)
+        if not terms or x.dtype not in FLOATS:  # no active adapter here, or an input that only PEFT's own casts make fit
+            return super().forward(x, *args, **kwargs)
+        return self._sum(terms, x, args, kwargs)
+
+    def _get_name(self) -> str:
+        return type(self).__mro__[2].__name__
+
+    def _term(self, name: str, seeded: bool) -> Term | str | None:
+        """What adapter `name` adds here, None where this layer lacks it, or the reason why it must go through PEFT's own forward."""
+        modules: dict[str, Any] = self._modules
+        a = modules["lora_A"]._modules.get(name)
+        if a is None:
+            return None
+        if name in self.lora_variant:
+            return f"adapter {name!r} is a LoRA variant, {type(self.lora_variant[name]).__name__}"
+        b, drop, scaling = modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name], self.scaling[name]
+        if not (_plain(a, nn.Linear) and _plain(b, nn.Linear) and type(_parameter(a, "weight")) in _TENSORS and type(_parameter(b, "weight")) in _TENSORS):
+            return f"lora_A or lora_B of adapter {name!r} has hooks, a patched forward, or is no plain nn.Linear"
+        p = 0.0
+        if type(drop) is not nn.Identity or not _plain(drop, nn.Identity):
+            if not _plain(drop, nn.Dropout) or drop.inplace or drop.p > _LARGEST_DROPOUT:
+                return f"the dropout of adapter {name!r} is not an nn.Dropout below 1 without hooks"
+            p = drop.p if drop.training or seeded else 0.0
+        if type(scaling) not in (float, int):
+            return f"the scaling of adapter {name!r} is a {type(scaling).__name__}, not a number"
+        if not self.cast_input_dtype_enabled:
+            return "PEFT's casting of inputs to the adapter's type is switched off"
+        return a, b, p, scaling
+
+    def modes(self) -> tuple[str | None, str | None]:
+        """(why the base product is not fused, why PEFT's own forward runs), for any of the layer's adapters; None where neither."""
+        reasons = [term for name in cast(nn.Module, self.lora_A)._modules if isinstance(term := self._term(name, False), str)]
+        return why_not_linear(cast(nn.Module, self.base_layer)), reasons[0] if reasons else None
+
+    def _base(self, x: Tensor, extra: Tensor | None, args: Any, kwargs: Any) -> tuple[Tensor, Tensor | None] | Tensor:
+        """(weight, bias with `extra` added) where the base product can be fused for this input, else the base layer's output with `extra` added.
+
+        An input that does not fit the base layer gets that layer's own error.
+        """
+        base: Any = self._modules["base_layer"]
+        if not (args or kwargs) and (extra is None or extra.dim() == 1) and why_not_linear(base) is None:
+            weight, bias = _parameter(base, "weight"), _parameter(base, "bias")
+            if x.shape[-1] == weight.shape[1] and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)):
+                return weight, bias if extra is None else (extra if bias is None else bias + extra).to(weight.dtype)
+        out = base(x, *args, **kwargs)
+        return out if extra is None else out + extra.to(out.dtype)
+
+    def _sum(self, terms: list[Term], x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        """Every row carries every term."""
+        if kwargs:
+            for key in ("adapter_names", "alora_offsets"):
+                kwargs.pop(key, None)
+        extra = None
+        for _, b, _, scaling in terms:
+            bias = _parameter(b, "bias")
+            if bias is not None:
+                extra = bias * scaling if extra is None else extra + bias * scaling
+        base = self._base(x, extra, args, kwargs)
+        segments = _all_rows(x.numel() // x.shape[-1])
+        for a, b, p, scaling in terms:
+            rows = _parameter(a, "weight")
+            factors: Any = rows, _parameter(b, "weight").t(), _layout(rows.shape[0], scaling), segments, scaling, p
+            base = lora_add(base, x, *factors) if isinstance(base, Tensor) else lora_linear(x, *base, *factors)
+        assert isinstance(base, Tensor)
+        return base
+
+    def _with_names(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        """PEFT's mixed batches in inference: `adapter_names` names the adapter of each sequence."""
+        names = kwargs["adapter_names"]
+        terms = [self._term(name, False) for name in dict.fromkeys(names) if name != BASE]
+        reason = next((term for term in terms if isinstance(term, str)), None)
+        if reason is not None:
+            tell(reason)
+        if reason is not None or len(x) != len(names) or x.dim() < 2 or x.dtype not in FLOATS:
+            return super().forward(x, *args, **kwargs)  # which checks its arguments
+        return self._mixed((_named_batch(names), 0), x, args, kwargs)
+
+    def _mixed(self, given: tuple[AdapterBatch, int], x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        """Each row carries its own adapter's term."""
+        batch, position = given
+        for key in ("adapter_names", "alora_offsets"):
+            kwargs.pop(key, None)
+        if self._disable_adapters:
+            return super().forward(x, *args, **kwargs)
+        if self.merged_adapters:
+            raise RuntimeError(f"client_segments: adapters {self.merged_adapters} are merged into the base; call unmerge_adapter() first")
+        terms = [self._term(name, batch.seeds is not None) for name in batch.names]
+        for term in terms:
+            if isinstance(term, str):
+                raise RuntimeError(f"client_segments: {term}; such an adapter cannot share a batch")
+        own = cast("list[Term | None]", terms)
+        leading = tuple(x.shape[:-1])
+        out = self._base(x, _bias_rows(own, batch, leading, x.device), args, kwargs)
+        segments = batch.segments(leading)
+        seeds = batch.layer_seeds(position)
+        # Adapters of one dropout go together; the others have rank 0 in that call.
+        for p in dict.fromkeys(term[2] for term in own if term is not None):
+            members = [term if term is not None and term[2] == p else None for term in own]
+            held = [term for term in members if term is not None]
+            a = held[0][0].weight if len(held) == 1 else torch.cat([term[0].weight for term in held])
+            bt = held[0][1].weight.t() if len(held) == 1 else torch.cat([term[1].weight.t() for term in held])
+            layout = RankLayout([0 if term is None else term[0].weight.shape[0] for term in members])
+            scale = batch.scale(tuple(1.0 if term is None else float(term[3]) for term in members), x.device)
+            options: dict[str, Any] = {"scale": scale, "dropout": p, "seeds": seeds}
+            out = lora_add(out, x, a, bt, layout, segments, **options) if isinstance(out, Tensor) else lora_linear(x, *out, a, bt, layout, segments, **options)
+        return out if isinstance(out, Tensor) else nn.functional.linear(x, *out)
+
+
+def _bias_rows(terms: list[Term | None], batch: AdapterBatch, leading: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """[*leading, m] scaling * bias of each row's adapter (`lora_bias`), or None where no adapter has one."""
+    biases = [None if term is None or term[1].bias is None else term[1].bias * term[3] for term in terms]
+    like = next((bias for bias in biases if bias is not None), None)
+    if like is None:
+        return None
+    nothing = torch.zeros_like(like)
+    table = torch.stack([*(nothing if bias is None else bias for bias in biases), nothing])
+    return table[batch.row_ids(leading).to(device)].view(*leading, -1)

@@ -1,0 +1,44 @@
+"""The peft suite of the benchmarks: a quick run writes every figure, and a wrong gradient is not timed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+import torch
+
+from benchmarks import peft_suite, run, tables
+from benchmarks.server import WrongResultError
+from hetlora_kernels.peft import FusedLinear
+
+OPTIONS = argparse.Namespace(quick=True, only=["layer"], seconds=0.01)
+
+
+def test_a_quick_run_writes_every_figure(tmp_path):
+    before, file = torch.get_num_threads(), tmp_path / "a.json"
+    try:
+        assert run.main(["--suite", "peft", "--quick", "--seconds", "0.01", "--threads", "1", "--json", str(file)]) == 0
+    finally:
+        torch.set_num_threads(before)
+    data = json.loads(file.read_text())
+    assert {record["provider"] for record in data["results"]} == {"PEFT", "hetlora"} and {record["clients"] for record in data["results"]} == {1, 8}
+    assert all(record["median_s"] > 0 and record["ratio"] > 0 for record in data["results"]) and data["versions"]["peft"]
+    table = "\n".join(tables.peft_table(data))
+    assert "SmolLM2-135M" in table and "BERT-base" in table and "1.00 x" in table
+
+
+@pytest.mark.parametrize("case", [peft_suite.Case("layer", shape=(24, 16), rows=8), peft_suite.Case("BERT-base", 8, layers=1)])
+def test_a_wrong_gradient_is_not_timed(case, monkeypatch):
+    original = peft_suite.fuse
+
+    def spoiling(model):
+        original(model)
+        for module in model.modules():
+            if isinstance(module, FusedLinear):
+                module.scaling = {name: value * 1.01 for name, value in module.scaling.items()}
+
+    monkeypatch.setattr(peft_suite, "fuse", spoiling)
+    monkeypatch.setattr(peft_suite, "interleaved", lambda *arguments, **options: pytest.fail("timed"))
+    with pytest.raises(WrongResultError, match=r"hetlora: the gradient of .* is off by .*; nothing is timed"):
+        peft_suite.measure(case, OPTIONS, torch.device("cpu"), torch.get_num_threads())
