@@ -1,4 +1,4 @@
-"""The `hetlora` command: demo, run, report, export, info, tune. Bad input is one line on stderr and exit status 2."""
+"""The `hetlora` command: demo, run, compare, report, export, info, tune. Bad input is one line on stderr and exit status 2."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import click
 
 from hetlora import __version__
 from hetlora.config import Config, ConfigError
+from hetlora.methods import OWNED, Plan, make_plan
 
 _INTERRUPTED = 130
 
@@ -151,11 +152,11 @@ def _saved_settings(config_file: str | None, flags: dict[str, Any]) -> Config:
 class _Watched(AbstractContextManager["_Watched"]):
     """A run under a console observer; an interrupt becomes one line that says how to continue, and exit status 130."""
 
-    def __init__(self, output: str | None) -> None:
-        from hetlora.tables import ConsoleObserver
+    def __init__(self, output: str | None, comparison: bool = False) -> None:
+        from hetlora.tables import ComparisonObserver, ConsoleObserver
 
-        self.observer = ConsoleObserver()
-        self._output = output
+        self.observer = ComparisonObserver() if comparison else ConsoleObserver()
+        self._output, self._comparison = output, comparison
 
     def __enter__(self) -> _Watched:
         self.observer.__enter__()
@@ -166,7 +167,9 @@ class _Watched(AbstractContextManager["_Watched"]):
         if kind is None or not issubclass(kind, KeyboardInterrupt):
             return
         output = self.observer.cfg.output if self.observer.cfg else self._output
-        if output and (Path(output) / "config.json").is_file():
+        if self._comparison:
+            click.echo(f"interrupted; the same command continues the comparison in {self._output}", err=True)
+        elif output and (Path(output) / "config.json").is_file():
             click.echo(f"interrupted; continue with hetlora run --resume --output {output}", err=True)
         else:
             click.echo("interrupted before the first round; nothing was written that could be continued", err=True)
@@ -224,6 +227,46 @@ def run(config_file: str | None, resume: bool, **options: Any) -> None:
 
         result = simulate(cfg, resume=resume, observer=watched.observer)
     _finish(watched, result)
+
+
+class _PlanOption(click.Option):
+    """One field of `methods.Plan` on the command line; None when it was not given."""
+
+    group = "comparison"
+
+    def __init__(self, name: str) -> None:
+        field = Plan.model_fields[name]
+        shown = f" [default: {field.default}]" if field.default else ""
+        super().__init__([f"--{name.replace('_', '-')}", name], type=field.annotation, default=None, help=f"{field.description}{shown}")
+
+
+def comparison_options(command: click.Command) -> click.Command:
+    """Add an option for every field of `Plan`, and of `Config` but those that the methods set."""
+    config_options(command)
+    command.params = [_PlanOption(name) for name in Plan.model_fields] + [p for p in command.params if p.name not in OWNED]
+    return command
+
+
+@comparison_options
+@cli.command(cls=_GroupedOptions)
+@click.option("--config", "config_file", metavar="FILE", help="YAML, TOML or JSON file with settings of these names; flags override it.")
+def compare(config_file: str | None, **options: Any) -> None:
+    """HETLORA against its baselines: same data, model, clients, seeds and budget; a table and pictures.
+
+    Each method and seed is a run of its own under --output. The same command continues a comparison that was stopped, and runs nothing twice.
+    """
+    given = {**(Config.read(config_file) if config_file else {}), **{name: value for name, value in options.items() if value is not None}}
+    plan = make_plan("comparison", **{name: given.pop(name) for name in Plan.model_fields if name in given})
+    given.setdefault("output", "runs/comparison")
+    common = Config.create(f"config file {config_file}" if config_file else "command line", **given)
+    with _Watched(common.output, comparison=True) as watched:
+        from hetlora.compare import run_comparison
+        from hetlora.comparison import print_comparison, write_comparison
+
+        comparison = run_comparison(common, plan, watched.observer)
+    page = write_comparison(comparison)
+    print_comparison(watched.observer.console, comparison)
+    click.echo(f"folder: {comparison.folder}\nreport: {page}")
 
 
 @cli.command()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -109,34 +110,60 @@ def prune_decision(rank: ClientRank, keep: ClientRank, before: Tensor, after: Te
     return {m: keep[m] if bool(after[i] < before[i]) else rank[m] for i, m in enumerate(modules)}  # type: ignore[index]
 
 
+class LocalOptimizer(Protocol):
+    """What local training needs of an optimiser."""
+
+    def zero_grad(self) -> None: ...
+
+    def step(self) -> None: ...
+
+
+def local_steps(
+    model: torch.nn.Module,
+    data: ClientData,
+    cfg: Config,
+    round_number: int,
+    optimizer: LocalOptimizer,
+    device: torch.device,
+    segments: Callable[[Tensor, int], AbstractContextManager[Any]],
+) -> LocalResult:
+    """The client's steps of the round on whatever `optimizer` steps.
+
+    segments(index, step): context of one forward and backward over the sequences `index` [T] of the step's batch.
+    """
+    plan = plan_steps(data, cfg, round_number)
+    losses, tokens = [], 0
+    for step, batch in enumerate(plan):
+        sequences = [data.train[i] for i in batch]
+        predicted = sum(len(s) - 1 for s in sequences)
+        tokens += sum(len(s) for s in sequences)
+        loss = 0.0
+        optimizer.zero_grad()
+        for part in micro_batches([len(s) for s in sequences], cfg.max_tokens_per_step):
+            ids, labels = collate(sequences[part], device)
+            with segments(torch.arange(len(sequences), dtype=torch.int64)[part], step):
+                logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+                logits = logits if logits.dtype == torch.float64 else logits.float()
+                part_loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum") / predicted
+                part_loss.backward()
+            loss += float(part_loss.detach())
+        losses.append(loss)
+        optimizer.step()
+    return LocalResult(len(plan), sum(len(b) for b in plan), tokens, losses[0], losses[-1])
+
+
 def train_client(model: torch.nn.Module, bank: hk.AdapterBank, data: ClientData, cfg: Config, round_number: int, lr: float, keep: Any) -> LocalResult:
     """Local training of one client on its own: what a device does. Trains the factors of `bank` (one client) in place.
 
     `cohort.train_cohort` gives the same adapters for many clients at once.
     """
-    plan = plan_steps(data, cfg, round_number)
     seeds = torch.tensor([dropout_seed(data.name, cfg, round_number)], dtype=torch.int64)
-    optimizer = make_optimizer(bank, cfg, lr, keep)
-    losses, tokens = [], 0
+
+    def segments(index: Tensor, step: int) -> AbstractContextManager[Any]:
+        return client_segments(model, torch.zeros(len(index), dtype=torch.int64), seeds=seeds, step=step, sequence_index=index)
+
     attach(model, bank, scale=cfg.scale, dropout=cfg.dropout)
     try:
-        for step, batch in enumerate(plan):
-            sequences = [data.train[i] for i in batch]
-            predicted = sum(len(s) - 1 for s in sequences)
-            tokens += sum(len(s) for s in sequences)
-            loss = 0.0
-            optimizer.zero_grad()
-            for part in micro_batches([len(s) for s in sequences], cfg.max_tokens_per_step):
-                ids, labels = collate(sequences[part], bank.device)
-                index = torch.arange(len(sequences), dtype=torch.int64)[part]
-                with client_segments(model, torch.zeros(len(ids), dtype=torch.int64), seeds=seeds, step=step, sequence_index=index):
-                    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-                    logits = logits if logits.dtype == torch.float64 else logits.float()
-                    part_loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum") / predicted
-                    part_loss.backward()
-                loss += float(part_loss.detach())
-            losses.append(loss)
-            optimizer.step()
+        return local_steps(model, data, cfg, round_number, make_optimizer(bank, cfg, lr, keep), bank.device, segments)
     finally:
         detach(model)
-    return LocalResult(len(plan), sum(len(b) for b in plan), tokens, losses[0], losses[-1])

@@ -37,6 +37,7 @@ class Config(BaseModel):
         "the architecture), a comma-separated list of name suffixes, or a regular expression over full module names.",
     )
     quantize: Literal["none", "8bit", "4bit"] = _setting("none", "model", "Load the frozen base through bitsandbytes in 8 or 4 bits.")
+    train: Literal["adapters", "full"] = _setting("adapters", "model", "Train adapters on the frozen base, or all weights by FedAvg (a baseline; no adapters).")
     scale: float = _setting(2.0, "model", "Constant s in dW = s * B A, the same for every rank.", gt=0)
     dropout: float = _setting(0.0, "model", "Probability of dropping an input element in front of A while training.", ge=0, lt=1)
 
@@ -45,9 +46,12 @@ class Config(BaseModel):
         "stdlib",
         "data",
         "Folder (each sub-folder, or else each file, is a client), a .jsonl file, 'hub:ORG/NAME', 'stdlib' (packages of Python's "
-        "library) or 'stdlib:NAME,NAME'.",
+        "library) or 'unicode' (names of letters, by script); ':NAME,NAME' takes some packages or scripts, ':-NAME,NAME' all others.",
     )
     text_field: str = _setting("text", "data", "JSONL key or hub column that holds the text.")
+    prompt_field: str = _setting(
+        "", "data", "JSONL key or hub column of a prompt: each row is then one example, prompt and then the text as its response; '' = running text."
+    )
     client_field: str = _setting("client", "data", "JSONL key or hub column that names the client.")
     split: str = _setting("train", "data", "Split of a hub data set.")
     seq_len: int = _setting(256, "data", "Tokens per sequence.", ge=2)
@@ -62,8 +66,8 @@ class Config(BaseModel):
     ranks: str = _setting(
         "powerlaw:5:50",
         "federation",
-        "Ranks of the clients: 'powerlaw:MIN:MAX[:A]', a comma-separated list (one per client, by name order), a JSON or CSV file client -> rank, or "
-        "'column:FIELD:MIN:MAX' (a numeric capability in the data, mapped linearly).",
+        "Ranks of the clients: 'powerlaw:MIN:MAX[:A]', 'fixed:R', a comma-separated list (one per client, by name order), a JSON or CSV file "
+        "client -> rank, or 'column:FIELD:MIN:MAX' (a numeric capability in the data, mapped linearly).",
     )
     gamma: float = _setting(0.99, "federation", "Rank decay: a pruning client keeps max(r_min, floor(gamma * r)) rows; 1 = no pruning.", gt=0, le=1)
     prune_lambda: float = _setting(1e-3, "federation", "Weight of the pruning regulariser ||B[:, q:]|| * ||A[q:, :]||.", ge=0)
@@ -97,6 +101,14 @@ class Config(BaseModel):
     seed: int = _setting(0, "run", "Seed of everything drawn in the run.", ge=0)
     eval_every: int = _setting(1, "run", "Evaluate every this many rounds (and after the last).", ge=1)
     eval_tokens: int = _setting(65536, "run", "Evaluate on at most this many tokens of each held-out set; 0 = all.", ge=0)
+    rouge_examples: int = _setting(
+        0, "run", "With prompt_field: answer this many held-out prompts before the first and after the last round, scored by ROUGE-L; 0 = none.", ge=0
+    )
+    rouge_tokens: int = _setting(64, "run", "Tokens of an answer that ROUGE-L scores, at most.", ge=1)
+    evaluate: Literal["global", "all"] = _setting(
+        "global", "run", "'all' also evaluates, each time, every client's own held-out and training text under the rank rows it receives."
+    )
+    diagnostics: bool = _setting(False, "run", "Record each round the energy of every rank row, the effective rank and the error of averaging A and B apart.")
     output: str = _setting("runs/hetlora", "run", "Folder of the run; it must not exist unless --resume is given.")
     save_clients: bool = _setting(True, "run", "Keep each client's last trained adapter in the run folder.")
 
@@ -149,6 +161,13 @@ class Config(BaseModel):
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(), indent=2) + "\n"
+
+
+ADAPTER_SETTINGS = (
+    *("adapter_dtype", "target_modules", "quantize", "scale", "dropout", "ranks", "gamma", "prune_lambda", "prune_scope"),
+    *("weight_scope", "weight_cap", "clip_update", "shared_rows", "unowned_rows", "merge"),
+)
+"""Settings that say nothing about full fine-tuning."""
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -11,6 +11,7 @@ import numbers
 import os
 import random
 import sys
+import unicodedata
 import warnings
 from array import array
 from collections.abc import Iterable, Iterator
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hetlora.config import Config, ConfigError
-from hetlora.demo_text import stdlib_documents, stdlib_packages
+from hetlora.demo_text import stdlib_documents, stdlib_packages, unicode_scripts
 
 __all__ = ["ClientData", "FederatedData", "load_data", "stdlib_packages"]
 
@@ -39,6 +40,7 @@ class ClientData:
     train: list[Tensor]  # int64 [2..seq_len] each
     test: list[Tensor]  # int64 [2..seq_len] each
     capability: float | None = None
+    examples: tuple[tuple[Tensor, str], ...] = ()  # (prompt's tokens, response) of each sequence of `test`, where the data has prompts
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,17 @@ class _Corpus:
     source: str
     documents: dict[str, list[str]] = field(default_factory=dict)
     capability: dict[str, float] = field(default_factory=dict)
+    prompts: dict[str, list[str]] = field(default_factory=dict)  # one per document, with cfg.prompt_field
 
 
 def load_data(cfg: Config, tokenizer: Any) -> FederatedData:
     """Tokenise `cfg.data` and split each client's own text in time: the last `test_fraction` of its blocks is its test.
 
-    cfg.data: a folder (each sub-folder is a client, or each file where there are none), a .jsonl file, 'hub:ORG/NAME', 'stdlib',
-        or 'stdlib:NAME,NAME' for some of its packages.
+    cfg.data: a folder (each sub-folder is a client, or each file where there are none), a .jsonl file, 'hub:ORG/NAME', 'stdlib' or 'unicode',
+        with ':NAME,NAME' for some of their packages or scripts and ':-NAME,NAME' for the others.
     tokenizer: a transformers tokenizer; one without EOS joins documents directly, with a warning.
+
+    With cfg.prompt_field each row is one sequence: the prompt's tokens, the response's, EOS, cut at seq_len; the loss is over all of it.
 
     A client needs at least one training and one test sequence of 16 tokens; one with less is an error, or a warning with `skip_empty`.
     The held-out clients depend on `cfg.seed` and the clients' names alone.
@@ -74,15 +79,22 @@ def load_data(cfg: Config, tokenizer: Any) -> FederatedData:
     corpus = _open(cfg, column)
     if not corpus.documents:
         raise ConfigError(f"{corpus.source}: no clients in it (no readable text); each client needs at least a file or a row of text")
-    blocks = {}
+    blocks: dict[str, list[Tensor]] = {}
+    examples: dict[str, list[tuple[Tensor, tuple[Tensor, str]]]] = {}
     if tokenizer.eos_token_id is None:
         warnings.warn("the tokenizer has no EOS token: a client's documents are joined with no mark between them", stacklevel=2)
     for name in sorted(corpus.documents):
-        blocks[name] = _blocks(_tokens(corpus.documents.pop(name), tokenizer, cfg.max_tokens_per_client), cfg.seq_len, cfg.test_fraction)
+        texts = corpus.documents.pop(name)
+        if cfg.prompt_field:
+            examples[name] = _examples(corpus.prompts[name], texts, tokenizer, cfg)
+            blocks[name] = [sequence for sequence, _ in examples[name]]
+        else:
+            blocks[name] = _blocks(_tokens(texts, tokenizer, cfg.max_tokens_per_client), cfg.seq_len, cfg.test_fraction)
     empty = [name for name, parts in blocks.items() if len(parts) < 2]
     if empty:
         names = _some(empty)
         least = f"need at least {2 * MIN_TAIL} tokens" if cfg.seq_len > MIN_TAIL else f"need at least 2 sequences of {cfg.seq_len} tokens"
+        least = "need at least 2 examples" if cfg.prompt_field else least
         if not cfg.skip_empty:
             raise ConfigError(f"{corpus.source}: clients with too little text to train and test on ({least}): {names}; give them more text or use --skip-empty")
         warnings.warn(f"{corpus.source}: clients left out, too little text ({least}): {names}", stacklevel=2)
@@ -97,7 +109,8 @@ def load_data(cfg: Config, tokenizer: Any) -> FederatedData:
             evaluators.append(ClientData(name, [], parts, corpus.capability.get(name)))
         else:
             tests = min(max(1, round(cfg.test_fraction * len(parts))), len(parts) - 1)
-            clients.append(ClientData(name, parts[:-tests], parts[-tests:], corpus.capability.get(name)))
+            held = tuple(example for _, example in examples.get(name, [])[-tests:])
+            clients.append(ClientData(name, parts[:-tests], parts[-tests:], corpus.capability.get(name), held))
     return FederatedData(clients, evaluators, corpus.source)
 
 
@@ -133,6 +146,27 @@ def _blocks(ids: array[int], seq_len: int, test_fraction: float) -> list[Tensor]
     return [torch.tensor(ids[start:stop], dtype=torch.int64) for start, stop in pairwise([0, *cuts])]
 
 
+def _examples(prompts: list[str], responses: list[str], tokenizer: Any, cfg: Config) -> list[tuple[Tensor, tuple[Tensor, str]]]:
+    """(sequence [2..seq_len], (prompt's tokens, response)) of a client, within cfg.max_tokens_per_client; prompts that leave no room are left out."""
+    found: list[tuple[Tensor, tuple[Tensor, str]]] = []
+    total = long = 0
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for prompt, response in zip(prompts, responses, strict=True):
+        before, after = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in (prompt, response))
+        if not before or len(before) >= cfg.seq_len:
+            long += 1
+            continue
+        sequence = [*before, *after, *end][: cfg.seq_len]
+        total += len(sequence)
+        if found and 0 < cfg.max_tokens_per_client < total:
+            break
+        ids = torch.tensor(sequence, dtype=torch.int64)
+        found.append((ids, (ids[: len(before)], response)))
+    if long:
+        warnings.warn(f"{long} examples left out: an empty prompt, or one of seq_len = {cfg.seq_len} tokens or more", stacklevel=3)
+    return found
+
+
 def _capability_column(cfg: Config) -> str | None:
     """FIELD of ranks='column:FIELD:MIN:MAX'."""
     kind, _, rest = cfg.ranks.partition(":")
@@ -147,8 +181,10 @@ def _open(cfg: Config, column: str | None) -> _Corpus:
     is_file = path.suffix.lower() == ".jsonl" and not os.path.isdir(path)
     if column is not None and not is_file:
         raise ConfigError(f"ranks {cfg.ranks!r}: only a .jsonl file or a hub data set has columns, data is {data!r}; give ranks another way")
-    if data.partition(":")[0] == "stdlib":
-        return _from_stdlib(data)
+    if cfg.prompt_field and not is_file:
+        raise ConfigError(f"prompt_field {cfg.prompt_field!r}: only a .jsonl file or a hub data set has prompts, data is {data!r}; leave it out")
+    if data.partition(":")[0] in ("stdlib", "unicode"):
+        return _from_python(data)
     if not os.path.exists(path):
         raise ConfigError(f"data {data!r}: no such file or folder (or not accessible); give a folder, a .jsonl file, 'hub:ORG/NAME' or 'stdlib'")
     if is_file:
@@ -158,14 +194,19 @@ def _open(cfg: Config, column: str | None) -> _Corpus:
     raise ConfigError(f"data {data!r}: a single file must be .jsonl (one JSON object a line), got {path.suffix or 'no suffix'}; or give its folder")
 
 
-def _from_stdlib(data: str) -> _Corpus:
-    packages = stdlib_documents()
-    wanted = [name.strip() for name in data.partition(":")[2].split(",") if name.strip()] or list(packages)
-    unknown = [name for name in wanted if name not in packages]
+def _from_python(data: str) -> _Corpus:
+    """'stdlib' or 'unicode', alone, with ':NAME,...' (only these), or with ':-NAME,...' (all but these)."""
+    kind, _, chosen = data.partition(":")
+    documents = stdlib_documents() if kind == "stdlib" else unicode_scripts()
+    what = "package" if kind == "stdlib" else "script"
+    named = [name.strip() for name in chosen.removeprefix("-").split(",") if name.strip()]
+    unknown = [name for name in named if name not in documents]
     if unknown:
-        raise ConfigError(f"data {data!r}: no package {_some(unknown)} with enough source text; there are {', '.join(packages)}")
+        raise ConfigError(f"data {data!r}: no {what} {_some(unknown)} with enough text; there are {', '.join(documents)}")
+    wanted = [name for name in documents if name not in named] if chosen.startswith("-") else named or list(documents)
     version = ".".join(map(str, sys.version_info[:2]))
-    return _Corpus(f"{len(wanted)} packages of Python {version}'s standard library", {name: packages[name] for name in wanted})
+    source = f"packages of Python {version}'s standard library" if kind == "stdlib" else f"scripts of Unicode {unicodedata.unidata_version}"
+    return _Corpus(f"{len(wanted)} {source}", {name: documents[name] for name in wanted})
 
 
 def _from_folder(root: Path) -> _Corpus:
@@ -270,7 +311,7 @@ def _from_hub(cfg: Config, column: str | None) -> _Corpus:
     except Exception as error:  # the library raises unrelated types for offline, missing, gated and malformed data sets
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"data {cfg.data!r}, split {cfg.split!r}: cannot be loaded ({reason}); check the name, the split and the connection") from None
-    wanted = list(dict.fromkeys([cfg.text_field, cfg.client_field, *([column] if column is not None else [])]))
+    wanted = list(dict.fromkeys(name for name in (cfg.text_field, cfg.client_field, cfg.prompt_field or None, column) if name is not None))
     missing = [key for key in wanted if key not in rows.column_names]
     if missing:
         raise ConfigError(f"data {cfg.data!r}: no column {_some(missing)}; it has {', '.join(rows.column_names)}; set --text-field and --client-field")
@@ -293,8 +334,14 @@ def _add_rows(corpus: _Corpus, rows: Iterable[tuple[str, Any]], cfg: Config, col
             raise ConfigError(f"{where}: {cfg.client_field!r} must name a client (text or a whole number), got {client!r}")
         name = _clean(str(client))
         texts = documents.setdefault(name, [])
+        if cfg.prompt_field:
+            prompt = _value(row, cfg.prompt_field, where, "--prompt-field")
+            if not isinstance(prompt, str):
+                raise ConfigError(f"{where}: {cfg.prompt_field!r} must be text, got {type(prompt).__name__}")
         if text.strip():
             texts.append(_clean(text))
+            if cfg.prompt_field:
+                corpus.prompts.setdefault(name, []).append(_clean(prompt))
         if column is not None:
             value = _number(_value(row, column, where, "the column of --ranks"), f"{where}: {column!r} of client {name!r}")
             if corpus.capability.setdefault(name, value) != value:

@@ -8,7 +8,8 @@ from typing import Any
 
 from hetlora.config import Config
 from hetlora.demo_text import stdlib_documents
-from hetlora.loop import Federation, Result, prepare, simulate
+from hetlora.federation import Federation, prepare
+from hetlora.loop import Result, simulate
 from hetlora.models import DemoModel, resolve_model
 from hetlora.observer import Observer
 from hetlora.ranks import assign_ranks

@@ -1,13 +1,15 @@
-"""Text that every machine has: the Python standard library, split into public text (pre-training) and packages (clients).
+"""Text that every machine with Python has: its standard library, split into public text (pre-training) and packages (clients), and Unicode's names.
 
 Public text is the docstrings of the library's single-file modules and the language topics of `pydoc_data`: English about Python.
-Clients are the library's packages, which are code; no file is in both, so the federation is a real shift of domain.
+Clients are the library's packages, which are code, or the scripts of Unicode; no file is in both, so the federation is a real shift of domain.
 """
 
 from __future__ import annotations
 
 import ast
+import sys
 import sysconfig
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -54,6 +56,26 @@ def stdlib_documents() -> dict[str, list[str]]:
 def stdlib_packages() -> dict[str, str]:
     """{package name: all its source text}: what `stdlib_documents` gives, one string per package."""
     return {name: "\n".join(texts) for name, texts in stdlib_documents().items()}
+
+
+MIN_SCRIPT_BYTES = 2048
+"""A script with less text than this is no client."""
+
+
+def unicode_scripts() -> dict[str, list[str]]:
+    """{script: one document}, a line 'x LATIN SMALL LETTER X' for each letter, in code point order; scripts of at least `MIN_SCRIPT_BYTES`, by name.
+
+    The script is the first word of the letters' names, as Python's library has no other mark of it. Characters whose names are made by rule
+    ('CJK UNIFIED IDEOGRAPH-4E00', 'HANGUL SYLLABLE GA') are left out. Depends on the Unicode version alone, not on how Python was installed.
+    """
+    scripts: dict[str, list[str]] = {}
+    for code in range(sys.maxunicode + 1):
+        letter = chr(code)
+        name = unicodedata.name(letter, "") if unicodedata.category(letter).startswith("L") else ""
+        if name and not name.endswith(f"-{code:04X}") and not name.startswith("HANGUL SYLLABLE "):
+            scripts.setdefault(name.split()[0], []).append(f"{letter} {name}\n")
+    texts = {script: "".join(lines) for script, lines in sorted(scripts.items())}
+    return {script: [text] for script, text in texts.items() if len(text.encode()) >= MIN_SCRIPT_BYTES}
 
 
 def public_text() -> list[str]:

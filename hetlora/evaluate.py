@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,20 +16,22 @@ from hetlora.ranks import bank_ranks
 from hetlora_kernels.peft import attach, client_losses, client_segments, detach
 
 Progress = Callable[[int, int], None]
+Part = Literal["test", "train"]
 CLIENTS_AT_ONCE = 32  # banks of this many clients keep evaluation memory flat however many clients a federation has
 
 
-def pool_text(clients: Sequence[ClientData], max_tokens: int) -> list[Tensor]:
-    """Held-out sequences of all clients, one of each in turn, until `max_tokens` (0 = all): a sample that no large client dominates."""
+def pool_text(clients: Sequence[ClientData], max_tokens: int, part: Part = "test") -> list[Tensor]:
+    """Held-out (or training) sequences of all clients, one of each in turn, until `max_tokens` (0 = all): a sample that no large client dominates."""
     pooled: list[Tensor] = []
     total = 0
-    for turn in range(max((len(c.test) for c in clients), default=0)):
-        for client in clients:
-            if turn < len(client.test):
-                if max_tokens and pooled and total + len(client.test[turn]) > max_tokens:
+    own = [getattr(client, part) for client in clients]
+    for turn in range(max(map(len, own), default=0)):
+        for sequences in own:
+            if turn < len(sequences):
+                if max_tokens and pooled and total + len(sequences[turn]) > max_tokens:
                     return pooled
-                pooled.append(client.test[turn])
-                total += len(client.test[turn])
+                pooled.append(sequences[turn])
+                total += len(sequences[turn])
     return pooled
 
 
@@ -83,15 +85,24 @@ def evaluate_clients(
     max_tokens: int,
     tokens_per_client: int = 0,
     progress: Progress | None = None,
+    part: Part = "test",
 ) -> list[dict[str, Any]]:
-    """Each client's own held-out text under the leading rows of `bank` that its rank gives it, many clients in one batch."""
+    """Each client's own held-out (or training) text under the leading rows of `bank` that its rank gives it, many clients in one batch."""
     results: list[dict[str, Any]] = []
     for start in range(0, len(clients), CLIENTS_AT_ONCE):
         group = clients[start : start + CLIENTS_AT_ONCE]
         own = bank.truncate(bank_ranks(list(ranks[start : start + CLIENTS_AT_ONCE]), bank.shapes))
-        owned = [(k, s) for k, client in enumerate(group) for s in pool_text([client], tokens_per_client)]
+        owned = [(k, s) for k, client in enumerate(group) for s in pool_text([client], tokens_per_client, part)]
         sums, counts = _token_losses(model, own, owned, scale, max_tokens, None)
         results += [_result(float(total), count) for total, count in zip(sums, counts, strict=True)]
         if progress:
             progress(len(results), len(clients))
     return results
+
+
+def mean_over_clients(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean of the clients' losses and of their perplexities (each client counts once), the tokens of all, and every client's loss."""
+    count = len(results)
+    sums = {key: sum(result[key] for result in results) for key in ("loss", "perplexity", "tokens")}
+    losses = [round(result["loss"], 5) for result in results]
+    return {"loss": sums["loss"] / count, "perplexity": sums["perplexity"] / count, "tokens": sums["tokens"], "losses": losses}

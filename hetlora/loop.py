@@ -12,30 +12,19 @@ from typing import Any
 import torch
 
 import hetlora_kernels as hk
-from hetlora import checkpoint, server
+from hetlora import checkpoint, rouge, server
 from hetlora.client import LocalResult, prune_decision, tail_scores, tail_start
 from hetlora.cohort import train_cohort, train_one_by_one
 from hetlora.config import Config, ConfigError
-from hetlora.data import ClientData, FederatedData, load_data
-from hetlora.evaluate import evaluate_bank, evaluate_clients, pool_text
-from hetlora.models import load_model, load_tokenizer, resolve_model, target_shapes
+from hetlora.data import ClientData
+from hetlora.evaluate import Part, evaluate_bank, evaluate_clients, mean_over_clients, pool_text
+from hetlora.federation import Federation, base_weights, changes_base, check_options, prepare
+from hetlora.full import FullUpdate, train_full
 from hetlora.observer import Observer
-from hetlora.ranks import ClientRank, assign_ranks, bank_ranks, check_width, mean_rank
+from hetlora.ranks import ClientRank, RankPlan, assign_ranks, bank_ranks, check_width, mean_rank
 
-
-@dataclass
-class Federation:
-    """What a run works on: one frozen base model in memory and everybody's data. May serve several runs, until one with merge = 'stack'."""
-
-    model: torch.nn.Module
-    model_name: str
-    shapes: dict[str, tuple[int, int]]
-    data: FederatedData
-    folded_by: Path | None = None  # the run with merge = 'stack' whose updates are in the base
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+TOTALS = ("bytes_down", "bytes_up", "bytes_down_homlora", "bytes_up_homlora", "trained_parameters")
+"""What a round counts and a run adds up."""
 
 
 @dataclass
@@ -64,21 +53,6 @@ class _Run:
         self.fingerprint = checkpoint.fingerprint(self.federation.data)
 
 
-def prepare(cfg: Config, observer: Observer | None = None) -> Federation:
-    """Load (or make) the model, and the data; `ConfigError` for anything that does not fit."""
-    observer = observer or Observer()
-    path = resolve_model(cfg, progress=observer.pretrain)
-    tokenizer = load_tokenizer(path)
-    data = load_data(cfg, tokenizer)
-    model = load_model(cfg, path)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    for client in (*data.clients, *data.held_out):
-        highest = max(int(s.max()) for s in (*client.train, *client.test))
-        if highest >= vocabulary:
-            raise ConfigError(f"data: client {client.name!r} has token id {highest}, but model {cfg.model!r} knows {vocabulary}; use the model's own tokenizer")
-    return Federation(model, path, target_shapes(model, cfg.target_modules), data)
-
-
 def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = None, federation: Federation | None = None) -> Result:
     """Run (or continue) a federation and write its run folder `cfg.output`.
 
@@ -89,7 +63,7 @@ def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = N
     Raises `ConfigError` for settings, data or a folder that cannot be used; nothing that exists is overwritten.
     """
     observer = observer or Observer()
-    _check_options(cfg)
+    check_options(cfg)
     folder = Path(cfg.output)
     if resume:
         checkpoint.check_same_config(folder, cfg)
@@ -97,7 +71,7 @@ def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = N
         raise ConfigError(f"output: {folder} exists already; choose another folder, or continue that run with --resume")
     federation = federation or prepare(cfg, observer)
     if federation.folded_by not in (None, folder):
-        raise ConfigError(f"federation: its base model holds the folded updates of {federation.folded_by} (merge = 'stack'); load it again with prepare()")
+        raise ConfigError(f"federation: its base model holds the folded updates of {federation.folded_by}; load it again with prepare()")
     state = _initial_state(cfg, federation)
     if not resume:
         checkpoint.create_run(cfg, federation.device)
@@ -110,33 +84,18 @@ def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = N
     history = _restore(run) if resume else []
     if not history:
         history.append(_before_training(run))
-    if cfg.merge == "stack":
+    if changes_base(cfg):
         federation.folded_by = folder
     for number in range(state.round + 1, cfg.rounds + 1):
         history.append(_round(run, number))
     return _finish(run, history)
 
 
-def _check_options(cfg: Config) -> None:
-    """Options that would be ignored together are refused."""
-    if cfg.merge != "factors":
-        ignored = [f"{name} = {getattr(cfg, name)!r}" for name, default in (("shared_rows", "none"), ("unowned_rows", "keep")) if getattr(cfg, name) != default]
-        if ignored:
-            raise ConfigError(f"{', '.join(ignored)}: only for merge = 'factors', got merge = {cfg.merge!r}; leave it out")
-    if cfg.merge == "stack" and cfg.quantize != "none":
-        raise ConfigError("merge = 'stack' folds updates into the base weights, which a quantised base cannot take; use quantize = 'none'")
-    if cfg.weight_cap and cfg.weights != "sparsity":
-        raise ConfigError(f"weight_cap: caps ||B A||, only for weights = 'sparsity', got weights = {cfg.weights!r}; leave it out")
-    if cfg.weight_scope != "module" and cfg.weights != "sparsity":
-        raise ConfigError(f"weight_scope: the scope of ||B A||, only for weights = 'sparsity', got weights = {cfg.weights!r}; leave it out")
-    if cfg.dropout and not 0 < round(65536 * cfg.dropout) < 65536:
-        raise ConfigError(f"dropout: expected 0, or a probability from 1/65536 to 65535/65536, got {cfg.dropout}")
-    if cfg.momentum and cfg.optimizer != "sgd":
-        raise ConfigError("momentum: only for optimizer = 'sgd'; leave it out (adamw has its own moments)")
-
-
 def _initial_state(cfg: Config, federation: Federation) -> server.ServerState:
-    plan = assign_ranks(cfg.ranks, federation.data.clients, cfg.seed)
+    if cfg.train == "full":
+        plan = RankPlan(0, 0, {client.name: 0 for client in federation.data.clients})  # empty adapters: what remains is the base
+    else:
+        plan = assign_ranks(cfg.ranks, federation.data.clients, cfg.seed)
     check_width(plan, federation.shapes)
     if cfg.prune_scope == "module":
         ranks: dict[str, ClientRank] = {name: dict.fromkeys(federation.shapes, rank) for name, rank in plan.ranks.items()}
@@ -155,7 +114,7 @@ def _describe(run: _Run) -> dict[str, Any]:
         "data": data.source,
         "clients": len(data.clients),
         "held_out_clients": len(data.held_out),
-        "ranks": f"{run.state.r_min}..{run.state.r_max}, mean {_mean_rank(run.state):.1f}",
+        "ranks": "none, full fine-tuning" if run.cfg.train == "full" else f"{run.state.r_min}..{run.state.r_max}, mean {_mean_rank(run.state):.1f}",
         "device": str(run.federation.device),
         "run_dir": str(run.folder),
     }
@@ -171,11 +130,13 @@ def _mean_rank(state: server.ServerState) -> float:
 def _save(run: _Run) -> None:
     state = run.state
     content = {name: getattr(state, name) for name in checkpoint.STATE} | {"data": run.fingerprint}
-    base: dict[str, torch.Tensor] = {}
-    if run.cfg.merge == "stack":
-        base = {name: run.federation.model.get_parameter(f"{name}.weight") for name in run.federation.shapes}
-    checkpoint.save_checkpoint(run.folder, content, state.bank, base)
-    checkpoint.write_adapter(run.folder / "adapter", state.bank.adapter(0), run.cfg.scale, run.federation.model_name)
+    checkpoint.save_checkpoint(run.folder, content, state.bank, base_weights(run.cfg, run.federation))
+    _write_adapter(run)
+
+
+def _write_adapter(run: _Run) -> None:
+    if run.cfg.train == "adapters":
+        checkpoint.write_adapter(run.folder / "adapter", run.state.bank.adapter(0), run.cfg.scale, run.federation.model_name)
 
 
 def _restore(run: _Run) -> list[dict[str, Any]]:
@@ -199,13 +160,13 @@ def _restore(run: _Run) -> list[dict[str, Any]]:
     with torch.no_grad():
         for key, value in tensors.items():
             if key.startswith("base."):
-                run.federation.model.get_parameter(key[len("base.") :] + ".weight").copy_(value)
+                run.federation.model.get_parameter(key[len("base.") :]).copy_(value)
     for name in checkpoint.STATE:
         setattr(run.state, name, content[name])
     history = checkpoint.read_rounds(run.folder, last=run.state.round)
     if [record["round"] for record in history] != list(range(run.state.round + 1)):
         raise ConfigError(f"{rounds}: expected one line for each of the rounds 0 to {run.state.round}; restore it from a copy, or start a new run")
-    checkpoint.write_adapter(run.folder / "adapter", run.state.bank.adapter(0), run.cfg.scale, run.federation.model_name)
+    _write_adapter(run)
     checkpoint.write_atomic(rounds, "".join(json.dumps(record) + "\n" for record in history))
     run.observer.message(f"continuing after round {run.state.round} of {run.cfg.rounds}")
     return history
@@ -216,18 +177,15 @@ def _restore(run: _Run) -> list[dict[str, Any]]:
 
 def _before_training(run: _Run) -> dict[str, Any]:
     """Round 0: the base model on everybody's held-out text."""
-    start = time.perf_counter()
-    cfg, state = run.cfg, run.state
-    clients = list(run.clients.values())
-    own = evaluate_clients(run.federation.model, state.bank, _ranks(run), clients, cfg.scale, cfg.max_tokens_per_step, _share(run))
-    state.perplexity_before = {client.name: result["perplexity"] for client, result in zip(clients, own, strict=True)}
+    start = _Clock()
+    state = run.state
+    state.perplexity_before = {name: result["perplexity"] for name, result in zip(run.clients, _own_text(run), strict=True)}
     record = {
         "round": 0,
-        "seconds": 0.0,
         "lr": 0.0,
         "clients": [],
         "dropped": [],
-        **dict.fromkeys(("bytes_down", "bytes_up", "bytes_down_homlora", "bytes_up_homlora"), 0),
+        **dict.fromkeys(TOTALS, 0),
         "mean_rank": _mean_rank(state),
         "evaluation": _evaluate(run),
     }
@@ -243,9 +201,19 @@ def _share(run: _Run) -> int:
     return math.ceil(run.cfg.eval_tokens / len(run.clients)) if run.cfg.eval_tokens else 0
 
 
-def _close_round(run: _Run, record: dict[str, Any], start: float) -> dict[str, Any]:
+class _Clock:
+    """Wall time and CPU time of the process since it was made; the second says what the work cost on a machine that others use too."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        return {"seconds": round(time.perf_counter() - self._wall, 3), "cpu_seconds": round(time.process_time() - self._cpu, 3)}
+
+
+def _close_round(run: _Run, record: dict[str, Any], start: _Clock) -> dict[str, Any]:
     """Log first, then checkpoint: after a kill in between, the line is dropped and the round repeated."""
-    record["seconds"] = round(time.perf_counter() - start, 3)
+    record |= start.read()
     checkpoint.append_round(run.folder, record)
     _save(run)
     run.observer.round_end(record)
@@ -253,12 +221,26 @@ def _close_round(run: _Run, record: dict[str, Any], start: float) -> dict[str, A
 
 
 def _evaluate(run: _Run) -> dict[str, Any]:
+    """Losses and perplexities; before the first and after the last round also ROUGE-L of answers, if asked for."""
     cfg, data = run.cfg, run.federation.data
     sets = {"client_text": pool_text(data.clients, cfg.eval_tokens), "held_out_clients": pool_text(data.held_out, cfg.eval_tokens)}
-    return {
+    found = {
         name: evaluate_bank(run.federation.model, run.state.bank, sequences, cfg.scale, cfg.max_tokens_per_step, run.observer.evaluate)
         for name, sequences in sets.items()
     }
+    if cfg.evaluate == "all":
+        found |= {"own_text": mean_over_clients(_own_text(run)), "own_train": mean_over_clients(_own_text(run, "train"))}
+    if cfg.rouge_examples and run.state.round in (0, cfg.rounds):
+        found["rouge_l"] = rouge.evaluate(run.federation, run.state.bank, cfg, run.observer.evaluate)
+    return found
+
+
+def _own_text(run: _Run, part: Part = "test") -> list[dict[str, Any]]:
+    """Every client's own held-out or training text under its share of the bank."""
+    cfg, clients = run.cfg, list(run.clients.values())
+    return evaluate_clients(
+        run.federation.model, run.state.bank, _ranks(run), clients, cfg.scale, cfg.max_tokens_per_step, _share(run), run.observer.evaluate, part
+    )
 
 
 def _learning_rate(cfg: Config, number: int) -> float:
@@ -280,6 +262,7 @@ class _Local:
     after: list[ClientRank]
     dropped: dict[int, str]
     arrived: list[int]
+    full: FullUpdate | None = None
 
 
 def _train(run: _Run, number: int, lr: float) -> _Local:
@@ -292,12 +275,15 @@ def _train(run: _Run, number: int, lr: float) -> _Local:
     cuts = bank_ranks(keep, state.bank.shapes)
     received = server.distribute(state, names)
     data = [run.clients[name] for name in names]
-    if cfg.cobatch:
+    full = train_full(model, data, cfg, number, lr, run.observer.local_step) if cfg.train == "full" else None
+    if full:
+        trained, results = received, full.results
+    elif cfg.cobatch:
         trained = received.select(range(len(names)))
         results = train_cohort(model, trained, data, cfg, number, lr, cuts, run.observer.local_step)
     else:
         trained, results = train_one_by_one(model, received, data, cfg, number, lr, cuts, run.observer.local_step)
-    dropped = server.refused(trained, names)
+    dropped = full.dropped if full else server.refused(trained, names)
     for k, reason in dropped.items():
         run.observer.message(f"round {number}: {names[k]} is left out, {reason}")
     if len(dropped) == len(names):
@@ -309,38 +295,38 @@ def _train(run: _Run, number: int, lr: float) -> _Local:
     modules = list(state.bank.shapes)
     after = [before[k] if k in dropped else prune_decision(before[k], keep[k], old[k], new[k], modules) for k in range(len(names))]
     arrived = [k for k in range(len(names)) if k not in dropped]
-    return _Local(names, before, received, trained, results, old, new, after, dropped, arrived)
+    return _Local(names, before, received, trained, results, old, new, after, dropped, arrived, full)
 
 
 def _round(run: _Run, number: int) -> dict[str, Any]:
     """One round of HETLORA (arXiv 2401.06432, section 3): train, merge, evaluate, checkpoint; returns its record."""
-    start = time.perf_counter()
-    cfg, state = run.cfg, run.state
+    start = _Clock()
+    cfg, state, model = run.cfg, run.state, run.federation.model
     lr = _learning_rate(cfg, number)
     local = _train(run, number, lr)
     arrived, names = local.arrived, local.names
     ranks = bank_ranks([local.after[k] for k in arrived], state.bank.shapes)
     uploads, downloads = local.trained.select(arrived).prune(ranks), local.received.select(arrived).prune(ranks)
-    bytes_moved = server.traffic(state, local.received, uploads, arrived, cfg)
+    bytes_moved = server.traffic(state, local.received, uploads, arrived, cfg, model)
     down, up = bytes_moved.pop("down"), bytes_moved.pop("up")
     samples = [len(run.clients[names[k]].train) for k in arrived]
-    merged = server.aggregate(state, uploads, downloads, samples, cfg, run.federation.model)
+    merged = server.aggregate_full(local.full, model) if local.full else server.aggregate(state, uploads, downloads, samples, cfg, model)
     for i, k in enumerate(arrived):
         state.ranks[names[k]] = local.after[k]
         state.rounds_trained[names[k]] = state.rounds_trained.get(names[k], 0) + 1
-        if cfg.save_clients:
+        if cfg.save_clients and not local.full:
             checkpoint.write_adapter(checkpoint.client_folder(run.folder, names[k]), uploads.adapter(i), cfg.scale, run.federation.model_name)
     state.round = number
     evaluated = number % cfg.eval_every == 0 or number == cfg.rounds
     record = {
         "round": number,
-        "seconds": 0.0,
         "lr": lr,
         "clients": [_client_line(local, k) | _upload_line(merged, i, down[k], up[k]) for i, k in enumerate(arrived)],
         "dropped": [{"name": names[k], "reason": reason} for k, reason in local.dropped.items()],
         **bytes_moved,
         "mean_rank": _mean_rank(state),
         "evaluation": _evaluate(run) if evaluated else None,
+        **({"diagnostics": merged.diagnostics} if cfg.diagnostics else {}),
     }
     return _close_round(run, record, start)
 
@@ -365,9 +351,9 @@ def _finish(run: _Run, history: list[dict[str, Any]]) -> Result:
     """Every client's own text under its share of the final bank, the totals, and summary.json."""
     cfg, state = run.cfg, run.state
     clients = list(run.clients.values())
-    after = evaluate_clients(run.federation.model, state.bank, _ranks(run), clients, cfg.scale, cfg.max_tokens_per_step, _share(run), run.observer.evaluate)
+    after = _own_text(run)
     evaluations = [record["evaluation"] for record in history if record["evaluation"]]
-    totals = {key: sum(record[key] for record in history) for key in ("bytes_down", "bytes_up", "bytes_down_homlora", "bytes_up_homlora", "seconds")}
+    totals = {key: sum(record[key] for record in history) for key in (*TOTALS, "seconds", "cpu_seconds")}
     summary = {
         "clients": [
             {
@@ -384,6 +370,7 @@ def _finish(run: _Run, history: list[dict[str, Any]]) -> Result:
         "evaluation_before": evaluations[0],
         "evaluation_after": evaluations[-1],
         **totals,
+        "parameters": sum(p.numel() for p in run.federation.model.parameters()),
         "rounds": cfg.rounds,
         "homlora_rank": state.r_max,
         "notes": [f"round {r['round']}: {d['name']} left out, {d['reason']}" for r in history for d in r["dropped"]],

@@ -35,5 +35,8 @@ class Observer:
     def round_end(self, record: dict[str, Any]) -> None:
         """`record` is the round's line of rounds.jsonl; round 0 is the evaluation before training."""
 
+    def cell(self, label: str, done: int, total: int, summary: dict[str, Any] | None) -> None:
+        """Of a comparison: `done` of `total` runs; `summary` of the one that just ended, None for one that an earlier call had finished."""
+
     def finish(self, summary: dict[str, Any]) -> None:
         """The run is complete; `summary` is the content of summary.json."""

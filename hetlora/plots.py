@@ -1,4 +1,7 @@
-"""The four pictures of a report: perplexity, ranks, aggregation weights, bytes. Colours are Okabe and Ito's, distinct to colour-blind readers."""
+"""The pictures of a report: perplexity, ranks, aggregation weights, bytes, and diagnostics where a run recorded them.
+
+Colours are Okabe and Ito's, distinct to colour-blind readers.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,19 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import matplotlib
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from hetlora.report import Run, mean_rank
+from hetlora.report import DIAGNOSTICS, Run, mean_rank
 from hetlora.tables import perplexity_of
 
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
@@ -51,20 +56,26 @@ def draw_all(run: Run) -> dict[str, Picture]:
         ("weights.png", _weights),
         ("bytes.png", _bytes),
     )
-    pictures = {}
+    if any(record.get("diagnostics") for record in run.records):
+        from hetlora.plots_diagnostics import draw_run
+
+        drawn += ((DIAGNOSTICS, draw_run),)
+    return {name: render(partial(draw, run)) for name, draw in drawn}
+
+
+def render(draw: Callable[[Figure], tuple[str, str, str]]) -> Picture:
+    """The picture of what `draw` puts into a figure; it returns title, caption and alternative text."""
     with _style():
-        for name, draw in drawn:
-            figure = Figure(figsize=(9, 5), layout="constrained")
-            FigureCanvasAgg(figure)
-            title, caption, alt = draw(run, figure)
-            buffer = io.BytesIO()
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                figure.savefig(buffer, format="png", dpi=130)
-            missing = any("missing from" in str(w.message) for w in caught)
-            notes = ["No installed font has all characters of the clients' names; the pictures show boxes in their place."] if missing else []
-            pictures[name] = Picture(buffer.getvalue(), title, caption, alt, notes)
-    return pictures
+        figure = Figure(figsize=(9, 5), layout="constrained")
+        FigureCanvasAgg(figure)
+        title, caption, alt = draw(figure)
+        buffer = io.BytesIO()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            figure.savefig(buffer, format="png", dpi=130)
+    missing = any("missing from" in str(w.message) for w in caught)
+    notes = ["No installed font has all characters of the clients' names; the pictures show boxes in their place."] if missing else []
+    return Picture(buffer.getvalue(), title, caption, alt, notes)
 
 
 @contextmanager
@@ -98,11 +109,11 @@ def _round_axis(axes: Axes, run: Run) -> None:
     axes.set_xlabel("round" if run.complete else "round (the run is not complete)")
 
 
-def _marker_size(points: list[int]) -> float:
+def marker_size(points: list[int]) -> float:
     return 4 if len(points) <= _MOST_LABELS else 0
 
 
-def _empty(axes: Axes, text: str) -> None:
+def empty(axes: Axes, text: str) -> None:
     axes.set_axis_off()
     axes.text(0.5, 0.5, text, ha="center", va="center", color=GREY, transform=axes.transAxes)
 
@@ -122,26 +133,33 @@ def _perplexity(run: Run, figure: Figure) -> tuple[str, str, str]:
         if not finite:
             continue
         xs, ys = [x for x, _ in finite], [y for _, y in finite]
-        axes.plot(xs, ys, color=colour, marker=marker, markersize=_marker_size(xs), label=f"{name}: {ys[0]:.2f} → {ys[-1]:.2f}")
+        axes.plot(xs, ys, color=colour, marker=marker, markersize=marker_size(xs), label=f"{name}: {ys[0]:.2f} → {ys[-1]:.2f}")
         axes.axhline(ys[0], color=colour, linestyle=":", linewidth=1)
         shown += ys
         spoken.append(f"{name} from {ys[0]:.2f} in round {xs[0]} to {ys[-1]:.2f} in round {xs[-1]}")
     if not spoken:
-        _empty(axes, "No evaluation is on record.")
+        empty(axes, "No evaluation is on record.")
         return title, "No evaluation is on record.", title + ": none on record"
     _round_axis(axes, run)
     axes.set_ylabel("perplexity per token (lower is better)")
-    log = max(shown) > 5 * min(shown) > 0
-    if log:
-        axes.set_yscale("log", subs=[2, 5])
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+    log = log_axis(axes, shown)
     axes.legend(loc="best")
     caption = "Measured on text that no client trains on; dotted: the value before training. The axis " + ("is logarithmic." if log else "does not start at 0.")
     if left_out:
         caption += f" {left_out} values that are infinite or not a number are left out."
     return title, caption, f"{title}: " + "; ".join(spoken)
+
+
+def log_axis(axes: Axes, shown: list[float], axis: Axis | None = None) -> bool:
+    """Make `axis` (default: y) logarithmic where the values shown span more than a factor of five; whether it did."""
+    if not max(shown) > 5 * min(shown) > 0:
+        return False
+    (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log", subs=[2, 5])
+    axis = axis or axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+    return True
 
 
 def _rank_paths(run: Run) -> dict[str, list[tuple[int, float]]]:
@@ -159,7 +177,7 @@ def _ranks(run: Run, figure: Figure) -> tuple[str, str, str]:
     axes.set_title(title)
     paths, last = _rank_paths(run), max(run.records[-1]["round"], 1)
     if not paths:
-        _empty(axes, "No client's rank is on record.")
+        empty(axes, "No client's rank is on record.")
         return title, "No client's rank is on record.", title + ": none on record"
     pruned = {name for name, path in paths.items() if path[-1][1] < path[0][1]}
     cuts = [(x, y) for path in paths.values() for (_, before), (x, y) in pairwise(path) if y < before]
@@ -223,7 +241,7 @@ def _weights(run: Run, figure: Figure) -> tuple[str, str, str]:
     axes = figure.subplots()
     axes.set_title(title)
     if not names:
-        _empty(axes, "No upload is on record.")
+        empty(axes, "No upload is on record.")
         return title, "No upload is on record.", title + ": none on record"
     figure.set_size_inches(max(6.5, min(14, 3.5 + 0.32 * len(rounds))), max(2.8, min(16, 1.6 + 0.2 * len(names))))
     row, column = {name: i for i, name in enumerate(names)}, {round: i for i, round in enumerate(rounds)}
@@ -277,7 +295,7 @@ def _bytes(run: Run, figure: Figure) -> tuple[str, str, str]:
         if key == "bytes_up_homlora" and same:
             continue
         values = [value / unit for value in sums[key]]
-        axes.plot(rounds, values, markersize=_marker_size(rounds), label=f"{label}: {values[-1]:.2f} {name}", **look)
+        axes.plot(rounds, values, markersize=marker_size(rounds), label=f"{label}: {values[-1]:.2f} {name}", **look)
     _round_axis(axes, run)
     axes.set_ylim(bottom=0)
     axes.set_ylabel(f"{name} since the start")

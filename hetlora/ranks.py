@@ -36,7 +36,8 @@ def assign_ranks(spec: str, clients: Sequence[ClientData], seed: int) -> RankPla
     """The starting ranks of `clients` (sorted by name).
 
     spec: 'powerlaw:MIN:MAX[:A]': r = round(MIN + (MAX - MIN) u^(1/A)), u uniform on [0, 1], A = 0.1 by default, drawn once from the run's
-    seed in name order; a comma-separated list; a JSON or CSV file client -> rank; 'column:FIELD:MIN:MAX': linear in the clients' capability.
+    seed in name order; 'fixed:R': R for all; a comma-separated list; a JSON or CSV file client -> rank; 'column:FIELD:MIN:MAX': linear in the
+    clients' capability.
     Raises `ConfigError` naming what does not fit.
     """
     kind, _, rest = spec.partition(":")
@@ -44,6 +45,11 @@ def assign_ranks(spec: str, clients: Sequence[ClientData], seed: int) -> RankPla
         return _power_law(spec, rest, clients, seed)
     if kind == "column":
         return _by_capability(spec, clients)
+    if kind == "fixed":
+        if not rest.isdecimal() or int(rest) < 1:
+            raise ConfigError(f"ranks: expected 'fixed:R' with a whole number R >= 1, got {spec!r}")
+        rank = int(rest)
+        return RankPlan(rank, rank, {client.name: rank for client in clients})
     listed = Path(spec)
     if listed.suffix.lower() in (".json", ".csv"):
         ranks = _from_file(listed, clients)
@@ -97,7 +103,7 @@ def _from_list(spec: str, clients: Sequence[ClientData]) -> dict[str, int]:
         values = [int(part) for part in spec.split(",")]
     except ValueError:
         raise ConfigError(
-            f"ranks: expected 'powerlaw:MIN:MAX', a comma-separated list, a .json or .csv file, or 'column:FIELD:MIN:MAX', got {spec!r}"
+            f"ranks: expected 'powerlaw:MIN:MAX', 'fixed:R', a comma-separated list, a .json or .csv file, or 'column:FIELD:MIN:MAX', got {spec!r}"
         ) from None
     if len(values) != len(clients):
         raise ConfigError(f"ranks: expected {len(clients)} ranks, one per training client by name order, got {len(values)}")

@@ -1,4 +1,4 @@
-"""A run folder as one self-contained HTML page and four PNGs. Works on runs that were stopped, and says that they were."""
+"""A run folder as one self-contained HTML page and its PNGs. Works on runs that were stopped, and says that they were."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from hetlora.config import Config, ConfigError
 
 PICTURES = ("perplexity.png", "ranks.png", "weights.png", "bytes.png")
+DIAGNOSTICS = "diagnostics.png"  # of runs that recorded them
 _GENERATOR = '<meta name="generator" content="hetlora">'
 
 
@@ -137,7 +138,7 @@ def write_report(run_dir: str | Path, out_dir: str | Path | None = None) -> Path
 
 
 def _refuse_foreign(out: Path, page: Path, own: bool) -> None:
-    there = [name for name in (page.name, *PICTURES) if (out / name).exists()]
+    there = [name for name in (page.name, *PICTURES, DIAGNOSTICS) if (out / name).exists()]
     if own or not there:
         return
     if page.is_file() and _GENERATOR in page.read_text(encoding="utf-8", errors="replace")[:2000]:
@@ -173,6 +174,10 @@ def _key_figures(run: Run) -> list[tuple[str, str, str]]:
         if values:
             tokens = next(e[part].get("tokens") for e in evaluated if e.get(part))
             figures.append((title, f"{number(values[0])} → {number(values[-1])}", f"global adapter, {tokens:,} tokens" if tokens else "global adapter"))
+    answered = [evaluation["rouge_l"] for evaluation in evaluated if evaluation.get("rouge_l")]
+    if answered:
+        scores = " → ".join(number(100 * found["f1"]) for found in (answered[0], answered[-1]))
+        figures.append(("ROUGE-L of answers (F1, %)", scores, f"global adapter, {answered[0]['examples']} held-out prompts"))
     for way in ("down", "up"):
         ours, full = (sum(record.get(key, 0) for record in run.records) for key in (f"bytes_{way}", f"bytes_{way}_homlora"))
         remark = f"{100 * ours / full:.1f} % of HomLoRA at the largest rank ({size_text(full)})" if full else ""
@@ -198,27 +203,40 @@ def _settings(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def _render(run: Run, pictures: dict[str, Any]) -> str:
+def environment() -> Any:
+    """jinja2 with the package's templates and the filters `number` and `rank`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     from hetlora.tables import number, rank_text
 
-    environment = Environment(loader=PackageLoader("hetlora", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=number, rank=rank_text)
+    made = Environment(loader=PackageLoader("hetlora", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made.filters.update(number=number, rank=rank_text)
+    return made
+
+
+def picture_data(pictures: dict[str, Any]) -> list[dict[str, str]]:
+    """What a page needs to embed its pictures."""
+    return [
+        {"name": name, "title": p.title, "caption": p.caption, "alt": p.alt, "data": base64.b64encode(p.png).decode("ascii")} for name, p in pictures.items()
+    ]
+
+
+def _render(run: Run, pictures: dict[str, Any]) -> str:
     clients = _client_rows(run)
     notes = list((run.summary or {}).get("notes") or [])
     notes += sorted({note for picture in pictures.values() for note in picture.notes})
-    return environment.get_template("report.html.j2").render(
-        run=run,
-        clients=clients,
-        has_perplexity=any(client.get("perplexity_after") is not None for client in clients),
-        dropped=[(record["round"], drop) for record in run.records for drop in record.get("dropped") or []],
-        figures=_key_figures(run),
-        pictures=[
-            {"name": name, "title": p.title, "caption": p.caption, "alt": p.alt, "data": base64.b64encode(p.png).decode("ascii")}
-            for name, p in pictures.items()
-        ],
-        settings=_settings(run),
-        notes=notes,
-        isfinite=math.isfinite,
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            run=run,
+            clients=clients,
+            has_perplexity=any(client.get("perplexity_after") is not None for client in clients),
+            dropped=[(record["round"], drop) for record in run.records for drop in record.get("dropped") or []],
+            figures=_key_figures(run),
+            pictures=picture_data(pictures),
+            settings=_settings(run),
+            notes=notes,
+            isfinite=math.isfinite,
+        )
     )

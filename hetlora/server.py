@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hetlora_kernels as hk
-from hetlora import merge
+from hetlora import diagnostics, full, merge
 from hetlora.config import Config
 from hetlora.ranks import ClientRank, bank_ranks
 from hetlora.seeds import host_generator, torch_generator
@@ -55,6 +55,7 @@ def refused(bank: hk.AdapterBank, names: Sequence[str]) -> dict[int, str]:
 class Aggregate:
     weights: Tensor  # [K, modules] float64
     norms: Tensor  # [K] float64, ||B_k A_k||_F over all modules
+    diagnostics: dict[str, Any] = field(default_factory=dict)
 
 
 def aggregate(state: ServerState, uploads: hk.AdapterBank, received: hk.AdapterBank, samples: Sequence[int], cfg: Config, model: torch.nn.Module) -> Aggregate:
@@ -71,7 +72,15 @@ def aggregate(state: ServerState, uploads: hk.AdapterBank, received: hk.AdapterB
         merge.fold_stack(model, uploads, weights, cfg.scale)
         state.bank = fresh_bank(state.bank.shapes, state.r_max, cfg, state.bank.device, state.round + 1)
         state.stacked_bytes = sum(uploads.num_bytes(k) for k in range(uploads.num_clients))
-    return Aggregate(weights, norms)
+    return Aggregate(weights, norms, diagnostics.describe(state.bank, uploads, weights, cfg) if cfg.diagnostics else {})
+
+
+def aggregate_full(update: full.FullUpdate, model: torch.nn.Module) -> Aggregate:
+    """train = 'full': the mean of the clients' models becomes the base model."""
+    full.install(model, update)
+    columns = ([values[k] for k in update.weights] for values in (update.weights, update.norms))
+    weights, norms = (torch.tensor(column, dtype=torch.float64) for column in columns)
+    return Aggregate(weights[:, None], norms)
 
 
 def fresh_bank(shapes: Mapping[str, tuple[int, int]], r_max: int, cfg: Config, device: torch.device, round_number: int = 0) -> hk.AdapterBank:
@@ -80,16 +89,25 @@ def fresh_bank(shapes: Mapping[str, tuple[int, int]], r_max: int, cfg: Config, d
     return hk.AdapterBank(shapes, [r_max], dtype=dtype, generator=torch_generator(cfg.seed, "bank", round_number)).to(device)
 
 
-def traffic(state: ServerState, received: hk.AdapterBank, uploads: hk.AdapterBank, arrived: Sequence[int], cfg: Config) -> dict[str, Any]:
-    """Bytes of the round, per client and in all, and what the same clients would move as HomLoRA at r_max."""
-    down = [state.stacked_bytes if cfg.merge == "stack" else received.num_bytes(k) for k in range(received.num_clients)]
-    up = {k: uploads.num_bytes(i) for i, k in enumerate(arrived)}
-    full = state.bank.num_bytes(0)
+def traffic(
+    state: ServerState, received: hk.AdapterBank, uploads: hk.AdapterBank, arrived: Sequence[int], cfg: Config, model: torch.nn.Module
+) -> dict[str, Any]:
+    """Bytes and trained parameters of the round: per client, in all, and what the same clients would move as HomLoRA at r_max."""
+    clients = range(received.num_clients)
+    homlora = state.bank.num_bytes(0)
+    if cfg.train == "full":
+        down, up = [full.num_bytes(model)] * len(clients), dict.fromkeys(arrived, full.num_bytes(model))
+        trained = len(clients) * sum(parameter.numel() for parameter in model.parameters())
+    else:
+        down = [state.stacked_bytes if cfg.merge == "stack" else received.num_bytes(k) for k in clients]
+        up = {k: uploads.num_bytes(i) for i, k in enumerate(arrived)}
+        trained = sum(received.num_bytes(k) for k in clients) // received.dtype.itemsize
     return {
         "down": down,
         "up": up,
         "bytes_down": sum(down),
         "bytes_up": sum(up.values()),
-        "bytes_down_homlora": full * len(down),
-        "bytes_up_homlora": full * len(up),
+        "bytes_down_homlora": homlora * len(down),
+        "bytes_up_homlora": homlora * len(up),
+        "trained_parameters": trained,
     }

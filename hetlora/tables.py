@@ -178,6 +178,39 @@ class ConsoleObserver(Observer):
         self._bars.stop()
 
 
+class ComparisonObserver(ConsoleObserver):
+    """Shows a comparison: bars for the run at work on a terminal, and one line for every cell that is done."""
+
+    def start(self, cfg: Config, info: dict[str, Any]) -> None:
+        self.cfg, self._total = cfg, cfg.rounds
+        if self._live:
+            self._drop_inner()
+            self._drop_rounds()
+            self._rounds = self._bars.add_task("rounds", total=cfg.rounds)
+
+    def round_end(self, record: dict[str, Any]) -> None:
+        self._drop_inner()
+        if self._rounds is not None:
+            self._bars.update(self._rounds, completed=record["round"])
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self._drop_inner()
+        self._drop_rounds()
+
+    def _drop_rounds(self) -> None:
+        if self._rounds is not None:
+            self._bars.remove_task(self._rounds)
+        self._rounds = None
+
+    def cell(self, label: str, done: int, total: int, summary: dict[str, Any] | None) -> None:
+        """`done` of `total` cells: `summary` of the run that just ended; None for one that was there already."""
+        if summary is None:
+            self._print(f"{done}/{total} {label}: done before")
+            return
+        before, after = (number(perplexity_of(summary[key], "client_text"), 3) for key in ("evaluation_before", "evaluation_after"))
+        self._print(f"{done}/{total} {label}: perplexity {before} -> {after}; {summary['cpu_seconds']:.0f} s of CPU time, {summary['seconds']:.0f} s")
+
+
 def _change(client: dict[str, Any]) -> float:
     before, after = client.get("perplexity_before"), client.get("perplexity_after")
     if not before or not after:

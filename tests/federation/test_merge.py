@@ -287,7 +287,7 @@ def test_options_of_the_server_change_nothing_before_the_first_merge(tmp_path):
     default = results[0]
     trained = ("name", "rank_before", "rank", "steps", "sequences", "tokens", "loss_first", "loss_last", "tail_before", "tail_after", "bytes_up")
     for result, option in zip(results[1:], OPTIONS, strict=True):
-        assert result.history[0] | {"seconds": 0} == default.history[0] | {"seconds": 0}
+        assert result.history[0] | {"seconds": 0, "cpu_seconds": 0} == default.history[0] | {"seconds": 0, "cpu_seconds": 0}
         for mine, theirs in zip(result.history[1]["clients"], default.history[1]["clients"], strict=True):
             assert [mine[key] for key in trained] == [theirs[key] for key in trained], option
         assert not same_bits(result.bank, default.bank), option

@@ -60,8 +60,8 @@ def assert_same(result, expected) -> None:
     assert same_bits(result.bank, expected.bank)
     assert result.ranks == expected.ranks
     assert lines(result.run_dir) == lines(expected.run_dir)
-    assert [{**r, "seconds": 0} for r in result.history] == [{**r, "seconds": 0} for r in expected.history]
-    assert {**result.summary, "seconds": 0} == {**expected.summary, "seconds": 0}
+    assert [{**r, "seconds": 0, "cpu_seconds": 0} for r in result.history] == [{**r, "seconds": 0, "cpu_seconds": 0} for r in expected.history]
+    assert {**result.summary, "seconds": 0, "cpu_seconds": 0} == {**expected.summary, "seconds": 0, "cpu_seconds": 0}
     saved, whole = checkpoint.load_checkpoint(result.run_dir), checkpoint.load_checkpoint(expected.run_dir)
     assert saved[0] == whole[0] and all(torch.equal(saved[1][key], whole[1][key]) for key in saved[1] | whole[1])
     assert adapters(result.run_dir) == adapters(expected.run_dir)

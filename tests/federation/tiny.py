@@ -18,7 +18,7 @@ from hetlora import loop
 from hetlora.checkpoint import read_rounds
 from hetlora.config import Config
 from hetlora.data import ClientData, FederatedData
-from hetlora.loop import Federation
+from hetlora.federation import Federation
 from hetlora.models import target_shapes
 from hetlora.observer import Observer
 from hetlora.server import ServerState
@@ -88,7 +88,7 @@ def tiny_state(federation: Federation, ranks: list[int], r_min: int = 1, r_max: 
 def lines(run: Path) -> list[dict]:
     """rounds.jsonl without the times."""
     records = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    return [{key: value for key, value in record.items() if key not in ("seconds", "cpu_seconds")} for record in records]
 
 
 def same_bits(one: hk.AdapterBank, other: hk.AdapterBank) -> bool:

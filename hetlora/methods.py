@@ -1,0 +1,118 @@
+"""What `hetlora compare` runs: the plan of a comparison, and its methods, which are names for combinations of the settings of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hetlora.config import ADAPTER_SETTINGS, Config, ConfigError
+
+OWNED = ("train", "merge", "weights", "weight_scope", "weight_cap", "prune_scope", "shared_rows", "unowned_rows")
+"""Settings that say which method a run is: a comparison takes them from its methods, never from its common settings."""
+
+
+class Plan(BaseModel):
+    """What is compared, besides the common settings of the runs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    methods: str = Field("main", description="Methods, groups (main, ablations, all) and variants 'NAME+setting=value', comma-separated.")
+    seeds: int = Field(3, description="Runs per method, with the seeds SEED, SEED + 1, ...", ge=1)
+    target: float = Field(
+        0.9, description="Count the rounds until the global adapter reaches this perplexity; below 1: this share of the perplexity before training.", gt=0
+    )
+    search: str = Field("", description="'SETTING=V1,V2,...': each method first takes the value with the lowest final perplexity in a run of its own.")
+    search_data: str = Field("", description="Data of the search; default: that of the comparison, with another seed.")
+    search_rounds: int = Field(0, description="Rounds of a search run; 0 = as many as in the comparison.", ge=0)
+
+
+def make_plan(source: str, **values: Any) -> Plan:
+    """`Plan` of `values`; every fault becomes one `ConfigError` line that names `source`."""
+    try:
+        return Plan(**values)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg'].lower()}, got {f['input']!r}" for f in error.errors())
+        raise ConfigError(f"{source}: {faults}") from None
+
+
+Ranks = Literal["own", "min", "max", "none"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method: `settings` on top of the common ones. `ranks`: of the clients: their own, all the least or all the largest, or no adapters.
+
+    `like`: the method whose searched setting an ablation takes over, so that it differs in one thing only.
+    """
+
+    name: str
+    text: str
+    ranks: Ranks = "own"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    like: str | None = None
+
+
+_FEDAVG = {"gamma": 1.0, "weights": "samples"}
+_LIST = (
+    Method("hetlora", "HETLORA: truncation, self-pruning, sparsity weights"),
+    Method("hetlora-gamma1", "HETLORA without pruning (gamma = 1)", settings={"gamma": 1.0}),
+    Method("homlora-min", "every client at the least rank, FedAvg of A and of B", "min", _FEDAVG),
+    Method("homlora-max", "every client at the largest rank, FedAvg of A and of B", "max", _FEDAVG),
+    Method("recon-svd", "exact sum of B A, then truncated SVD (FlexLoRA)", settings={**_FEDAVG, "merge": "svd"}),
+    Method("flora", "exact sum of B A by stacking, folded into the base each round (FLoRA)", settings={**_FEDAVG, "merge": "stack"}),
+    Method("fedavg-full", "full fine-tuning, FedAvg of all weights", "none", {"train": "full", "weights": "samples"}),
+    Method("hetlora-uniform", "HETLORA with equal weights", settings={"weights": "uniform"}, like="hetlora"),
+    Method("hetlora-samples", "HETLORA with sample-count weights", settings={"weights": "samples"}, like="hetlora"),
+    Method("hetlora-owners", "HETLORA, rows divided by their owners' weight", settings={"shared_rows": "owners"}, like="hetlora"),
+    Method("hetlora-client-weights", "HETLORA with one sparsity weight per client", settings={"weight_scope": "client"}, like="hetlora"),
+    Method("hetlora-module-prune", "HETLORA pruning each module by itself", settings={"prune_scope": "module"}, like="hetlora"),
+)
+METHODS = {method.name: method for method in _LIST}
+GROUPS = {
+    "main": [method.name for method in _LIST if method.like is None],
+    "ablations": [method.name for method in _LIST if method.like is not None],
+    "all": [method.name for method in _LIST],
+}
+
+
+def parse_methods(text: str) -> list[Method]:
+    """A comma-separated list of methods, groups ('main', 'ablations', 'all') and variants 'NAME+setting=value+setting=value', each once.
+
+    A variant takes over its method's searched setting. Raises `ConfigError` naming what is unknown, and what there is.
+    """
+    found: dict[str, Method] = {}
+    for name in (part.strip() for part in text.split(",")):
+        base, *changes = name.split("+")
+        if base not in METHODS and (changes or base not in GROUPS):
+            raise ConfigError(f"methods: unknown {base!r}; there are {', '.join(METHODS)}; the groups {', '.join(GROUPS)}; and 'NAME+setting=value'")
+        for own in GROUPS.get(base, [base]) if not changes else ():
+            found[own] = METHODS[own]
+        if changes:
+            found[name] = _variant(METHODS[base], name, changes)
+    return list(found.values())
+
+
+def _variant(method: Method, name: str, changes: list[str]) -> Method:
+    settings = dict(method.settings)
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals or key not in Config.model_fields or key in ("output", "seed"):
+            raise ConfigError(f"methods: {name!r}: expected 'setting=value' with a setting of `hetlora run` other than output and seed, got {change!r}")
+        settings[key] = value
+    return Method(name, f"{method.text}; {', '.join(changes)}", method.ranks, settings, method.like or method.name)
+
+
+def method_config(method: Method, common: Config, r_min: int, r_max: int, **values: Any) -> Config:
+    """The settings of a run of `method`: the common ones, the method's own, and `values` (seed, output, ...) on top.
+
+    r_min, r_max: bounds of the clients' ranks in the common settings, for the methods in which all clients have one of them.
+    """
+    settings = {**common.model_dump(), **{name: Config.model_fields[name].default for name in OWNED}}
+    if method.ranks == "none":
+        settings |= {name: Config.model_fields[name].default for name in ADAPTER_SETTINGS}
+    elif method.ranks != "own":
+        settings["ranks"] = f"fixed:{r_min if method.ranks == 'min' else r_max}"
+    return Config.create(f"method {method.name}", **{**settings, **method.settings, **values})

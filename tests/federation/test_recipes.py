@@ -1,0 +1,89 @@
+"""The recipes under examples/ are accepted as they stand, and run from end to end on a tiny model of the same architecture with rows of the same columns."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from hetlora.cli import cli
+from hetlora.config import Config
+from hetlora.data import load_data
+from hetlora.demo_text import stdlib_documents, unicode_scripts
+from hetlora.federation import check_options
+from hetlora.methods import Plan, make_plan, method_config, parse_methods
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+RECIPES = sorted(EXAMPLES.glob("*.yaml"))
+ARCHITECTURES = {"HuggingFaceTB/SmolLM2-135M": "llama", "Qwen/Qwen2.5-0.5B": "qwen2"}
+SMALL = "--device cpu --rounds 1 --seeds 1 --clients-per-round 2 --local-steps 1 --batch-size 1 --seq-len 48 --eval-tokens 200 --max-tokens-per-client 200"
+
+
+def read(path: Path) -> tuple[Config, Plan]:
+    values = Config.read(path)
+    plan = make_plan(str(path), **{name: values.pop(name) for name in Plan.model_fields if name in values})
+    return Config.create(str(path), **values), plan
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) == 4
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_method_of_a_recipe_can_run_with_its_settings(path):
+    common, plan = read(path)
+    assert common.output == f"runs/{path.stem}"
+    for method in parse_methods(plan.methods):
+        check_options(method_config(method, common, 5, 50))
+
+
+@pytest.mark.parametrize("kind", ["stdlib", "unicode"])
+def test_search_clients_are_not_in_the_federation(kind):
+    """So that no method's learning rate is chosen on the text that it is judged by."""
+    common, plan = read(EXAMPLES / f"compare-{kind}.yaml")
+    there = set(stdlib_documents() if kind == "stdlib" else unicode_scripts())
+    federated, searched = (set(data.partition(":")[2].split(",")) for data in (common.data, plan.search_data))
+    assert federated and searched and federated.isdisjoint(searched) and federated | searched <= there
+
+
+def load_tiny_model():
+    spec = importlib.util.spec_from_file_location("tiny_model", EXAMPLES / "tiny_model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem.startswith("gpu-")], ids=lambda path: path.stem)
+def test_dry_run(path, tmp_path):
+    common, _ = read(path)
+    model = load_tiny_model().write_tiny_model(ARCHITECTURES[common.model], tmp_path / "model")
+    columns = [common.text_field, *([common.prompt_field] if common.prompt_field else [])]
+    rows = [{common.client_field: f"client {k}", **{name: f"{name} {n} of {k}" for name in columns}} for k in range(3) for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--config", path, "--model", model, "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "out", "--search", "lr=0.001"]
+    arguments += [*SMALL.split(), "--methods", "hetlora,fedavg-full", *(["--rouge-examples", "2", "--rouge-tokens", "3"] if common.prompt_field else [])]
+    result = CliRunner().invoke(cli, ["compare", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "comparison.html").is_file()
+    saved = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    metrics = saved["methods"]["hetlora"]["metrics"]
+    assert metrics["global_final"]["values"][0] > 1
+    assert (metrics["rouge_l"]["values"][0] is not None) == bool(common.prompt_field)
+
+
+def test_unicode_clients_are_letters_by_script_and_parts_can_be_named():
+    scripts = unicode_scripts()
+    assert scripts["GREEK"][0].splitlines()[:2] == ["Ͱ GREEK CAPITAL LETTER HETA", "ͱ GREEK SMALL LETTER HETA"]
+    assert not any(name in scripts for name in ("CJK", "DIGIT")) and "HANGUL SYLLABLE" not in scripts["HANGUL"][0]
+    for letter_line in scripts["CYRILLIC"][0].splitlines():
+        assert letter_line[0].isalpha() and letter_line[2:].startswith("CYRILLIC ")
+    from transformers import ByT5Tokenizer
+
+    def names(data: str) -> list[str]:
+        return [client.name for client in load_data(Config(data=data, max_tokens_per_client=600), ByT5Tokenizer()).clients]
+
+    assert names("unicode:RUNIC,GREEK") == ["GREEK", "RUNIC"]
+    assert names("unicode:-GREEK") == [name for name in scripts if name != "GREEK"]
