@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKED = re.compile(r"(<!-- benchmarks: (?P<file>\S+) (?P<kind>\w+) -->\n).*?(<!-- benchmarks end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- benchmarks: (?P<file>\S+) (?P<kind>\w+) -->\n).*?(?P<end><!-- benchmarks end -->)", re.DOTALL)
 
 
 def _row(cells: list[str]) -> str:
@@ -117,7 +117,7 @@ def facts(data: dict[str, Any], file: str) -> list[str]:
 def render(text: str, results: Path) -> str:
     def fill(match: re.Match[str]) -> str:
         data = json.loads((results / match["file"]).read_text(encoding="utf-8"))
-        return match[1] + "\n".join([*facts(data, match["file"]), *TABLES[match["kind"]](data)]) + "\n" + match[3]
+        return match[1] + "\n".join([*facts(data, match["file"]), *TABLES[match["kind"]](data)]) + "\n" + match["end"]
 
     return MARKED.sub(fill, text)
 

@@ -56,3 +56,11 @@ def test_power_law_ranks_are_within_the_bounds_and_mostly_small():
 
 def test_documented_tables_are_those_of_the_json_files(capsys):
     assert tables.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_a_table_is_written_again_where_it_is_stale():
+    files = sorted((tables.ROOT / "benchmarks" / "results").glob("amd-epyc-zen4.json"))
+    text = f"before\n<!-- benchmarks: {files[0].name} summary -->\nold\n<!-- benchmarks end -->\nafter\n"
+    once = tables.render(text, files[0].parent)
+    assert "old" not in once and "| gram |" in once and once.endswith("<!-- benchmarks end -->\nafter\n")
+    assert tables.render(once, files[0].parent) == once == tables.render(once.replace("| gram |", "| other |"), files[0].parent)
