@@ -173,6 +173,8 @@ def use_backend(rung: str) -> Iterator[None]:
 
 def _chosen(name: str, device: str) -> tuple[str, str]:
     if _forced is not None:
+        if not _has(name, _forced) and _has(_TWINS.get(name, name), _forced):
+            return _forced, f"forced to {_forced!r}, through {_TWINS[name]}"
         return (_forced, f"forced to {_forced!r}") if _has(name, _forced) else ("reference", f"forced to {_forced!r}, which has no kernel for this op")
     ladder = ("cuda", "triton") if device == "cuda" else ("cpu",)
     missing = absent()

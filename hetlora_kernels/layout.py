@@ -104,7 +104,7 @@ class Plan:
         self.ranks, self.starts, self.lengths = list(ranks), starts, lengths
         self.elements = sum(rank * length for rank, length in zip(ranks, lengths, strict=False))
         absent = [0] * (len(self.ranks) - len(lengths))
-        self.table = torch.tensor([self.ranks, starts + absent, lengths + absent], dtype=torch.int64)
+        self.table = torch.tensor([self.ranks, starts + absent, lengths + absent], dtype=torch.int64, device="cpu")  # whatever the default device
 
 
 class Segments:
@@ -165,7 +165,7 @@ class Segments:
         num_clients: K, default the largest id + 1; an id outside -1 .. K - 1 is a `ValueError`.
         """
         device = ids.device if isinstance(ids, Tensor) else torch.device("cpu")
-        flat = torch.tensor(int_list("ids", ids), dtype=torch.int64)
+        flat = torch.tensor(int_list("ids", ids), dtype=torch.int64, device="cpu")
         highest = int(flat.max()) if flat.numel() else -1
         count = highest + 1 if num_clients is None else int(num_clients)
         if flat.numel() and int(flat.min()) < -1:
@@ -192,9 +192,9 @@ class Segments:
                 keys = self.row_keys.to(device)
                 keys = keys if self.index is None else keys[self.index.to(device)]
             else:
-                host = torch.zeros(self.num_rows if self.index is None else self.index.numel(), dtype=torch.int64)
+                host = torch.zeros(self.num_rows if self.index is None else self.index.numel(), dtype=torch.int64, device="cpu")
                 for start, length in zip(self.starts, self.lengths, strict=True):
-                    host[start : start + length] = torch.arange(length)
+                    host[start : start + length] = torch.arange(length, device="cpu")
                 keys = host.to(device)
             self._key_cache[device] = keys.contiguous()
         return self._key_cache[device]

@@ -113,7 +113,7 @@ struct Plain {
     static HETLORA_INLINE void multiply_add(Vector& sum, const Vector& left, const Vector& right) { sum += left * right; }
 };
 
-// bfloat16 pairs (AVX512-BF16): products are exact in float32, subnormal ones count as zero.
+// bfloat16 pairs (AVX512-BF16): products are exact in float32; subnormal operands and products count as zero.
 struct Pairs {
     typedef bf16 Element;
     typedef float Sum;

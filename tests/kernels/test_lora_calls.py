@@ -88,6 +88,21 @@ def test_factors_as_transposed_views(dtype, ranks, backend, device):
     assert all(same_bits(plain[name].grad, viewed[name].grad) for name in ("x", "a"))
 
 
+def test_the_default_device_is_not_that_of_the_tensors(device):
+    layer = make_layer([3, 2], [0, 1, 0, 1], N, M)
+    leaves, layout, ids = leaf_tensors(layer, torch.float32, None, device), layer.layout(), [0, 1, 0, 1]
+
+    def call(seg):
+        return hk.lora_linear(
+            leaves["x"], leaves["weight"], leaves["bias"], leaves["a"], leaves["bt"], layout, seg, dropout=0.5, seeds=torch.tensor([3, 4], device=device)
+        )
+
+    with torch.device("meta"):
+        seg = hk.Segments.from_ids(ids)
+        inside = call(seg)
+    assert same_bits(inside, call(seg)) and same_bits(inside, call(hk.Segments.from_ids(ids)))
+
+
 # ---------------------------------------------------------------- autocast and compilation
 
 
