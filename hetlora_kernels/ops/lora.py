@@ -243,7 +243,8 @@ def _gradients(d_y, x, weight, a, bt, s, call: Call, need_x: bool, need_a: bool,
         d_x = torch.zeros_like(x) if weight is None else torch.mm(d_y, weight)
     term = layer_term(x.is_cpu)
     if term is not None:
-        d_a, d_bt = term[1](d_x, d_y, x, a, bt, s, scale, seeds, keys, index, plan.table, dropout, need_a, need_bt)
+        transposed = not bt.is_contiguous() and bt.stride(0) == 1  # decided here and not in the op: a compiler may give it bt in another layout
+        d_a, d_bt = term[1](d_x, d_y, x, a, bt, s, scale, seeds, keys, index, plan.table, dropout, need_a, need_bt, transposed)
         return d_x, d_a if need_a else None, d_bt if need_bt else None
     d_a = d_bt = d_s = None
     if need_x or need_a:
@@ -275,13 +276,11 @@ def _(out, x, a, bt, scale, seeds, row_keys, index, plan, elements, dropout):
 
 
 @register_fake("lora_grads_")
-def _(d_x, d_y, x, a, bt, s, scale, seeds, row_keys, index, plan, dropout, need_a, need_bt):
-    def gradient(factor):
-        rows, width = factor.shape
-        transposed = rows > 1 and width > 1 and factor.stride() == (1, rows)
-        return factor.new_empty_strided((rows, width), (1, rows) if transposed else (width, 1))
-
-    return tuple(gradient(factor) if need else factor.new_empty(0) for factor, need in ((a, need_a), (bt, need_bt)))
+def _(d_x, d_y, x, a, bt, s, scale, seeds, row_keys, index, plan, dropout, need_a, need_bt, transposed):
+    d_a = a.new_empty(a.shape if need_a else 0)
+    if need_bt and transposed:
+        return d_a, bt.new_empty((bt.shape[1], bt.shape[0])).t()
+    return d_a, bt.new_empty(bt.shape if need_bt else 0)
 
 
 @register_fake("shrink")

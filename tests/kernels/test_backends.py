@@ -53,7 +53,7 @@ def samples(name: str, device) -> list[tuple]:
             if name == "lora_add_":
                 cases.append((out, x, a, bt, *call, 10, dropout))
             else:
-                needs = ((d_x, True, True), (None, True, False), (d_x, False, False), (None, False, True))
+                needs = ((d_x, True, True, False), (None, True, False, True), (d_x, False, False, False), (None, False, True, True))
                 cases += [(target, d_y, x, a, bt, s, *call, dropout, *need) for target, *need in needs]
         return cases
     if name == "truncate_":
