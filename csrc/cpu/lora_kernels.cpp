@@ -14,11 +14,6 @@ namespace {
 
 constexpr int kTileRows = 6;
 
-template <class E, int W>
-struct VectorOf {
-    typedef E type __attribute__((vector_size(W * sizeof(E)), aligned(sizeof(E)), may_alias));
-};
-
 // Sum of the lanes, by halves.
 template <class E, int W>
 HETLORA_INLINE E lanes(const typename VectorOf<E, W>::type& v) {
@@ -171,7 +166,7 @@ HETLORA_INLINE void drop(const DropRow& row, const E* x, int64_t n, E inverse, E
 
 HETLORA_LORA(base_float, float, , 4, 2, drop)
 HETLORA_LORA(base_double, double, , 2, 2, drop)
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(HETLORA_X86)
 HETLORA_AVX512 inline __attribute__((always_inline)) void drop_avx512(const DropRow& row, const float* x, int64_t n, float inverse, float* out) {
     const __m512i threshold = _mm512_set1_epi16(static_cast<short>(row.threshold));
     const __m512 factor = _mm512_set1_ps(inverse);
@@ -196,7 +191,6 @@ HETLORA_AVX512 inline __attribute__((always_inline)) void drop_avx512(const Drop
     }
 }
 
-#define HETLORA_AVX2 __attribute__((target("avx2,fma")))
 HETLORA_LORA(avx2_float, float, HETLORA_AVX2, 8, 2, drop)
 HETLORA_LORA(avx2_double, double, HETLORA_AVX2, 4, 2, drop)
 HETLORA_LORA(avx512_float, float, HETLORA_AVX512, 16, 4, drop_avx512)
@@ -216,22 +210,17 @@ HETLORA_INLINE void add(T* __restrict out, const E* __restrict product, int64_t 
 template <class E>
 const LoraKernels<E>& lora_kernels() {
     constexpr bool wide = sizeof(E) == 8;
-#if defined(__x86_64__) && defined(__GNUC__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) {
+    static const InstructionSet set = instruction_set();
+#if defined(HETLORA_X86)
+    if (set != InstructionSet::base) {
         if constexpr (wide) {
-            return kernels_avx512_double;
+            return set == InstructionSet::avx512 ? kernels_avx512_double : kernels_avx2_double;
         } else {
-            return kernels_avx512_float;
-        }
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        if constexpr (wide) {
-            return kernels_avx2_double;
-        } else {
-            return kernels_avx2_float;
+            return set == InstructionSet::avx512 ? kernels_avx512_float : kernels_avx2_float;
         }
     }
 #endif
+    (void)set;
     if constexpr (wide) {
         return kernels_base_double;
     } else {

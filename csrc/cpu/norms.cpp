@@ -1,296 +1,21 @@
 // gram, delta_norms, tail_norms: norms of low-rank updates from products of rank rows, for all modules and clients in one call.
 //
-// One client of one module is a unit of work; the most expensive units are handed out first, each to the part with the least so far. A unit walks its
-// columns in panels of about 512: the panel stays in L2 while every pair of row groups is multiplied from it, so the rows are read from memory once. A group by
-// itself is a triangle, two groups a rectangle of dot products held in registers as vectors along the columns: exactly r (r + 1) / 2 of them, no rank is
-// padded; the panel's sums leave the registers in double. float16 rows (and others when exact) are converted into the panel first; bfloat16 rows are too
-// where the processor has no AVX512-BF16. Bytes: the rows once; operations: r (r + 1) / 2 multiply-adds a column, more than the time of the read from about
-// r = 16 on.
+// One client of one module is a unit of work; a part is a stretch of units that lie one after another, of about equal cost. A unit walks its columns in panels
+// of about 512: the panel stays in L2 while every pair of row groups is multiplied from it (gram_kernels.h), so the rows are read from memory once. float16 rows
+// (and others when exact) are converted into the panel first; bfloat16 rows are too where the processor has no AVX512-BF16. Bytes: the rows once; operations:
+// r (r + 1) / 2 multiply-adds a column, more than the time of the read from about r = 16 on.
 #include <cmath>
 #include <cstdlib>
 #include <numeric>
 
+#include "gram_kernels.h"
 #include "tensors.h"
 
 namespace hetlora {
 namespace {
 
 constexpr int64_t kPanel = 768;         // most columns of a panel
-constexpr int64_t kLine = 64;           // bytes of a cache line
 constexpr int64_t kLead = 192 * 1024;  // bytes fetched ahead, a part of L2
-
-template <class E, int W>
-struct VectorOf {
-    typedef E type __attribute__((vector_size(W * sizeof(E)), aligned(sizeof(E)), may_alias));
-};
-
-#if defined(__clang__)
-#define HETLORA_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#define HETLORA_UNROLL _Pragma("unroll")
-#else
-#define HETLORA_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype((a) < (b)){__VA_ARGS__})
-// Sums that an index reaches stay in registers only where their loops are unrolled, which GCC does by itself up to 16 times.
-#define HETLORA_UNROLL _Pragma("GCC unroll 16")
-#endif
-
-// The W lanes added down to four, by halves.
-template <class E, int W>
-HETLORA_INLINE typename VectorOf<E, 4>::type four_lanes(const typename VectorOf<E, W>::type& v) {
-    if constexpr (W == 4) {
-        return v;
-    } else {
-        typedef typename VectorOf<E, W / 2>::type Half;
-        Half halves[2];
-        std::memcpy(halves, &v, sizeof halves);
-        const Half sum = halves[0] + halves[1];
-        return four_lanes<E, W / 2>(sum);
-    }
-}
-
-// The lanes of 16 vectors of 16 added up, as vector j's sum in lane j: 15 additions of 30 shuffled halves.
-template <class V>
-HETLORA_INLINE V sixteen_sums(const V* sums) {
-    V v[16];
-    HETLORA_UNROLL
-    for (int j = 0; j < 16; ++j) {  // lane j of the result comes from the place whose bits are those of j in another order
-        v[(j >> 2 & 1) * 8 + (j >> 3) * 4 + (j & 1) * 2 + (j >> 1 & 1)] = sums[j];
-    }
-    HETLORA_UNROLL
-    for (int k = 0; k < 8; ++k) {
-        v[k] = HETLORA_SHUFFLE(v[k], v[k + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-               HETLORA_SHUFFLE(v[k], v[k + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    }
-    HETLORA_UNROLL
-    for (int k = 0; k < 4; ++k) {
-        v[k] = HETLORA_SHUFFLE(v[k], v[k + 4], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-               HETLORA_SHUFFLE(v[k], v[k + 4], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-    }
-    HETLORA_UNROLL
-    for (int k = 0; k < 2; ++k) {
-        v[k] = HETLORA_SHUFFLE(v[k], v[k + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-               HETLORA_SHUFFLE(v[k], v[k + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    }
-    return HETLORA_SHUFFLE(v[0], v[1], 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
-           HETLORA_SHUFFLE(v[0], v[1], 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
-}
-
-// out[j] += the sum of the lanes of sums[j], in double, for N vectors, a multiple of 4 (16 where W is): as columns of a transposed block, since lane by lane
-// took longer than the products at widths below 600.
-template <class E, int W, int N>
-HETLORA_INLINE void add_lanes(const typename VectorOf<E, W>::type* sums, double* out) {
-    if constexpr (W == 16) {
-        HETLORA_UNROLL
-        for (int at = 0; at < N; at += 16) {
-            const typename VectorOf<E, 16>::type all = sixteen_sums(sums + at);
-            HETLORA_UNROLL
-            for (int j = 0; j < 16; ++j) {
-                out[at + j] += static_cast<double>(all[j]);
-            }
-        }
-    } else {
-        typedef typename VectorOf<E, 4>::type Four;
-        HETLORA_UNROLL
-        for (int at = 0; at < N; at += 4) {
-            const Four a = four_lanes<E, W>(sums[at]), b = four_lanes<E, W>(sums[at + 1]);
-            const Four c = four_lanes<E, W>(sums[at + 2]), d = four_lanes<E, W>(sums[at + 3]);
-            const Four low = HETLORA_SHUFFLE(a, b, 0, 4, 2, 6) + HETLORA_SHUFFLE(a, b, 1, 5, 3, 7);
-            const Four high = HETLORA_SHUFFLE(c, d, 0, 4, 2, 6) + HETLORA_SHUFFLE(c, d, 1, 5, 3, 7);
-            const Four all = HETLORA_SHUFFLE(low, high, 0, 1, 4, 5) + HETLORA_SHUFFLE(low, high, 2, 3, 6, 7);
-            for (int j = 0; j < 4; ++j) {
-                out[at + j] += static_cast<double>(all[j]);
-            }
-        }
-    }
-}
-
-// How a vector of columns of two rows is multiplied and added: W elements of E a step into vectors of Sum.
-template <class E, int W>
-struct Plain {
-    typedef E Element;
-    typedef E Sum;
-    typedef typename VectorOf<E, W>::type Vector;
-    static constexpr int kStep = W, kSums = W;
-    static HETLORA_INLINE void multiply_add(Vector& sum, const Vector& left, const Vector& right) { sum += left * right; }
-};
-
-// bfloat16 pairs (AVX512-BF16): products are exact in float32; subnormal operands and products count as zero.
-struct Pairs {
-    typedef bf16 Element;
-    typedef float Sum;
-    typedef VectorOf<float, 16>::type Vector;
-    static constexpr int kStep = 32, kSums = 16;
-#if defined(__x86_64__) && defined(__GNUC__)
-    static HETLORA_INLINE void multiply_add(Vector& sum, const Vector& left, const Vector& right) {
-        __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(left), "v"(right));
-    }
-#endif
-};
-
-constexpr int tile_sums(int rows, int columns, bool triangle, int lanes) {
-    const int count = triangle ? rows * (rows + 1) / 2 : rows * columns, whole = lanes == 16 ? 16 : 4;
-    return (count + whole - 1) / whole * whole;
-}
-
-// What is fetched from memory while tiles are multiplied: two lines a step from `at` on, as long as it is before `end`. Units lie one after another, so
-// a unit that is all arithmetic fetches for the next ones, which are all memory.
-struct Stream {
-    const char *at, *end;
-};
-
-// The next tile_sums of out += x_i . y_j over n columns (a multiple of the step), rows `ld` apart, row by row. `triangle`: y is x and only j >= i is wanted;
-// then x's rows are fetched `ahead` columns on, unless that is 0. Returns where the next tile's sums begin.
-template <class P, int I, int J, bool triangle>
-HETLORA_INLINE double* products(const typename P::Element* x, const typename P::Element* y, int64_t ld, int64_t n, int64_t ahead, Stream& stream, double* out) {
-    typedef typename P::Vector V;
-    constexpr int kCount = tile_sums(I, J, triangle, P::kSums);
-    V sums[kCount] = {};
-    const int64_t lines = stream.at < stream.end ? 2 * kLine : 0;
-    const char* fetch = stream.at;
-    for (int64_t c = 0; c < n; c += P::kStep) {
-        __builtin_prefetch(fetch, 0, 2);
-        __builtin_prefetch(fetch + kLine, 0, 2);
-        fetch += lines;
-        if (triangle && ahead != 0) {
-            HETLORA_UNROLL
-            for (int i = 0; i < I; ++i) {
-                __builtin_prefetch(x + i * ld + c + ahead, 0, 2);
-            }
-        }
-        V right[J];
-        HETLORA_UNROLL
-        for (int j = 0; j < J; ++j) {
-            right[j] = *reinterpret_cast<const V*>(y + j * ld + c);
-        }
-        int at = 0;
-        HETLORA_UNROLL
-        for (int i = 0; i < I; ++i) {
-            const V left = triangle ? right[i] : *reinterpret_cast<const V*>(x + i * ld + c);
-            HETLORA_UNROLL
-            for (int j = triangle ? i : 0; j < J; ++j) {
-                P::multiply_add(sums[at++], left, right[j]);
-            }
-        }
-    }
-    stream.at = fetch;
-    add_lanes<typename P::Sum, P::kSums, kCount>(sums, out);
-    return out + kCount;
-}
-
-template <class P, int I>
-HETLORA_INLINE double* triangle(int64_t count, const typename P::Element* x, int64_t ld, int64_t n, int64_t ahead, Stream& stream, double* out) {
-    if constexpr (I > 1) {
-        if (count < I) {
-            return triangle<P, I - 1>(count, x, ld, n, ahead, stream, out);
-        }
-    }
-    return products<P, I, I, true>(x, x, ld, n, ahead, stream, out);
-}
-
-template <class P, int I, int J>
-HETLORA_INLINE double* rectangle(int64_t rows, int64_t columns, const typename P::Element* x, const typename P::Element* y, int64_t ld, int64_t n, Stream& stream, double* out) {
-    if constexpr (I > 1) {
-        if (rows < I) {
-            return rectangle<P, I - 1, J>(rows, columns, x, y, ld, n, stream, out);
-        }
-    }
-    if constexpr (J > 1) {
-        if (columns < J) {
-            return rectangle<P, I, J - 1>(rows, columns, x, y, ld, n, stream, out);
-        }
-    }
-    return products<P, I, J, false>(x, y, ld, n, 0, stream, out);
-}
-
-// The rows of a rank in groups: one of all for a rank of at most T, else equal ones of at most G.
-struct Groups {
-    int64_t count, size, larger;
-    Groups(int64_t rank, int g, int t) : count(rank <= t ? 1 : (rank + g - 1) / g), size(rank / count), larger(rank % count) {}
-    int64_t start(int64_t g) const { return g * size + (g < larger ? g : larger); }
-};
-
-// The upper triangle of rows rows^T over one panel, tile by tile: a group by itself, then with every later one.
-template <class P, int G, int T>
-HETLORA_INLINE void panel_products(const typename P::Element* rows, int64_t rank, int64_t ld, int64_t n, int64_t ahead, Stream& stream, double* out) {
-    const Groups groups(rank, G, T);
-    for (int64_t g = 0; g < groups.count; ++g) {
-        const int64_t i = groups.start(g), height = groups.start(g + 1) - i;
-        out = triangle<P, T>(height, rows + i * ld, ld, n, ahead, stream, out);
-        for (int64_t h = g + 1; h < groups.count; ++h) {
-            const int64_t j = groups.start(h);
-            out = rectangle<P, G, G>(height, groups.start(h + 1) - j, rows + i * ld, rows + j * ld, ld, n, stream, out);
-        }
-    }
-}
-
-// gram [rank, rank], both triangles, from the sums of `panel_products`.
-void from_tiles(const double* sums, int64_t rank, const Groups& groups, int lanes, double* gram) {
-    for (int64_t g = 0; g < groups.count; ++g) {
-        const int64_t first = groups.start(g), last = groups.start(g + 1);
-        for (int64_t h = g; h < groups.count; ++h) {
-            const int64_t begin = groups.start(h), end = groups.start(h + 1);
-            const double* own = sums;
-            for (int64_t i = first; i < last; ++i) {
-                for (int64_t j = h == g ? i : begin; j < end; ++j) {
-                    gram[i * rank + j] = gram[j * rank + i] = *own++;
-                }
-            }
-            sums += tile_sums(static_cast<int>(last - first), static_cast<int>(end - begin), h == g, lanes);
-        }
-    }
-}
-
-// One function per instruction set rather than clones, because the number of registers decides the groups: 5 x 5 sums, 5 + 1 rows fill AVX-512's 32.
-constexpr int kLanes = 16;  // columns a panel is a multiple of, whatever the instruction set; 32 for pairs
-#define HETLORA_PANEL(name, target, width, group, most)                                                              \
-    target void name(const float* rows, int64_t rank, int64_t ld, int64_t n, int64_t ahead, Stream& stream, double* out) {           \
-        panel_products<Plain<float, width>, group, most>(rows, rank, ld, n, ahead, stream, out);                             \
-    }                                                                                                                \
-    target void name(const double* rows, int64_t rank, int64_t ld, int64_t n, int64_t ahead, Stream& stream, double* out) {          \
-        panel_products<Plain<double, (width > 4 ? width / 2 : 4)>, group, most>(rows, rank, ld, n, ahead, stream, out);      \
-    }
-HETLORA_PANEL(panel_base, , 4, 3, 4)
-#if defined(__x86_64__) && defined(__GNUC__)
-HETLORA_PANEL(panel_avx2, __attribute__((target("avx2,fma"))), 8, 3, 4)
-HETLORA_PANEL(panel_avx512, __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"))), 16, 5, 6)
-__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"))) void panel_pairs(const bf16* rows, int64_t rank, int64_t ld, int64_t n, int64_t ahead,
-                                                                                       Stream& stream, double* out) {
-    panel_products<Pairs, 5, 6>(rows, rank, ld, n, ahead, stream, out);
-}
-#endif
-
-// A function made by HETLORA_PANEL, or panel_pairs, and how it groups rows and lays out sums.
-template <class E>
-struct PanelKernel {
-    void (*run)(const E*, int64_t, int64_t, int64_t, int64_t, Stream&, double*);
-    int group, most, lanes;
-
-    Groups groups(int64_t rank) const { return {rank, group, most}; }
-    // At least as many sums as the tiles of a rank have.
-    int64_t room(int64_t rank) const { return rank == 0 ? 0 : groups(rank).count * (groups(rank).count + 1) / 2 * 32; }
-};
-
-template <class E>
-PanelKernel<E> panel_kernel() {
-    constexpr int kPart = sizeof(E) == 8 ? 2 : 1;
-#if defined(__x86_64__) && defined(__GNUC__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) {
-        return {panel_avx512, 5, 6, 16 / kPart};
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        return {panel_avx2, 3, 4, 8 / kPart};
-    }
-#endif
-    return {panel_base, 3, 4, 4};
-}
-
-// Whether bfloat16 rows are multiplied as they are.
-bool has_pairs() {
-#if defined(__x86_64__) && defined(__GNUC__)
-    return panel_kernel<float>().lanes == 16 && __builtin_cpu_supports("avx512bf16");
-#else
-    return false;
-#endif
-}
 
 // Columns of one panel: equal parts of about 512, so that none is so short that adding up its registers takes longer than filling them.
 int64_t panel_columns(int64_t width) {
@@ -335,7 +60,7 @@ struct Room {
 template <class E>
 void gram_of(const Matrix& matrix, int64_t first, int64_t rank, int64_t last, const Room<E>& room, double* gram) {
     static const PanelKernel<E> kernel = panel_kernel<E>();
-    static const bool pairs = sizeof(E) == 4 && has_pairs();
+    static const PanelKernel<bf16> pairs = pair_kernel();
     if (rank == 0) {
         return;
     }
@@ -346,15 +71,13 @@ void gram_of(const Matrix& matrix, int64_t first, int64_t rank, int64_t last, co
     if (stream.at < after || stream.at > stream.end) {
         stream.at = after;
     }
-#if defined(__x86_64__) && defined(__GNUC__)
-    if (pairs && matrix.type == Type::bf16) {
+    if (sizeof(E) == 4 && matrix.type == Type::bf16 && pairs.products != nullptr) {
         for_panels(matrix, first, rank, 2 * kLanes, false, reinterpret_cast<bf16*>(room.panel),
-                   [&](const bf16* rows, int64_t ld, int64_t n, int64_t ahead) { panel_pairs(rows, rank, ld, n, ahead, stream, room.sums); });
-        return from_tiles(room.sums, rank, kernel.groups(rank), kernel.lanes, gram);
+                   [&](const bf16* rows, int64_t ld, int64_t n, int64_t ahead) { pairs.products(rows, rank, ld, n, ahead, stream, room.sums); });
+        return from_tiles(room.sums, rank, pairs.groups(rank), pairs.lanes, gram);
     }
-#endif
     for_panels(matrix, first, rank, kLanes, size_of(matrix.type) != static_cast<int64_t>(sizeof(E)), room.panel,
-               [&](const E* rows, int64_t ld, int64_t n, int64_t ahead) { kernel.run(rows, rank, ld, n, ahead, stream, room.sums); });
+               [&](const E* rows, int64_t ld, int64_t n, int64_t ahead) { kernel.products(rows, rank, ld, n, ahead, stream, room.sums); });
     from_tiles(room.sums, rank, kernel.groups(rank), kernel.lanes, gram);
 }
 

@@ -50,7 +50,6 @@ HETLORA_INLINE void philox_draws(uint64_t seed, uint64_t key, uint32_t block, ui
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#define HETLORA_AVX512 __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")))
 
 // Bit j set where column 8 * block + j is kept.
 HETLORA_AVX512 inline __attribute__((always_inline)) uint64_t philox_keep_avx512(uint64_t seed, uint64_t key, uint32_t block, __m512i threshold) {

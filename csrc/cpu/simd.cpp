@@ -68,6 +68,18 @@ HETLORA_CLONES double sum_squares(Type type, const void* from, int64_t n) {
     return sum;
 }
 
+InstructionSet instruction_set() {
+#if defined(HETLORA_X86)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) {
+        return InstructionSet::avx512;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        return InstructionSet::avx2;
+    }
+#endif
+    return InstructionSet::base;
+}
+
 void copy_block(void* to, const void* from, int64_t bytes, bool stream) {
 #if defined(__SSE2__)
     if (stream) {

@@ -16,7 +16,22 @@
 #endif
 #define HETLORA_INLINE inline __attribute__((always_inline))
 
+// Where the number of registers or an intrinsic decides, a kernel is written for each set and chosen by `instruction_set`.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HETLORA_X86 1
+#define HETLORA_AVX2 __attribute__((target("avx2,fma")))
+#define HETLORA_AVX512 __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")))
+#endif
+
 namespace hetlora {
+
+enum class InstructionSet { base, avx2, avx512 };
+InstructionSet instruction_set();
+
+template <class E, int W>
+struct VectorOf {
+    typedef E type __attribute__((vector_size(W * sizeof(E)), aligned(sizeof(E)), may_alias));
+};
 
 enum class Type : int { f32, bf16, f16, f64 };
 

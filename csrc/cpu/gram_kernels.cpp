@@ -1,0 +1,261 @@
+// The tiles of gram_kernels.h in vectors. Whatever the tile, a sum is one chain over the columns of its panel and lane, then a tree over the lanes.
+#include "gram_kernels.h"
+
+#if defined(HETLORA_X86) && (defined(__clang__) || __GNUC__ >= 11)  // those that know the name of the instruction set
+#define HETLORA_PAIRS 1
+#endif
+
+namespace hetlora {
+namespace {
+
+#if defined(__clang__)
+#define HETLORA_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define HETLORA_UNROLL _Pragma("unroll")
+#else
+#define HETLORA_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype((a) < (b)){__VA_ARGS__})
+// Sums that an index reaches stay in registers only where their loops are unrolled, which GCC does by itself up to 16 times.
+#define HETLORA_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+// The W lanes added down to four, by halves.
+template <class E, int W>
+HETLORA_INLINE typename VectorOf<E, 4>::type four_lanes(const typename VectorOf<E, W>::type& v) {
+    if constexpr (W == 4) {
+        return v;
+    } else {
+        typedef typename VectorOf<E, W / 2>::type Half;
+        Half halves[2];
+        std::memcpy(halves, &v, sizeof halves);
+        const Half sum = halves[0] + halves[1];
+        return four_lanes<E, W / 2>(sum);
+    }
+}
+
+// The lanes of 16 vectors of 16 added up, as vector j's sum in lane j: 15 additions of 30 shuffled halves.
+template <class V>
+HETLORA_INLINE V sixteen_sums(const V* sums) {
+    V v[16];
+    HETLORA_UNROLL
+    for (int j = 0; j < 16; ++j) {  // lane j of the result comes from the place whose bits are those of j in another order
+        v[(j >> 2 & 1) * 8 + (j >> 3) * 4 + (j & 1) * 2 + (j >> 1 & 1)] = sums[j];
+    }
+    HETLORA_UNROLL
+    for (int k = 0; k < 8; ++k) {
+        v[k] = HETLORA_SHUFFLE(v[k], v[k + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               HETLORA_SHUFFLE(v[k], v[k + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+    HETLORA_UNROLL
+    for (int k = 0; k < 4; ++k) {
+        v[k] = HETLORA_SHUFFLE(v[k], v[k + 4], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+               HETLORA_SHUFFLE(v[k], v[k + 4], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    }
+    HETLORA_UNROLL
+    for (int k = 0; k < 2; ++k) {
+        v[k] = HETLORA_SHUFFLE(v[k], v[k + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+               HETLORA_SHUFFLE(v[k], v[k + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    }
+    return HETLORA_SHUFFLE(v[0], v[1], 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
+           HETLORA_SHUFFLE(v[0], v[1], 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+}
+
+// out[j] += the sum of the lanes of sums[j], in double, for N vectors, a multiple of 4 (16 where W is): as columns of a transposed block, since lane by lane
+// took longer than the products at widths below 600.
+template <class E, int W, int N>
+HETLORA_INLINE void add_lanes(const typename VectorOf<E, W>::type* sums, double* out) {
+    if constexpr (W == 16) {
+        HETLORA_UNROLL
+        for (int at = 0; at < N; at += 16) {
+            const typename VectorOf<E, 16>::type all = sixteen_sums(sums + at);
+            HETLORA_UNROLL
+            for (int j = 0; j < 16; ++j) {
+                out[at + j] += static_cast<double>(all[j]);
+            }
+        }
+    } else {
+        typedef typename VectorOf<E, 4>::type Four;
+        HETLORA_UNROLL
+        for (int at = 0; at < N; at += 4) {
+            const Four a = four_lanes<E, W>(sums[at]), b = four_lanes<E, W>(sums[at + 1]);
+            const Four c = four_lanes<E, W>(sums[at + 2]), d = four_lanes<E, W>(sums[at + 3]);
+            const Four low = HETLORA_SHUFFLE(a, b, 0, 4, 2, 6) + HETLORA_SHUFFLE(a, b, 1, 5, 3, 7);
+            const Four high = HETLORA_SHUFFLE(c, d, 0, 4, 2, 6) + HETLORA_SHUFFLE(c, d, 1, 5, 3, 7);
+            const Four all = HETLORA_SHUFFLE(low, high, 0, 1, 4, 5) + HETLORA_SHUFFLE(low, high, 2, 3, 6, 7);
+            for (int j = 0; j < 4; ++j) {
+                out[at + j] += static_cast<double>(all[j]);
+            }
+        }
+    }
+}
+
+// How a vector of columns of two rows is multiplied and added: W elements of E a step into vectors of Sum.
+template <class E, int W>
+struct Plain {
+    typedef E Element;
+    typedef E Sum;
+    typedef typename VectorOf<E, W>::type Vector;
+    static constexpr int kStep = W, kSums = W;
+    static HETLORA_INLINE void multiply_add(Vector& sum, const Vector& left, const Vector& right) { sum += left * right; }
+};
+
+#if defined(HETLORA_PAIRS)
+// bfloat16 pairs (AVX512-BF16): products are exact in float32; subnormal operands and products count as zero.
+struct Pairs {
+    typedef bf16 Element;
+    typedef float Sum;
+    typedef VectorOf<float, 16>::type Vector;
+    static constexpr int kStep = 32, kSums = 16;
+    static HETLORA_INLINE void multiply_add(Vector& sum, const Vector& left, const Vector& right) {
+        __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(left), "v"(right));
+    }
+};
+#endif
+
+constexpr int tile_sums(int rows, int columns, bool triangle, int lanes) {
+    const int count = triangle ? rows * (rows + 1) / 2 : rows * columns, whole = lanes == 16 ? 16 : 4;
+    return (count + whole - 1) / whole * whole;
+}
+
+// The next tile_sums of out += x_i . y_j over n columns (a multiple of the step), rows `ld` apart, row by row. `triangle`: y is x and only j >= i is wanted;
+// then x's rows are fetched `ahead` columns on, unless that is 0. Returns where the next tile's sums begin.
+template <class P, int I, int J, bool triangle>
+HETLORA_INLINE double* products(const typename P::Element* x, const typename P::Element* y, int64_t ld, int64_t n, int64_t ahead, Stream& stream, double* out) {
+    typedef typename P::Vector V;
+    constexpr int kCount = tile_sums(I, J, triangle, P::kSums);
+    V sums[kCount] = {};
+    const int64_t lines = stream.at < stream.end ? 2 * kLine : 0;
+    const char* fetch = stream.at;
+    for (int64_t c = 0; c < n; c += P::kStep) {
+        __builtin_prefetch(fetch, 0, 2);
+        __builtin_prefetch(fetch + kLine, 0, 2);
+        fetch += lines;
+        if (triangle && ahead != 0) {
+            HETLORA_UNROLL
+            for (int i = 0; i < I; ++i) {
+                __builtin_prefetch(x + i * ld + c + ahead, 0, 2);
+            }
+        }
+        V right[J];
+        HETLORA_UNROLL
+        for (int j = 0; j < J; ++j) {
+            right[j] = *reinterpret_cast<const V*>(y + j * ld + c);
+        }
+        int at = 0;
+        HETLORA_UNROLL
+        for (int i = 0; i < I; ++i) {
+            const V left = triangle ? right[i] : *reinterpret_cast<const V*>(x + i * ld + c);
+            HETLORA_UNROLL
+            for (int j = triangle ? i : 0; j < J; ++j) {
+                P::multiply_add(sums[at++], left, right[j]);
+            }
+        }
+    }
+    stream.at = fetch;
+    add_lanes<typename P::Sum, P::kSums, kCount>(sums, out);
+    return out + kCount;
+}
+
+template <class P, int I>
+HETLORA_INLINE double* triangle(int64_t count, const typename P::Element* x, int64_t ld, int64_t n, int64_t ahead, Stream& stream, double* out) {
+    if constexpr (I > 1) {
+        if (count < I) {
+            return triangle<P, I - 1>(count, x, ld, n, ahead, stream, out);
+        }
+    }
+    return products<P, I, I, true>(x, x, ld, n, ahead, stream, out);
+}
+
+template <class P, int I, int J>
+HETLORA_INLINE double* rectangle(int64_t rows, int64_t columns, const typename P::Element* x, const typename P::Element* y, int64_t ld, int64_t n, Stream& stream, double* out) {
+    if constexpr (I > 1) {
+        if (rows < I) {
+            return rectangle<P, I - 1, J>(rows, columns, x, y, ld, n, stream, out);
+        }
+    }
+    if constexpr (J > 1) {
+        if (columns < J) {
+            return rectangle<P, I, J - 1>(rows, columns, x, y, ld, n, stream, out);
+        }
+    }
+    return products<P, I, J, false>(x, y, ld, n, 0, stream, out);
+}
+
+// The upper triangle of rows rows^T over one panel, tile by tile: a group by itself, then with every later one.
+template <class P, int G, int T>
+HETLORA_INLINE void panel_products(const typename P::Element* rows, int64_t rank, int64_t ld, int64_t n, int64_t ahead, Stream& stream, double* out) {
+    const Groups groups(rank, G, T);
+    for (int64_t g = 0; g < groups.count; ++g) {
+        const int64_t i = groups.start(g), height = groups.start(g + 1) - i;
+        out = triangle<P, T>(height, rows + i * ld, ld, n, ahead, stream, out);
+        for (int64_t h = g + 1; h < groups.count; ++h) {
+            const int64_t j = groups.start(h);
+            out = rectangle<P, G, G>(height, groups.start(h + 1) - j, rows + i * ld, rows + j * ld, ld, n, stream, out);
+        }
+    }
+}
+
+// One function per instruction set rather than clones, because the number of registers decides the groups: 5 x 5 sums, 5 + 1 rows fill AVX-512's 32.
+#define HETLORA_PANEL(name, target, width, group, most)                                                              \
+    target void name(const float* rows, int64_t rank, int64_t ld, int64_t n, int64_t ahead, Stream& stream, double* out) {           \
+        panel_products<Plain<float, width>, group, most>(rows, rank, ld, n, ahead, stream, out);                             \
+    }                                                                                                                \
+    target void name(const double* rows, int64_t rank, int64_t ld, int64_t n, int64_t ahead, Stream& stream, double* out) {          \
+        panel_products<Plain<double, (width > 4 ? width / 2 : 4)>, group, most>(rows, rank, ld, n, ahead, stream, out);      \
+    }
+HETLORA_PANEL(panel_base, , 4, 3, 4)
+#if defined(HETLORA_X86)
+HETLORA_PANEL(panel_avx2, HETLORA_AVX2, 8, 3, 4)
+HETLORA_PANEL(panel_avx512, HETLORA_AVX512, 16, 5, 6)
+#endif
+#if defined(HETLORA_PAIRS)
+HETLORA_AVX512 void panel_pairs(const bf16* rows, int64_t rank, int64_t ld, int64_t n, int64_t ahead, Stream& stream, double* out) {
+    panel_products<Pairs, 5, 6>(rows, rank, ld, n, ahead, stream, out);
+}
+#endif
+
+}  // namespace
+
+template <class E>
+PanelKernel<E> panel_kernel() {
+    constexpr int kPart = sizeof(E) == 8 ? 2 : 1;
+#if defined(HETLORA_X86)
+    const InstructionSet set = instruction_set();
+    if (set == InstructionSet::avx512) {
+        return {panel_avx512, 5, 6, 16 / kPart};
+    }
+    if (set == InstructionSet::avx2) {
+        return {panel_avx2, 3, 4, 8 / kPart};
+    }
+#endif
+    return {panel_base, 3, 4, 4};
+}
+
+template PanelKernel<float> panel_kernel<float>();
+template PanelKernel<double> panel_kernel<double>();
+
+PanelKernel<bf16> pair_kernel() {
+#if defined(HETLORA_PAIRS)
+    if (instruction_set() == InstructionSet::avx512 && __builtin_cpu_supports("avx512bf16")) {
+        return {panel_pairs, 5, 6, 16};
+    }
+#endif
+    return {nullptr, 5, 6, 16};
+}
+
+// gram [rank, rank], both triangles, from the sums of `panel_products`.
+void from_tiles(const double* sums, int64_t rank, const Groups& groups, int lanes, double* gram) {
+    for (int64_t g = 0; g < groups.count; ++g) {
+        const int64_t first = groups.start(g), last = groups.start(g + 1);
+        for (int64_t h = g; h < groups.count; ++h) {
+            const int64_t begin = groups.start(h), end = groups.start(h + 1);
+            const double* own = sums;
+            for (int64_t i = first; i < last; ++i) {
+                for (int64_t j = h == g ? i : begin; j < end; ++j) {
+                    gram[i * rank + j] = gram[j * rank + i] = *own++;
+                }
+            }
+            sums += tile_sums(static_cast<int>(last - first), static_cast<int>(end - begin), h == g, lanes);
+        }
+    }
+}
+
+}  // namespace hetlora
