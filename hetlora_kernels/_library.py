@@ -46,6 +46,9 @@ SCHEMAS = {
 # Two forms of the layer, with its base product inside or beside it; a rung has one of them.
 _TWINS = {"lora_forward": "lora_add_", "lora_backward": "lora_grads_", "lora_add_": "lora_forward", "lora_grads_": "lora_backward"}
 
+# Called by the layer's own autograd.Function alone: the dispatcher's look at what requires gradients is 1 us of a call's 70.
+_PAST_AUTOGRAD = {"lora_add_", "lora_grads_", "lora_forward", "lora_backward"}
+
 RUNGS = ("reference", "cpu", "cuda", "triton")
 
 _library = torch.library.Library("hetlora", "DEF")
@@ -66,6 +69,8 @@ def _load() -> None:
         if reason is None:
             has = torch._C._dispatch_has_kernel_for_dispatch_key
             _compiled[rung] = frozenset(name for name in SCHEMAS if has(f"hetlora::{name}", rung.upper()))
+            for name in _PAST_AUTOGRAD & _compiled[rung]:
+                _library.impl(name, torch.library.fallthrough_kernel, f"Autograd{rung.upper()}")
         else:
             _absent[rung] = reason
     if torch.cuda.is_available():
@@ -131,18 +136,17 @@ def _has(name: str, rung: str) -> bool:
     return rung == "reference" or name in _compiled.get(rung, ())
 
 
-def whole_layer(on_cpu: bool) -> tuple[Callable, Callable] | None:
-    """(`lora_forward`, `lora_backward`) where the whole layer, its base product included, is one op each way: on CUDA tensors with the CUDA or Triton
-    rung, or with such a rung forced. None elsewhere."""
+def layer_ops(on_cpu: bool) -> tuple[Callable, Callable, bool] | None:
+    """The two ops that are a layer's forward and backward pass, and whether its base product is inside them; None where it runs as three ops of its own.
+
+    With the base: `lora_forward` and `lora_backward`, on CUDA tensors with the CUDA or Triton rung, or with such a rung forced. Beside it: `lora_add_` and
+    `lora_grads_`, on CPU tensors with the C++ rung, unless another is forced.
+    """
     if _forced is None:
-        return None if on_cpu else _whole_ops
-    return (call("lora_forward"), call("lora_backward")) if _forced in ("cuda", "triton") and _has("lora_forward", _forced) else None
-
-
-def layer_term(on_cpu: bool) -> tuple[Callable, Callable] | None:
-    """(`lora_add_`, `lora_grads_`) where all that the layer adds to its base is one op each way: on CPU tensors with the C++ rung, unless another is
-    forced. None elsewhere."""
-    return _term_ops if on_cpu and (_forced is None or _forced == "cpu") else None
+        return _beside_base if on_cpu else _with_base
+    if _forced == "cpu":
+        return _beside_base if on_cpu else None
+    return (call("lora_forward"), call("lora_backward"), True) if _forced != "reference" and _has("lora_forward", _forced) else None
 
 
 def call(name: str) -> Callable:
@@ -197,11 +201,11 @@ def backends(device: str | None = None) -> dict[str, tuple[str, str]]:
 
 _define()
 _load()
-_term_ops: tuple[Callable, Callable] | None = None
+_beside_base: tuple[Callable, Callable, bool] | None = None
 if _has("lora_add_", "cpu"):
-    _term_ops = torch.ops.hetlora.lora_add_.default, torch.ops.hetlora.lora_grads_.default
-_whole_ops: tuple[Callable, Callable] | None = None
+    _beside_base = torch.ops.hetlora.lora_add_.default, torch.ops.hetlora.lora_grads_.default, False
+_with_base: tuple[Callable, Callable, bool] | None = None
 if torch.cuda.is_available() and any(_has("lora_forward", rung) for rung in ("cuda", "triton")):
-    _whole_ops = torch.ops.hetlora.lora_forward.default, torch.ops.hetlora.lora_backward.default
+    _with_base = torch.ops.hetlora.lora_forward.default, torch.ops.hetlora.lora_backward.default, True
 if os.environ.get("HETLORA_BACKEND", "").strip():
     _forced = _check_rung(os.environ["HETLORA_BACKEND"].strip(), "environment variable HETLORA_BACKEND")

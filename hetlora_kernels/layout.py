@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 
+_KEPT_PLANS = 256  # of one batch: a model has a few sets of ranks and scales
+
+
 def int_list(name: str, values: Sequence[int] | Tensor) -> list[int]:
     """`values` as Python integers; `TypeError` naming the argument for anything else."""
     if isinstance(values, Tensor):
@@ -36,7 +39,7 @@ class RankLayout:
     Immutable and hashable; equal when the ranks are equal. `ValueError` on a negative rank, `TypeError` on anything but integers.
     """
 
-    __slots__ = ("_device_offsets", "_scales", "max_rank", "offsets", "ranks", "total")
+    __slots__ = ("_device_offsets", "max_rank", "offsets", "ranks", "total")
 
     def __init__(self, ranks: Sequence[int] | Tensor) -> None:
         values = int_list("ranks", ranks)
@@ -48,7 +51,6 @@ class RankLayout:
         self.total = self.offsets[-1]
         self.max_rank = max(values, default=0)
         self._device_offsets: dict[torch.device, Tensor] = {}
-        self._scales: dict[tuple, Tensor] = {}
 
     @property
     def num_clients(self) -> int:
@@ -68,18 +70,14 @@ class RankLayout:
         return self._device_offsets[device]
 
     def scales(self, scale: float | Sequence[float] | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """`scale`, one number or [K], as a tensor [K] of `dtype` on `device`; the last one made from a plain number is kept."""
-        key = (scale, device, dtype) if type(scale) in (float, int) and not torch.compiler.is_compiling() else None
-        if key in self._scales:
-            return self._scales[key]
+        """`scale`, one number or [K], as a tensor [K] of `dtype` on `device`."""
+        if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
+            raise ValueError("scale: expected a constant, got a tensor that requires a gradient; scale is not trained")
         clients = len(self.ranks)
         values = torch.as_tensor(scale, dtype=dtype, device=device).detach()  # a plain number would become float32 first
         if values.dim() > 1 or (values.dim() == 1 and values.numel() != clients):
             raise ValueError(f"scale: expected a number or {clients} numbers, one per client, got shape {tuple(values.shape)}")
-        values = values.expand(clients).contiguous()
-        if key is not None and type(values) is Tensor and not values.is_inference():  # neither a tracer's nor one that backward would refuse
-            self._scales = {key: values}
-        return values
+        return values.expand(clients).contiguous()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RankLayout) and self.ranks == other.ranks
@@ -92,16 +90,17 @@ class RankLayout:
 
 
 class Plan:
-    """The integers of one call of the layer: the ranks of a layout beside the segments of a batch.
+    """What stays the same over the calls of a layer on one batch: the ranks of a layout and their scales beside the segments.
 
     ranks: K ints;  starts, lengths: at most K ints each, as in `Segments`;  elements: sum of rank * length, those of the packed S;
+    scale: [K] on the device, in the type of the arithmetic;  index: int64 on the device or None, as in `Segments`;
     table: int64 [3, K] on the CPU, the three lists (absent segments have length 0): one tensor passes the dispatcher faster than three lists.
     """
 
-    __slots__ = ("elements", "lengths", "ranks", "starts", "table")
+    __slots__ = ("elements", "index", "lengths", "ranks", "scale", "starts", "table")
 
-    def __init__(self, ranks: Sequence[int], starts: list[int], lengths: list[int]) -> None:
-        self.ranks, self.starts, self.lengths = list(ranks), starts, lengths
+    def __init__(self, ranks: Sequence[int], starts: list[int], lengths: list[int], scale: Tensor, index: Tensor | None) -> None:
+        self.ranks, self.starts, self.lengths, self.scale, self.index = list(ranks), starts, lengths, scale, index
         self.elements = sum(rank * length for rank, length in zip(ranks, lengths, strict=False))
         absent = [0] * (len(self.ranks) - len(lengths))
         self.table = torch.tensor([self.ranks, starts + absent, lengths + absent], dtype=torch.int64, device="cpu")  # whatever the default device
@@ -127,19 +126,30 @@ class Segments:
         self.num_rows, self.starts, self.lengths = num_rows, starts, lengths
         self.index, self.row_keys = index, row_keys
         self._key_cache: dict[torch.device, Tensor] = {}
-        self._plans: dict[tuple[int, ...], Plan] = {}
+        self._plans: dict[tuple | None, Plan] = {}
 
     @property
     def num_clients(self) -> int:
         return len(self.lengths)
 
-    def plan(self, layout: RankLayout) -> Plan:
-        """The `Plan` of these segments beside `layout`, which has at least their clients; built once per set of ranks."""
-        plan = self._plans.get(layout.ranks)
-        if plan is None:
-            plan = Plan(layout.ranks, self.starts, self.lengths)
-            if not torch.compiler.is_compiling() and type(plan.table) is Tensor:  # not a tracer's
-                self._plans[layout.ranks] = plan
+    def plan(self, layout: RankLayout, scale: float | Sequence[float] | Tensor, device: torch.device, dtype: torch.dtype) -> Plan:
+        """The `Plan` of these segments beside `layout`, for an x of `dtype` on `device`; the plans of plain numbers are kept.
+
+        scale: number or [K].   `ValueError` where the layout has fewer clients than the segments, or `scale` another number of them.
+        """
+        key = (layout.ranks, scale, device, dtype) if type(scale) in (float, int) else None
+        plan = self._plans.get(key)
+        if plan is not None:
+            return plan
+        if self.num_clients > layout.num_clients:
+            raise ValueError(f"seg: expected at most the layout's {layout.num_clients} clients, got {self.num_clients}")
+        scales = layout.scales(scale, device, torch.float64 if dtype == torch.float64 else torch.float32)
+        plan = Plan(layout.ranks, self.starts, self.lengths, scales, self.index_on(device))
+        kept = key is not None and not torch.compiler.is_compiling() and type(plan.table) is Tensor  # not a tracer's
+        if kept and not scales.is_inference():  # nor one that backward would refuse
+            if len(self._plans) >= _KEPT_PLANS:
+                self._plans.clear()
+            self._plans[key] = plan
         return plan
 
     @classmethod

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetlora_kernels._library import call as _kernel
-from hetlora_kernels._library import layer_term, register_fake, whole_layer
+from hetlora_kernels._library import layer_ops, register_fake
 from hetlora_kernels.layout import Plan, RankLayout, Segments
 from hetlora_kernels.ops._lists import FLOATS
 from hetlora_kernels.reference import compute_dtype, dropout_threshold
 
-# scale [K], seeds [K] or None, row keys or None, index or None, plan, dropout probability
-Call = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Plan, float]
+# plan, seeds [K] or None, row keys or None, dropout probability
+Call = tuple[Plan, Tensor | None, Tensor | None, float]
 
 
 def lora_linear(
@@ -55,13 +55,15 @@ def lora_linear(
     if bias is not None and bias.shape != (m,):
         raise ValueError(f"bias: expected shape ({m},), got {tuple(bias.shape)}")
     _check_input(x, n)
-    if _autocast(x) and x.dtype != torch.float64:
+    autocast = _autocast(x)
+    if autocast and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if weight.dtype != x.dtype or weight.device != x.device:
         raise ValueError(f"weight: expected the type and device of x ({x.dtype}, {x.device}), got {weight.dtype}, {weight.device}")
-    call = _adapter_call(x, m, a, bt, layout, seg, scale, dropout if training else 0.0, seeds)
-    return _apply(x, bias, None, a, bt, weight, call)
+    call = _adapter_call(x, n, m, a, bt, layout, seg, scale, dropout if training else 0.0, seeds)
+    arguments = x, bias, None, a, bt, weight, call
+    return _without_autocast(_apply, *arguments) if autocast else _apply(*arguments)
 
 
 def lora_add(
@@ -89,11 +91,12 @@ def lora_add(
         raise ValueError(
             f"base_out: expected the leading shape and device of x {tuple(x.shape)} on {x.device}, got {tuple(base_out.shape)} on {base_out.device}"
         )
-    if _autocast(x) and x.dtype != torch.float64:
+    autocast = _autocast(x)
+    if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    m = base_out.shape[-1]
-    call = _adapter_call(x, m, a, bt, layout, seg, scale, dropout if training else 0.0, seeds)
-    return _apply(x, None, base_out, a, bt, None, call)
+    call = _adapter_call(x, x.shape[-1], base_out.shape[-1], a, bt, layout, seg, scale, dropout if training else 0.0, seeds)
+    arguments = x, None, base_out, a, bt, None, call
+    return _without_autocast(_apply, *arguments) if autocast else _apply(*arguments)
 
 
 def _autocast(x: Tensor) -> bool:
@@ -107,14 +110,13 @@ def _check_input(x: Tensor, n: int | None) -> None:
         raise ValueError(f"x: expected a last dimension of {n if n is not None else 'in_features'}, got shape {tuple(x.shape)}")
 
 
-def _adapter_call(x, m, a, bt, layout, seg, scale, dropout, seeds) -> Call:
+def _adapter_call(x, n, m, a, bt, layout, seg, scale, dropout, seeds) -> Call:
     """Checks of everything but the base; what a call has beside its differentiable tensors and the weight."""
     if not isinstance(layout, RankLayout):
         raise TypeError(f"layout: expected a RankLayout, got {type(layout).__name__}")
     if not isinstance(seg, Segments):
         raise TypeError(f"seg: expected Segments, got {type(seg).__name__}")
-    n, clients, device = x.shape[-1], len(layout.ranks), x.device
-    size = layout.total
+    size, device = layout.total, x.device
     if not (isinstance(a, Tensor) and a.shape == (size, n) and a.dtype in FLOATS and a.device == device):
         _refuse_factor("a", a, (size, n), device)
     if not (isinstance(bt, Tensor) and bt.shape == (size, m) and bt.dtype in FLOATS and bt.device == device):
@@ -122,14 +124,11 @@ def _adapter_call(x, m, a, bt, layout, seg, scale, dropout, seeds) -> Call:
     rows = x.numel() // n if n else 0
     if seg.num_rows != rows:
         raise ValueError(f"seg: expected segments over the {rows} rows of x, got {seg.num_rows}")
-    if seg.num_clients > clients:
-        raise ValueError(f"seg: expected at most the layout's {clients} clients, got {seg.num_clients}")
-    if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
-        raise ValueError("scale: expected a constant, got a tensor that requires a gradient; scale is not trained")
-    scales = layout.scales(scale, device, compute_dtype(x.dtype))
-    seeds = None if dropout == 0 else _check_seeds(dropout, seeds, clients, device)
-    keys = None if seeds is None else seg.keys_on(device)
-    return scales, seeds, keys, seg.index_on(device), seg.plan(layout), float(dropout)
+    plan = seg.plan(layout, scale, device, x.dtype)
+    if dropout == 0:
+        return plan, None, None, 0.0
+    seeds = _check_seeds(dropout, seeds, layout.num_clients, device)
+    return plan, seeds, None if seeds is None else seg.keys_on(device), float(dropout)
 
 
 def _refuse_factor(name: str, factor: object, shape: tuple[int, int], device: torch.device) -> NoReturn:
@@ -156,7 +155,8 @@ def _check_seeds(dropout: float, seeds: Tensor | None, clients: int, device: tor
 class _Lora(torch.autograd.Function):
     """Forward and backward of the layer. Either `weight` (the base is computed here) or `base` (its output is given) is a tensor.
 
-    One op each way where the rung has it, for the whole layer (`whole_layer`) or for what it adds to the base (`layer_term`), else the rung's three ops.
+    One op each way where the rung has it, for the whole layer or for what it adds to the base (`layer_ops`), else the rung's three ops. The way of the CPU is
+    written out in place, for a call on few rows takes as long as what it calls.
     """
 
     @staticmethod
@@ -165,17 +165,29 @@ class _Lora(torch.autograd.Function):
         matrix = x.dim() == 2
         flat = x if matrix else x.view(-1, x.shape[-1])
         flat_base = base if base is None or matrix else base.reshape(-1, base.shape[-1])
-        run = _without_autocast(_forward) if _autocast(x) else _forward
-        out, s = run(flat, weight, bias, flat_base, a, bt, call)
+        plan, seeds, keys, dropout = call
+        ops = layer_ops(x.is_cpu)
+        if ops is not None and ops[2]:
+            batch = plan.index, plan.ranks, plan.starts, plan.lengths
+            out, s = ops[0](flat, weight, bias, flat_base, a, bt, plan.scale, seeds, keys, *batch, dropout)
+        else:
+            out = F.linear(flat, weight, bias) if base is None else flat_base.clone(memory_format=torch.contiguous_format)
+            if ops is not None:
+                s = ops[0](out, flat, a, bt, plan.scale, seeds, keys, plan.index, plan.table, plan.elements, dropout)
+            else:
+                s = _add_in_steps(out, flat, a, bt, call)
         ctx.save_for_backward(x, weight, a, bt, s)
         ctx.call = call
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        if bias is not None:
+            ctx.bias_dtype = bias.dtype
         # Not a view: autograd forbids in-place changes of a view that a Function returns, and models make them.
         return out if matrix else torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[1]))
 
     @staticmethod
     def backward(ctx, d_y):
-        return _refuse_second_derivatives(ctx, d_y) if torch.is_grad_enabled() else _backward(ctx, d_y)
+        if torch.is_grad_enabled():
+            return _refuse_second_derivatives(ctx, d_y)
+        return _without_autocast(_backward, ctx, d_y) if _autocast(d_y) else _backward(ctx, d_y)
 
 
 # What `Function.apply` adds to its base class serves the transforms of torch.func and costs 4 us a call, a tenth of a small layer's whole cost.
@@ -190,12 +202,27 @@ def _apply(*arguments) -> Tensor:
 
 def _backward(ctx, d_y):
     x, weight, a, bt, s = ctx.saved_tensors
-    need_x, need_bias, need_base, need_a, need_bt = ctx.needs_input_grad[:5]
-    flat, flat_dy = (x, d_y) if x.dim() == 2 else (x.view(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1]))
+    need_x, need_bias, need_base, need_a, need_bt, _, _ = ctx.needs_input_grad
+    matrix = x.dim() == 2
+    flat, flat_dy = (x, d_y) if matrix else (x.view(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1]))
     d_out = flat_dy.contiguous() if d_y.dtype == x.dtype else flat_dy.to(x.dtype).contiguous()
-    run = _without_autocast(_gradients) if _autocast(x) else _gradients
-    d_x, d_a, d_bt = run(d_out, flat, weight, a, bt, s, ctx.call, need_x, need_a, need_bt)
-    d_x = d_x if d_x is None or x.dim() == 2 else d_x.view(x.shape)
+    plan, seeds, keys, dropout = ctx.call
+    ops = layer_ops(x.is_cpu)
+    d_x = d_a = d_bt = None
+    if ops is not None and ops[2]:
+        batch = plan.index, plan.ranks, plan.starts, plan.lengths
+        grads = ops[1](d_out, flat, weight, a, bt, s, plan.scale, seeds, keys, *batch, dropout, need_x, need_a, need_bt)
+        d_x, d_a, d_bt = grads[0] if need_x else None, grads[int(need_x)] if need_a else None, grads[-1] if need_bt else None
+    else:
+        if need_x:
+            d_x = torch.zeros_like(flat) if weight is None else torch.mm(d_out, weight)
+        if ops is not None:
+            transposed = not bt.is_contiguous() and bt.stride(0) == 1  # decided here and not in the op: a compiler may give it bt in another layout
+            d_a, d_bt = ops[1](d_x, d_out, flat, a, bt, s, plan.scale, seeds, keys, plan.index, plan.table, dropout, need_a, need_bt, transposed)
+            d_a, d_bt = d_a if need_a else None, d_bt if need_bt else None
+        else:
+            d_a, d_bt = _gradients_in_steps(d_x, d_out, flat, a, bt, s, ctx.call, need_a, need_bt)
+    d_x = d_x if d_x is None or matrix else d_x.view(x.shape)
     d_bias = flat_dy.sum(0, dtype=compute_dtype(d_y.dtype)).to(ctx.bias_dtype) if need_bias else None
     return d_x, d_bias, d_y if need_base else None, d_a, d_bt, None, None
 
@@ -204,58 +231,36 @@ def _backward(ctx, d_y):
 _refuse_second_derivatives = torch.autograd.function.once_differentiable(_backward)
 
 
-def _without_autocast(run):
-    """`run`, its first argument naming the device: the types are chosen already, and a float32 product inside would be made in half precision."""
-
-    def outside(x, *arguments):
-        with torch.autocast(x.device.type, enabled=False):
-            return run(x, *arguments)
-
-    return outside
+def _without_autocast(run, *arguments):
+    """run(*arguments): the types are chosen already, and a float32 product inside would be made in half precision."""
+    device = next(value.device.type for value in arguments if isinstance(value, Tensor))
+    with torch.autocast(device, enabled=False):
+        return run(*arguments)
 
 
-def _forward(x, weight, bias, base, a, bt, call: Call) -> tuple[Tensor, Tensor]:
-    """(base + LoRA term, packed S)."""
-    scale, seeds, keys, index, plan, dropout = call
-    lists = (plan.ranks, plan.starts, plan.lengths)
-    whole = whole_layer(x.is_cpu)
-    if whole is not None:
-        return whole[0](x, weight, bias, base, a, bt, scale, seeds, keys, index, *lists, dropout)
-    out = F.linear(x, weight, bias) if base is None else base.clone(memory_format=torch.contiguous_format)
-    term = layer_term(x.is_cpu)
-    if term is not None:
-        return out, term[0](out, x, a, bt, scale, seeds, keys, index, plan.table, plan.elements, dropout)
-    s = _kernel("shrink")(x, a.to(x.dtype), scale, seeds, keys, index, *lists, dropout)
-    _kernel("expand_")(out, s, bt.to(x.dtype), None, None, index, *lists, 0.0)
-    return out, s
+def _add_in_steps(out, x, a, bt, call: Call) -> Tensor:
+    """out += LoRA term; the packed S."""
+    plan, seeds, keys, dropout = call
+    batch = plan.index, plan.ranks, plan.starts, plan.lengths
+    s = _kernel("shrink")(x, a.to(x.dtype), plan.scale, seeds, keys, *batch, dropout)
+    _kernel("expand_")(out, s, bt.to(x.dtype), None, None, *batch, 0.0)
+    return s
 
 
-def _gradients(d_y, x, weight, a, bt, s, call: Call, need_x: bool, need_a: bool, need_bt: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(d_x, d_a, d_bt), None for what is not needed."""
-    scale, seeds, keys, index, plan, dropout = call
-    lists = (plan.ranks, plan.starts, plan.lengths)
-    whole = whole_layer(x.is_cpu)
-    if whole is not None:
-        grads = whole[1](d_y, x, weight, a, bt, s, scale, seeds, keys, index, *lists, dropout, need_x, need_a, need_bt)
-        return grads[0] if need_x else None, grads[int(need_x)] if need_a else None, grads[-1] if need_bt else None
-    d_x = None
-    if need_x:
-        d_x = torch.zeros_like(x) if weight is None else torch.mm(d_y, weight)
-    term = layer_term(x.is_cpu)
-    if term is not None:
-        transposed = not bt.is_contiguous() and bt.stride(0) == 1  # decided here and not in the op: a compiler may give it bt in another layout
-        d_a, d_bt = term[1](d_x, d_y, x, a, bt, s, scale, seeds, keys, index, plan.table, dropout, need_a, need_bt, transposed)
-        return d_x, d_a if need_a else None, d_bt if need_bt else None
+def _gradients_in_steps(d_x, d_y, x, a, bt, s, call: Call, need_a: bool, need_bt: bool) -> tuple[Tensor | None, Tensor | None]:
+    """d_x, unless None, += the LoRA term's gradient; (d_a, d_bt), None for what is not needed."""
+    plan, seeds, keys, dropout = call
+    batch = plan.index, plan.ranks, plan.starts, plan.lengths
     d_a = d_bt = d_s = None
-    if need_x or need_a:
-        d_s = _kernel("shrink")(d_y, bt.to(x.dtype), scale, None, None, index, *lists, 0.0)
-    if need_x:
-        _kernel("expand_")(d_x, d_s, a.to(x.dtype), seeds, keys, index, *lists, dropout)
+    if d_x is not None or need_a:
+        d_s = _kernel("shrink")(d_y, bt.to(x.dtype), plan.scale, None, None, *batch, 0.0)
+    if d_x is not None:
+        _kernel("expand_")(d_x, d_s, a.to(x.dtype), seeds, keys, *batch, dropout)
     if need_a:
-        d_a = _kernel("grouped_gram")(d_s, x, seeds, keys, index, *lists, dropout, a.dtype)
+        d_a = _kernel("grouped_gram")(d_s, x, seeds, keys, *batch, dropout, a.dtype)
     if need_bt:
-        d_bt = _kernel("grouped_gram")(s, d_y, None, None, index, *lists, 0.0, bt.dtype)
-    return d_x, d_a, d_bt
+        d_bt = _kernel("grouped_gram")(s, d_y, None, None, *batch, 0.0, bt.dtype)
+    return d_a, d_bt
 
 
 @register_fake("lora_forward")
