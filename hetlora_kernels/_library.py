@@ -30,7 +30,7 @@ SCHEMAS = {
     f"{_SEGMENT_ARGS}, bool need_x, bool need_a, bool need_bt) -> Tensor[]",
     "lora_add_": f"(Tensor(a!) out, Tensor x, Tensor a, Tensor bt, {_LAYER_ARGS}, int elements, float dropout) -> Tensor",
     "lora_grads_": f"(Tensor(a!)? d_x, Tensor d_y, Tensor x, Tensor a, Tensor bt, Tensor s, {_LAYER_ARGS}, float dropout, bool need_a, bool need_bt, "
-    "bool transposed) -> (Tensor, Tensor)",
+    "bool as_b) -> (Tensor, Tensor)",
     "truncate_": "(Tensor(a!)[] out, Tensor[] bank, int[] ranks, bool dense) -> ()",
     "aggregate_": "(Tensor(a!)[] out, Tensor[] rows, Tensor weights, Tensor[] keep, int[] ranks, bool owners) -> ()",
     "accumulate_": "(Tensor(a!)[] total, Tensor[] rows, Tensor weights) -> ()",

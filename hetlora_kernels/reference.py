@@ -162,10 +162,10 @@ def lora_add_(out, x, a, bt, scale, seeds, row_keys, index, plan, elements, drop
     return s
 
 
-def lora_grads_(d_x, d_y, x, a, bt, s, scale, seeds, row_keys, index, plan, dropout, need_a, need_bt, transposed):
+def lora_grads_(d_x, d_y, x, a, bt, s, scale, seeds, row_keys, index, plan, dropout, need_a, need_bt, as_b):
     """Adds the LoRA term's part to `d_x`, if given; returns (d_a, d_bt), without elements where not needed. `d_y` is in x's type.
 
-    transposed: d_bt is made with dense columns, as PEFT's lora_B.weight.t() has them.
+    as_b: the gradient of B [m, S] in d_bt's place, as PEFT keeps its lora_B.
     """
     lists = plan.tolist()
     d_s = shrink(d_y, bt, scale, None, None, index, *lists, 0.0) if need_a or d_x is not None else None
@@ -173,7 +173,7 @@ def lora_grads_(d_x, d_y, x, a, bt, s, scale, seeds, row_keys, index, plan, drop
         expand_(d_x, d_s, a, seeds, row_keys, index, *lists, dropout)
     d_a = grouped_gram(d_s, x, seeds, row_keys, index, *lists, dropout, a.dtype) if need_a else a.new_empty(0)
     d_bt = grouped_gram(s, d_y, None, None, index, *lists, 0.0, bt.dtype) if need_bt else bt.new_empty(0)
-    return d_a, d_bt.t().contiguous().t() if transposed and need_bt else d_bt
+    return d_a, d_bt.t().contiguous() if as_b and need_bt else d_bt
 
 
 # ---------------------------------------------------------------- server: truncate, aggregate, norms

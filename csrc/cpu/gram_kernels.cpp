@@ -8,15 +8,6 @@
 namespace hetlora {
 namespace {
 
-#if defined(__clang__)
-#define HETLORA_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#define HETLORA_UNROLL _Pragma("unroll")
-#else
-#define HETLORA_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype((a) < (b)){__VA_ARGS__})
-// Sums that an index reaches stay in registers only where their loops are unrolled, which GCC does by itself up to 16 times.
-#define HETLORA_UNROLL _Pragma("GCC unroll 16")
-#endif
-
 // The W lanes added down to four, by halves.
 template <class E, int W>
 HETLORA_INLINE typename VectorOf<E, 4>::type four_lanes(const typename VectorOf<E, W>::type& v) {

@@ -73,7 +73,7 @@ Tensor lora_add(Tensor out_tensor, const Tensor& x_tensor, const Tensor& a_tenso
 std::tuple<Tensor, Tensor> lora_grads(const MaybeTensor& d_x_tensor, const Tensor& d_y_tensor, const Tensor& x_tensor, const Tensor& a_tensor,
                                       const Tensor& bt_tensor, const Tensor& s, const Tensor& scale, const MaybeTensor& seeds, const MaybeTensor& row_keys,
                                       const MaybeTensor& index, const Tensor& plan_tensor, double dropout, bool need_a, bool need_bt,
-                                      bool transposed) {
+                                      bool as_b) {
     const Matrix d_y("d_y", d_y_tensor), x("x", x_tensor), a("a", a_tensor), bt("bt", bt_tensor);
     STD_TORCH_CHECK(d_y.rows == x.rows && a.rows == bt.rows, "d_y, bt: expected the rows of x and of a, got ", d_y.rows, " and ", bt.rows);
     STD_TORCH_CHECK(d_y.type == x.type, "d_y: expected the type of x");
@@ -96,12 +96,12 @@ std::tuple<Tensor, Tensor> lora_grads(const MaybeTensor& d_x_tensor, const Tenso
     const ScalarType a_type = a_tensor.scalar_type(), bt_type = bt_tensor.scalar_type();
     const Tensor d_a = need_a ? grouped_gram(plan, lists.ranks, d_s, x, a_type) : empty({0}, a_type);
     const Tensor d_bt = need_bt ? grouped_gram(without, lists.ranks, shrunk(s), d_y, bt_type) : empty({0}, bt_type);
-    if (!need_bt || !transposed) {
+    if (!need_bt || !as_b) {
         return {d_a, d_bt};
     }
-    const int64_t rows = d_bt.size(0), width = d_bt.size(1);
-    const Tensor out = empty({rows, width}, bt_type, true);
-    transpose_block(size_of(type_of("bt", d_bt)), d_bt.const_data_ptr(), rows, width, const_cast<void*>(out.const_data_ptr()));
+    const int64_t rank = d_bt.size(0), width = d_bt.size(1);
+    const Tensor out = empty({width, rank}, bt_type);
+    transpose_block(size_of(type_of("bt", d_bt)), d_bt.const_data_ptr(), rank, width, const_cast<void*>(out.const_data_ptr()));
     return {d_a, out};
 }
 

@@ -1,5 +1,7 @@
 #include "simd.h"
 
+#include <utility>
+
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
@@ -110,20 +112,53 @@ void stream_fence() {
 
 namespace {
 
-// Blocks of 16 rows, so that the lines they lie in are read once.
+// Lanes 0, 1, ... (High: the upper half) of a and b in turn.
+template <bool High, class V, size_t... I>
+HETLORA_INLINE V interleave(const V& a, const V& b, std::index_sequence<I...>) {
+    return HETLORA_SHUFFLE(a, b, ((I % 2 ? sizeof...(I) : 0) + (High ? sizeof...(I) / 2 : 0) + I / 2)...);
+}
+
+// N x N elements in N vectors: row i meets row i + N / 2 lane by lane, and again, until each vector holds a column.
+template <class T, int N>
+HETLORA_INLINE void transpose_tile(const T* from, int64_t ld_from, T* to, int64_t ld_to) {
+    typedef typename VectorOf<T, N>::type V;
+    V now[N], next[N];
+    HETLORA_UNROLL
+    for (int i = 0; i < N; ++i) {
+        now[i] = *reinterpret_cast<const V*>(from + i * ld_from);
+    }
+    HETLORA_UNROLL
+    for (int step = 1; step < N; step *= 2) {
+        HETLORA_UNROLL
+        for (int i = 0; i < N / 2; ++i) {
+            next[2 * i] = interleave<false>(now[i], now[i + N / 2], std::make_index_sequence<N>{});
+            next[2 * i + 1] = interleave<true>(now[i], now[i + N / 2], std::make_index_sequence<N>{});
+        }
+        HETLORA_UNROLL
+        for (int i = 0; i < N; ++i) {
+            now[i] = next[i];
+        }
+    }
+    HETLORA_UNROLL
+    for (int i = 0; i < N; ++i) {
+        *reinterpret_cast<V*>(to + i * ld_to) = now[i];
+    }
+}
+
+// In tiles of 16 bytes x 16 bytes, a line of the target after another: vectors of 64 bytes were no faster. The rest one by one.
 template <class T>
-HETLORA_INLINE void transpose_as(const T* __restrict from, int64_t rows, int64_t columns, T* __restrict to) {
-    constexpr int64_t kBlock = 16;
-    int64_t r = 0;
-    for (; r + kBlock <= rows; r += kBlock) {
-        for (int64_t c = 0; c < columns; ++c) {
-            for (int64_t i = 0; i < kBlock; ++i) {
-                to[c * rows + r + i] = from[(r + i) * columns + c];
+HETLORA_INLINE void transpose_as(const T* from, int64_t rows, int64_t columns, T* to) {
+    constexpr int64_t kTile = 16 / sizeof(T), kLine = 64 / sizeof(T);
+    const int64_t whole_rows = rows / kTile * kTile, whole_columns = columns / kTile * kTile;
+    for (int64_t line = 0; line < whole_rows; line += kLine) {
+        for (int64_t c = 0; c < whole_columns; c += kTile) {
+            for (int64_t r = line; r < whole_rows && r < line + kLine; r += kTile) {
+                transpose_tile<T, kTile>(from + r * columns + c, columns, to + c * rows + r, rows);
             }
         }
     }
-    for (; r < rows; ++r) {
-        for (int64_t c = 0; c < columns; ++c) {
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c) {
             to[c * rows + r] = from[r * columns + c];
         }
     }
@@ -131,7 +166,7 @@ HETLORA_INLINE void transpose_as(const T* __restrict from, int64_t rows, int64_t
 
 }  // namespace
 
-HETLORA_CLONES void transpose_block(int64_t size, const void* from, int64_t rows, int64_t columns, void* to) {
+void transpose_block(int64_t size, const void* from, int64_t rows, int64_t columns, void* to) {
     switch (size) {
         case 2:
             return transpose_as(static_cast<const uint16_t*>(from), rows, columns, static_cast<uint16_t*>(to));

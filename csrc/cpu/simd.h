@@ -16,6 +16,16 @@
 #endif
 #define HETLORA_INLINE inline __attribute__((always_inline))
 
+// Lanes of two vectors, chosen by constant indices.
+#if defined(__clang__)
+#define HETLORA_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define HETLORA_UNROLL _Pragma("unroll")
+#else
+#define HETLORA_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype((a) < (b)){__VA_ARGS__})
+// Vectors that an index reaches stay in registers only where their loops are unrolled, which GCC does by itself up to 16 times.
+#define HETLORA_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 // Where the number of registers or an intrinsic decides, a kernel is written for each set and chosen by `instruction_set`.
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HETLORA_X86 1

@@ -35,12 +35,9 @@ inline Type type_of(const char* name, const Tensor& tensor) {
     return Type::f32;
 }
 
-// Uninitialised, on the CPU; `transposed`: [sizes] whose columns are dense. Not through the dispatcher, as torch::stable::new_empty goes: 1 us less.
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, bool transposed = false) {
-    std::array<int64_t, 2> strides{1, 1};
-    if (sizes.size() == 2) {
-        strides[transposed ? 1 : 0] = std::max<int64_t>(1, *(sizes.begin() + (transposed ? 0 : 1)));
-    }
+// Uninitialised, of one or two dimensions, on the CPU. Not through the dispatcher, as torch::stable::new_empty goes: 1 us less.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+    const std::array<int64_t, 2> strides{sizes.size() == 2 ? std::max<int64_t>(1, *(sizes.begin() + 1)) : 1, 1};
     AtenTensorHandle handle = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), static_cast<int32_t>(dtype),
                                                     aoti_torch_device_type_cpu(), 0, &handle));

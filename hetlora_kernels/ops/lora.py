@@ -15,8 +15,8 @@ from hetlora_kernels.layout import Plan, RankLayout, Segments
 from hetlora_kernels.ops._lists import FLOATS
 from hetlora_kernels.reference import compute_dtype, dropout_threshold
 
-# plan, seeds [K] or None, row keys or None, dropout probability
-Call = tuple[Plan, Tensor | None, Tensor | None, float]
+# plan, seeds [K] or None, row keys or None, dropout probability, whether bt is given (and its gradient wanted) as B [m, S]
+Call = tuple[Plan, Tensor | None, Tensor | None, float, bool]
 
 
 def lora_linear(
@@ -124,11 +124,21 @@ def _adapter_call(x, n, m, a, bt, layout, seg, scale, dropout, seeds) -> Call:
     rows = x.numel() // n if n else 0
     if seg.num_rows != rows:
         raise ValueError(f"seg: expected segments over the {rows} rows of x, got {seg.num_rows}")
-    plan = seg.plan(layout, scale, device, x.dtype)
+    return _call(seg.plan(layout, scale, device, x.dtype), seg, dropout, seeds, layout.num_clients, device)
+
+
+def _call(plan: Plan, seg: Segments, dropout: float, seeds: Tensor | None, clients: int, device: torch.device, own_b: bool = False) -> Call:
     if dropout == 0:
-        return plan, None, None, 0.0
-    seeds = _check_seeds(dropout, seeds, layout.num_clients, device)
-    return plan, seeds, None if seeds is None else seg.keys_on(device), float(dropout)
+        return plan, None, None, 0.0, own_b
+    seeds = _check_seeds(dropout, seeds, clients, device)
+    return plan, seeds, None if seeds is None else seg.keys_on(device), float(dropout), own_b
+
+
+def linear_of_one(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, plan: Plan, seg: Segments, dropout: float) -> Tensor:
+    """`lora_linear` for one client that owns every row, with B [m, r] as PEFT keeps it, without its checks of tensors: the caller's, and those of the op
+    for memory safety, must do. On a CPU, outside autocast and torch.compile.
+    """
+    return _apply(x, bias, None, a, b, weight, _call(plan, seg, dropout, None, 1, x.device, True))
 
 
 def _refuse_factor(name: str, factor: object, shape: tuple[int, int], device: torch.device) -> NoReturn:
@@ -165,7 +175,9 @@ class _Lora(torch.autograd.Function):
         matrix = x.dim() == 2
         flat = x if matrix else x.view(-1, x.shape[-1])
         flat_base = base if base is None or matrix else base.reshape(-1, base.shape[-1])
-        plan, seeds, keys, dropout = call
+        plan, seeds, keys, dropout, own_b = call
+        if own_b:
+            bt = bt.t()
         ops = layer_ops(x.is_cpu)
         if ops is not None and ops[2]:
             batch = plan.index, plan.ranks, plan.starts, plan.lengths
@@ -206,7 +218,7 @@ def _backward(ctx, d_y):
     matrix = x.dim() == 2
     flat, flat_dy = (x, d_y) if matrix else (x.view(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1]))
     d_out = flat_dy.contiguous() if d_y.dtype == x.dtype else flat_dy.to(x.dtype).contiguous()
-    plan, seeds, keys, dropout = ctx.call
+    plan, seeds, keys, dropout, own_b = ctx.call
     ops = layer_ops(x.is_cpu)
     d_x = d_a = d_bt = None
     if ops is not None and ops[2]:
@@ -216,12 +228,14 @@ def _backward(ctx, d_y):
     else:
         if need_x:
             d_x = torch.zeros_like(flat) if weight is None else torch.mm(d_out, weight)
-        if ops is not None:
-            transposed = not bt.is_contiguous() and bt.stride(0) == 1  # decided here and not in the op: a compiler may give it bt in another layout
-            d_a, d_bt = ops[1](d_x, d_out, flat, a, bt, s, plan.scale, seeds, keys, plan.index, plan.table, dropout, need_a, need_bt, transposed)
-            d_a, d_bt = d_a if need_a else None, d_bt if need_bt else None
-        else:
+        if ops is None:
             d_a, d_bt = _gradients_in_steps(d_x, d_out, flat, a, bt, s, ctx.call, need_a, need_bt)
+        else:
+            as_b = own_b or (not bt.is_contiguous() and bt.stride(0) == 1)  # in the layout of the parameter that PEFT's lora_B.weight.t() is a view of
+            d_a, d_bt = ops[1](d_x, d_out, flat, a, bt, s, plan.scale, seeds, keys, plan.index, plan.table, dropout, need_a, need_bt, as_b)
+            d_a, d_bt = d_a if need_a else None, None if not need_bt else d_bt.t() if as_b else d_bt
+    if own_b and d_bt is not None:
+        d_bt = d_bt.t()
     d_x = d_x if d_x is None or matrix else d_x.view(x.shape)
     d_bias = flat_dy.sum(0, dtype=compute_dtype(d_y.dtype)).to(ctx.bias_dtype) if need_bias else None
     return d_x, d_bias, d_y if need_base else None, d_a, d_bt, None, None
@@ -240,7 +254,7 @@ def _without_autocast(run, *arguments):
 
 def _add_in_steps(out, x, a, bt, call: Call) -> Tensor:
     """out += LoRA term; the packed S."""
-    plan, seeds, keys, dropout = call
+    plan, seeds, keys, dropout, _ = call
     batch = plan.index, plan.ranks, plan.starts, plan.lengths
     s = _kernel("shrink")(x, a.to(x.dtype), plan.scale, seeds, keys, *batch, dropout)
     _kernel("expand_")(out, s, bt.to(x.dtype), None, None, *batch, 0.0)
@@ -249,7 +263,7 @@ def _add_in_steps(out, x, a, bt, call: Call) -> Tensor:
 
 def _gradients_in_steps(d_x, d_y, x, a, bt, s, call: Call, need_a: bool, need_bt: bool) -> tuple[Tensor | None, Tensor | None]:
     """d_x, unless None, += the LoRA term's gradient; (d_a, d_bt), None for what is not needed."""
-    plan, seeds, keys, dropout = call
+    plan, seeds, keys, dropout, _ = call
     batch = plan.index, plan.ranks, plan.starts, plan.lengths
     d_a = d_bt = d_s = None
     if d_x is not None or need_a:
@@ -281,11 +295,9 @@ def _(out, x, a, bt, scale, seeds, row_keys, index, plan, elements, dropout):
 
 
 @register_fake("lora_grads_")
-def _(d_x, d_y, x, a, bt, s, scale, seeds, row_keys, index, plan, dropout, need_a, need_bt, transposed):
-    d_a = a.new_empty(a.shape if need_a else 0)
-    if need_bt and transposed:
-        return d_a, bt.new_empty((bt.shape[1], bt.shape[0])).t()
-    return d_a, bt.new_empty(bt.shape if need_bt else 0)
+def _(d_x, d_y, x, a, bt, s, scale, seeds, row_keys, index, plan, dropout, need_a, need_bt, as_b):
+    size = (bt.shape[1], bt.shape[0]) if as_b else bt.shape
+    return a.new_empty(a.shape if need_a else 0), bt.new_empty(size if need_bt else 0)
 
 
 @register_fake("shrink")
