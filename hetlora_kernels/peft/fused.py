@@ -15,18 +15,17 @@ from torch import Tensor, nn
 
 from hetlora_kernels.layout import RankLayout, Segments
 from hetlora_kernels.ops._lists import FLOATS
-from hetlora_kernels.ops.lora import lora_add, lora_linear
+from hetlora_kernels.ops.lora import linear_of_one, lora_add, lora_linear
 from hetlora_kernels.peft.batch import Batch
 
 BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
-_KEPT_SEGMENTS = 16
+_KEPT_BATCHES = 64
 _LARGEST_DROPOUT = 1 - 2**-16
 _TENSORS = (nn.Parameter, Tensor)
 
 Term = tuple[nn.Linear, nn.Linear, float, float]  # lora_A, lora_B, dropout, scaling
 
-_layouts: dict[tuple[int, float], RankLayout] = {}
-_segments: dict[int, Segments] = {}
+_batches: dict[tuple[int, int], tuple[RankLayout, Segments]] = {}
 _told: set[str] = set()
 
 
@@ -42,25 +41,16 @@ def _caching() -> bool:
     return not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled())
 
 
-def _layout(rank: int, scaling: float) -> RankLayout:
-    """One client of this rank. A layout keeps its last scale as a tensor, hence one layout for each scaling."""
-    if not _caching():
-        return RankLayout([rank])
-    key = rank, scaling
-    if key not in _layouts:
-        _layouts[key] = RankLayout([rank])
-    return _layouts[key]
-
-
-def _all_rows(rows: int) -> Segments:
-    """Every row belongs to client 0."""
-    if not _caching():
-        return Segments(rows, [0], [rows], None, None)
-    if rows not in _segments:
-        if len(_segments) >= _KEPT_SEGMENTS:
-            _segments.clear()
-        _segments[rows] = Segments(rows, [0], [rows], None, None)
-    return _segments[rows]
+def _sole(rank: int, rows: int) -> tuple[RankLayout, Segments]:
+    """One client of this rank that owns every row."""
+    batch = _batches.get((rank, rows))
+    if batch is None:
+        batch = RankLayout([rank]), Segments(rows, [0], [rows], None, None)
+        if _caching():
+            if len(_batches) >= _KEPT_BATCHES:
+                _batches.clear()
+            _batches[rank, rows] = batch
+    return batch
 
 
 def _plain(module: nn.Module, cls: type) -> bool:
@@ -216,11 +206,19 @@ class FusedLayer(nn.Module):
             if bias is not None:
                 extra = bias * scaling if extra is None else extra + bias * scaling
         base = self._base(x, extra, args, kwargs)
-        segments = _all_rows(x.numel() // x.shape[-1])
+        rows = x.numel() // x.shape[-1]
+        # What a caller of `lora_linear` may get wrong is right here, and on few rows its checks are a tenth of the time.
+        checked = x.is_cpu and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
         for a, b, p, scaling in terms:
-            rows = _parameter(a, "weight")
-            factors: Any = rows, _parameter(b, "weight").t(), _layout(rows.shape[0], scaling), segments, scaling, p
-            base = lora_add(base, x, *factors) if isinstance(base, Tensor) else lora_linear(x, *base, *factors)
+            factor_a, factor_b = _parameter(a, "weight"), _parameter(b, "weight")
+            layout, segments = _sole(factor_a.shape[0], rows)
+            if isinstance(base, Tensor):
+                base = lora_add(base, x, factor_a, factor_b.t(), layout, segments, scaling, p)
+            elif checked:
+                plan = segments.plan(layout, scaling, x.device, x.dtype)
+                base = linear_of_one(x, *base, factor_a, factor_b, plan, segments, p)
+            else:
+                base = lora_linear(x, *base, factor_a, factor_b.t(), layout, segments, scaling, p)
         assert isinstance(base, Tensor)
         return base
 
