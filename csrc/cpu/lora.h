@@ -111,4 +111,18 @@ void shrink(const Plan& plan, const Matrix& x, const Matrix& rows, const std::ve
 void expand(const Plan& plan, const Matrix& out, const Shrunk& s, const Matrix& rows);
 Tensor grouped_gram(const Plan& plan, const std::vector<int64_t>& ranks, const Shrunk& s, const Matrix& x, ScalarType dtype);
 
+// A call on so few rows that transposing B [width, total], as PEFT keeps it, would be much of its work: B is read and its gradient made as it lies. The bits
+// are those of the products above on the transpose.
+struct FewRows {
+    static std::optional<FewRows> of(const Plan& plan, const Tensor& bt, Type x, Type out);
+
+    void shrink(const Plan& plan, const Matrix& d_y, const std::vector<double>& scale, void* out) const;
+    void expand(const Plan& plan, const Matrix& out, const Shrunk& s) const;
+    Tensor gram(const Plan& plan, const Shrunk& s, const Matrix& d_y, ScalarType dtype) const;  // [width, total]
+
+    Type type;
+    const void* b;
+    int64_t total, width;
+};
+
 }  // namespace hetlora

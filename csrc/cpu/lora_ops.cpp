@@ -56,16 +56,20 @@ struct Lists {
 
 Tensor lora_add(Tensor out_tensor, const Tensor& x_tensor, const Tensor& a_tensor, const Tensor& bt_tensor, const Tensor& scale, const MaybeTensor& seeds,
                 const MaybeTensor& row_keys, const MaybeTensor& index, const Tensor& plan_tensor, int64_t elements, double dropout) {
-    const Matrix x("x", x_tensor), a("a", a_tensor), bt("bt", bt_tensor);
+    const Matrix x("x", x_tensor), a("a", a_tensor);
     Matrix out("out", out_tensor);
-    STD_TORCH_CHECK(a.rows == bt.rows && out.rows == x.rows, "bt, out: expected the rows of a and of x, got ", bt.rows, " and ", out.rows);
+    STD_TORCH_CHECK(bt_tensor.dim() == 2 && a.rows == bt_tensor.size(0) && out.rows == x.rows, "bt, out: expected the rows of a and of x");
     const Lists lists(plan_tensor);
     const Segments segments{seeds, row_keys, index, lists.ranks, lists.starts, lists.lengths, dropout};
-    const Plan plan(segments, x.rows, a.rows);
+    const Plan plan(segments, x.rows, a.rows), without = plan.drops() ? Plan(segments.without_dropout(), x.rows, a.rows) : plan;
     STD_TORCH_CHECK(elements == plan.flat, "elements: expected ", plan.flat, ", got ", elements);
     const Tensor s = empty({plan.flat}, x_tensor.scalar_type());
     shrink(plan, x, a, scales(scale, lists.ranks), const_cast<void*>(s.const_data_ptr()));
-    expand(plan.drops() ? Plan(segments.without_dropout(), x.rows, a.rows) : plan, out, shrunk(s), bt);
+    if (const auto few = FewRows::of(without, bt_tensor, x.type, out.type)) {
+        few->expand(without, out, shrunk(s));
+    } else {
+        expand(without, out, shrunk(s), Matrix("bt", bt_tensor));
+    }
     out.write_back();
     return s;
 }
@@ -74,18 +78,19 @@ std::tuple<Tensor, Tensor> lora_grads(const MaybeTensor& d_x_tensor, const Tenso
                                       const Tensor& bt_tensor, const Tensor& s, const Tensor& scale, const MaybeTensor& seeds, const MaybeTensor& row_keys,
                                       const MaybeTensor& index, const Tensor& plan_tensor, double dropout, bool need_a, bool need_bt,
                                       bool as_b) {
-    const Matrix d_y("d_y", d_y_tensor), x("x", x_tensor), a("a", a_tensor), bt("bt", bt_tensor);
-    STD_TORCH_CHECK(d_y.rows == x.rows && a.rows == bt.rows, "d_y, bt: expected the rows of x and of a, got ", d_y.rows, " and ", bt.rows);
+    const Matrix d_y("d_y", d_y_tensor), x("x", x_tensor), a("a", a_tensor);
+    STD_TORCH_CHECK(bt_tensor.dim() == 2 && d_y.rows == x.rows && a.rows == bt_tensor.size(0), "d_y, bt: expected the rows of x and of a");
     STD_TORCH_CHECK(d_y.type == x.type, "d_y: expected the type of x");
     const Lists lists(plan_tensor);
     const Segments segments{seeds, row_keys, index, lists.ranks, lists.starts, lists.lengths, dropout};
-    const Plan plan(segments, x.rows, a.rows);
-    const Plan without = plan.drops() ? Plan(segments.without_dropout(), x.rows, a.rows) : plan;
+    const Plan plan(segments, x.rows, a.rows), without = plan.drops() ? Plan(segments.without_dropout(), x.rows, a.rows) : plan;
+    const auto few = FewRows::of(without, bt_tensor, x.type, d_y.type);
     // Uninitialised: a vector would be filled with zeros first.
     const std::unique_ptr<char[]> room(d_x_tensor || need_a ? new char[static_cast<size_t>(plan.flat * size_of(x.type))] : nullptr);
     const Shrunk d_s{x.type, room.get(), plan.flat};
     if (room) {
-        shrink(without, d_y, bt, scales(scale, lists.ranks), room.get());
+        few ? few->shrink(without, d_y, scales(scale, lists.ranks), room.get())
+            : shrink(without, d_y, Matrix("bt", bt_tensor), scales(scale, lists.ranks), room.get());
     }
     if (d_x_tensor) {
         Matrix d_x("d_x", *d_x_tensor);
@@ -95,14 +100,19 @@ std::tuple<Tensor, Tensor> lora_grads(const MaybeTensor& d_x_tensor, const Tenso
     }
     const ScalarType a_type = a_tensor.scalar_type(), bt_type = bt_tensor.scalar_type();
     const Tensor d_a = need_a ? grouped_gram(plan, lists.ranks, d_s, x, a_type) : empty({0}, a_type);
-    const Tensor d_bt = need_bt ? grouped_gram(without, lists.ranks, shrunk(s), d_y, bt_type) : empty({0}, bt_type);
-    if (!need_bt || !as_b) {
+    if (!need_bt) {
+        return {d_a, empty({0}, bt_type)};
+    }
+    if (few && as_b) {
+        return {d_a, few->gram(without, shrunk(s), d_y, bt_type)};
+    }
+    const Tensor d_bt = grouped_gram(without, lists.ranks, shrunk(s), d_y, bt_type);
+    if (!as_b) {
         return {d_a, d_bt};
     }
-    const int64_t rank = d_bt.size(0), width = d_bt.size(1);
-    const Tensor out = empty({width, rank}, bt_type);
-    transpose_block(size_of(type_of("bt", d_bt)), d_bt.const_data_ptr(), rank, width, const_cast<void*>(out.const_data_ptr()));
-    return {d_a, out};
+    const Tensor d_b = empty({d_bt.size(1), d_bt.size(0)}, bt_type);
+    transpose_block(size_of(type_of("bt", d_bt)), d_bt.const_data_ptr(), d_bt.size(0), d_bt.size(1), const_cast<void*>(d_b.const_data_ptr()));
+    return {d_a, d_b};
 }
 
 }  // namespace

@@ -72,15 +72,18 @@ def test_kinds_of_scale(scale, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("ranks", [[3, 2], [16, 20]])
-def test_factors_as_transposed_views(dtype, ranks, backend, device):
+@pytest.mark.parametrize("ranks", [[3, 2], [16, 20], [1, 37]])
+@pytest.mark.parametrize("ids", [[0, 1, 0, 1], [0], [0, 0, 0, 1, 1, 1, 1, 1], [1] * 8, [0] * 9 + [1] * 2], ids=lambda ids: "".join(map(str, ids)))
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_factors_as_transposed_views(dtype, ranks, ids, p, backend, device):
     """PEFT's lora_B.weight [m, r] as bt: the bits of a contiguous bt, the gradient in the parameter's own layout."""
     if backend == "reference":
         pytest.skip("the reference's products are the framework's, which may round otherwise in another layout")
-    layer = make_layer(ranks, [0, 1, 0, 1], N, M)
-    plain, viewed = leaf_tensors(layer, torch.float32, dtype, device), leaf_tensors(layer, torch.float32, dtype, device)
+    layer = make_layer(ranks, ids, 70, 150, p=p)
+    plain, viewed = leaf_tensors(layer, dtype, None, device), leaf_tensors(layer, dtype, None, device)
     b = viewed["bt"].detach().t().contiguous().requires_grad_()
-    y, z = call_simple(layer, plain), call_simple(layer, {**viewed, "bt": b.t()})
+    options = {"dropout": p, "seeds": torch.tensor([5, 6], device=device), "scale": torch.tensor([0.5, 2.0], device=device)}
+    y, z = call_simple(layer, plain, **options), call_simple(layer, {**viewed, "bt": b.t()}, **options)
     y.backward(layer.grad.to(y))
     z.backward(layer.grad.to(z))
     assert same_bits(y, z) and b.grad.is_contiguous()
