@@ -8,7 +8,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-
 _KEPT_PLANS = 256  # of one batch: a model has a few sets of ranks and scales
 
 
@@ -133,11 +132,12 @@ class Segments:
         return len(self.lengths)
 
     def plan(self, layout: RankLayout, scale: float | Sequence[float] | Tensor, device: torch.device, dtype: torch.dtype) -> Plan:
-        """The `Plan` of these segments beside `layout`, for an x of `dtype` on `device`; the plans of plain numbers are kept.
+        """The `Plan` of these segments beside `layout`, for an x of `dtype` on `device`; the plans of plain numbers, or tuples of them, are kept.
 
         scale: number or [K].   `ValueError` where the layout has fewer clients than the segments, or `scale` another number of them.
         """
-        key = (layout.ranks, scale, device, dtype) if type(scale) in (float, int) else None
+        plain = type(scale) in (float, int) or (type(scale) is tuple and all(type(value) in (float, int) for value in scale))
+        key = (layout.ranks, scale, device, dtype) if plain else None
         plan = self._plans.get(key)
         if plan is not None:
             return plan
@@ -145,8 +145,8 @@ class Segments:
             raise ValueError(f"seg: expected at most the layout's {layout.num_clients} clients, got {self.num_clients}")
         scales = layout.scales(scale, device, torch.float64 if dtype == torch.float64 else torch.float32)
         plan = Plan(layout.ranks, self.starts, self.lengths, scales, self.index_on(device))
-        kept = key is not None and not torch.compiler.is_compiling() and type(plan.table) is Tensor  # not a tracer's
-        if kept and not scales.is_inference():  # nor one that backward would refuse
+        # Neither a tracer's nor one that backward would refuse.
+        if plain and not torch.compiler.is_compiling() and type(plan.table) is Tensor and not scales.is_inference():
             if len(self._plans) >= _KEPT_PLANS:
                 self._plans.clear()
             self._plans[key] = plan

@@ -88,15 +88,6 @@ class AdapterBatch(Batch):
         step = step[present] if isinstance(step, Tensor) and step.dim() else step
         super().__init__(len(present), local[ids.cpu()].to(ids.device), sequence_index, seeds, step)
         self.names = tuple(names[k] for k in present)
-        self._scales: dict[tuple, Tensor] = {}
-
-    def scale(self, scalings: tuple[float, ...], device: torch.device) -> float | Tensor:
-        if len(set(scalings)) == 1:
-            return scalings[0]
-        key = scalings, device
-        if key not in self._scales:
-            self._scales[key] = torch.tensor(scalings, dtype=torch.float64, device=device)
-        return self._scales[key]
 
 
 _named: dict[tuple, AdapterBatch] = {}
@@ -256,9 +247,9 @@ class FusedLayer(nn.Module):
             members = [term if term is not None and term[2] == p else None for term in own]
             held = [term for term in members if term is not None]
             a = held[0][0].weight if len(held) == 1 else torch.cat([term[0].weight for term in held])
-            bt = held[0][1].weight.t() if len(held) == 1 else torch.cat([term[1].weight.t() for term in held])
+            bt = (held[0][1].weight if len(held) == 1 else torch.cat([term[1].weight for term in held], dim=1)).t()
             layout = RankLayout([0 if term is None else term[0].weight.shape[0] for term in members])
-            scale = batch.scale(tuple(1.0 if term is None else float(term[3]) for term in members), x.device)
+            scale = tuple(1.0 if term is None else float(term[3]) for term in members)
             options: dict[str, Any] = {"scale": scale, "dropout": p, "seeds": seeds}
             out = lora_add(out, x, a, bt, layout, segments, **options) if isinstance(out, Tensor) else lora_linear(x, *out, a, bt, layout, segments, **options)
         return out if isinstance(out, Tensor) else nn.functional.linear(x, *out)
