@@ -32,7 +32,8 @@ PACKAGE = "hetlora_kernels"
 OLDEST_TORCH = (2, 10)
 DEFAULT_ARCHS = "8.0;8.6;8.7;8.9;9.0;10.0;11.0;12.0+PTX"
 # -fno-math-errno lets sqrt vectorise, -fno-trapping-math lets selects; neither changes a result. Contraction to FMA is stated because compilers differ in
-# their default. Vectors pass between inlined functions only, so that -Wpsabi, on how they are passed, does not matter.
+# their default; newer GCCs leave some chains of them apart for the sake of some machines (--param below), and then an element's bits would depend on the
+# tile that it falls into. Vectors pass between inlined functions only, so that -Wpsabi, on how they are passed, does not matter.
 OPTIMISE = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 CXX_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", *OPTIMISE, "-Wall", "-Wextra", "-Wno-psabi"]
 TARGET = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
@@ -117,6 +118,10 @@ def find_torch() -> tuple[Torch | None, str]:
 def find_compiler() -> str | None:
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     return next((found for found in map(shutil.which, names) if found), None)
+
+
+def contraction_flags(compiler: str) -> list[str]:
+    return ["--param=avoid-fma-max-bits=0"] if "Free Software Foundation" in output(compiler, "--version") else []  # a parameter of GCC's own
 
 
 def find_nvcc() -> Path | None:
@@ -234,7 +239,7 @@ class BuildKernels(build_ext):
 
     def cxx(self) -> list[str]:
         assert self.plan.torch is not None and self.plan.compiler is not None
-        return [self.plan.compiler, *CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        return [self.plan.compiler, *CXX_FLAGS, *contraction_flags(self.plan.compiler), *shlex.split(os.environ.get("CXXFLAGS", ""))]
 
     def build_cpu(self, target: Path) -> None:
         torch = self.plan.torch

@@ -1,7 +1,7 @@
 """The lora suite: forward + backward of one multi-rank LoRA linear, against the frozen layer alone in the same round (ratio - 1 = overhead of LoRA).
 
 Providers: this project on every rung of the device; stock PEFT, one client after another, and compiled at a few shapes; hand-written addmm per client;
-zero-padded batched GEMMs. The smallest load, four rows, shows the overhead of a call.
+zero-padded batched GEMMs. The smallest call, four rows of 64 columns, shows what a call costs before it computes anything.
 Adapters are float32, the base and its input `dtype`, as PEFT has them; every provider is checked at p = 0 against the reference before it is timed.
 """
 
@@ -31,8 +31,9 @@ GPU_SHAPES = [*SMOLLM2_135M, *QWEN25_15B, *LLAMA_8B, (2048, 2048), (8192, 8192)]
 # rows of x, ranks of the clients, which own equal numbers of rows
 CPU_LOADS = [(4, [4]), (256, [16]), (1024, [16]), (4096, [16]), (1024, [16] * 4), (1024, [16] * 8), (1024, [4, 8, 16, 32, 64, 4, 8, 16])]
 GPU_LOADS = [(2048, [16]), (8192, [16]), (8192, [64]), (2048, power_law_ranks(8)), (8192, [4, 8, 16, 32]), (16384, power_law_ranks(32))]
+SMALLEST = (64, 64), (4, [4])  # a shape and its load
 COMPILED = [(576, 576), (1536, 576), (4096, 4096)]  # one client, 1024 or 8192 rows; float32 on a CPU: compiling takes longer than all else
-YARDSTICK = "frozen layer"
+YARDSTICK, RIVAL = "frozen layer", "PEFT one by one"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
@@ -88,10 +89,14 @@ def ours(p: Problem, rung: str) -> tuple[Callable[[], object], Results]:
 
     def run() -> None:
         p.x.grad = p.a.grad = p.bt.grad = None
-        with hk.use_backend(rung):
-            hk.lora_linear(p.x, p.weight, None, p.a, p.bt, layout, seg, scale=1.0, dropout=p.p, seeds=seeds).backward(p.d_y)
+        hk.lora_linear(p.x, p.weight, None, p.a, p.bt, layout, seg, scale=1.0, dropout=p.p, seeds=seeds).backward(p.d_y)
 
-    return run, lambda: (p.x.grad, p.a.grad, p.bt.grad)
+    def forced() -> None:
+        with hk.use_backend(rung):
+            run()
+
+    chosen = hk.backends(p.device.type)["lora_forward"][0] == rung  # forcing it would be timed with it
+    return run if chosen else forced, lambda: (p.x.grad, p.a.grad, p.bt.grad)
 
 
 def _joined(xs: list[Tensor], a: list[Tensor], bt: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,7 +161,7 @@ def padded(p: Problem) -> tuple[Callable[[], object], Results]:
 def providers(p: Problem) -> dict[str, Provider]:
     rungs = [rung for rung in _library.available() if rung != "reference" and (rung == "cpu") == (p.device.type == "cpu")]
     own: dict[str, Provider] = {f"hetlora {rung}": partial(ours, rung=rung) for rung in (*rungs, "reference")}
-    own |= {"PEFT one by one": peft, "torch addmm one by one": addmm, "torch padded bmm": padded}
+    own |= {RIVAL: peft, "torch addmm one by one": addmm, "torch padded bmm": padded}
     if (p.n, p.m) in COMPILED and p.tokens in (1024, 8192) and p.ranks == [16] and (p.dtype == torch.float32 or p.device.type == "cuda"):
         own["PEFT compiled"] = partial(peft, compiled=True)
     return own
@@ -167,13 +172,13 @@ def cases(options: Any, device: torch.device) -> Iterator[tuple[Problem, str]]:
     shapes, loads = (CPU_SHAPES, CPU_LOADS) if on_cpu else (GPU_SHAPES, GPU_LOADS)
     if options.quick:
         shapes, loads = [(40, 24)], [(16, [4]), (16, [4, 1, 7, 4])]
+    wanted = [("smallest call", *SMALLEST), *(("lora_linear", shape, load) for shape in shapes for load in loads)]
     for dtype in (torch.float32, torch.bfloat16) if on_cpu or options.quick else (torch.bfloat16,):
-        for n, m in shapes:
-            for tokens, ranks in loads:
-                for p in (0.0, 0.1):
-                    op = f"lora_linear p={p}"
-                    if not options.only or op in options.only or f"T={tokens}" in options.only:
-                        yield Problem(n, m, tokens, ranks, dtype, device, p), op
+        for name, (n, m), (tokens, ranks) in wanted:
+            for p in (0.0, 0.1):
+                op = f"{name} p={p}"
+                if not options.only or {op, name, f"T={tokens}", f"{n}->{m}", str(dtype).removeprefix("torch.")} & set(options.only):
+                    yield Problem(n, m, tokens, ranks, dtype, device, p), op
 
 
 def check(p: Problem) -> None:
@@ -216,13 +221,15 @@ def measure(case: tuple[Problem, str], options: Any, device: torch.device, threa
     p, op = case
     check(p)
     runs = {YARDSTICK: frozen(p)} | {name: make(p)[0] for name, make in providers(p).items()}
-    timings = interleaved(runs, YARDSTICK, device, options.seconds / 4)
+    contest = {YARDSTICK, RIVAL, *(name for name in runs if name.startswith("hetlora") and name != "hetlora reference")}
+    timings = interleaved(runs, YARDSTICK, device, options.seconds / 4, most_rounds=60, least_rounds=9, aside=runs.keys() - contest)
     size = (2 * p.tokens * (p.n + p.m) + p.n * p.m) * p.dtype.itemsize
     records = []
     for name, timing in timings.items():
         record = {"op": op, "shape": f"{p.n}->{p.m} T={p.tokens} r={_text(p.ranks)}", "clients": p.clients, "dtype": str(p.dtype).removeprefix("torch.")}
         record |= {"threads": threads, "provider": name, "yardstick": YARDSTICK, "bytes": size, "rounds": timing.rounds, "note": ""}
         record |= {"median_s": timing.median, "p20_s": timing.p20, "p80_s": timing.p80, "gb_per_s": size / timing.median / 1e9, "ratio": timing.ratio}
+        record["ratio_to_peft"] = timing.over(timings[RIVAL])
         record |= {"peak_extra_bytes": peak_extra_bytes(runs[name], device), "saved_bytes": saved_bytes(runs[name], p)}
         records.append(record)
     return records

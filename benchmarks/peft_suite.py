@@ -192,7 +192,8 @@ def measure(case: Case, options: Any, device: torch.device, threads: int) -> lis
         built = make_runs(case, options.quick, device)
         check(case, built if case.dropout == 0 else make_runs(replace(case, dropout=0.0), options.quick, device))
         runs, models = built
-        timings = interleaved(runs, YARDSTICK, device, options.seconds / (8 if case.kind == "layer" else 1), most_rounds=300 if case.kind == "layer" else 12)
+        layer = case.kind == "layer"
+        timings = interleaved(runs, YARDSTICK, device, options.seconds / (4 if layer else 1), most_rounds=200 if layer else 15, least_rounds=20 if layer else 7)
     size = 2 * sum(p.numel() * p.element_size() for p in models[YARDSTICK].parameters() if not p.requires_grad)
     records = []
     for name, timing in timings.items():

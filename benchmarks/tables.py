@@ -79,7 +79,7 @@ def lora_summary(data: dict[str, Any]) -> list[str]:
     for key, shapes in cases.items():
         own = next(name for name in next(iter(shapes.values())) if name.startswith("hetlora"))
         overheads = [statistics.median(100 * (each[name]["ratio"] - 1) for each in shapes.values()) for name in (own, *others)]
-        ratios = [each[own]["ratio"] / each["PEFT one by one"]["ratio"] for each in shapes.values()]
+        ratios = [each[own]["ratio_to_peft"] for each in shapes.values()]
         kept = statistics.median(each[own]["saved_bytes"] / max(1, each["PEFT one by one"]["saved_bytes"]) for each in shapes.values())
         span = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         lines.append(_row([*(str(part) for part in key), *(f"{value:.0f} %" for value in overheads), span, f"{kept:.2f}"]))

@@ -1,58 +1,97 @@
-"""Interleaved timing: every callable once a round, so that a disturbance of the machine meets them all and their ratios hold."""
+"""Interleaved timing: every callable once a round, to and fro, so that a disturbance of the machine meets them all and their ratios hold."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-SLOW_SECONDS = 1.0  # what takes longer than this is timed in three rounds only
+SLOW_SECONDS = 1.0  # what takes longer than this is timed in the least number of rounds only
+SHORT_SECONDS = 1e-3  # what takes less is called again and again until this has passed: a turn of it
 ENDLESS_SECONDS = 8.0  # and what takes longer than this in one
 
 
 @dataclass(frozen=True)
 class Timing:
-    median: float
-    p20: float
-    p80: float
-    rounds: int
-    ratio: float  # median over the rounds of (own time / the yardstick's time in that round)
+    times: list[float]  # seconds of one call in each round
+    ratio: float  # over the yardstick
+
+    @property
+    def rounds(self) -> int:
+        return len(self.times)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.times)
+
+    @property
+    def p20(self) -> float:
+        return self._quantile(0.2)
+
+    @property
+    def p80(self) -> float:
+        return self._quantile(0.8)
+
+    def _quantile(self, q: float) -> float:
+        ordered = sorted(self.times)
+        return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+    def over(self, other: Timing) -> float:
+        """Median over the rounds of (own time / the other's in that round)."""
+        return statistics.median(own / base for own, base in zip(self.times, other.times, strict=False))  # a slow one has fewer rounds
 
 
-def _quantile(values: list[float], q: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
-
-
-def _once(run: Callable[[], object], device: torch.device) -> float:
+def _turn(run: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Seconds of one of so many calls."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    run()
+    for _ in range(calls):
+        run()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / calls
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], yardstick: str, device: torch.device, seconds: float, most_rounds: int = 30) -> dict[str, Timing]:
-    """Time `runs` in rounds for about `seconds`, after one round that is not counted; at least three rounds
-    of what takes less than ENDLESS_SECONDS."""
-    warm = {name: _once(run, device) for name, run in runs.items()}
-    rounds = max(3, min(most_rounds, int(seconds / max(sum(warm.values()), 1e-9))))
+def interleaved(
+    runs: Mapping[str, Callable[[], object]],
+    yardstick: str,
+    device: torch.device,
+    seconds: float,
+    most_rounds: int = 30,
+    least_rounds: int = 3,
+    aside: Collection[str] = (),
+) -> dict[str, Timing]:
+    """Time `runs` in rounds for about `seconds`, after two calls of each that are not counted.
+
+    At least `least_rounds`, and no more of what takes longer than SLOW_SECONDS; three of what is in `aside`, which does not count for the number of rounds;
+    one of what takes longer than ENDLESS_SECONDS.
+    """
+    for run in runs.values():
+        _turn(run, device)
+    warm = {name: _turn(run, device) for name, run in runs.items()}
+    calls = {name: max(1, int(SHORT_SECONDS / max(once, 1e-9))) for name, once in warm.items()}
+    a_round = sum(warm[name] * calls[name] for name in runs if name not in aside)
+    rounds = max(least_rounds, min(most_rounds, int(seconds / max(a_round, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds):
-        for name, run in runs.items():
-            if turn < (1 if warm[name] > ENDLESS_SECONDS else 3) or warm[name] < SLOW_SECONDS:
-                times[name].append(_once(run, device))
-    timings = {}
-    for name, own in times.items():
-        ratio = statistics.median(t / b for t, b in zip(own, times[yardstick], strict=False))  # a slow one has fewer rounds
-        timings[name] = Timing(statistics.median(own), _quantile(own, 0.2), _quantile(own, 0.8), len(own), ratio)
-    return timings
+        for name in list(runs) if turn % 2 == 0 else reversed(runs):
+            most = 3 if name in aside else least_rounds if warm[name] > SLOW_SECONDS else rounds
+            few = 1 if warm[name] > ENDLESS_SECONDS else most
+            if turn < few:
+                times[name].append(_turn(runs[name], device, calls[name]))
+    base = Timing(times[yardstick], 1.0)
+    return {name: Timing(own, Timing(own, 1.0).over(base)) for name, own in times.items()}
+
+
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc's
 
 
 def _resident(field: str) -> int | None:
@@ -72,6 +111,9 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | N
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated(device) - before
+    gc.collect()
+    if _malloc_trim is not None:
+        _malloc_trim(0)  # what earlier calls left with the allocator would be used again without a rise
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak of the resident set
     except OSError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).resolve().parent
+INSTRUCTION_SETS = ("base", "avx2", "avx512")  # of csrc/cpu/simd.cpp; HETLORA_INSTRUCTION_SET takes the layer's and Gram's kernels no further than one of them
 REBUILD = "rebuild with `pip install --no-build-isolation .`"
 
 
@@ -51,6 +53,9 @@ def load(name: str) -> str | None:
     """Load `_C_<name>.so`, which registers its kernels; None when loaded, else the reason why not. A library that is there but fails to load warns."""
     path = FOLDER / f"_C_{name}.so"
     unfit = _unfit(name)
+    most = os.environ.get("HETLORA_INSTRUCTION_SET")
+    if most is not None and most not in INSTRUCTION_SETS:
+        raise ValueError(f"environment variable HETLORA_INSTRUCTION_SET: expected one of {', '.join(INSTRUCTION_SETS)}, got {most!r}")
     if not path.exists():
         return unfit or build_info().get(name, {}).get("reason") or f"not built; {REBUILD}"
     if unfit:

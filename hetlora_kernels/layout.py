@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 
 import torch
@@ -25,6 +26,13 @@ def int_list(name: str, values: Sequence[int] | Tensor) -> list[int]:
             raise TypeError(f"{name}: expected integers, got {value!r}")
         out.append(int(value.__index__()))
     return out
+
+
+def _lasting() -> AbstractContextManager:
+    """Tensors made here are kept for later calls, which may train: inference mode would make others."""
+    if torch.compiler.is_compiling():  # what is traced is not kept
+        return nullcontext()
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 class RankLayout:
@@ -143,10 +151,10 @@ class Segments:
             return plan
         if self.num_clients > layout.num_clients:
             raise ValueError(f"seg: expected at most the layout's {layout.num_clients} clients, got {self.num_clients}")
-        scales = layout.scales(scale, device, torch.float64 if dtype == torch.float64 else torch.float32)
-        plan = Plan(layout.ranks, self.starts, self.lengths, scales, self.index_on(device))
-        # Neither a tracer's nor one that backward would refuse.
-        if plain and not torch.compiler.is_compiling() and type(plan.table) is Tensor and not scales.is_inference():
+        with _lasting():
+            scales = layout.scales(scale, device, torch.float64 if dtype == torch.float64 else torch.float32)
+            plan = Plan(layout.ranks, self.starts, self.lengths, scales, self.index_on(device))
+        if plain and not torch.compiler.is_compiling() and type(plan.table) is Tensor:  # not a tracer's
             if len(self._plans) >= _KEPT_PLANS:
                 self._plans.clear()
             self._plans[key] = plan
@@ -198,16 +206,18 @@ class Segments:
     def keys_on(self, device: torch.device) -> Tensor:
         """Row keys in the order of the segments' rows (`x[index]` where `index` is given, else x): int64, built once per device."""
         if device not in self._key_cache:
-            if self.row_keys is not None:
-                keys = self.row_keys.to(device)
-                keys = keys if self.index is None else keys[self.index.to(device)]
-            else:
-                host = torch.zeros(self.num_rows if self.index is None else self.index.numel(), dtype=torch.int64, device="cpu")
-                for start, length in zip(self.starts, self.lengths, strict=True):
-                    host[start : start + length] = torch.arange(length, device="cpu")
-                keys = host.to(device)
-            self._key_cache[device] = keys.contiguous()
+            with _lasting():
+                self._key_cache[device] = self._keys(device).contiguous()
         return self._key_cache[device]
+
+    def _keys(self, device: torch.device) -> Tensor:
+        if self.row_keys is not None:
+            keys = self.row_keys.to(device)
+            return keys if self.index is None else keys[self.index.to(device)]
+        host = torch.zeros(self.num_rows if self.index is None else self.index.numel(), dtype=torch.int64, device="cpu")
+        for start, length in zip(self.starts, self.lengths, strict=True):
+            host[start : start + length] = torch.arange(length, device="cpu")
+        return host.to(device)
 
     def index_on(self, device: torch.device) -> Tensor | None:
         """`index` on `device`; moved once."""

@@ -197,7 +197,7 @@ void few_rows_shrink(const Plan& plan, const Matrix& d_y, const void* b, int64_t
     }
 }
 
-// A span of B's rows is transposed at a time, which stays in L1.
+// A span of B's rows is transposed at a time: up to rank 128 it stays in L1.
 template <class E>
 void few_rows_expand(const Plan& plan, const Matrix& out, const void* s, const void* b, int64_t total) {
     constexpr int64_t kRowsOfB = 64;
@@ -237,13 +237,9 @@ Tensor grouped_gram(const Plan& plan, const std::vector<int64_t>& ranks, const S
 
 std::optional<FewRows> FewRows::of(const Plan& plan, const Tensor& bt, Type x, Type out) {
     constexpr int64_t kFewRows = 8;
-    if (!is_transposed(bt) || !bt.is_cpu() || plan.gathers() || plan.drops() || x != out || (x != Type::f32 && x != Type::f64) || type_of("bt", bt) != x) {
+    const bool plain = x == out && (x == Type::f32 || x == Type::f64) && bt.is_cpu() && type_of("bt", bt) == x;
+    if (!plain || !is_transposed(bt) || plan.active_rows > kFewRows || plan.gathers() || plan.drops()) {
         return std::nullopt;
-    }
-    for (const Segment& segment : plan.segments) {
-        if (segment.length > kFewRows) {
-            return std::nullopt;
-        }
     }
     return FewRows{x, bt.const_data_ptr(), bt.size(0), bt.size(1)};
 }

@@ -1,5 +1,6 @@
 #include "simd.h"
 
+#include <cstdlib>
 #include <utility>
 
 #if defined(__SSE2__)
@@ -71,8 +72,13 @@ HETLORA_CLONES double sum_squares(Type type, const void* from, int64_t n) {
 }
 
 InstructionSet instruction_set() {
+    const char* most = std::getenv("HETLORA_INSTRUCTION_SET");  // one of the names in hetlora_kernels/_native.py, which refuses others
+    if (most != nullptr && std::strcmp(most, "base") == 0) {
+        return InstructionSet::base;
+    }
 #if defined(HETLORA_X86)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) {
+    const bool up_to_avx2 = most != nullptr && std::strcmp(most, "avx2") == 0;
+    if (!up_to_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) {
         return InstructionSet::avx512;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {

@@ -134,10 +134,15 @@ def _call(plan: Plan, seg: Segments, dropout: float, seeds: Tensor | None, clien
     return plan, seeds, None if seeds is None else seg.keys_on(device), float(dropout), own_b
 
 
+def checked_by_the_op(*tensors: Tensor) -> bool:
+    """Whether the op itself refuses what does not fit: the C++ ops do, on tensors of the CPU; not while the call is traced or its types are autocast's."""
+    ops = layer_ops(True)
+    own = ops is not None and not ops[2] and all(tensor.is_cpu for tensor in tensors)
+    return own and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+
+
 def linear_of_one(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, plan: Plan, seg: Segments, dropout: float) -> Tensor:
-    """`lora_linear` for one client that owns every row, with B [m, r] as PEFT keeps it, without its checks of tensors: the caller's, and those of the op
-    for memory safety, must do. On a CPU, outside autocast and torch.compile.
-    """
+    """`lora_linear` for one client that owns every row, with B [m, r] as PEFT keeps it, without its checks of tensors; where `checked_by_the_op` says so."""
     return _apply(x, bias, None, a, b, weight, _call(plan, seg, dropout, None, 1, x.device, True))
 
 
@@ -197,9 +202,8 @@ class _Lora(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_y):
-        if torch.is_grad_enabled():
-            return _refuse_second_derivatives(ctx, d_y)
-        return _without_autocast(_backward, ctx, d_y) if _autocast(d_y) else _backward(ctx, d_y)
+        run = _refuse_second_derivatives if torch.is_grad_enabled() else _backward
+        return _without_autocast(run, ctx, d_y) if _autocast(d_y) else run(ctx, d_y)
 
 
 # What `Function.apply` adds to its base class serves the transforms of torch.func and costs 4 us a call, a tenth of a small layer's whole cost.
@@ -221,6 +225,7 @@ def _backward(ctx, d_y):
     plan, seeds, keys, dropout, own_b = ctx.call
     ops = layer_ops(x.is_cpu)
     d_x = d_a = d_bt = None
+    as_b = False  # whether d_bt is made as B's gradient [m, S]
     if ops is not None and ops[2]:
         batch = plan.index, plan.ranks, plan.starts, plan.lengths
         grads = ops[1](d_out, flat, weight, a, bt, s, plan.scale, seeds, keys, *batch, dropout, need_x, need_a, need_bt)
@@ -233,8 +238,8 @@ def _backward(ctx, d_y):
         else:
             as_b = own_b or (not bt.is_contiguous() and bt.stride(0) == 1)  # in the layout of the parameter that PEFT's lora_B.weight.t() is a view of
             d_a, d_bt = ops[1](d_x, d_out, flat, a, bt, s, plan.scale, seeds, keys, plan.index, plan.table, dropout, need_a, need_bt, as_b)
-            d_a, d_bt = d_a if need_a else None, None if not need_bt else d_bt.t() if as_b else d_bt
-    if own_b and d_bt is not None:
+            d_a, d_bt = d_a if need_a else None, d_bt if need_bt else None
+    if as_b != own_b and d_bt is not None:
         d_bt = d_bt.t()
     d_x = d_x if d_x is None or matrix else d_x.view(x.shape)
     d_bias = flat_dy.sum(0, dtype=compute_dtype(d_y.dtype)).to(ctx.bias_dtype) if need_bias else None

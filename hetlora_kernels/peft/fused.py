@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hetlora_kernels.layout import RankLayout, Segments
 from hetlora_kernels.ops._lists import FLOATS
-from hetlora_kernels.ops.lora import linear_of_one, lora_add, lora_linear
+from hetlora_kernels.ops.lora import checked_by_the_op, linear_of_one, lora_add, lora_linear
 from hetlora_kernels.peft.batch import Batch
 
 BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
@@ -36,20 +36,15 @@ def tell(reason: str) -> None:
         warnings.warn(f"hetlora_kernels.peft: a LoRA layer runs PEFT's own forward: {reason}", stacklevel=3)
 
 
-def _caching() -> bool:
-    """What a tracer or inference mode makes must not reach a later call."""
-    return not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled())
-
-
 def _sole(rank: int, rows: int) -> tuple[RankLayout, Segments]:
     """One client of this rank that owns every row."""
+    if torch.compiler.is_compiling():  # a traced call must not depend on what others left here
+        return RankLayout([rank]), Segments(rows, [0], [rows], None, None)
     batch = _batches.get((rank, rows))
     if batch is None:
-        batch = RankLayout([rank]), Segments(rows, [0], [rows], None, None)
-        if _caching():
-            if len(_batches) >= _KEPT_BATCHES:
-                _batches.clear()
-            _batches[rank, rows] = batch
+        if len(_batches) >= _KEPT_BATCHES:
+            _batches.clear()
+        batch = _batches[rank, rows] = RankLayout([rank]), Segments(rows, [0], [rows], None, None)
     return batch
 
 
@@ -198,14 +193,12 @@ class FusedLayer(nn.Module):
                 extra = bias * scaling if extra is None else extra + bias * scaling
         base = self._base(x, extra, args, kwargs)
         rows = x.numel() // x.shape[-1]
-        # What a caller of `lora_linear` may get wrong is right here, and on few rows its checks are a tenth of the time.
-        checked = x.is_cpu and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
         for a, b, p, scaling in terms:
             factor_a, factor_b = _parameter(a, "weight"), _parameter(b, "weight")
             layout, segments = _sole(factor_a.shape[0], rows)
             if isinstance(base, Tensor):
                 base = lora_add(base, x, factor_a, factor_b.t(), layout, segments, scaling, p)
-            elif checked:
+            elif checked_by_the_op(x, factor_a, factor_b):  # on few rows the checks of `lora_linear` are a tenth of the time
                 plan = segments.plan(layout, scaling, x.device, x.dtype)
                 base = linear_of_one(x, *base, factor_a, factor_b, plan, segments, p)
             else:

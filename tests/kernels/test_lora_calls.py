@@ -72,14 +72,14 @@ def test_kinds_of_scale(scale, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("ranks", [[3, 2], [16, 20], [1, 37]])
-@pytest.mark.parametrize("ids", [[0, 1, 0, 1], [0], [0, 0, 0, 1, 1, 1, 1, 1], [1] * 8, [0] * 9 + [1] * 2], ids=lambda ids: "".join(map(str, ids)))
+@pytest.mark.parametrize(("ranks", "m"), [([3, 2], 151), ([16, 20], 150), ([1, 37], 64), ([5, 4], 7)])
+@pytest.mark.parametrize("ids", [[0, 1, 0, 1], [0], [0, 0, 0, 1, 1, 1, 1, 1], [1] * 7 + [-1] * 3, [0] * 9 + [1] * 2], ids=lambda ids: "".join(map(str, ids)))
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_factors_as_transposed_views(dtype, ranks, ids, p, backend, device):
+def test_factors_as_transposed_views(dtype, ranks, m, ids, p, backend, device):
     """PEFT's lora_B.weight [m, r] as bt: the bits of a contiguous bt, the gradient in the parameter's own layout."""
     if backend == "reference":
         pytest.skip("the reference's products are the framework's, which may round otherwise in another layout")
-    layer = make_layer(ranks, ids, 70, 150, p=p)
+    layer = make_layer(ranks, ids, 70, m, p=p)
     plain, viewed = leaf_tensors(layer, dtype, None, device), leaf_tensors(layer, dtype, None, device)
     b = viewed["bt"].detach().t().contiguous().requires_grad_()
     options = {"dropout": p, "seeds": torch.tensor([5, 6], device=device), "scale": torch.tensor([0.5, 2.0], device=device)}
@@ -89,6 +89,62 @@ def test_factors_as_transposed_views(dtype, ranks, ids, p, backend, device):
     assert same_bits(y, z) and b.grad.is_contiguous()
     assert same_bits(plain["bt"].grad.t().contiguous(), b.grad)
     assert all(same_bits(plain[name].grad, viewed[name].grad) for name in ("x", "a"))
+
+
+@pytest.mark.parametrize("rows", [3, 11])
+@pytest.mark.parametrize("wanted", [("x",), ("a",), ("b",), ("x", "b"), ("a", "b")], ids="".join)
+def test_gradients_of_some_of_peft_shaped_factors(rows, wanted, backend, device):
+    """Frozen parts change no bit of the others' gradients."""
+    layer = make_layer([5], [0] * rows, 70, 53)
+    parts = {"x": layer.x, "a": layer.a, "b": layer.bt.t().contiguous()}
+
+    def gradients(names):
+        leaves = {name: part.float().to(device).requires_grad_(name in names) for name, part in parts.items()}
+        weight = layer.weight.float().to(device)
+        y = hk.lora_linear(leaves["x"], weight, None, leaves["a"], leaves["b"].t(), layer.layout(), layer.segments(), scale=0.7)
+        y.backward(layer.grad.to(y))
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+    every, some = gradients(("x", "a", "b")), gradients(wanted)
+    assert all(same_bits(some[name], every[name]) if name in wanted else some[name] is None for name in parts)
+
+
+def test_a_graph_of_the_backward_pass_inside_autocast(device):
+    """The types of a float32 call stay its own, whether its backward pass is inside autocast and whether a graph of it is asked for."""
+    layer = make_layer([3], [0] * 6, N, M)
+    leaves = leaf_tensors(layer, torch.float32, None, device)
+
+    def d_x(autocast, create_graph):
+        y = call_simple(layer, leaves)
+        with torch.autocast(y.device.type, enabled=autocast):
+            return torch.autograd.grad(y, leaves["x"], layer.grad.to(y), create_graph=create_graph)[0]
+
+    plain = d_x(False, False)
+    assert all(same_bits(plain, d_x(autocast, graph)) for autocast in (False, True) for graph in (False, True))
+
+
+def test_scales_that_are_kept(device):
+    """One set of segments serves several scales, types and modes; what it keeps belongs to each."""
+    layer = make_layer([3, 2], [0, 0, 1], N, M)
+    leaves, seg = leaf_tensors(layer, torch.float32, None, device), layer.segments()
+
+    def call(scale, dtype=torch.float32, seg=seg):
+        own = {name: leaf.detach().to(dtype) for name, leaf in leaves.items()}
+        return hk.lora_linear(own["x"], own["weight"], None, own["a"], own["bt"], layer.layout(), seg, scale=scale)
+
+    for scale in (2.0, (2.0, 0.5), 2, (2.0, 1.0), (2, 0.5)):
+        for dtype in (torch.float32, torch.float64):
+            expected = call(torch.tensor([float(s) for s in scale] if isinstance(scale, tuple) else [scale] * 2, device=device), dtype, layer.segments())
+            assert all(same_bits(call(scale, dtype), expected) for _ in range(2))
+    first = layer.segments()
+    with torch.inference_mode():
+        call(3.0, seg=first)
+    y = hk.lora_linear(leaves["x"], leaves["weight"], None, leaves["a"], leaves["bt"], layer.layout(), first, scale=3.0, dropout=0.5)
+    y.sum().backward()
+    assert not first.plan(layer.layout(), 3.0, leaves["x"].device, torch.float32).scale.is_inference() and leaves["a"].grad.isfinite().all()
+    for k in range(600):
+        seg.plan(layer.layout(), float(k), leaves["x"].device, torch.float32)
+    assert same_bits(call(2.0), call(torch.tensor([2.0, 2.0], device=device)))
 
 
 def test_the_default_device_is_not_that_of_the_tensors(device):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 
 import pytest
 import torch
 
-from benchmarks import providers, run, server, tables
+from benchmarks import providers, run, server, tables, timing
 from benchmarks.shapes import power_law_ranks
 
 OPTIONS = argparse.Namespace(quick=True, only=["aggregate"], memory_gb=1.0, seconds=0.01)
@@ -40,6 +41,22 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
     case = next(server.cases(OPTIONS, torch.device("cpu")))
     with pytest.raises(server.WrongResultError, match=r"wrong: aggregate .* is off by 1.00e-02; nothing is timed"):
         server.measure(case, OPTIONS, torch.device("cpu"), torch.get_num_threads())
+
+
+def test_rounds_go_to_and_fro_and_what_stands_aside_has_three():
+    turns = []
+    runs = {name: lambda name=name: (turns.append(name), time.sleep(0.002)) for name in ("a", "b", "aside")}
+    timings = timing.interleaved(runs, "a", torch.device("cpu"), seconds=0.0, least_rounds=5, aside=["aside"])
+    a_round, back = ["a", "b", "aside"], ["aside", "b", "a"]
+    assert turns == a_round * 2 + a_round + back + a_round + ["b", "a"] + ["a", "b"]
+    assert {name: one.rounds for name, one in timings.items()} == {"a": 5, "b": 5, "aside": 3}
+    assert timing.Timing([2.0, 4.0, 9.0], 0.0).over(timing.Timing([1.0, 4.0, 3.0], 0.0)) == 2.0
+
+
+def test_short_calls_are_timed_many_at_a_turn():
+    calls = []
+    timings = timing.interleaved({"a": lambda: calls.append(0)}, "a", torch.device("cpu"), seconds=0.0)
+    assert len(calls) > 100 and timings["a"].rounds == 3 and timings["a"].median < timing.SHORT_SECONDS and timings["a"].ratio == 1.0
 
 
 def test_uploads_that_do_not_fit_are_streamed():

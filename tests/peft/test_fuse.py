@@ -101,6 +101,16 @@ def test_a_trained_base_weight_goes_through_lora_add(calls, device):
     assert calls["lora_add"] == 2
 
 
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_an_adapter_that_was_never_loaded_is_refused(factor, device):
+    """On the meta device it has no numbers to add; the base's output alone would be a silent wrong result."""
+    model = lora_model(device=device)
+    fuse(model)
+    getattr(fused_layers(model)[0], factor).to("meta")
+    with pytest.raises(ValueError, match=r"^(a|bt): expected device .* as x, got meta"):
+        model(token_batch(1, 3, device))
+
+
 def test_shapes_of_the_input(device):
     """One row, one token, no leading dimension, an empty batch, and inputs that are not contiguous."""
     base = nn.Sequential(nn.Linear(6, 5)).double().to(device)
