@@ -121,7 +121,9 @@ def find_compiler() -> str | None:
 
 
 def contraction_flags(compiler: str) -> list[str]:
-    return ["--param=avoid-fma-max-bits=0"] if "Free Software Foundation" in output(compiler, "--version") else []  # a parameter of GCC's own
+    """What keeps GCC from leaving multiplications and additions apart; other compilers do not know it."""
+    about = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    return ["--param=avoid-fma-max-bits=0"] if "Free Software Foundation" in about else []
 
 
 def find_nvcc() -> Path | None:

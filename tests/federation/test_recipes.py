@@ -20,6 +20,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RECIPES = sorted(EXAMPLES.glob("*.yaml"))
 ARCHITECTURES = {"HuggingFaceTB/SmolLM2-135M": "llama", "Qwen/Qwen2.5-0.5B": "qwen2"}
 SMALL = "--device cpu --rounds 1 --seeds 1 --clients-per-round 2 --local-steps 1 --batch-size 1 --seq-len 48 --eval-tokens 200 --max-tokens-per-client 200"
+NOT_IN_EVERY_PYTHON = {"distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtledemo"}  # removed since, or packages of their own on some systems
 
 
 def read(path: Path) -> tuple[Config, Plan]:
@@ -46,7 +47,8 @@ def test_search_clients_are_not_in_the_federation(kind):
     common, plan = read(EXAMPLES / f"compare-{kind}.yaml")
     there = set(stdlib_documents() if kind == "stdlib" else unicode_scripts())
     federated, searched = (set(data.partition(":")[2].split(",")) for data in (common.data, plan.search_data))
-    assert federated and searched and federated.isdisjoint(searched) and federated | searched <= there
+    assert federated and searched and federated.isdisjoint(searched)
+    assert federated | searched <= there | (NOT_IN_EVERY_PYTHON if kind == "stdlib" else set())
 
 
 def load_tiny_model():
