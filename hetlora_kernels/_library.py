@@ -18,7 +18,7 @@ from hetlora_kernels import _native, reference
 from hetlora_kernels._native import build_info as build_info
 
 _SEGMENT_ARGS = "Tensor? seeds, Tensor? row_keys, Tensor? index, int[] ranks, int[] starts, int[] lengths, float dropout"
-_LAYER_ARGS = "Tensor scale, Tensor? seeds, Tensor? row_keys, Tensor? index, Tensor plan"
+_LAYER_ARGS = "Tensor? seeds, Tensor? row_keys, Tensor? index, Tensor plan"
 _STEP_ARGS = "Tensor lr, {step}Tensor active, Tensor? clip, Tensor? lam, int[] ranks, int[] keep"
 
 SCHEMAS = {
@@ -31,6 +31,9 @@ SCHEMAS = {
     "lora_add_": f"(Tensor(a!) out, Tensor x, Tensor a, Tensor bt, {_LAYER_ARGS}, int elements, float dropout) -> Tensor",
     "lora_grads_": f"(Tensor(a!)? d_x, Tensor d_y, Tensor x, Tensor a, Tensor bt, Tensor s, {_LAYER_ARGS}, float dropout, bool need_a, bool need_bt, "
     "bool as_b) -> (Tensor, Tensor)",
+    "lora_small_forward": f"(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor a, Tensor b, {_LAYER_ARGS}, float dropout, bool own_b) -> Tensor",
+    "lora_small_backward": f"(Tensor d_y, Tensor x, Tensor? weight, Tensor a, Tensor b, {_LAYER_ARGS}, float dropout, bool own_b, bool need_x, bool need_a, "
+    "bool need_b) -> (Tensor, Tensor, Tensor)",
     "truncate_": "(Tensor(a!)[] out, Tensor[] bank, int[] ranks, bool dense) -> ()",
     "aggregate_": "(Tensor(a!)[] out, Tensor[] rows, Tensor weights, Tensor[] keep, int[] ranks, bool owners) -> ()",
     "accumulate_": "(Tensor(a!)[] total, Tensor[] rows, Tensor weights) -> ()",
@@ -43,11 +46,12 @@ SCHEMAS = {
     "sgd_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, " + _STEP_ARGS.format(step="") + ", float momentum, float weight_decay) -> ()",
 }
 
-# Two forms of the layer, with its base product inside or beside it; a rung has one of them.
+# Two forms of the layer, with its base product inside or beside it; a rung has one of them. Small calls have ops of their own on the CPU alone.
 _TWINS = {"lora_forward": "lora_add_", "lora_backward": "lora_grads_", "lora_add_": "lora_forward", "lora_grads_": "lora_backward"}
+_TWINS |= {"lora_small_forward": "lora_forward", "lora_small_backward": "lora_backward"}
 
 # Called by the layer's own autograd.Function alone: the dispatcher's look at what requires gradients is 1 us of a call's 70.
-_PAST_AUTOGRAD = {"lora_add_", "lora_grads_", "lora_forward", "lora_backward"}
+_PAST_AUTOGRAD = {"lora_add_", "lora_grads_", "lora_small_forward", "lora_small_backward", "lora_forward", "lora_backward"}
 
 RUNGS = ("reference", "cpu", "cuda", "triton")
 
@@ -199,8 +203,16 @@ def backends(device: str | None = None) -> dict[str, tuple[str, str]]:
     return {name: _chosen(name, device) for name in SCHEMAS}
 
 
+def small_ops() -> tuple[Callable, Callable] | None:
+    """The two ops that are the forward and backward pass of a small call on CPU tensors, base product and all; None where another rung serves the layer."""
+    return _small if _forced is None or _forced == "cpu" else None
+
+
 _define()
 _load()
+_small: tuple[Callable, Callable] | None = None
+if _has("lora_small_forward", "cpu"):
+    _small = torch.ops.hetlora.lora_small_forward.default, torch.ops.hetlora.lora_small_backward.default
 _beside_base: tuple[Callable, Callable, bool] | None = None
 if _has("lora_add_", "cpu"):
     _beside_base = torch.ops.hetlora.lora_add_.default, torch.ops.hetlora.lora_grads_.default, False

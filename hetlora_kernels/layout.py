@@ -99,18 +99,22 @@ class RankLayout:
 class Plan:
     """What stays the same over the calls of a layer on one batch: the ranks of a layout and their scales beside the segments.
 
-    ranks: K ints;  starts, lengths: at most K ints each, as in `Segments`;  elements: sum of rank * length, those of the packed S;
+    rows: T;  ranks: K ints;  starts, lengths: at most K ints each, as in `Segments`;  elements: sum of rank * length, those of the packed S;
     scale: [K] on the device, in the type of the arithmetic;  index: int64 on the device or None, as in `Segments`;
-    table: int64 [3, K] on the CPU, the three lists (absent segments have length 0): one tensor passes the dispatcher faster than three lists.
+    table: where scale is on the CPU, float64 [4, K] of the three lists (absent segments have length 0) and the scales: one tensor passes the dispatcher
+    faster than four; else None.
     """
 
-    __slots__ = ("elements", "index", "lengths", "ranks", "scale", "starts", "table")
+    __slots__ = ("elements", "index", "lengths", "ranks", "rows", "scale", "starts", "table")
 
-    def __init__(self, ranks: Sequence[int], starts: list[int], lengths: list[int], scale: Tensor, index: Tensor | None) -> None:
-        self.ranks, self.starts, self.lengths, self.scale, self.index = list(ranks), starts, lengths, scale, index
+    def __init__(self, rows: int, ranks: Sequence[int], starts: list[int], lengths: list[int], scale: Tensor, index: Tensor | None) -> None:
+        self.rows, self.ranks, self.starts, self.lengths, self.scale, self.index = rows, list(ranks), starts, lengths, scale, index
         self.elements = sum(rank * length for rank, length in zip(ranks, lengths, strict=False))
         absent = [0] * (len(self.ranks) - len(lengths))
-        self.table = torch.tensor([self.ranks, starts + absent, lengths + absent], dtype=torch.int64, device="cpu")  # whatever the default device
+        self.table: Tensor | None = None
+        if scale.is_cpu:
+            lists = torch.tensor([self.ranks, starts + absent, lengths + absent], dtype=torch.float64, device="cpu")  # whatever the default device
+            self.table = torch.cat([lists, scale.double().unsqueeze(0)])
 
 
 class Segments:
@@ -153,8 +157,8 @@ class Segments:
             raise ValueError(f"seg: expected at most the layout's {layout.num_clients} clients, got {self.num_clients}")
         with _lasting():
             scales = layout.scales(scale, device, torch.float64 if dtype == torch.float64 else torch.float32)
-            plan = Plan(layout.ranks, self.starts, self.lengths, scales, self.index_on(device))
-        if plain and not torch.compiler.is_compiling() and type(plan.table) is Tensor:  # not a tracer's
+            plan = Plan(self.num_rows, layout.ranks, self.starts, self.lengths, scales, self.index_on(device))
+        if plain and not torch.compiler.is_compiling() and type(plan.scale) is Tensor:  # not a tracer's
             if len(self._plans) >= _KEPT_PLANS:
                 self._plans.clear()
             self._plans[key] = plan

@@ -154,26 +154,52 @@ def lora_backward(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, ranks
     return out
 
 
-def lora_add_(out, x, a, bt, scale, seeds, row_keys, index, plan, elements, dropout):
-    """out += scale_k * drop(x) A_k^T B_k^T; returns the packed S. `plan` [3, K]: ranks, first rows and rows of the clients; `elements` those of S."""
-    ranks, starts, lengths = plan.tolist()
-    s = shrink(x, a, scale, seeds, row_keys, index, ranks, starts, lengths, dropout)
-    expand_(out, s, bt, None, None, index, ranks, starts, lengths, 0.0)
+def _lists(plan: Tensor, x: Tensor) -> tuple[list[list[int]], Tensor]:
+    """A plan [4, K] as ranks, first rows and rows of the clients, and their scales in the type of x's arithmetic."""
+    return plan[:3].long().tolist(), plan[3].to(compute_dtype(x.dtype))
+
+
+def lora_add_(out, x, a, bt, seeds, row_keys, index, plan, elements, dropout):
+    """out += scale_k * drop(x) A_k^T B_k^T; returns the packed S. `plan` [4, K]: ranks, first rows, rows and scales of the clients; `elements` those of S."""
+    lists, scale = _lists(plan, x)
+    s = shrink(x, a, scale, seeds, row_keys, index, *lists, dropout)
+    expand_(out, s, bt, None, None, index, *lists, 0.0)
     return s
 
 
-def lora_grads_(d_x, d_y, x, a, bt, s, scale, seeds, row_keys, index, plan, dropout, need_a, need_bt, as_b):
+def lora_grads_(d_x, d_y, x, a, bt, s, seeds, row_keys, index, plan, dropout, need_a, need_bt, as_b):
     """Adds the LoRA term's part to `d_x`, if given; returns (d_a, d_bt), without elements where not needed. `d_y` is in x's type.
 
     as_b: the gradient of B [m, S] in d_bt's place, as PEFT keeps its lora_B.
     """
-    lists = plan.tolist()
+    lists, scale = _lists(plan, x)
     d_s = shrink(d_y, bt, scale, None, None, index, *lists, 0.0) if need_a or d_x is not None else None
     if d_x is not None:
         expand_(d_x, d_s, a, seeds, row_keys, index, *lists, dropout)
     d_a = grouped_gram(d_s, x, seeds, row_keys, index, *lists, dropout, a.dtype) if need_a else a.new_empty(0)
     d_bt = grouped_gram(s, d_y, None, None, index, *lists, 0.0, bt.dtype) if need_bt else bt.new_empty(0)
     return d_a, d_bt.t().contiguous() if as_b and need_bt else d_bt
+
+
+def lora_small_forward(x, weight, bias, base, a, b, seeds, row_keys, index, plan, dropout, own_b):
+    """`lora_forward` for an x of any leading shape, without S. own_b: `b` is B [m, S] as PEFT keeps it, else its transpose."""
+    lists, scale = _lists(plan, x)
+    flat_base = None if base is None else base.reshape(-1, base.shape[-1])
+    out, _ = lora_forward(x.reshape(-1, x.shape[-1]), weight, bias, flat_base, a, b.t() if own_b else b, scale, seeds, row_keys, index, *lists, dropout)
+    return out.reshape(*x.shape[:-1], out.shape[1])
+
+
+def lora_small_backward(d_y, x, weight, a, b, seeds, row_keys, index, plan, dropout, own_b, need_x, need_a, need_b):
+    """(d_x, d_a, d_b), without elements where not needed; S is made again. The arguments are those of `lora_small_forward`."""
+    lists, scale = _lists(plan, x)
+    segments = (seeds, row_keys, index, *lists, dropout)
+    flat, flat_dy, bt = x.reshape(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1]).to(x.dtype), b.t() if own_b else b
+    s = shrink(flat, a, scale, *segments)
+    made = iter(lora_backward(flat_dy, flat, weight, a, bt, s, scale, *segments, need_x, need_a, need_b))
+    d_x = next(made).reshape(x.shape) if need_x else x.new_empty(0)
+    d_a = next(made) if need_a else a.new_empty(0)
+    d_b = next(made) if need_b else b.new_empty(0)
+    return d_x, d_a, d_b.t().contiguous() if own_b and need_b else d_b
 
 
 # ---------------------------------------------------------------- server: truncate, aggregate, norms

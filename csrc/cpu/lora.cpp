@@ -16,6 +16,22 @@ namespace hetlora {
 
 constexpr int64_t kRows = 24, kColumns = 512, kChunk = 64, kSpan = 64;
 
+Lists::Lists(const Tensor& plan) {
+    STD_TORCH_CHECK(plan.is_cpu() && plan.is_contiguous() && plan.scalar_type() == ScalarType::Double && plan.dim() == 2 && plan.size(0) == 4,
+                    "plan: expected contiguous float64 [4, clients] on the CPU");
+    const int64_t clients = plan.size(1);
+    const double* row = static_cast<const double*>(plan.const_data_ptr());
+    for (std::vector<int64_t>* list : {&ranks, &starts, &lengths}) {
+        list->resize(static_cast<size_t>(clients));
+        for (int64_t k = 0; k < clients; ++k) {
+            STD_TORCH_CHECK(row[k] >= 0 && row[k] < 0x1p53, "plan: expected integers >= 0, got ", row[k]);
+            (*list)[k] = static_cast<int64_t>(row[k]);
+        }
+        row += clients;
+    }
+    scale.assign(row, row + clients);
+}
+
 const int64_t* Plan::integers(const char* name, const std::optional<Tensor>& tensor, int64_t at_least, std::optional<Tensor>* held) {
     if (!tensor.has_value()) {
         return nullptr;
@@ -176,45 +192,6 @@ void expand(const Plan& plan, const Matrix& out, const Shrunk& s, const Matrix& 
     s.type == Type::f64 ? expand_as<double>(plan, out, s.type, s.data, rows) : expand_as<float>(plan, out, s.type, s.data, rows);
 }
 
-namespace {
-
-// d_y^T S, client by client: the same sums as S^T d_y, in the same order.
-template <class E>
-void few_rows_gram(const Plan& plan, const Matrix& d_y, const void* s, void* out, int64_t total) {
-    for (const Segment& segment : plan.segments) {
-        const E* left = reinterpret_cast<const E*>(d_y.at(segment.start * d_y.width));
-        const E* right = static_cast<const E*>(s) + segment.flat;
-        lora_kernels<E>().outer(left, 1, d_y.width, right, segment.rank, segment.length, d_y.width, segment.rank, static_cast<E*>(out) + segment.row, total, false);
-    }
-}
-
-template <class E>
-void few_rows_shrink(const Plan& plan, const Matrix& d_y, const void* b, int64_t total, const std::vector<double>& scale, void* out) {
-    for (const Segment& segment : plan.segments) {
-        const E* x = reinterpret_cast<const E*>(d_y.at(segment.start * d_y.width));
-        lora_kernels<E>().dots_transposed(x, d_y.width, segment.length, static_cast<const E*>(b) + segment.row, total, segment.rank, d_y.width,
-                                          static_cast<E>(scale[segment.client]), static_cast<E*>(out) + segment.flat, segment.rank);
-    }
-}
-
-// A span of B's rows is transposed at a time: up to rank 128 it stays in L1.
-template <class E>
-void few_rows_expand(const Plan& plan, const Matrix& out, const void* s, const void* b, int64_t total) {
-    constexpr int64_t kRowsOfB = 64;
-    std::vector<E> turned(static_cast<size_t>(kRowsOfB * total));
-    for (int64_t row = 0; row < out.width; row += kRowsOfB) {
-        const int64_t height = std::min(kRowsOfB, out.width - row);
-        transpose_block(sizeof(E), static_cast<const E*>(b) + row * total, height, total, turned.data());
-        for (const Segment& segment : plan.segments) {
-            E* to = reinterpret_cast<E*>(out.at(segment.start * out.width + row));
-            const E* left = static_cast<const E*>(s) + segment.flat;
-            lora_kernels<E>().outer(left, segment.rank, 1, turned.data() + segment.row * height, height, segment.rank, segment.length, height, to, out.width, true);
-        }
-    }
-}
-
-}  // namespace
-
 Tensor grouped_gram(const Plan& plan, const std::vector<int64_t>& ranks, const Shrunk& s, const Matrix& x, ScalarType dtype) {
     STD_TORCH_CHECK(s.count == plan.flat, "s: expected ", plan.flat, " elements, got ", s.count);
     STD_TORCH_CHECK((s.type == Type::f64) == (x.type == Type::f64), "s: expected float64 exactly where x is");
@@ -232,42 +209,6 @@ Tensor grouped_gram(const Plan& plan, const std::vector<int64_t>& ranks, const S
         std::memset(data, 0, static_cast<size_t>(total * x.width * size_of(out_type)));
     }
     s.type == Type::f64 ? gram_as<double>(plan, x, s.type, s.data, out_type, data, total) : gram_as<float>(plan, x, s.type, s.data, out_type, data, total);
-    return out;
-}
-
-std::optional<FewRows> FewRows::of(const Plan& plan, const Tensor& bt, Type x, Type out) {
-    constexpr int64_t kFewRows = 8;
-    const bool plain = x == out && (x == Type::f32 || x == Type::f64) && bt.is_cpu() && type_of("bt", bt) == x;
-    if (!plain || !is_transposed(bt) || plan.active_rows > kFewRows || plan.gathers() || plan.drops()) {
-        return std::nullopt;
-    }
-    return FewRows{x, bt.const_data_ptr(), bt.size(0), bt.size(1)};
-}
-
-void FewRows::shrink(const Plan& plan, const Matrix& d_y, const std::vector<double>& scale, void* out) const {
-    STD_TORCH_CHECK(d_y.width == width, "bt: expected a width of ", d_y.width, ", got ", width);
-    type == Type::f64 ? few_rows_shrink<double>(plan, d_y, b, total, scale, out) : few_rows_shrink<float>(plan, d_y, b, total, scale, out);
-}
-
-void FewRows::expand(const Plan& plan, const Matrix& out, const Shrunk& s) const {
-    STD_TORCH_CHECK(out.width == width, "bt: expected a width of ", out.width, ", got ", width);
-    STD_TORCH_CHECK(s.count == plan.flat && s.type == type, "s: expected ", plan.flat, " elements of bt's type, got ", s.count);
-    type == Type::f64 ? few_rows_expand<double>(plan, out, s.data, b, total) : few_rows_expand<float>(plan, out, s.data, b, total);
-}
-
-Tensor FewRows::gram(const Plan& plan, const Shrunk& s, const Matrix& d_y, ScalarType dtype) const {
-    STD_TORCH_CHECK(d_y.width == width, "bt: expected a width of ", d_y.width, ", got ", width);
-    STD_TORCH_CHECK(s.count == plan.flat && s.type == type, "s: expected ", plan.flat, " elements of bt's type, got ", s.count);
-    const Tensor out = empty({width, total}, dtype);
-    void* data = const_cast<void*>(out.const_data_ptr());
-    int64_t filled = 0;
-    for (const Segment& segment : plan.segments) {
-        filled += segment.rank;
-    }
-    if (filled != total) {
-        std::memset(data, 0, static_cast<size_t>(width * total * size_of(type)));
-    }
-    type == Type::f64 ? few_rows_gram<double>(plan, d_y, s.data, data, total) : few_rows_gram<float>(plan, d_y, s.data, data, total);
     return out;
 }
 

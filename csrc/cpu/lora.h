@@ -21,6 +21,13 @@ struct Segments {
     Segments without_dropout() const { return {std::nullopt, std::nullopt, index, ranks, starts, lengths, 0.0}; }
 };
 
+// A plan [4, K] as the layer's ops take it: ranks, first rows, rows and scales of the clients.
+struct Lists {
+    explicit Lists(const Tensor& plan);
+    std::vector<int64_t> ranks, starts, lengths;
+    std::vector<double> scale;
+};
+
 // `Segments` against x with `rows` rows and packed factors with `factor_rows`.
 class Plan {
   public:
@@ -68,7 +75,8 @@ const E* panel(const Plan& plan, const Matrix& x, const Segment& segment, int64_
             load_block(x.type, from, to, columns);
         }
         if (plan.drops()) {
-            lora_kernels<E>().drop(plan.drop_row(segment, t + i, column), direct ? reinterpret_cast<const E*>(from) : to, columns, static_cast<E>(plan.inverse()), to);
+            lora_kernels<E>().drop(plan.drop_row(segment, t + i, column), direct ? reinterpret_cast<const E*>(from) : to, columns,
+                                   static_cast<E>(plan.inverse()), to);
         }
     }
     return room;
@@ -110,19 +118,5 @@ struct Shrunk {
 void shrink(const Plan& plan, const Matrix& x, const Matrix& rows, const std::vector<double>& scale, void* out);
 void expand(const Plan& plan, const Matrix& out, const Shrunk& s, const Matrix& rows);
 Tensor grouped_gram(const Plan& plan, const std::vector<int64_t>& ranks, const Shrunk& s, const Matrix& x, ScalarType dtype);
-
-// A call on so few rows that transposing B [width, total], as PEFT keeps it, would be much of its work: B is read and its gradient made as it lies. The bits
-// are those of the products above on the transpose.
-struct FewRows {
-    static std::optional<FewRows> of(const Plan& plan, const Tensor& bt, Type x, Type out);
-
-    void shrink(const Plan& plan, const Matrix& d_y, const std::vector<double>& scale, void* out) const;
-    void expand(const Plan& plan, const Matrix& out, const Shrunk& s) const;
-    Tensor gram(const Plan& plan, const Shrunk& s, const Matrix& d_y, ScalarType dtype) const;  // [width, total]
-
-    Type type;
-    const void* b;
-    int64_t total, width;
-};
 
 }  // namespace hetlora

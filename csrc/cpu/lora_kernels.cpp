@@ -1,7 +1,6 @@
-// dots, dots_transposed, outer and drop (see lora_kernels.h) for SSE2/NEON, AVX2 and AVX-512.
+// dots, outer and drop (see lora_kernels.h) for SSE2/NEON, AVX2 and AVX-512.
 //
 // dots: I x J dot products held in registers as vectors along the columns, so both operands are read as they are stored and no rank is padded.
-// dots_transposed: what dots keeps in lane l of a vector is here the vector l of Lanes, over ranks; added up by the same halves.
 // outer: I rows x J vectors of columns in registers, the left operand broadcast. Tiles of 6 x 4 vectors fill AVX-512's 32 registers, 6 x 2 the 16 of AVX2;
 // both do at least two multiply-adds a load.
 #include "lora_kernels.h"
@@ -106,52 +105,6 @@ HETLORA_INLINE void dots(const E* x, int64_t ld_x, int64_t rows, const E* a, int
     }
 }
 
-template <class E, int Lanes, int W>
-HETLORA_INLINE void dots_transposed_tile(const E* x, const E* a_t, int64_t ld_a, int64_t n, E scale, E* out) {
-    typedef typename VectorOf<E, W>::type V;
-    V sums[Lanes] = {};
-    int64_t c = 0;
-    for (; c + Lanes <= n; c += Lanes) {
-        HETLORA_UNROLL
-        for (int l = 0; l < Lanes; ++l) {
-            sums[l] += x[c + l] * *reinterpret_cast<const V*>(a_t + (c + l) * ld_a);
-        }
-    }
-    HETLORA_UNROLL
-    for (int l = 0; l < Lanes; ++l) {
-        if (c + l < n) {
-            sums[l] += x[c + l] * *reinterpret_cast<const V*>(a_t + (c + l) * ld_a);
-        }
-    }
-    HETLORA_UNROLL
-    for (int half = Lanes / 2; half > 0; half /= 2) {
-        HETLORA_UNROLL
-        for (int l = 0; l < half; ++l) {
-            sums[l] += sums[l + half];
-        }
-    }
-    *reinterpret_cast<V*>(out) = scale * sums[0];
-}
-
-template <class E, int W>
-HETLORA_INLINE void dots_transposed(const E* x, int64_t ld_x, int64_t rows, const E* a_t, int64_t ld_a, int64_t rank, int64_t n, E scale, E* out,
-                                    int64_t ld_out) {
-    for (int64_t i = 0; i < rows; ++i) {
-        int64_t j = 0;
-        for (; j + W <= rank; j += W) {
-            dots_transposed_tile<E, W, W>(x + i * ld_x, a_t + j, ld_a, n, scale, out + i * ld_out + j);
-        }
-        if constexpr (W > 4) {
-            for (; j + 4 <= rank; j += 4) {
-                dots_transposed_tile<E, W, 4>(x + i * ld_x, a_t + j, ld_a, n, scale, out + i * ld_out + j);
-            }
-        }
-        for (; j < rank; ++j) {
-            dots_transposed_tile<E, W, 1>(x + i * ld_x, a_t + j, ld_a, n, scale, out + i * ld_out + j);
-        }
-    }
-}
-
 template <class E, int W, int I, int J>
 HETLORA_INLINE void outer_tile(const E* left, int64_t left_row, int64_t left_step, const E* right, int64_t ld_right, int64_t depth, E* out, int64_t ld_out,
                                bool add) {
@@ -224,16 +177,12 @@ HETLORA_INLINE void drop(const DropRow& row, const E* x, int64_t n, E inverse, E
     target void dots_##suffix(const E* x, int64_t ld_x, int64_t rows, const E* a, int64_t ld_a, int64_t rank, int64_t n, E scale, E* out, int64_t ld_out) { \
         dots<E, W, JMax>(x, ld_x, rows, a, ld_a, rank, n, scale, out, ld_out);                                                                              \
     }                                                                                                                                                        \
-    target void dots_transposed_##suffix(const E* x, int64_t ld_x, int64_t rows, const E* a_t, int64_t ld_a, int64_t rank, int64_t n, E scale, E* out,        \
-                                         int64_t ld_out) {                                                                                                  \
-        dots_transposed<E, W>(x, ld_x, rows, a_t, ld_a, rank, n, scale, out, ld_out);                                                                       \
-    }                                                                                                                                                        \
     target void outer_##suffix(const E* left, int64_t left_row, int64_t left_step, const E* right, int64_t ld_right, int64_t depth, int64_t rows,           \
                                int64_t columns, E* out, int64_t ld_out, bool add) {                                                                         \
         outer<E, W, JMax>(left, left_row, left_step, right, ld_right, depth, rows, columns, out, ld_out, add);                                              \
     }                                                                                                                                                        \
     target void drop_##suffix(const DropRow& row, const E* x, int64_t n, E inverse, E* out) { DROP(row, x, n, inverse, out); }                              \
-    constexpr LoraKernels<E> kernels_##suffix = {dots_##suffix, dots_transposed_##suffix, outer_##suffix, drop_##suffix};
+    constexpr LoraKernels<E> kernels_##suffix = {dots_##suffix, outer_##suffix, drop_##suffix};
 
 HETLORA_LORA(base_float, float, , 4, 2, drop)
 HETLORA_LORA(base_double, double, , 2, 2, drop)

@@ -18,8 +18,6 @@ template <class E>
 struct LoraKernels {
     // out[i * ld_out + j] = scale * sum over n columns of x[i * ld_x + c] * a[j * ld_a + c]
     void (*dots)(const E* x, int64_t ld_x, int64_t rows, const E* a, int64_t ld_a, int64_t rank, int64_t n, E scale, E* out, int64_t ld_out);
-    // The same sums in the same order from the transpose of a, a_t[c * ld_a + j]; for a few rows of x.
-    void (*dots_transposed)(const E* x, int64_t ld_x, int64_t rows, const E* a_t, int64_t ld_a, int64_t rank, int64_t n, E scale, E* out, int64_t ld_out);
     // out[i * ld_out + c] (+)= sum over d of left[i * left_row + d * left_step] * right[d * ld_right + c]
     void (*outer)(const E* left, int64_t left_row, int64_t left_step, const E* right, int64_t ld_right, int64_t depth, int64_t rows, int64_t columns, E* out,
                   int64_t ld_out, bool add);

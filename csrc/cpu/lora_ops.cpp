@@ -40,21 +40,7 @@ Tensor grouped_gram_op(const Tensor& s, const Tensor& x_tensor, const MaybeTenso
     return grouped_gram(Plan({seeds, row_keys, index, ranks, starts, lengths, dropout}, x.rows, -1), ranks, shrunk(s), x, dtype);
 }
 
-// The three lists of a plan [3, K].
-struct Lists {
-    explicit Lists(const Tensor& plan) {
-        STD_TORCH_CHECK(plan.is_cpu() && plan.is_contiguous() && plan.scalar_type() == ScalarType::Long && plan.dim() == 2 && plan.size(0) == 3,
-                        "plan: expected contiguous int64 [3, clients] on the CPU");
-        const int64_t clients = plan.size(1);
-        const int64_t* data = static_cast<const int64_t*>(plan.const_data_ptr());
-        ranks.assign(data, data + clients);
-        starts.assign(data + clients, data + 2 * clients);
-        lengths.assign(data + 2 * clients, data + 3 * clients);
-    }
-    Integers ranks, starts, lengths;
-};
-
-Tensor lora_add(Tensor out_tensor, const Tensor& x_tensor, const Tensor& a_tensor, const Tensor& bt_tensor, const Tensor& scale, const MaybeTensor& seeds,
+Tensor lora_add(Tensor out_tensor, const Tensor& x_tensor, const Tensor& a_tensor, const Tensor& bt_tensor, const MaybeTensor& seeds,
                 const MaybeTensor& row_keys, const MaybeTensor& index, const Tensor& plan_tensor, int64_t elements, double dropout) {
     const Matrix x("x", x_tensor), a("a", a_tensor);
     Matrix out("out", out_tensor);
@@ -64,33 +50,26 @@ Tensor lora_add(Tensor out_tensor, const Tensor& x_tensor, const Tensor& a_tenso
     const Plan plan(segments, x.rows, a.rows), without = plan.drops() ? Plan(segments.without_dropout(), x.rows, a.rows) : plan;
     STD_TORCH_CHECK(elements == plan.flat, "elements: expected ", plan.flat, ", got ", elements);
     const Tensor s = empty({plan.flat}, x_tensor.scalar_type());
-    shrink(plan, x, a, scales(scale, lists.ranks), const_cast<void*>(s.const_data_ptr()));
-    if (const auto few = FewRows::of(without, bt_tensor, x.type, out.type)) {
-        few->expand(without, out, shrunk(s));
-    } else {
-        expand(without, out, shrunk(s), Matrix("bt", bt_tensor));
-    }
+    shrink(plan, x, a, lists.scale, const_cast<void*>(s.const_data_ptr()));
+    expand(without, out, shrunk(s), Matrix("bt", bt_tensor));
     out.write_back();
     return s;
 }
 
 std::tuple<Tensor, Tensor> lora_grads(const MaybeTensor& d_x_tensor, const Tensor& d_y_tensor, const Tensor& x_tensor, const Tensor& a_tensor,
-                                      const Tensor& bt_tensor, const Tensor& s, const Tensor& scale, const MaybeTensor& seeds, const MaybeTensor& row_keys,
-                                      const MaybeTensor& index, const Tensor& plan_tensor, double dropout, bool need_a, bool need_bt,
-                                      bool as_b) {
+                                      const Tensor& bt_tensor, const Tensor& s, const MaybeTensor& seeds, const MaybeTensor& row_keys, const MaybeTensor& index,
+                                      const Tensor& plan_tensor, double dropout, bool need_a, bool need_bt, bool as_b) {
     const Matrix d_y("d_y", d_y_tensor), x("x", x_tensor), a("a", a_tensor);
     STD_TORCH_CHECK(bt_tensor.dim() == 2 && d_y.rows == x.rows && a.rows == bt_tensor.size(0), "d_y, bt: expected the rows of x and of a");
     STD_TORCH_CHECK(d_y.type == x.type, "d_y: expected the type of x");
     const Lists lists(plan_tensor);
     const Segments segments{seeds, row_keys, index, lists.ranks, lists.starts, lists.lengths, dropout};
     const Plan plan(segments, x.rows, a.rows), without = plan.drops() ? Plan(segments.without_dropout(), x.rows, a.rows) : plan;
-    const auto few = FewRows::of(without, bt_tensor, x.type, d_y.type);
     // Uninitialised: a vector would be filled with zeros first.
     const std::unique_ptr<char[]> room(d_x_tensor || need_a ? new char[static_cast<size_t>(plan.flat * size_of(x.type))] : nullptr);
     const Shrunk d_s{x.type, room.get(), plan.flat};
     if (room) {
-        few ? few->shrink(without, d_y, scales(scale, lists.ranks), room.get())
-            : shrink(without, d_y, Matrix("bt", bt_tensor), scales(scale, lists.ranks), room.get());
+        shrink(without, d_y, Matrix("bt", bt_tensor), lists.scale, room.get());
     }
     if (d_x_tensor) {
         Matrix d_x("d_x", *d_x_tensor);
@@ -102,9 +81,6 @@ std::tuple<Tensor, Tensor> lora_grads(const MaybeTensor& d_x_tensor, const Tenso
     const Tensor d_a = need_a ? grouped_gram(plan, lists.ranks, d_s, x, a_type) : empty({0}, a_type);
     if (!need_bt) {
         return {d_a, empty({0}, bt_type)};
-    }
-    if (few && as_b) {
-        return {d_a, few->gram(without, shrunk(s), d_y, bt_type)};
     }
     const Tensor d_bt = grouped_gram(without, lists.ranks, shrunk(s), d_y, bt_type);
     if (!as_b) {

@@ -10,13 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetlora_kernels._library import call as _kernel
-from hetlora_kernels._library import layer_ops, register_fake
+from hetlora_kernels._library import layer_ops, register_fake, small_ops
 from hetlora_kernels.layout import Plan, RankLayout, Segments
 from hetlora_kernels.ops._lists import FLOATS
 from hetlora_kernels.reference import compute_dtype, dropout_threshold
 
 # plan, seeds [K] or None, row keys or None, dropout probability, whether bt is given (and its gradient wanted) as B [m, S]
 Call = tuple[Plan, Tensor | None, Tensor | None, float, bool]
+
+# What a small call is, on the CPU: with so few rows our own base product is the faster one, of 16-bit types with so small a weight (docs/kernels-lora.md).
+_FEW_ROWS = 8
+_SMALL_16_BIT_WEIGHT = 2**18  # elements
+_WIDE = {torch.float32, torch.float64}
 
 
 def lora_linear(
@@ -44,9 +49,17 @@ def lora_linear(
 
     Returns y: [..., m] in x's type (the autocast type inside autocast). Products accumulate in float32 (float64 for float64). Differentiable
     once, in x, a, bt and bias; the mask is regenerated in backward from the seeds (Philox4x32-7, see `reference.keep_mask`), so what is kept
-    is x, S and the seeds. Given the same x and dY rows, a client's gradients do not depend on the other clients in the batch.
+    is x, S (not of a small call on the CPU) and the seeds. Given the same x and dY rows, a client's gradients do not depend on the other clients in the batch.
     Raises `ValueError` or `TypeError` naming the argument. Source: HETLORA section 2; LoRA, Hu et al. 2022, equation 3.
     """
+    refused = None
+    if _checked_by_the_small_op(x, weight, bias, a, bt, layout, seg):
+        try:
+            plan = seg.plan(layout, scale, x.device, x.dtype)
+            call = _call(plan, seg, dropout if training else 0.0, seeds, layout.num_clients, x.device)
+            return _direct_small(x, bias, None, a, bt, weight, call)
+        except (RuntimeError, TypeError) as error:  # the checks below name the argument
+            refused = error
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ValueError(f"weight: expected a tensor [out, in], got {tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__}")
     if weight.requires_grad and torch.is_grad_enabled():
@@ -62,6 +75,8 @@ def lora_linear(
     if weight.dtype != x.dtype or weight.device != x.device:
         raise ValueError(f"weight: expected the type and device of x ({x.dtype}, {x.device}), got {weight.dtype}, {weight.device}")
     call = _adapter_call(x, n, m, a, bt, layout, seg, scale, dropout if training else 0.0, seeds)
+    if refused is not None:
+        raise refused
     arguments = x, bias, None, a, bt, weight, call
     return _without_autocast(_apply, *arguments) if autocast else _apply(*arguments)
 
@@ -141,6 +156,23 @@ def checked_by_the_op(*tensors: Tensor) -> bool:
     return own and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
 
 
+def _is_small(x: Tensor, weight: Tensor | None, rows: int) -> bool:
+    own = 0 < rows <= _FEW_ROWS and x.is_cpu and small_ops() is not None
+    return own and (weight is None or x.dtype in _WIDE or weight.numel() <= _SMALL_16_BIT_WEIGHT)
+
+
+def _checked_by_the_small_op(x, weight, bias, a, b, layout, seg) -> bool:
+    """Whether `lora_linear` may call the op for small calls before its own checks, which take as long as the op. Asked here is all that the op lets pass."""
+    if type(seg) is not Segments or type(layout) is not RankLayout or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    try:
+        if not _is_small(x, weight, seg.num_rows) or weight.requires_grad or torch._C._are_functorch_transforms_active():
+            return False
+        return weight.is_cpu and a.is_cpu and b.is_cpu and (bias is None or bias.is_cpu) and x.numel() == seg.num_rows * weight.shape[-1]
+    except AttributeError:  # no tensors
+        return False
+
+
 def linear_of_one(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, plan: Plan, seg: Segments, dropout: float) -> Tensor:
     """`lora_linear` for one client that owns every row, with B [m, r] as PEFT keeps it, without its checks of tensors; where `checked_by_the_op` says so."""
     return _apply(x, bias, None, a, b, weight, _call(plan, seg, dropout, None, 1, x.device, True))
@@ -190,7 +222,7 @@ class _Lora(torch.autograd.Function):
         else:
             out = F.linear(flat, weight, bias) if base is None else flat_base.clone(memory_format=torch.contiguous_format)
             if ops is not None:
-                s = ops[0](out, flat, a, bt, plan.scale, seeds, keys, plan.index, plan.table, plan.elements, dropout)
+                s = ops[0](out, flat, a, bt, seeds, keys, plan.index, plan.table, plan.elements, dropout)
             else:
                 s = _add_in_steps(out, flat, a, bt, call)
         ctx.save_for_backward(x, weight, a, bt, s)
@@ -206,14 +238,40 @@ class _Lora(torch.autograd.Function):
         return _without_autocast(run, ctx, d_y) if _autocast(d_y) else run(ctx, d_y)
 
 
+class _SmallLora(torch.autograd.Function):
+    """The same for small calls: one op each way, which takes what it is given in any layout and keeps nothing."""
+
+    @staticmethod
+    def forward(ctx, x, bias, base, a, b, weight, call):
+        plan, seeds, keys, dropout, own_b = call
+        ctx.save_for_backward(x, weight, a, b)
+        ctx.call = call
+        return small_ops()[0](x, weight, bias, base, a, b, seeds, keys, plan.index, plan.table, dropout, own_b)
+
+    @staticmethod
+    def backward(ctx, d_y):
+        run = _refuse_second_derivatives_of_small if torch.is_grad_enabled() else _small_backward
+        return run(ctx, d_y)
+
+
+def _small_backward(ctx, d_y):
+    x, weight, a, b = ctx.saved_tensors
+    need_x, need_bias, need_base, need_a, need_b, _, _ = ctx.needs_input_grad
+    plan, seeds, keys, dropout, own_b = ctx.call
+    d_x, d_a, d_b = small_ops()[1](d_y, x, weight, a, b, seeds, keys, plan.index, plan.table, dropout, own_b, need_x, need_a, need_b)
+    d_bias = d_y.reshape(-1, d_y.shape[-1]).sum(0, dtype=compute_dtype(d_y.dtype)).to(d_y.dtype) if need_bias else None
+    return d_x if need_x else None, d_bias, d_y if need_base else None, d_a if need_a else None, d_b if need_b else None, None, None
+
+
 # What `Function.apply` adds to its base class serves the transforms of torch.func and costs 4 us a call, a tenth of a small layer's whole cost.
-_direct_apply = super(torch.autograd.Function, _Lora).apply
+_direct, _direct_small = super(torch.autograd.Function, _Lora).apply, super(torch.autograd.Function, _SmallLora).apply
 
 
-def _apply(*arguments) -> Tensor:
+def _apply(x, bias, base, a, bt, weight, call: Call) -> Tensor:
+    small = _is_small(x, weight, call[0].rows) and (base is None or base.dtype == x.dtype)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return _Lora.apply(*arguments)
-    return _direct_apply(*arguments)
+        return (_SmallLora if small else _Lora).apply(x, bias, base, a, bt, weight, call)
+    return (_direct_small if small else _direct)(x, bias, base, a, bt, weight, call)
 
 
 def _backward(ctx, d_y):
@@ -237,7 +295,7 @@ def _backward(ctx, d_y):
             d_a, d_bt = _gradients_in_steps(d_x, d_out, flat, a, bt, s, ctx.call, need_a, need_bt)
         else:
             as_b = own_b or (not bt.is_contiguous() and bt.stride(0) == 1)  # in the layout of the parameter that PEFT's lora_B.weight.t() is a view of
-            d_a, d_bt = ops[1](d_x, d_out, flat, a, bt, s, plan.scale, seeds, keys, plan.index, plan.table, dropout, need_a, need_bt, as_b)
+            d_a, d_bt = ops[1](d_x, d_out, flat, a, bt, s, seeds, keys, plan.index, plan.table, dropout, need_a, need_bt, as_b)
             d_a, d_bt = d_a if need_a else None, d_bt if need_bt else None
     if as_b != own_b and d_bt is not None:
         d_bt = d_bt.t()
@@ -248,6 +306,7 @@ def _backward(ctx, d_y):
 
 # The decorator's own cost is paid only where a graph of the backward pass is asked for.
 _refuse_second_derivatives = torch.autograd.function.once_differentiable(_backward)
+_refuse_second_derivatives_of_small = torch.autograd.function.once_differentiable(_small_backward)
 
 
 def _without_autocast(run, *arguments):
@@ -295,14 +354,27 @@ def _(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, ranks, starts, le
 
 
 @register_fake("lora_add_")
-def _(out, x, a, bt, scale, seeds, row_keys, index, plan, elements, dropout):
+def _(out, x, a, bt, seeds, row_keys, index, plan, elements, dropout):
     return x.new_empty(elements)
 
 
 @register_fake("lora_grads_")
-def _(d_x, d_y, x, a, bt, s, scale, seeds, row_keys, index, plan, dropout, need_a, need_bt, as_b):
+def _(d_x, d_y, x, a, bt, s, seeds, row_keys, index, plan, dropout, need_a, need_bt, as_b):
     size = (bt.shape[1], bt.shape[0]) if as_b else bt.shape
     return a.new_empty(a.shape if need_a else 0), bt.new_empty(size if need_bt else 0)
+
+
+@register_fake("lora_small_forward")
+def _(x, weight, bias, base, a, b, seeds, row_keys, index, plan, dropout, own_b):
+    return x.new_empty((*x.shape[:-1], b.shape[0 if own_b else 1]))
+
+
+@register_fake("lora_small_backward")
+def _(d_y, x, weight, a, b, seeds, row_keys, index, plan, dropout, own_b, need_x, need_a, need_b):
+    d_b = b.new_empty(b.shape if need_b else 0)
+    if need_b and not own_b and not b.is_contiguous() and b.stride() == (1, b.shape[0]):
+        d_b = b.new_empty_strided(b.shape, b.stride())
+    return x.new_empty(x.shape if need_x else 0), a.new_empty(a.shape if need_a else 0), d_b
 
 
 @register_fake("shrink")

@@ -1,4 +1,7 @@
-"""Every kernel test runs once per backend of this process, on the device of HETLORA_TEST_DEVICE (default cpu), with fresh memory full of NaN."""
+"""Every kernel test runs once per backend of this process, on the device of HETLORA_TEST_DEVICE (default cpu), with fresh memory full of NaN.
+
+Those of the layer run on the CPU kernels twice: as they are, and with the ops for small calls off, which most of their calls would take.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 
 import hetlora_kernels as hk
 from hetlora_kernels import _library
+from hetlora_kernels.ops import lora
 
 DEVICE = torch.device(os.environ.get("HETLORA_TEST_DEVICE", "cpu"))
 COMPILED_FOR = {"cpu": "cpu", "cuda": "cuda"}  # a compiled library serves one kind of device; the other rungs go where torch goes
@@ -21,11 +25,26 @@ def backends_here() -> list[str]:
     return [rung for rung in _library.available() if COMPILED_FOR.get(rung, DEVICE.type) == DEVICE.type]
 
 
-@pytest.fixture(autouse=True, params=backends_here())
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+OF_THE_LAYER = ("test_lora", "test_lora_calls", "test_lora_tiles", "test_dropout")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if any(mark.args[0] == "backend" for mark in metafunc.definition.iter_markers("parametrize")):
+        return
+    ways: list = backends_here()
+    if "cpu" in ways and metafunc.module.__name__ in OF_THE_LAYER:
+        ways.append(pytest.param("cpu no small calls"))
+    metafunc.parametrize("backend", ways, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The rung forced on every op of the test; 'auto' = the dispatcher's own choice."""
-    with nullcontext() if request.param == "auto" else hk.use_backend(request.param):
-        yield request.param
+    rung, _, small_off = request.param.partition(" ")
+    if small_off:
+        monkeypatch.setattr(lora, "_FEW_ROWS", 0)
+    with nullcontext() if rung == "auto" else hk.use_backend(rung):
+        yield rung
 
 
 @pytest.fixture

@@ -170,14 +170,22 @@ def test_clients_without_rows_get_exactly_zero(device):
     assert bool((out["d_a"][6:] != 0).any())
 
 
-def test_base_only_rows_are_the_frozen_layer(device):
-    layer = make_layer([4], [-1, 0, -1], N, M, p=0.5)
+@pytest.mark.parametrize("rows", [3, 11])
+def test_base_only_rows_are_the_frozen_layer(rows, device):
+    """No bit of them knows of the clients; from nine rows on they are the framework's product, below it as exact as it."""
+    ids = [0 if t == 1 else -1 for t in range(rows)]
+    layer, other = make_layer([4], ids, N, M, p=0.5), make_layer([4], ids, N, M, p=0.5)
+    other.a, other.bt = -3 * layer.a, layer.bt + 1
+    frozen = [t for t in range(rows) if t != 1]
+    out, again = run_fused(layer, torch.float32, device=device), run_fused(other, torch.float32, device=device)
+    assert all(same_bits(out[name][frozen], again[name][frozen]) and not same_bits(out[name], again[name]) for name in ("y", "d_x"))
     leaves = leaf_tensors(layer, torch.float32, None, device)
-    out = run_fused(layer, torch.float32, device=device)
-    base = F.linear(leaves["x"], leaves["weight"], leaves["bias"])
-    assert same_bits(out["y"][[0, 2]], base.detach()[[0, 2]])
-    d_x = layer.grad.to(base) @ leaves["weight"]
-    assert same_bits(out["d_x"][[0, 2]], d_x[[0, 2]])
+    own = F.linear(leaves["x"], leaves["weight"], leaves["bias"]).detach(), layer.grad.to(leaves["x"]) @ leaves["weight"]
+    exact = rounded(layer, torch.float32)
+    truth = F.linear(exact.x, exact.weight, exact.bias), exact.grad @ exact.weight
+    for name, torch_own, true in zip(("y", "d_x"), own, truth, strict=True):
+        assert rows == 3 or same_bits(out[name][frozen], torch_own[frozen])
+        assert_as_exact_as_torch([({name: out[name][frozen]}, {name: torch_own[frozen]}, {name: true[frozen]})], {name: torch.float32})
 
 
 def test_more_clients_in_the_layout_than_in_the_batch(device):

@@ -1,0 +1,341 @@
+// The whole layer of a small call, one op each way: the base product too, and S made again in the backward pass. Up to eight rows the framework's products and
+// the way to and from them cost more than the arithmetic.
+//
+// base, x W^T: a task is 16 rows of W, its dot products with every row of x; d_y W: a task is so many columns that its part of the result stays in L1, to which
+// eight rows of W at a time are added, as eight streams from memory. What LoRA adds has the sums of lora.cpp in their order, so a client's gradients have the
+// same bits either way. Bytes: W once a pass, in its own type; everything else stays in L1 or L2.
+#include "lora.h"
+
+namespace hetlora {
+namespace {
+
+using MaybeTensor = std::optional<Tensor>;
+
+constexpr int64_t kWeightRows = 16, kSpan = 64, kDepth = 8, kInL1 = 4096;
+constexpr int64_t kWeightBytesPerThread = 128 * 1024;
+
+// The arguments of a call, checked.
+struct SmallLayer {
+    SmallLayer(const Tensor& x_tensor, const MaybeTensor& weight_tensor, const Tensor& a_tensor, const Tensor& b_tensor, const MaybeTensor& seeds,
+               const MaybeTensor& row_keys, const MaybeTensor& index, const Tensor& plan_tensor, double dropout, bool own_b)
+        : x(Matrix::flat("x", x_tensor)),
+          a("a", a_tensor),
+          b_as_it_lies(own_b || is_transposed(b_tensor)),
+          b("b", b_tensor, b_as_it_lies && !own_b),
+          total(a.rows),
+          m(b_as_it_lies ? b.rows : b.width),
+          lists(plan_tensor),
+          plan({seeds, row_keys, index, lists.ranks, lists.starts, lists.lengths, dropout}, x.rows, total) {
+        STD_TORCH_CHECK(a_tensor.dim() == 2 && a.width == x.width, "a: expected a width of ", x.width, ", got ", a.width);
+        STD_TORCH_CHECK(b_tensor.dim() == 2 && (b_as_it_lies ? b.width : b.rows) == total, "b: expected ", total, " rank rows");
+        if (weight_tensor) {
+            weight.emplace("weight", *weight_tensor);
+            STD_TORCH_CHECK(weight_tensor->dim() == 2 && weight->rows == m && weight->width == x.width && weight->type == x.type, "weight: expected [", m, ", ",
+                            x.width, "] of the type of x");
+        }
+        for (const Segment& segment : plan.segments) {
+            longest = std::max(longest, segment.length);
+            widest = std::max(widest, segment.rank);
+        }
+    }
+
+    Matrix x, a;
+    bool b_as_it_lies;  // [m, total], as PEFT keeps it
+    Matrix b;
+    int64_t total, m;
+    Lists lists;
+    Plan plan;
+    std::optional<Matrix> weight;
+    int64_t longest = 0, widest = 0;  // rows and ranks of a client
+};
+
+// Packed rank rows [total, m] as E, rounded to x's type.
+template <class E>
+class Rows {
+  public:
+    explicit Rows(const SmallLayer& layer) : turned_(turned(layer)), operand_(layer.b.type, data(layer), layer.total * layer.m, layer.x.type) {}
+    const E* operator+(int64_t i) const { return operand_ + i; }
+
+  private:
+    static std::vector<char> turned(const SmallLayer& layer) {
+        std::vector<char> out(static_cast<size_t>(layer.b_as_it_lies ? layer.total * layer.m * size_of(layer.b.type) : 0));
+        if (layer.b_as_it_lies) {
+            transpose_block(size_of(layer.b.type), layer.b.data, layer.m, layer.total, out.data());
+        }
+        return out;
+    }
+    const void* data(const SmallLayer& layer) const { return layer.b_as_it_lies ? turned_.data() : layer.b.data; }
+
+    std::vector<char> turned_;
+    Operand<E> operand_;
+};
+
+// A result of any type, made as E.
+template <class E>
+class Result {
+  public:
+    Result(const Tensor& tensor, bool zero) : type_(type_of("result", tensor)), data_(const_cast<void*>(tensor.const_data_ptr())), count_(tensor.numel()) {
+        if (type_ != type_for<E>()) {
+            room_.resize(static_cast<size_t>(count_));
+        } else if (zero) {
+            std::fill_n(static_cast<E*>(data_), count_, E{0});
+        }
+    }
+    E* operator+(int64_t i) { return (type_ == type_for<E>() ? static_cast<E*>(data_) : room_.data()) + i; }
+    void store() {
+        if (type_ != type_for<E>()) {
+            store_block(type_, data_, room_.data(), count_);
+        }
+    }
+
+  private:
+    Type type_;
+    void* data_;
+    int64_t count_;
+    std::vector<E> room_;
+};
+
+// Threads for a pass over the weight.
+int64_t weight_parts(const Matrix& weight, int64_t tasks) {
+    return part_count(tasks, weight.rows * weight.width * size_of(weight.type) * kBytesPerThread / kWeightBytesPerThread);
+}
+
+// out [rows, m] = x W^T
+template <class E>
+void base_product(const E* x, int64_t rows, const Matrix& weight, E* out) {
+    const int64_t n = weight.width, m = weight.rows, tasks = (m + kWeightRows - 1) / kWeightRows;
+    const int64_t parts = weight_parts(weight, tasks);
+    const bool converts = weight.type != type_for<E>();
+    std::vector<E> room(static_cast<size_t>(converts ? parts * kWeightRows * n : 0));
+    for_tasks(parts, tasks, [&](int64_t part, int64_t task) {
+        const int64_t row = task * kWeightRows, height = std::min(kWeightRows, m - row);
+        const E* own = reinterpret_cast<const E*>(weight.at(row * n));
+        if (converts) {
+            E* to = room.data() + part * kWeightRows * n;
+            load_block(weight.type, weight.at(row * n), to, height * n);
+            own = to;
+        }
+        lora_kernels<E>().dots(x, n, rows, own, n, height, n, E{1}, out + row, m);
+    });
+}
+
+// out [rows, n] = d_y W
+template <class E>
+void base_gradient(const E* d_y, int64_t rows, const Matrix& weight, E* out) {
+    const int64_t n = weight.width, m = weight.rows, most = (n + kSpan - 1) / kSpan, parts = weight_parts(weight, most);
+    const int64_t columns = kSpan * std::max<int64_t>(1, std::min((most + parts - 1) / parts, kInL1 / std::max<int64_t>(1, rows) / kSpan)),
+                  tasks = (n + columns - 1) / columns;
+    const bool converts = weight.type != type_for<E>();
+    std::vector<E> room(static_cast<size_t>(converts ? parts * kDepth * columns : 0));
+    if (m == 0) {
+        std::fill_n(out, rows * n, E{0});
+    }
+    for_tasks(parts, tasks, [&](int64_t part, int64_t task) {
+        const int64_t column = task * columns, width = std::min(columns, n - column);
+        for (int64_t row = 0; row < m; row += kDepth) {
+            const int64_t depth = std::min(kDepth, m - row);
+            const E* own = reinterpret_cast<const E*>(weight.at(row * n + column));
+            int64_t ld = n;
+            if (converts) {
+                E* to = room.data() + part * kDepth * columns;
+                for (int64_t d = 0; d < depth; ++d) {
+                    load_block(weight.type, weight.at((row + d) * n + column), to + d * width, width);
+                }
+                own = to;
+                ld = width;
+            }
+            lora_kernels<E>().outer(d_y + row, m, 1, own, ld, depth, rows, width, out + column, n, row > 0);
+        }
+    });
+}
+
+// The rows of a segment: where they lie, or gathered in `room`.
+template <class E>
+const E* own_rows(const Plan& plan, const Segment& segment, const E* from, int64_t width, E* room) {
+    if (!plan.gathers()) {
+        return from + segment.start * width;
+    }
+    for (int64_t t = 0; t < segment.length; ++t) {
+        std::copy_n(from + plan.source(segment, t) * width, width, room + t * width);
+    }
+    return room;
+}
+
+// The same with dropout.
+template <class E>
+const E* dropped_rows(const Plan& plan, const Segment& segment, const E* from, int64_t width, E* room) {
+    if (!plan.drops()) {
+        return own_rows(plan, segment, from, width, room);
+    }
+    for (int64_t t = 0; t < segment.length; ++t) {
+        const E* own = from + plan.source(segment, t) * width;
+        lora_kernels<E>().drop(plan.drop_row(segment, t, 0), own, width, static_cast<E>(plan.inverse()), room + t * width);
+    }
+    return room;
+}
+
+// scale * rows F^T of one client, rounded to x's type, in `room`.
+template <class E>
+const E* shrunk(const SmallLayer& layer, const Segment& segment, const E* rows, const E* factor, int64_t width, E* room) {
+    const E scale = static_cast<E>(layer.lists.scale[segment.client]);
+    const int64_t count = segment.length * segment.rank;
+    lora_kernels<E>().dots(rows, width, segment.length, factor + segment.row * width, width, segment.rank, width, scale, room, segment.rank);
+    if (layer.x.type != type_for<E>()) {
+        std::copy_n(Operand<E>(type_for<E>(), room, count, layer.x.type) + 0, count, room);
+    }
+    return room;
+}
+
+// out += S F for one client, dropped as x was where `drops`.
+template <class E>
+void expand(const Plan& plan, const Segment& segment, const E* s, const E* factor, int64_t width, bool drops, E* room, E* out) {
+    const LoraKernels<E>& kernels = lora_kernels<E>();
+    const E* own = factor + segment.row * width;
+    if (!drops && !plan.gathers()) {
+        kernels.outer(s, segment.rank, 1, own, width, segment.rank, segment.length, width, out + segment.start * width, width, true);
+        return;
+    }
+    kernels.outer(s, segment.rank, 1, own, width, segment.rank, segment.length, width, room, width, false);
+    for (int64_t t = 0; t < segment.length; ++t) {
+        E* product = room + t * width;
+        if (drops) {
+            kernels.drop(plan.drop_row(segment, t, 0), product, width, static_cast<E>(plan.inverse()), product);
+        }
+        add_block(type_for<E>(), out + plan.source(segment, t) * width, product, width);
+    }
+}
+
+template <class E>
+void forward(const SmallLayer& layer, const Matrix* base, const MaybeTensor& bias, const Tensor& y) {
+    const int64_t n = layer.x.width, m = layer.m, rows = layer.x.rows;
+    const Operand<E> x(layer.x.type, layer.x.data, rows * n, layer.x.type), a(layer.a.type, layer.a.data, layer.total * n, layer.x.type);
+    const Rows<E> bt(layer);
+    Result<E> out(y, false);
+    if (base != nullptr) {
+        load_block(base->type, base->data, out + 0, rows * m);
+    } else {
+        base_product(x + 0, rows, *layer.weight, out + 0);
+    }
+    if (bias) {
+        const Tensor dense = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
+        const Operand<E> shift(layer.x.type, dense.const_data_ptr(), m, layer.x.type);
+        for (int64_t t = 0; t < rows; ++t) {
+            add_block(type_for<E>(), out + t * m, shift + 0, m);
+        }
+    }
+    std::vector<E> room(static_cast<size_t>(layer.longest * (std::max(n, m) + layer.widest)));
+    E* s_room = room.data() + layer.longest * std::max(n, m);
+    for (const Segment& segment : layer.plan.segments) {
+        const E* s = shrunk(layer, segment, dropped_rows(layer.plan, segment, x + 0, n, room.data()), a + 0, n, s_room);
+        expand(layer.plan, segment, s, bt + 0, m, false, room.data(), out + 0);
+    }
+    out.store();
+}
+
+template <class E>
+void backward(const SmallLayer& layer, const Matrix& d_y_matrix, const Tensor* d_x_tensor, const Tensor* d_a_tensor, const Tensor* d_b_tensor) {
+    const int64_t n = layer.x.width, m = layer.m, rows = layer.x.rows, total = layer.total;
+    const Plan& plan = layer.plan;
+    const Operand<E> x(layer.x.type, layer.x.data, rows * n, layer.x.type), a(layer.a.type, layer.a.data, total * n, layer.x.type);
+    const Operand<E> d_y(d_y_matrix.type, d_y_matrix.data, rows * m, layer.x.type);
+    int64_t filled = 0;
+    for (const Segment& segment : plan.segments) {
+        filled += segment.rank;
+    }
+    std::optional<Result<E>> d_x, d_a, d_b;
+    std::optional<Rows<E>> bt;
+    if (d_x_tensor != nullptr) {
+        d_x.emplace(*d_x_tensor, !layer.weight);
+        if (layer.weight) {
+            base_gradient(d_y + 0, rows, *layer.weight, *d_x + 0);
+        }
+    }
+    if (d_a_tensor != nullptr) {
+        d_a.emplace(*d_a_tensor, filled != total);
+    }
+    if (d_b_tensor != nullptr) {
+        d_b.emplace(*d_b_tensor, filled != total);
+    }
+    if (d_x || d_a) {
+        bt.emplace(layer);
+    }
+    const LoraKernels<E>& kernels = lora_kernels<E>();
+    std::vector<E> room(static_cast<size_t>(layer.longest * (2 * std::max(n, m) + layer.widest)));
+    E *x_room = room.data(), *y_room = x_room + layer.longest * std::max(n, m), *s_room = y_room + layer.longest * std::max(n, m);
+    for (const Segment& segment : plan.segments) {
+        const int64_t rank = segment.rank, length = segment.length;
+        const E* own_y = own_rows(plan, segment, d_y + 0, m, y_room);
+        const E* own_x = d_a || d_b ? dropped_rows(plan, segment, x + 0, n, x_room) : nullptr;
+        if (d_b) {
+            const E* s = shrunk(layer, segment, own_x, a + 0, n, s_room);
+            if (layer.b_as_it_lies) {
+                kernels.outer(own_y, 1, m, s, rank, length, m, rank, *d_b + segment.row, total, false);
+            } else {
+                kernels.outer(s, 1, rank, own_y, m, length, rank, m, *d_b + segment.row * m, m, false);
+            }
+        }
+        if (d_x || d_a) {
+            const E* d_s = shrunk(layer, segment, own_y, *bt + 0, m, s_room);
+            if (d_a) {
+                kernels.outer(d_s, 1, rank, own_x, n, length, rank, n, *d_a + segment.row * n, n, false);
+            }
+            if (d_x) {
+                expand(plan, segment, d_s, a + 0, n, plan.drops(), x_room, *d_x + 0);
+            }
+        }
+    }
+    for (std::optional<Result<E>>* result : {&d_x, &d_a, &d_b}) {
+        if (*result) {
+            (*result)->store();
+        }
+    }
+}
+
+std::vector<int64_t> sizes_of(const Tensor& tensor, int64_t last) {
+    std::vector<int64_t> out;
+    for (int64_t i = 0; i + 1 < tensor.dim(); ++i) {
+        out.push_back(tensor.size(i));
+    }
+    out.push_back(last);
+    return out;
+}
+
+Tensor lora_small_forward(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& base, const Tensor& a, const Tensor& b,
+                          const MaybeTensor& seeds, const MaybeTensor& row_keys, const MaybeTensor& index, const Tensor& plan, double dropout, bool own_b) {
+    const SmallLayer layer(x, weight, a, b, seeds, row_keys, index, plan, dropout, own_b);
+    STD_TORCH_CHECK(weight.has_value() != base.has_value(), "weight, base: expected one of them");
+    std::optional<Matrix> given;
+    if (base) {
+        given.emplace(Matrix::flat("base", *base));
+        STD_TORCH_CHECK(given->rows == layer.x.rows && given->width == layer.m && given->type == layer.x.type, "base: expected the rows and type of x");
+    }
+    STD_TORCH_CHECK(!bias || (bias->is_cpu() && bias->dim() == 1 && bias->numel() == layer.m && type_of("bias", *bias) == layer.x.type), "bias: expected [",
+                    layer.m, "] of the type of x");
+    const Tensor y = empty(sizes_of(x, layer.m), x.scalar_type());
+    const Matrix* over = given ? &*given : nullptr;
+    layer.x.type == Type::f64 ? forward<double>(layer, over, bias, y) : forward<float>(layer, over, bias, y);
+    return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_small_backward(const Tensor& d_y_tensor, const Tensor& x, const MaybeTensor& weight, const Tensor& a, const Tensor& b,
+                                                       const MaybeTensor& seeds, const MaybeTensor& row_keys, const MaybeTensor& index, const Tensor& plan,
+                                                       double dropout, bool own_b, bool need_x, bool need_a, bool need_b) {
+    const SmallLayer layer(x, weight, a, b, seeds, row_keys, index, plan, dropout, own_b);
+    const Matrix d_y = Matrix::flat("d_y", d_y_tensor);
+    STD_TORCH_CHECK(d_y.rows == layer.x.rows && d_y.width == layer.m, "d_y: expected [", layer.x.rows, ", ", layer.m, "]");
+    const bool turned = layer.b_as_it_lies && !own_b;
+    const Tensor d_x = need_x ? empty(sizes_of(x, layer.x.width), x.scalar_type()) : empty({0}, x.scalar_type());
+    const Tensor d_a = need_a ? empty({layer.total, layer.x.width}, a.scalar_type()) : empty({0}, a.scalar_type());
+    const Tensor d_b = need_b ? empty({b.size(0), b.size(1)}, b.scalar_type(), turned) : empty({0}, b.scalar_type());
+    const auto run = layer.x.type == Type::f64 ? backward<double> : backward<float>;
+    run(layer, d_y, need_x ? &d_x : nullptr, need_a ? &d_a : nullptr, need_b ? &d_b : nullptr);
+    return {d_x, d_a, d_b};
+}
+
+}  // namespace
+}  // namespace hetlora
+
+STABLE_TORCH_LIBRARY_IMPL(hetlora, CPU, library) {
+    library.impl("lora_small_forward", TORCH_BOX(&hetlora::lora_small_forward));
+    library.impl("lora_small_backward", TORCH_BOX(&hetlora::lora_small_backward));
+}
