@@ -150,7 +150,8 @@ class Segments:
         """
         plain = type(scale) in (float, int) or (type(scale) is tuple and all(type(value) in (float, int) for value in scale))
         key = (layout.ranks, scale, device, dtype) if plain else None
-        plan = self._plans.get(key)
+        tracing = torch.compiler.is_compiling()  # a graph has its plan as constants: torch 2.10 refuses to trace what several kept ones share
+        plan = None if tracing else self._plans.get(key)
         if plan is not None:
             return plan
         if self.num_clients > layout.num_clients:
@@ -158,7 +159,7 @@ class Segments:
         with _lasting():
             scales = layout.scales(scale, device, torch.float64 if dtype == torch.float64 else torch.float32)
             plan = Plan(self.num_rows, layout.ranks, self.starts, self.lengths, scales, self.index_on(device))
-        if plain and not torch.compiler.is_compiling() and type(plan.scale) is Tensor:  # not a tracer's
+        if plain and not tracing and type(plan.scale) is Tensor:  # not a tracer's
             if len(self._plans) >= _KEPT_PLANS:
                 self._plans.clear()
             self._plans[key] = plan

@@ -52,14 +52,13 @@ def lora_linear(
     is x, S (not of a small call on the CPU) and the seeds. Given the same x and dY rows, a client's gradients do not depend on the other clients in the batch.
     Raises `ValueError` or `TypeError` naming the argument. Source: HETLORA section 2; LoRA, Hu et al. 2022, equation 3.
     """
-    refused = None
     if _checked_by_the_small_op(x, weight, bias, a, bt, layout, seg):
         try:
             plan = seg.plan(layout, scale, x.device, x.dtype)
             call = _call(plan, seg, dropout if training else 0.0, seeds, layout.num_clients, x.device)
             return _direct_small(x, bias, None, a, bt, weight, call)
-        except (RuntimeError, TypeError) as error:  # the checks below name the argument
-            refused = error
+        except (RuntimeError, TypeError):
+            pass  # the checks below name the argument; what they do not find wrong is raised again by the op
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ValueError(f"weight: expected a tensor [out, in], got {tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__}")
     if weight.requires_grad and torch.is_grad_enabled():
@@ -75,8 +74,6 @@ def lora_linear(
     if weight.dtype != x.dtype or weight.device != x.device:
         raise ValueError(f"weight: expected the type and device of x ({x.dtype}, {x.device}), got {weight.dtype}, {weight.device}")
     call = _adapter_call(x, n, m, a, bt, layout, seg, scale, dropout if training else 0.0, seeds)
-    if refused is not None:
-        raise refused
     arguments = x, bias, None, a, bt, weight, call
     return _without_autocast(_apply, *arguments) if autocast else _apply(*arguments)
 
@@ -169,7 +166,7 @@ def _checked_by_the_small_op(x, weight, bias, a, b, layout, seg) -> bool:
         if not _is_small(x, weight, seg.num_rows) or weight.requires_grad or torch._C._are_functorch_transforms_active():
             return False
         return weight.is_cpu and a.is_cpu and b.is_cpu and (bias is None or bias.is_cpu) and x.numel() == seg.num_rows * weight.shape[-1]
-    except AttributeError:  # no tensors
+    except (AttributeError, IndexError):  # no tensors, or of no dimension
         return False
 
 

@@ -128,6 +128,26 @@ def test_which_calls_are_small(taken):
         assert taken["forward"] - before == expected and y.dtype == kind and bool((base.grad == 1).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype, taken):
+    """The types of the call are those of a large one: all of it in the autocast type, gradients in the leaves' own."""
+    layer = make_layer([3, 2], [0, 1, 1, -1, 0], 70, 53, p=0.3)
+    leaves, casted = leaf_tensors(layer, torch.float32, None, "cpu"), leaf_tensors(layer, dtype, torch.float32, "cpu")
+
+    def call(own):
+        seeds = torch.tensor(layer.seeds)
+        return hk.lora_linear(*(own[name] for name in ("x", "weight", "bias", "a", "bt")), layer.layout(), layer.segments(), dropout=0.3, seeds=seeds)
+
+    with torch.autocast("cpu", dtype=dtype):
+        y = call(leaves)
+    expected = call(casted)
+    y.backward(layer.grad.to(y))
+    expected.backward(layer.grad.to(y))
+    assert y.dtype == dtype and same_bits(y, expected) and taken == {"forward": 2, "backward": 2}
+    for name in ("x", "bias", "a", "bt"):
+        assert leaves[name].grad.dtype == torch.float32 and torch.equal(leaves[name].grad, casted[name].grad.float())
+
+
 def test_what_the_op_cannot_do_is_not_hidden(monkeypatch):
     """An error of the op itself, where no argument is wrong, reaches the caller."""
 
@@ -170,6 +190,7 @@ REFUSED = [
     ({"bias": torch.ones(4)}, "bias: expected"),
     ({"bias": torch.ones(3, dtype=torch.float64)}, "bias: expected"),
     ({"weight": None, "base": torch.ones(4, 4)}, "base: expected"),
+    ({"weight": None, "base": torch.ones(3, 3)}, "base: expected"),
     ({"weight": None, "base": torch.ones(4, 3, dtype=torch.float64)}, "base: expected"),
     ({"weight": None}, "weight, base: expected one of them"),
     ({"d_y": torch.ones(3, 3)}, "d_y: expected"),
