@@ -165,7 +165,7 @@ def _checked_by_the_small_op(x, weight, bias, a, b, layout, seg) -> bool:
     try:
         if not _is_small(x, weight, seg.num_rows) or weight.requires_grad or torch._C._are_functorch_transforms_active():
             return False
-        return weight.is_cpu and a.is_cpu and b.is_cpu and (bias is None or bias.is_cpu) and x.numel() == seg.num_rows * weight.shape[-1]
+        return weight.is_cpu and a.is_cpu and b.is_cpu and (bias is None or bias.is_cpu) and 0 < x.numel() == seg.num_rows * weight.shape[-1]
     except (AttributeError, IndexError):  # no tensors, or of no dimension
         return False
 

@@ -148,6 +148,14 @@ def test_autocast(dtype, taken):
         assert leaves[name].grad.dtype == torch.float32 and torch.equal(leaves[name].grad, casted[name].grad.float())
 
 
+def test_no_columns_are_no_rows():
+    """x [3, 0] has no rows, here as in a large call."""
+    for rows in (3, 30):
+        layer = make_layer([2], [0] * rows, 1, 4)
+        with pytest.raises(ValueError, match=f"^seg: expected segments over the 0 rows of x, got {rows}"):
+            hk.lora_linear(torch.ones(rows, 0), torch.ones(4, 0), None, torch.ones(2, 0), torch.ones(2, 4), layer.layout(), layer.segments())
+
+
 def test_what_the_op_cannot_do_is_not_hidden(monkeypatch):
     """An error of the op itself, where no argument is wrong, reaches the caller."""
 
