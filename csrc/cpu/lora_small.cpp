@@ -2,8 +2,8 @@
 // the way to and from them cost more than the arithmetic.
 //
 // base, x W^T: a task is 16 rows of W, its dot products with every row of x; d_y W: a task is so many columns that its part of the result stays in L1, to which
-// eight rows of W at a time are added, as eight streams from memory. What LoRA adds has the sums of lora.cpp in their order, so a client's gradients have the
-// same bits either way. Bytes: W once a pass, in its own type; everything else stays in L1 or L2.
+// eight rows of W at a time are added, as eight streams from memory. Long sums are made in parts, added in order. What LoRA adds has the sums of lora.cpp in
+// their order, so a client's gradients have the same bits either way. Bytes: W once a pass, in its own type; everything else stays in L1 or L2.
 #include "lora.h"
 
 namespace hetlora {
@@ -12,6 +12,7 @@ namespace {
 using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kWeightRows = 16, kSpan = 64, kDepth = 8, kInL1 = 4096;
+constexpr int64_t kSumOfColumns = 4096, kSumOfRows = 256;  // longer sums are made in such parts, for exactness
 constexpr int64_t kWeightBytesPerThread = 128 * 1024;
 
 // The arguments of a call, checked.
@@ -100,22 +101,37 @@ int64_t weight_parts(const Matrix& weight, int64_t tasks) {
     return part_count(tasks, weight.rows * weight.width * size_of(weight.type) * kBytesPerThread / kWeightBytesPerThread);
 }
 
+// out [rows, width] += part, or = part
+template <class E>
+void accumulate(const E* part, int64_t rows, int64_t width, E* out, int64_t ld, bool add) {
+    for (int64_t t = 0; t < rows; ++t, part += width, out += ld) {
+        add ? add_block(type_for<E>(), out, part, width) : static_cast<void>(std::copy_n(part, width, out));
+    }
+}
+
 // out [rows, m] = x W^T
 template <class E>
 void base_product(const E* x, int64_t rows, const Matrix& weight, E* out) {
-    const int64_t n = weight.width, m = weight.rows, tasks = (m + kWeightRows - 1) / kWeightRows;
-    const int64_t parts = weight_parts(weight, tasks);
-    const bool converts = weight.type != type_for<E>();
-    std::vector<E> room(static_cast<size_t>(converts ? parts * kWeightRows * n : 0));
+    const int64_t n = weight.width, m = weight.rows, tasks = (m + kWeightRows - 1) / kWeightRows, parts = weight_parts(weight, tasks);
+    const bool converts = weight.type != type_for<E>(), chunked = n > kSumOfColumns;
+    const int64_t weights = converts ? kWeightRows * n : 0, sums = chunked ? rows * kWeightRows : 0;
+    std::vector<E> room(static_cast<size_t>(parts * (weights + sums)));
     for_tasks(parts, tasks, [&](int64_t part, int64_t task) {
         const int64_t row = task * kWeightRows, height = std::min(kWeightRows, m - row);
         const E* own = reinterpret_cast<const E*>(weight.at(row * n));
+        E *converted = room.data() + part * (weights + sums), *sum = converted + weights;
         if (converts) {
-            E* to = room.data() + part * kWeightRows * n;
-            load_block(weight.type, weight.at(row * n), to, height * n);
-            own = to;
+            load_block(weight.type, weight.at(row * n), converted, height * n);
+            own = converted;
         }
-        lora_kernels<E>().dots(x, n, rows, own, n, height, n, E{1}, out + row, m);
+        if (!chunked) {
+            lora_kernels<E>().dots(x, n, rows, own, n, height, n, E{1}, out + row, m);
+            return;
+        }
+        for (int64_t c = 0; c < n; c += kSumOfColumns) {
+            lora_kernels<E>().dots(x + c, n, rows, own + c, n, height, std::min(kSumOfColumns, n - c), E{1}, sum, height);
+            accumulate(sum, rows, height, out + row, m, c > 0);
+        }
     });
 }
 
@@ -123,28 +139,33 @@ void base_product(const E* x, int64_t rows, const Matrix& weight, E* out) {
 template <class E>
 void base_gradient(const E* d_y, int64_t rows, const Matrix& weight, E* out) {
     const int64_t n = weight.width, m = weight.rows, most = (n + kSpan - 1) / kSpan, parts = weight_parts(weight, most);
-    const int64_t columns = kSpan * std::max<int64_t>(1, std::min((most + parts - 1) / parts, kInL1 / std::max<int64_t>(1, rows) / kSpan)),
-                  tasks = (n + columns - 1) / columns;
-    const bool converts = weight.type != type_for<E>();
-    std::vector<E> room(static_cast<size_t>(converts ? parts * kDepth * columns : 0));
+    const int64_t in_l1 = kInL1 / std::max<int64_t>(1, rows) / kSpan;
+    const int64_t columns = kSpan * std::max<int64_t>(1, std::min((most + parts - 1) / parts, in_l1)), tasks = (n + columns - 1) / columns;
+    const bool converts = weight.type != type_for<E>(), chunked = m > kSumOfRows;
+    const int64_t weights = converts ? kDepth * columns : 0, sums = chunked ? rows * columns : 0;
+    std::vector<E> room(static_cast<size_t>(parts * (weights + sums)));
     if (m == 0) {
         std::fill_n(out, rows * n, E{0});
     }
     for_tasks(parts, tasks, [&](int64_t part, int64_t task) {
         const int64_t column = task * columns, width = std::min(columns, n - column);
+        E *converted = room.data() + part * (weights + sums), *sum = chunked ? converted + weights : out + column;
+        const int64_t ld_sum = chunked ? width : n;
         for (int64_t row = 0; row < m; row += kDepth) {
             const int64_t depth = std::min(kDepth, m - row);
             const E* own = reinterpret_cast<const E*>(weight.at(row * n + column));
             int64_t ld = n;
             if (converts) {
-                E* to = room.data() + part * kDepth * columns;
                 for (int64_t d = 0; d < depth; ++d) {
-                    load_block(weight.type, weight.at((row + d) * n + column), to + d * width, width);
+                    load_block(weight.type, weight.at((row + d) * n + column), converted + d * width, width);
                 }
-                own = to;
+                own = converted;
                 ld = width;
             }
-            lora_kernels<E>().outer(d_y + row, m, 1, own, ld, depth, rows, width, out + column, n, row > 0);
+            lora_kernels<E>().outer(d_y + row, m, 1, own, ld, depth, rows, width, sum, ld_sum, row % kSumOfRows > 0);
+            if (chunked && (row + kDepth >= m || (row + kDepth) % kSumOfRows == 0)) {
+                accumulate(sum, rows, width, out + column, n, row >= kSumOfRows);
+            }
         }
     });
 }

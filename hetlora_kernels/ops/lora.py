@@ -57,15 +57,15 @@ def lora_linear(
             plan = seg.plan(layout, scale, x.device, x.dtype)
             call = _call(plan, seg, dropout if training else 0.0, seeds, layout.num_clients, x.device)
             return _direct_small(x, bias, None, a, bt, weight, call)
-        except (RuntimeError, TypeError):
+        except (RuntimeError, TypeError, ValueError):
             pass  # the checks below name the argument; what they do not find wrong is raised again by the op
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ValueError(f"weight: expected a tensor [out, in], got {tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__}")
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight: expected a frozen weight, got one that requires a gradient; call weight.requires_grad_(False)")
     m, n = weight.shape
-    if bias is not None and bias.shape != (m,):
-        raise ValueError(f"bias: expected shape ({m},), got {tuple(bias.shape)}")
+    if bias is not None and not (isinstance(bias, Tensor) and bias.shape == (m,)):
+        raise ValueError(f"bias: expected a tensor of shape ({m},) or None, got {tuple(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__}")
     _check_input(x, n)
     autocast = _autocast(x)
     if autocast and x.dtype != torch.float64:
@@ -73,6 +73,8 @@ def lora_linear(
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if weight.dtype != x.dtype or weight.device != x.device:
         raise ValueError(f"weight: expected the type and device of x ({x.dtype}, {x.device}), got {weight.dtype}, {weight.device}")
+    if bias is not None and (bias.dtype != x.dtype or bias.device != x.device):
+        raise ValueError(f"bias: expected the type and device of x ({x.dtype}, {x.device}), got {bias.dtype}, {bias.device}")
     call = _adapter_call(x, n, m, a, bt, layout, seg, scale, dropout if training else 0.0, seeds)
     arguments = x, bias, None, a, bt, weight, call
     return _without_autocast(_apply, *arguments) if autocast else _apply(*arguments)
@@ -146,10 +148,10 @@ def _call(plan: Plan, seg: Segments, dropout: float, seeds: Tensor | None, clien
     return plan, seeds, None if seeds is None else seg.keys_on(device), float(dropout), own_b
 
 
-def checked_by_the_op(*tensors: Tensor) -> bool:
+def checked_by_the_op(*tensors: Tensor | None) -> bool:
     """Whether the op itself refuses what does not fit: the C++ ops do, on tensors of the CPU; not while the call is traced or its types are autocast's."""
     ops = layer_ops(True)
-    own = ops is not None and not ops[2] and all(tensor.is_cpu for tensor in tensors)
+    own = ops is not None and not ops[2] and all(tensor is None or tensor.is_cpu for tensor in tensors)
     return own and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
 
 
@@ -255,8 +257,10 @@ def _small_backward(ctx, d_y):
     x, weight, a, b = ctx.saved_tensors
     need_x, need_bias, need_base, need_a, need_b, _, _ = ctx.needs_input_grad
     plan, seeds, keys, dropout, own_b = ctx.call
-    d_x, d_a, d_b = small_ops()[1](d_y, x, weight, a, b, seeds, keys, plan.index, plan.table, dropout, own_b, need_x, need_a, need_b)
-    d_bias = d_y.reshape(-1, d_y.shape[-1]).sum(0, dtype=compute_dtype(d_y.dtype)).to(d_y.dtype) if need_bias else None
+    ops = small_ops()
+    run = _kernel("lora_small_backward") if ops is None else ops[1]  # another rung may be forced by now
+    d_x, d_a, d_b = run(d_y, x, weight, a, b, seeds, keys, plan.index, plan.table, dropout, own_b, need_x, need_a, need_b)
+    d_bias = d_y.reshape(plan.rows, d_y.shape[-1]).sum(0, dtype=compute_dtype(d_y.dtype)).to(d_y.dtype) if need_bias else None
     return d_x if need_x else None, d_bias, d_y if need_base else None, d_a if need_a else None, d_b if need_b else None, None, None
 
 

@@ -198,7 +198,7 @@ class FusedLayer(nn.Module):
             layout, segments = _sole(factor_a.shape[0], rows)
             if isinstance(base, Tensor):
                 base = lora_add(base, x, factor_a, factor_b.t(), layout, segments, scaling, p)
-            elif checked_by_the_op(x, factor_a, factor_b):  # on few rows the checks of `lora_linear` are a tenth of the time
+            elif checked_by_the_op(x, *base, factor_a, factor_b):  # on few rows the checks of `lora_linear` are a tenth of the time
                 plan = segments.plan(layout, scaling, x.device, x.dtype)
                 base = linear_of_one(x, *base, factor_a, factor_b, plan, segments, p)
             else:

@@ -249,6 +249,8 @@ BAD = [
     ("weight", lambda w: w[0], ValueError, r"\(6,\)"),
     ("weight", lambda w: w.double(), ValueError, "float64"),
     ("bias", lambda _: torch.zeros(6), ValueError, r"\(6,\)"),
+    ("bias", lambda _: torch.zeros(5, dtype=torch.float64), ValueError, "float64"),
+    ("bias", lambda _: [0.0] * 5, ValueError, "list"),
     ("a", lambda t: t[:-1], ValueError, r"\(5, 6\), got \(4, 6\)"),
     ("a", lambda t: t.long(), ValueError, "int64"),
     ("a", lambda _: None, ValueError, "NoneType"),

@@ -148,6 +148,51 @@ def test_autocast(dtype, taken):
         assert leaves[name].grad.dtype == torch.float32 and torch.equal(leaves[name].grad, casted[name].grad.float())
 
 
+@pytest.mark.parametrize("name", ["weight", "bias", "a", "bt"])
+def test_an_argument_left_on_the_meta_device_is_refused(name):
+    """Whatever device the dispatcher would choose, no result is made of memory that nobody wrote."""
+    layer = make_layer([2], [0] * 4, 5, 3)
+    leaves = leaf_tensors(layer, torch.float32, None, "cpu")
+    leaves[name] = leaves[name].detach().to("meta")
+    with pytest.raises(ValueError, match=rf"^{name}: expected .*device.*meta"):
+        hk.lora_linear(*(leaves[key] for key in ("x", "weight", "bias", "a", "bt")), layer.layout(), layer.segments())
+
+
+def test_another_rung_may_be_forced_in_the_backward_pass():
+    layer = make_layer([2, 3], [0, 1, 1, 0], 9, 7, p=0.3)
+    expected = run_fused(layer, torch.float32)
+    leaves = leaf_tensors(layer, torch.float32, None, "cpu")
+    tensors = (leaves[name] for name in ("x", "weight", "bias", "a", "bt"))
+    y = hk.lora_linear(*tensors, layer.layout(), layer.segments(), scale=layer.scale, dropout=0.3, seeds=torch.tensor(layer.seeds))
+    with hk.use_backend("reference"):
+        y.backward(layer.grad.to(y))
+    for name, own in results(y, leaves).items():
+        torch.testing.assert_close(own, expected[name])
+
+
+def test_a_layer_without_outputs():
+    for shape in ((4, 6), (2, 2, 6)):
+        x, a = torch.randn(shape, requires_grad=True), torch.randn(2, 6, requires_grad=True)
+        bias, bt = torch.zeros(0, requires_grad=True), torch.zeros(2, 0, requires_grad=True)
+        y = hk.lora_linear(x, torch.zeros(0, 6), bias, a, bt, hk.RankLayout([2]), hk.Segments.from_lengths([4]))
+        y.sum().backward()
+        assert y.shape == (*shape[:-1], 0) and bias.grad.shape == (0,) and bt.grad.shape == (2, 0)
+        assert bool((x.grad == 0).all()) and bool((a.grad == 0).all())
+
+
+@pytest.mark.parametrize(("n", "m"), [(70, 20_000), (20_000, 70), (4100, 4100)])
+@pytest.mark.parametrize("positive", [False, True])
+def test_long_sums_are_as_exact_as_the_framework_s(n, m, positive, taken):
+    """To a factor of 2: the order differs. Sums of positive numbers show what is lost where an addend meets a large sum."""
+    layer = make_layer([1], [0, -1, 0], n, m, bias=False)
+    if positive:
+        layer.x, layer.weight, layer.grad = layer.x.abs(), layer.weight.abs(), layer.grad.abs()
+    exact = rounded(layer, torch.float32)
+    runs = [(run_fused(exact, torch.float32), run_plain(exact, torch.float32), run_plain(exact, torch.float64))]
+    assert_as_exact_as_torch(runs, dict.fromkeys(("y", "d_x", "d_a", "d_bt"), torch.float32), factor=2)
+    assert taken == {"forward": 1, "backward": 1}
+
+
 def test_no_columns_are_no_rows():
     """x [3, 0] has no rows, here as in a large call."""
     for rows in (3, 30):
