@@ -9,6 +9,7 @@ import os
 import platform
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--suite", choices=SUITES, required=True)
     parser.add_argument("--json", type=Path, help="where to write; default: only print")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument("--threads", type=int, nargs="*", help="thread counts; default: 1 and all cores on a CPU")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for each case and thread count")
+    limit = "begin no case that would end later, were it the longest so far, and say what is left out; default: 7.5 for lora on cuda, else no limit"
+    parser.add_argument("--minutes", type=float, help=limit)
     parser.add_argument("--memory-gb", type=float, default=8.0, help="what a case may hold; uploads that need more are streamed")
     parser.add_argument("--only", nargs="*", help="only these operations")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
@@ -80,14 +83,27 @@ def main(argv: list[str] | None = None) -> int:
         "build": _library.build_info(),
         "backends": {op: rung for op, (rung, _) in hk.backends(device.type).items()},
         "load_average": {"before": os.getloadavg()[0]},
+        "left_out": None,
         "results": [],
     }
+    minutes = options.minutes
+    if minutes is None:
+        minutes = 7.5 if (options.suite, device.type) == ("lora", "cuda") else float("inf")
+    start, longest, last = time.monotonic(), 0.0, "none"
     for case in SUITES[options.suite].cases(options, device):
+        begin = time.monotonic()
+        if begin + longest > start + 60 * minutes:
+            result["left_out"] = f"for the limit of {minutes:g} minutes, the cases after: {last}"
+            write(result, options.json)
+            print(f"left out {result['left_out']}", file=sys.stderr)
+            break
         for threads in counts:
             for record in SUITES[options.suite].measure(case, options, device, threads):
                 result["results"].append(record)
+                last = "{op}, {shape}, {dtype}".format(**record)
                 print(LINE.format(**record), flush=True)
             write(result, options.json)
+        longest = max(longest, time.monotonic() - begin)
     return 0
 
 

@@ -19,7 +19,7 @@ def test_a_quick_run_writes_every_figure(tmp_path):
     before = torch.get_num_threads()
     file = tmp_path / "a.json"
     try:
-        assert run.main(["--suite", "server", "--quick", "--seconds", "0.01", "--threads", "1", "--json", str(file)]) == 0
+        assert run.main(["--suite", "server", "--quick", "--device", "cpu", "--seconds", "0.01", "--threads", "1", "--json", str(file)]) == 0
     finally:
         torch.set_num_threads(before)
     data = json.loads(file.read_text())
@@ -29,6 +29,28 @@ def test_a_quick_run_writes_every_figure(tmp_path):
         assert 0 < record["p20_s"] <= record["median_s"] <= record["p80_s"] and record["ratio"] > 0 and record["bytes"] > 0 and record["rounds"] >= 3
     table = "\n".join(tables.summary_table(data) + tables.server_table(data))
     assert table.count("\n") > 40 and "torch add_ loop" in table
+
+
+def test_a_limit_of_time_is_kept_and_what_it_leaves_out_is_said(tmp_path, monkeypatch, capsys):
+    """A clock that a case moves by a minute: with 2.5 minutes the third case is the first that would end too late."""
+    clock, file = [0.0], tmp_path / "a.json"
+    record = {"clients": 1, "dtype": "float32", "threads": 1, "provider": "x", "median_s": 1.0, "gb_per_s": 1.0, "ratio": 1.0, "yardstick": "y"}
+
+    def measure(case, *_):
+        clock[0] += 60.0
+        return [{**record, "op": case, "shape": "s"}]
+
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(server, "cases", lambda *_: iter("abcd"))
+    monkeypatch.setattr(server, "measure", measure)
+    command = ["--suite", "server", "--device", "cpu", "--threads", "1", "--json", str(file)]
+    assert run.main([*command, "--minutes", "2.5"]) == 0
+    data = json.loads(file.read_text())
+    assert [one["op"] for one in data["results"]] == ["a", "b"]
+    assert data["left_out"] == "for the limit of 2.5 minutes, the cases after: b, s, float32" and data["left_out"] in capsys.readouterr().err
+    assert run.main(command) == 0
+    data = json.loads(file.read_text())
+    assert len(data["results"]) == 4 and data["left_out"] is None
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch):
