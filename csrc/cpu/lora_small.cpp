@@ -12,7 +12,13 @@ namespace {
 using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kWeightRows = 16, kSpan = 64, kDepth = 8, kInL1 = 4096;
-constexpr int64_t kSumOfColumns = 4096, kSumOfRows = 256;  // longer sums are made in such parts, for exactness
+
+// Longer sums are made in such parts, for exactness: 256 multiply-adds in a chain. `dots` has a chain for each lane of a vector.
+constexpr int64_t kSumOfRows = 256;
+int64_t sum_of_columns() {
+    const InstructionSet set = instruction_set();
+    return kSumOfRows * (set == InstructionSet::avx512 ? 16 : set == InstructionSet::base ? 4 : 8);
+}
 constexpr int64_t kWeightBytesPerThread = 128 * 1024;
 
 // The arguments of a call, checked.
@@ -113,7 +119,8 @@ void accumulate(const E* part, int64_t rows, int64_t width, E* out, int64_t ld, 
 template <class E>
 void base_product(const E* x, int64_t rows, const Matrix& weight, E* out) {
     const int64_t n = weight.width, m = weight.rows, tasks = (m + kWeightRows - 1) / kWeightRows, parts = weight_parts(weight, tasks);
-    const bool converts = weight.type != type_for<E>(), chunked = n > kSumOfColumns;
+    const int64_t chunk = sum_of_columns();
+    const bool converts = weight.type != type_for<E>(), chunked = n > chunk;
     const int64_t weights = converts ? kWeightRows * n : 0, sums = chunked ? rows * kWeightRows : 0;
     std::vector<E> room(static_cast<size_t>(parts * (weights + sums)));
     for_tasks(parts, tasks, [&](int64_t part, int64_t task) {
@@ -128,8 +135,8 @@ void base_product(const E* x, int64_t rows, const Matrix& weight, E* out) {
             lora_kernels<E>().dots(x, n, rows, own, n, height, n, E{1}, out + row, m);
             return;
         }
-        for (int64_t c = 0; c < n; c += kSumOfColumns) {
-            lora_kernels<E>().dots(x + c, n, rows, own + c, n, height, std::min(kSumOfColumns, n - c), E{1}, sum, height);
+        for (int64_t c = 0; c < n; c += chunk) {
+            lora_kernels<E>().dots(x + c, n, rows, own + c, n, height, std::min(chunk, n - c), E{1}, sum, height);
             accumulate(sum, rows, height, out + row, m, c > 0);
         }
     });

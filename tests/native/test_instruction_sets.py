@@ -13,7 +13,7 @@ import torch
 from hetlora_kernels import _library
 
 ROOT = Path(__file__).parents[2]
-FILES = [f"tests/kernels/test_{name}.py" for name in ("lora", "lora_calls", "lora_tiles", "norms", "dropout")]
+FILES = [f"tests/kernels/test_{name}.py" for name in ("lora", "lora_calls", "lora_small", "lora_tiles", "norms", "dropout")]
 
 
 def run(instruction_set: str, *command: str) -> subprocess.CompletedProcess:
