@@ -96,32 +96,25 @@ std::vector<Block> row_blocks(const Plan& plan) {
 }
 
 template <class E>
-void shrink_as(const Plan& plan, const Matrix& x, const Matrix& factor, const std::vector<double>& scale, char* out) {
-    const Operand<E> rows(factor.type, factor.data, factor.rows * factor.width, x.type);
+void shrink_as(const Plan& plan, const Matrix& x, const Matrix& factor, const std::vector<double>& scale, E* out) {
+    const Operand<E> rows(factor.type, factor.data, factor.rows * factor.width);
     const std::vector<Block> blocks = row_blocks(plan);
     const int64_t count = static_cast<int64_t>(blocks.size()), n = x.width, parts = part_count(count, plan.active_rows * n * size_of(x.type));
-    const bool narrow_out = x.type != type_for<E>(), moves = narrow_out || plan.gathers() || plan.drops();
-    int64_t largest = 0;
-    for (const Segment& segment : plan.segments) {
-        largest = std::max(largest, segment.rank);
-    }
-    std::vector<E> panels(static_cast<size_t>(moves ? parts * kRows * n : 0)), products(static_cast<size_t>(narrow_out ? parts * kRows * largest : 0));
+    const bool moves = x.type != type_for<E>() || plan.gathers() || plan.drops();
+    std::vector<E> panels(static_cast<size_t>(moves ? parts * kRows * n : 0));
     for_tasks(parts, count, [&](int64_t part, int64_t b) {
         const auto [segment, t, height] = blocks[b];
-        const int64_t rank = segment->rank, at = segment->flat + t * rank;
+        const int64_t rank = segment->rank;
         int64_t ld = 0;
         const E* own = panel<E>(plan, x, *segment, t, height, 0, n, panels.data() + (moves ? part * kRows * n : 0), &ld);
-        E* to = narrow_out ? products.data() + part * kRows * largest : reinterpret_cast<E*>(out) + at;
+        E* to = out + segment->flat + t * rank;
         lora_kernels<E>().dots(own, ld, height, rows + segment->row * n, n, rank, n, static_cast<E>(scale[segment->client]), to, rank);
-        if (narrow_out) {
-            store_block(x.type, out + at * size_of(x.type), to, height * rank);
-        }
     });
 }
 
 template <class E>
 void expand_as(const Plan& plan, const Matrix& out, Type s_type, const void* s, const Matrix& factor) {
-    const Operand<E> rows(factor.type, factor.data, factor.rows * factor.width, s_type), shrunk(s_type, s, plan.flat, s_type);
+    const Operand<E> rows(factor.type, factor.data, factor.rows * factor.width), shrunk(s_type, s, plan.flat);
     const std::vector<Block> blocks = row_blocks(plan);
     const LoraKernels<E>& kernels = lora_kernels<E>();
     const int64_t count = static_cast<int64_t>(blocks.size()), m = out.width, parts = part_count(count, 2 * plan.active_rows * m * size_of(out.type));
@@ -153,7 +146,7 @@ void expand_as(const Plan& plan, const Matrix& out, Type s_type, const void* s, 
 
 template <class E>
 void gram_as(const Plan& plan, const Matrix& x, Type s_type, const void* s, Type out_type, void* out, int64_t total) {
-    const Operand<E> shrunk(s_type, s, plan.flat, s_type);
+    const Operand<E> shrunk(s_type, s, plan.flat);
     const int64_t width = x.width, segments = static_cast<int64_t>(plan.segments.size());
     const int64_t parts = part_count(std::max<int64_t>(1, segments * (width / kSpan)), plan.active_rows * width * size_of(x.type));
     const int64_t span = std::max<int64_t>(kSpan, (width + parts * kSpan - 1) / (parts * kSpan) * kSpan), spans = width == 0 ? 0 : (width + span - 1) / span;
@@ -182,8 +175,7 @@ void gram_as(const Plan& plan, const Matrix& x, Type s_type, const void* s, Type
 
 void shrink(const Plan& plan, const Matrix& x, const Matrix& rows, const std::vector<double>& scale, void* out) {
     STD_TORCH_CHECK(rows.width == x.width, "rows: expected a width of ", x.width, ", got ", rows.width);
-    char* data = static_cast<char*>(out);
-    x.type == Type::f64 ? shrink_as<double>(plan, x, rows, scale, data) : shrink_as<float>(plan, x, rows, scale, data);
+    x.type == Type::f64 ? shrink_as(plan, x, rows, scale, static_cast<double*>(out)) : shrink_as(plan, x, rows, scale, static_cast<float*>(out));
 }
 
 void expand(const Plan& plan, const Matrix& out, const Shrunk& s, const Matrix& rows) {

@@ -82,22 +82,17 @@ const E* panel(const Plan& plan, const Matrix& x, const Segment& segment, int64_
     return room;
 }
 
-// A whole matrix, or packed S, as E: where it lies, or converted. Rounded to `through` first, the type of the layer's operands.
+// A whole matrix, or packed S, as E: where it lies, or converted. Nothing is rounded to the type of x: E is free here, and as exact as PEFT's float32 branch.
 template <class E>
 class Operand {
   public:
-    Operand(Type type, const void* data, int64_t count, Type through) {
-        if (type == type_for<E>() && through == type) {
+    Operand(Type type, const void* data, int64_t count) {
+        if (type == type_for<E>()) {
             data_ = static_cast<const E*>(data);
             return;
         }
         room_.resize(static_cast<size_t>(count));
         load_block(type, data, room_.data(), count);
-        if (type != through && size_of(through) == 2) {
-            std::vector<uint16_t> rounded(static_cast<size_t>(count));
-            store_block(through, rounded.data(), room_.data(), count);
-            load_block(through, rounded.data(), room_.data(), count);
-        }
         data_ = room_.data();
     }
     const E* operator+(int64_t i) const { return data_ + i; }
@@ -114,7 +109,10 @@ struct Shrunk {
     int64_t count;
 };
 
-// scale [K] -> S in x's type, plan.flat elements at `out`.
+// Type of S beside an x of `type`: that of the arithmetic.
+inline Type shrunk_type(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }
+
+// scale [K] -> S in `shrunk_type`, plan.flat elements at `out`.
 void shrink(const Plan& plan, const Matrix& x, const Matrix& rows, const std::vector<double>& scale, void* out);
 void expand(const Plan& plan, const Matrix& out, const Shrunk& s, const Matrix& rows);
 Tensor grouped_gram(const Plan& plan, const std::vector<int64_t>& ranks, const Shrunk& s, const Matrix& x, ScalarType dtype);

@@ -15,14 +15,16 @@ Shrunk shrunk(const Tensor& s) {
     return {type_of("s", s), s.const_data_ptr(), s.numel()};
 }
 
+Tensor empty_s(const Matrix& x, const Plan& plan) { return empty({plan.flat}, x.type == Type::f64 ? ScalarType::Double : ScalarType::Float); }
+
 std::vector<double> scales(const Tensor& scale, const Integers& ranks) { return numbers("scale", scale, static_cast<int64_t>(ranks.size())); }
 
 Tensor shrink_op(const Tensor& x_tensor, const Tensor& rows_tensor, const Tensor& scale, const MaybeTensor& seeds, const MaybeTensor& row_keys,
                  const MaybeTensor& index, const Integers& ranks, const Integers& starts, const Integers& lengths, double dropout) {
     const Matrix x("x", x_tensor), rows("rows", rows_tensor);
     const Plan plan({seeds, row_keys, index, ranks, starts, lengths, dropout}, x.rows, rows.rows);
-    Tensor s = torch::stable::new_empty(x_tensor, {plan.flat});
-    shrink(plan, x, rows, scales(scale, ranks), s.mutable_data_ptr());
+    const Tensor s = empty_s(x, plan);
+    shrink(plan, x, rows, scales(scale, ranks), const_cast<void*>(s.const_data_ptr()));
     return s;
 }
 
@@ -49,7 +51,7 @@ Tensor lora_add(Tensor out_tensor, const Tensor& x_tensor, const Tensor& a_tenso
     const Segments segments{seeds, row_keys, index, lists.ranks, lists.starts, lists.lengths, dropout};
     const Plan plan(segments, x.rows, a.rows), without = plan.drops() ? Plan(segments.without_dropout(), x.rows, a.rows) : plan;
     STD_TORCH_CHECK(elements == plan.flat, "elements: expected ", plan.flat, ", got ", elements);
-    const Tensor s = empty({plan.flat}, x_tensor.scalar_type());
+    const Tensor s = empty_s(x, plan);
     shrink(plan, x, a, lists.scale, const_cast<void*>(s.const_data_ptr()));
     expand(without, out, shrunk(s), Matrix("bt", bt_tensor));
     out.write_back();
@@ -66,8 +68,8 @@ std::tuple<Tensor, Tensor> lora_grads(const MaybeTensor& d_x_tensor, const Tenso
     const Segments segments{seeds, row_keys, index, lists.ranks, lists.starts, lists.lengths, dropout};
     const Plan plan(segments, x.rows, a.rows), without = plan.drops() ? Plan(segments.without_dropout(), x.rows, a.rows) : plan;
     // Uninitialised: a vector would be filled with zeros first.
-    const std::unique_ptr<char[]> room(d_x_tensor || need_a ? new char[static_cast<size_t>(plan.flat * size_of(x.type))] : nullptr);
-    const Shrunk d_s{x.type, room.get(), plan.flat};
+    const std::unique_ptr<char[]> room(d_x_tensor || need_a ? new char[static_cast<size_t>(plan.flat * size_of(shrunk_type(x.type)))] : nullptr);
+    const Shrunk d_s{shrunk_type(x.type), room.get(), plan.flat};
     if (room) {
         shrink(without, d_y, Matrix("bt", bt_tensor), lists.scale, room.get());
     }

@@ -2,7 +2,7 @@
 // the way to and from them cost more than the arithmetic.
 //
 // base, x W^T: a task is 16 rows of W, its dot products with every row of x; d_y W: a task is so many columns that its part of the result stays in L1, to which
-// eight rows of W at a time are added, as eight streams from memory. Long sums are made in parts, added in order. What LoRA adds has the sums of lora.cpp in
+// eight rows of W at a time are added, as eight streams from memory. Long sums are made in parts, added in order (`kSumOfRows`, `kChain`). What LoRA adds has the sums of lora.cpp in
 // their order, so a client's gradients have the same bits either way. Bytes: W once a pass, in its own type; everything else stays in L1 or L2.
 #include "lora.h"
 
@@ -13,12 +13,8 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kWeightRows = 16, kSpan = 64, kDepth = 8, kInL1 = 4096;
 
-// Longer sums are made in such parts, for exactness: 256 multiply-adds in a chain. `dots` has a chain for each lane of a vector.
+// Sums over more rows of W are made in such parts, for exactness (`dots` does the like over columns).
 constexpr int64_t kSumOfRows = 256;
-int64_t sum_of_columns() {
-    const InstructionSet set = instruction_set();
-    return kSumOfRows * (set == InstructionSet::avx512 ? 16 : set == InstructionSet::base ? 4 : 8);
-}
 constexpr int64_t kWeightBytesPerThread = 128 * 1024;
 
 // The arguments of a call, checked.
@@ -56,11 +52,11 @@ struct SmallLayer {
     int64_t longest = 0, widest = 0;  // rows and ranks of a client
 };
 
-// Packed rank rows [total, m] as E, rounded to x's type.
+// Packed rank rows [total, m] as E.
 template <class E>
 class Rows {
   public:
-    explicit Rows(const SmallLayer& layer) : turned_(turned(layer)), operand_(layer.b.type, data(layer), layer.total * layer.m, layer.x.type) {}
+    explicit Rows(const SmallLayer& layer) : turned_(turned(layer)), operand_(layer.b.type, data(layer), layer.total * layer.m) {}
     const E* operator+(int64_t i) const { return operand_ + i; }
 
   private:
@@ -119,26 +115,17 @@ void accumulate(const E* part, int64_t rows, int64_t width, E* out, int64_t ld, 
 template <class E>
 void base_product(const E* x, int64_t rows, const Matrix& weight, E* out) {
     const int64_t n = weight.width, m = weight.rows, tasks = (m + kWeightRows - 1) / kWeightRows, parts = weight_parts(weight, tasks);
-    const int64_t chunk = sum_of_columns();
-    const bool converts = weight.type != type_for<E>(), chunked = n > chunk;
-    const int64_t weights = converts ? kWeightRows * n : 0, sums = chunked ? rows * kWeightRows : 0;
-    std::vector<E> room(static_cast<size_t>(parts * (weights + sums)));
+    const bool converts = weight.type != type_for<E>();
+    std::vector<E> room(static_cast<size_t>(converts ? parts * kWeightRows * n : 0));
     for_tasks(parts, tasks, [&](int64_t part, int64_t task) {
         const int64_t row = task * kWeightRows, height = std::min(kWeightRows, m - row);
         const E* own = reinterpret_cast<const E*>(weight.at(row * n));
-        E *converted = room.data() + part * (weights + sums), *sum = converted + weights;
         if (converts) {
+            E* converted = room.data() + part * kWeightRows * n;
             load_block(weight.type, weight.at(row * n), converted, height * n);
             own = converted;
         }
-        if (!chunked) {
-            lora_kernels<E>().dots(x, n, rows, own, n, height, n, E{1}, out + row, m);
-            return;
-        }
-        for (int64_t c = 0; c < n; c += chunk) {
-            lora_kernels<E>().dots(x + c, n, rows, own + c, n, height, std::min(chunk, n - c), E{1}, sum, height);
-            accumulate(sum, rows, height, out + row, m, c > 0);
-        }
+        lora_kernels<E>().dots(x, n, rows, own, n, height, n, E{1}, out + row, m);
     });
 }
 
@@ -202,15 +189,11 @@ const E* dropped_rows(const Plan& plan, const Segment& segment, const E* from, i
     return room;
 }
 
-// scale * rows F^T of one client, rounded to x's type, in `room`.
+// scale * rows F^T of one client, in `room`.
 template <class E>
 const E* shrunk(const SmallLayer& layer, const Segment& segment, const E* rows, const E* factor, int64_t width, E* room) {
     const E scale = static_cast<E>(layer.lists.scale[segment.client]);
-    const int64_t count = segment.length * segment.rank;
     lora_kernels<E>().dots(rows, width, segment.length, factor + segment.row * width, width, segment.rank, width, scale, room, segment.rank);
-    if (layer.x.type != type_for<E>()) {
-        std::copy_n(Operand<E>(type_for<E>(), room, count, layer.x.type) + 0, count, room);
-    }
     return room;
 }
 
@@ -236,7 +219,7 @@ void expand(const Plan& plan, const Segment& segment, const E* s, const E* facto
 template <class E>
 void forward(const SmallLayer& layer, const Matrix* base, const MaybeTensor& bias, const Tensor& y) {
     const int64_t n = layer.x.width, m = layer.m, rows = layer.x.rows;
-    const Operand<E> x(layer.x.type, layer.x.data, rows * n, layer.x.type), a(layer.a.type, layer.a.data, layer.total * n, layer.x.type);
+    const Operand<E> x(layer.x.type, layer.x.data, rows * n), a(layer.a.type, layer.a.data, layer.total * n);
     const Rows<E> bt(layer);
     Result<E> out(y, false);
     if (base != nullptr) {
@@ -246,7 +229,7 @@ void forward(const SmallLayer& layer, const Matrix* base, const MaybeTensor& bia
     }
     if (bias) {
         const Tensor dense = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
-        const Operand<E> shift(layer.x.type, dense.const_data_ptr(), m, layer.x.type);
+        const Operand<E> shift(layer.x.type, dense.const_data_ptr(), m);
         for (int64_t t = 0; t < rows; ++t) {
             add_block(type_for<E>(), out + t * m, shift + 0, m);
         }
@@ -264,8 +247,8 @@ template <class E>
 void backward(const SmallLayer& layer, const Matrix& d_y_matrix, const Tensor* d_x_tensor, const Tensor* d_a_tensor, const Tensor* d_b_tensor) {
     const int64_t n = layer.x.width, m = layer.m, rows = layer.x.rows, total = layer.total;
     const Plan& plan = layer.plan;
-    const Operand<E> x(layer.x.type, layer.x.data, rows * n, layer.x.type), a(layer.a.type, layer.a.data, total * n, layer.x.type);
-    const Operand<E> d_y(d_y_matrix.type, d_y_matrix.data, rows * m, layer.x.type);
+    const Operand<E> x(layer.x.type, layer.x.data, rows * n), a(layer.a.type, layer.a.data, total * n);
+    const Operand<E> d_y(d_y_matrix.type, d_y_matrix.data, rows * m);
     int64_t filled = 0;
     for (const Segment& segment : plan.segments) {
         filled += segment.rank;
