@@ -23,6 +23,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def operand_dtype(x: Tensor) -> torch.dtype:
+    """Type of the factors and of S in the products with x. On a CPU that of the arithmetic: 16-bit numbers are converted to it anyway, so exactness is free.
+    On a GPU that of x: tensor cores multiply 16-bit operands."""
+    return compute_dtype(x.dtype) if x.is_cpu else x.dtype
+
+
 def _clients(ranks: list[int], module: int, modules: int) -> list[tuple[int, int]]:
     """(first row, rank) of each client in the packed rows of `module`."""
     count = len(ranks) // modules if modules else 0
@@ -91,20 +97,20 @@ def _take(x: Tensor, index: Tensor | None, start: int, length: int, dtype: torch
 
 
 def shrink(x, rows, scale, seeds, row_keys, index, ranks, starts, lengths, dropout):
-    """S_k = scale_k * drop(x_k) rows_k^T for each client; packed [sum T_k r_k], client k's [T_k, r_k] in order, in x's type."""
-    out = x.new_zeros(sum(r * n for r, n in zip(ranks, lengths, strict=False)))
+    """S_k = scale_k * drop(x_k) rows_k^T for each client; packed [sum T_k r_k], client k's [T_k, r_k] in order. The rows are cast to S's type, `operand_dtype`."""
+    out = x.new_zeros(sum(r * n for r, n in zip(ranks, lengths, strict=False)), dtype=operand_dtype(x))
     dtype = compute_dtype(x.dtype)
     for k, row, rank, start, length, flat in _segments(ranks, starts, lengths):
         own = _take(x, index, start, length, dtype)
         if seeds is not None:
             own = _drop(own, seeds[k], row_keys[start : start + length], dropout)
-        product = own @ rows[row : row + rank].to(x.dtype).to(dtype, copy=True).t() * scale[k]
-        out[flat : flat + rank * length] = product.reshape(-1).to(x.dtype)
+        product = own @ rows[row : row + rank].to(out.dtype).to(dtype, copy=True).t() * scale[k]
+        out[flat : flat + rank * length] = product.reshape(-1).to(out.dtype)
     return out
 
 
 def expand_(out, s, rows, seeds, row_keys, index, ranks, starts, lengths, dropout):
-    """out[rows of client k] += S_k rows_k, with the dropout mask and 1 / (1 - p) on the product when `seeds` is given (the way of dx)."""
+    """out[rows of client k] += S_k rows_k, the rows in S's type, with the dropout mask and 1 / (1 - p) on the product when `seeds` is given (the way of dx)."""
     dtype = compute_dtype(s.dtype)
     for k, row, rank, start, length, flat in _segments(ranks, starts, lengths):
         product = s[flat : flat + rank * length].view(length, rank).to(dtype) @ rows[row : row + rank].to(s.dtype).to(dtype)

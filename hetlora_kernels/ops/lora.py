@@ -13,7 +13,7 @@ from hetlora_kernels._library import call as _kernel
 from hetlora_kernels._library import layer_ops, register_fake, small_ops
 from hetlora_kernels.layout import Plan, RankLayout, Segments
 from hetlora_kernels.ops._lists import FLOATS
-from hetlora_kernels.reference import compute_dtype, dropout_threshold
+from hetlora_kernels.reference import compute_dtype, dropout_threshold, operand_dtype
 
 # plan, seeds [K] or None, row keys or None, dropout probability, whether bt is given (and its gradient wanted) as B [m, S]
 Call = tuple[Plan, Tensor | None, Tensor | None, float, bool]
@@ -321,8 +321,8 @@ def _add_in_steps(out, x, a, bt, call: Call) -> Tensor:
     """out += LoRA term; the packed S."""
     plan, seeds, keys, dropout, _ = call
     batch = plan.index, plan.ranks, plan.starts, plan.lengths
-    s = _kernel("shrink")(x, a.to(x.dtype), plan.scale, seeds, keys, *batch, dropout)
-    _kernel("expand_")(out, s, bt.to(x.dtype), None, None, *batch, 0.0)
+    s = _kernel("shrink")(x, a, plan.scale, seeds, keys, *batch, dropout)
+    _kernel("expand_")(out, s, bt, None, None, *batch, 0.0)
     return s
 
 
@@ -332,9 +332,9 @@ def _gradients_in_steps(d_x, d_y, x, a, bt, s, call: Call, need_a: bool, need_bt
     batch = plan.index, plan.ranks, plan.starts, plan.lengths
     d_a = d_bt = d_s = None
     if d_x is not None or need_a:
-        d_s = _kernel("shrink")(d_y, bt.to(x.dtype), plan.scale, None, None, *batch, 0.0)
+        d_s = _kernel("shrink")(d_y, bt, plan.scale, None, None, *batch, 0.0)
     if d_x is not None:
-        _kernel("expand_")(d_x, d_s, a.to(x.dtype), seeds, keys, *batch, dropout)
+        _kernel("expand_")(d_x, d_s, a, seeds, keys, *batch, dropout)
     if need_a:
         d_a = _kernel("grouped_gram")(d_s, x, seeds, keys, *batch, dropout, a.dtype)
     if need_bt:
@@ -342,10 +342,14 @@ def _gradients_in_steps(d_x, d_y, x, a, bt, s, call: Call, need_a: bool, need_bt
     return d_a, d_bt
 
 
+def _empty_s(x: Tensor, elements: int) -> Tensor:
+    return x.new_empty(elements, dtype=operand_dtype(x))
+
+
 @register_fake("lora_forward")
 def _(x, weight, bias, base, a, bt, scale, seeds, row_keys, index, ranks, starts, lengths, dropout):
     out = x.new_empty((x.shape[0], weight.shape[0])) if base is None else torch.empty_like(base, memory_format=torch.contiguous_format)
-    return out, x.new_empty(sum(r * n for r, n in zip(ranks, lengths, strict=False)))
+    return out, _empty_s(x, sum(r * n for r, n in zip(ranks, lengths, strict=False)))
 
 
 @register_fake("lora_backward")
@@ -356,7 +360,7 @@ def _(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, ranks, starts, le
 
 @register_fake("lora_add_")
 def _(out, x, a, bt, seeds, row_keys, index, plan, elements, dropout):
-    return x.new_empty(elements)
+    return _empty_s(x, elements)
 
 
 @register_fake("lora_grads_")
@@ -380,7 +384,7 @@ def _(d_y, x, weight, a, b, seeds, row_keys, index, plan, dropout, own_b, need_x
 
 @register_fake("shrink")
 def _(x, rows, scale, seeds, row_keys, index, ranks, starts, lengths, dropout):
-    return x.new_empty(sum(r * n for r, n in zip(ranks, lengths, strict=False)))
+    return _empty_s(x, sum(r * n for r, n in zip(ranks, lengths, strict=False)))
 
 
 @register_fake("expand_")

@@ -1,4 +1,4 @@
-"""Oracles written from the equations, independent of the package's own reference, and the tolerance every kernel test uses."""
+"""Oracles written from the equations, independent of the package's own reference. How exact a result must be is said in accuracy.py."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
+from accuracy import Estimate, any_order, in_groups, in_parts
 from torch import Tensor
 
 import hetlora_kernels as hk
+from hetlora_kernels.reference import compute_dtype, operand_dtype
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MIXED_RANKS = [4, 0, 1, 64, 3, 7, 8, 128, 16, 24]
@@ -116,22 +118,24 @@ def mixed_ids(shuffled: bool = True, base_rows: int = 4) -> list[int]:
 
 
 def plain_layer(layer: Layer, x: Tensor, a: Tensor, bt: Tensor, base: Tensor) -> Tensor:
-    """base + scale_k * drop(x) A_k^T B_k^T, client by client with autograd's gradients, in the type of x: the oracle in float64, PyTorch's own
-    result in any other type."""
+    """base + scale_k * drop(x) A_k^T B_k^T, client by client with autograd's gradients: the oracle in float64, PyTorch's own result in any other type.
+
+    As in PEFT: x is cast to the factors' type, the sum is made in the wider of the two and rounded to the base's.
+    """
     ends = list(accumulate(layer.ranks))
-    y = base
+    y = base.to(torch.promote_types(base.dtype, a.dtype))
     for k, (end, rank) in enumerate(zip(ends, layer.ranks, strict=True)):
         rows = torch.tensor(layer.client_rows(k), dtype=torch.int64, device=x.device)
         if not rank or not len(rows):
             continue
-        own = x[rows]
+        own = x[rows].to(a.dtype)
         if layer.p:
             keys = list(range(len(rows))) if layer.keys is None else [layer.keys[t] for t in layer.client_rows(k)]
             mask = kept(layer.seeds[k], keys, layer.n, layer.p).to(x.device)
-            own = torch.where(mask, own / (1 - round(65536 * layer.p) / 65536), torch.zeros((), dtype=x.dtype, device=x.device))
-        delta = F.linear(F.linear(own, a[end - rank : end].to(x.dtype)), bt[end - rank : end].t().to(x.dtype))
-        y = y.index_add(0, rows, delta * layer.scale[k])
-    return y
+            own = torch.where(mask, own / (1 - round(65536 * layer.p) / 65536), torch.zeros((), dtype=own.dtype, device=x.device))
+        delta = F.linear(F.linear(own, a[end - rank : end]), bt[end - rank : end].t())
+        y = y.index_add(0, rows, delta.to(y.dtype) * layer.scale[k])
+    return y.to(base.dtype)
 
 
 def run_plain(layer: Layer, dtype: torch.dtype, factor_dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -179,27 +183,45 @@ def rounded(layer: Layer, dtype: torch.dtype, factor_dtype: torch.dtype | None =
 # ---------------------------------------------------------------- tolerance
 
 
-Run = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
+def estimated(layer: Layer, dtype: torch.dtype, device: torch.device | str = "cpu", base: Estimate | None = None, ours: bool = False) -> dict[str, Estimate]:
+    """The results of a call in `dtype` on a layer of data that is rounded already, with the errors that our arithmetic may make (accuracy.py).
 
-
-def assert_as_exact_as_torch(runs: Sequence[Run], dtypes: dict[str, torch.dtype], factor: float = 1.1) -> None:
-    """Over all `runs` of (result, PyTorch's own result, float64 truth), by name: error <= max(factor * PyTorch's own error, 2 eps ||truth||).
-
-    8 eps where the result is float64: PyTorch's own is then the truth itself, bit for bit, and the truth no more exact than what it judges (a sum that
-    begins with the LoRA term instead of the base is as good, and 2.2 eps away).
+    base: the given output of another layer. ours: the base product is our kernel's, whose order of sums is known; else the framework's.
     """
-    for name in runs[0][2]:
-        error, own, size = (
-            sum(float(f(run).detach().double().square().sum()) for run in runs) ** 0.5
-            for f in (
-                lambda run, name=name: run[0][name].cpu().double() - run[2][name],
-                lambda run, name=name: run[1][name].cpu().double() - run[2][name],
-                lambda run, name=name: run[2][name],
-            )
-        )
-        steps = 8 if dtypes[name] == torch.float64 else 2
-        bound = max(factor * own, steps * torch.finfo(dtypes[name]).eps * size)
-        assert error <= bound, f"{name}: error {error:.3e} is above {bound:.3e} (PyTorch's own {own:.3e}, norm {size:.3e})"
+    inside = compute_dtype(dtype)
+    operand = operand_dtype(torch.empty(0, dtype=dtype, device=device))
+    x, grad, a, bt = (Estimate(t) for t in (layer.x, layer.grad, layer.a, layer.bt))
+    if operand != inside:
+        a, bt = a.rounded(operand), bt.rounded(operand)
+    weight = Estimate(layer.weight)
+    if base is None:
+        base = x.matmul(weight.t(), inside, in_parts if ours else any_order).rounded(dtype, 2)  # its own rounding, and the bias's
+        base = base if layer.bias is None else base.plus(Estimate(layer.bias), inside)
+        d_x = grad.matmul(weight, inside, in_groups if ours else any_order).rounded(dtype)
+    else:
+        d_x = Estimate(torch.zeros_like(layer.x))
+    y, d_a, d_bt = base, Estimate(torch.zeros_like(layer.a)), Estimate(torch.zeros_like(layer.bt))
+    ends = list(accumulate(layer.ranks))
+    for k, (end, rank) in enumerate(zip(ends, layer.ranks, strict=True)):
+        rows = torch.tensor(layer.client_rows(k), dtype=torch.int64)
+        if not rank or not len(rows):
+            continue
+        own_a, own_bt, own, d_y = a[end - rank : end], bt[end - rank : end], x[rows], grad[rows]
+        drop = torch.ones(len(rows), layer.n, dtype=torch.float64)
+        if layer.p:
+            keys = list(range(len(rows))) if layer.keys is None else [layer.keys[t] for t in layer.client_rows(k)]
+            drop = kept(layer.seeds[k], keys, layer.n, layer.p).double() / (1 - round(65536 * layer.p) / 65536)
+            own = own.times(drop, inside)
+        s = own.matmul(own_a.t(), inside, in_parts).times(layer.scale[k], inside).rounded(operand)
+        d_s = d_y.matmul(own_bt.t(), inside, in_parts).times(layer.scale[k], inside).rounded(operand)
+        term, d_term = s.matmul(own_bt, inside), d_s.matmul(own_a, inside).times(drop, inside)
+        for whole, part in ((y, term), (d_x, d_term)):
+            whole[rows] = whole[rows].plus(part, inside)
+        d_a[end - rank : end], d_bt[end - rank : end] = d_s.t().matmul(own, inside), s.t().matmul(d_y, inside)
+    out = {"y": y, "d_x": d_x, "d_a": d_a, "d_bt": d_bt}
+    if layer.bias is not None:
+        out["d_bias"] = Estimate(torch.ones(1, len(layer.ids))).matmul(grad, inside)[0]
+    return out
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

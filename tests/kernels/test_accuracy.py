@@ -1,0 +1,101 @@
+"""The layer beside PyTorch's own arithmetic, and the rule of accuracy.py: it holds for sound sums and notices what loses accuracy."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from accuracy import Estimate, assert_as_exact_as, assert_exact, factor_of, in_parts, luck, why_not_exact
+from kernel_cases import estimated, make_layer, rounded, run_fused, run_plain
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize(("n", "m", "ids", "seeds"), [(1100, 300, [0, 1] * 4, 60), (517, 300, [0] * 100 + [1] * 150, 5)], ids=["small calls", "large calls"])
+@pytest.mark.parametrize(("dtype", "factors"), [(torch.float32, torch.float32), *((half, own) for half in HALVES for own in (half, torch.float32))])
+def test_as_exact_as_pytorch(n, m, ids, seeds, dtype, factors, device):
+    """Client by client in PyTorch, as PEFT computes it: over a float32 adapter its branch is float32, whatever the base."""
+    ours, theirs = {}, {}
+    for seed in range(seeds):
+        layer = rounded(make_layer([64, 32], ids, n, m, seed=seed), dtype, factors)
+        truth = run_plain(layer, torch.float64)
+        for errors, results in ((ours, run_fused(layer, dtype, factors, device)), (theirs, run_plain(layer, dtype, factors, device))):
+            for name in ("y", "d_x", "d_a", "d_bt"):
+                errors.setdefault(name, []).append(results[name].cpu().double() - truth[name])
+    for name in ours:
+        kind = factors if name in ("d_a", "d_bt") else dtype
+        assert_as_exact_as(torch.cat(ours[name]), torch.cat(theirs[name]), factor_of(kind), name)
+
+
+def by_lanes(x, w, lanes, part):
+    """[rows, m] float32 products summed on so many lanes, in parts of so many columns, the parts in order and the lanes by halves."""
+    products = (x[:, None] * w[None]).view(len(x), len(w), -1, lanes)
+    total = torch.zeros(len(x), len(w), lanes)
+    for start in range(0, products.shape[2], part // lanes):
+        chain = torch.zeros_like(total)
+        for step in range(start, min(start + part // lanes, products.shape[2])):
+            chain += products[:, :, step]
+        total += chain
+    while total.shape[2] > 1:
+        total = total[..., : total.shape[2] // 2] + total[..., total.shape[2] // 2 :]
+    return total[..., 0]
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize("positive", [False, True])
+def test_one_chain_instead_of_parts_is_noticed(lanes, positive):
+    """On each width of vectors, and parts of 64 steps are not."""
+    g = torch.Generator().manual_seed(lanes)
+    x, w = torch.randn(8, 100_000, generator=g), torch.randn(6, 100_000, generator=g)
+    if positive:
+        x, w = x.abs(), w.abs()
+    expected = {"y": Estimate(x).matmul(Estimate(w).t(), torch.float32, partial(in_parts, lanes=lanes))}
+    assert_exact({"y": by_lanes(x, w, lanes, 64 * lanes)}, expected)
+    assert why_not_exact({"y": by_lanes(x, w, lanes, 100_000)}, expected)
+
+
+def case(dtype, factors=None, n=300, m=520):
+    layer = rounded(make_layer([64], [0] * 500, n, m), dtype, factors)
+    return layer, run_fused(layer, dtype, factors), estimated(layer, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("name", ["y", "d_x", "d_a", "d_bt"])
+def test_a_factor_on_one_tile_is_noticed(dtype, name):
+    """1 + 2^-10 on a tile of 24 rows: less than one step of bfloat16."""
+    _, got, expected = case(dtype)
+    assert_exact(got, expected)
+    tile = got[name].double()
+    tile[24:48, :512] = expected[name].value[24:48, :512] * (1 + 2**-10)
+    assert why_not_exact({**got, name: tile.to(dtype)}, expected).startswith(f"{name}: error")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("factors", ["as x", "float32"])
+def test_a_product_kept_in_16_bits_is_noticed(dtype, factors):
+    """S rounded to the type of x, where the rule promises the type of the arithmetic."""
+    layer, _, expected = case(dtype, torch.float32 if factors == "float32" else None)
+    s = ((layer.x @ layer.a.t()) * layer.scale[0]).to(dtype).double()
+    kind = torch.float32 if factors == "float32" else dtype
+    assert why_not_exact({"d_bt": (s.t() @ layer.grad).to(kind)}, {"d_bt": expected["d_bt"]})
+
+
+def test_risk_of_a_false_alarm():
+    """Errors drawn as the rule takes them, at the largest variance: 2000 results, no alarm; one and a half times as large: alarms."""
+    g, alarms, missed = torch.Generator().manual_seed(1), 0, 0
+    for _ in range(2000):
+        value = torch.randn(40, 30, generator=g, dtype=torch.float64)
+        var = torch.rand(40, 1, generator=g, dtype=torch.float64).expand(40, 30)
+        error = (torch.rand(40, 30, generator=g, dtype=torch.float64) * 2 - 1) * (3 * var).sqrt()
+        expected = {"y": Estimate(value, var)}
+        alarms += why_not_exact({"y": value + error * 2**0.5}, expected) is not None  # in float64 the truth's own error is allowed as well
+        missed += why_not_exact({"y": value + error * 4}, expected) is None
+    assert alarms == 0 and missed == 0
+
+
+def test_luck_of_samples():
+    """Two sums of squares of the same distribution are never further apart."""
+    g = torch.Generator().manual_seed(2)
+    ratios = torch.randn(5000, 2, 400, generator=g).square().sum(2).sqrt()
+    assert float((ratios[:, 0] / ratios[:, 1]).max()) < luck(400) < 1.7 and luck(10) == float("inf")
