@@ -164,7 +164,7 @@ def luck(samples: float, x: float = RISK) -> float:
 
 
 def assert_as_exact_as(errors: Tensor, others: Tensor, factor: float, what: str = "") -> None:
-    """Root mean square of the errors [samples, ...] <= factor * that of the others, and luck; the first dimension counts independent samples, enough of them."""
+    """Root mean square of the errors [samples, ...] <= factor * that of the others, and luck. The first dimension counts independent samples."""
     chance = luck(len(errors))
     assert chance < 2, f"{what}: {len(errors)} samples are too few to compare"
     ours, theirs = (float(own.double().square().mean().sqrt()) for own in (errors, others))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -189,7 +190,8 @@ def estimated(layer: Layer, dtype: torch.dtype, device: torch.device | str = "cp
     base: the given output of another layer. ours: the base product is our kernel's, whose order of sums is known; else the framework's.
     """
     inside = compute_dtype(dtype)
-    operand = operand_dtype(torch.empty(0, dtype=dtype, device=device))
+    # Triton's kernels round operands as they do for tensor cores, in the interpreter too.
+    operand = dtype if os.environ.get("TRITON_INTERPRET") == "1" else operand_dtype(torch.empty(0, dtype=dtype, device=device))
     x, grad, a, bt = (Estimate(t) for t in (layer.x, layer.grad, layer.a, layer.bt))
     if operand != inside:
         a, bt = a.rounded(operand), bt.rounded(operand)

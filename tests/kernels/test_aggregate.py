@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kernel_cases import FLOATS, MIXED_RANKS, guarded, same_bits, scattered
 
 import hetlora_kernels as hk
+from hetlora_kernels.reference import compute_dtype
 
 ALL = hk.RankLayout(MIXED_RANKS)
 
@@ -51,7 +52,7 @@ def test_against_pad_stack_and_sum(dtype, normalize, device):
         owners = normalize == "owners"
         result = hk.aggregate(rows.to(device), ALL, weights, 130, normalize=normalize)
         assert result.dtype == dtype
-        assert_exact({"out": result}, {"out": estimated_sum(rows.double(), MIXED_RANKS, weights, 130, owners, torch.float64 if dtype == torch.float64 else torch.float32)})
+        assert_exact({"out": result}, {"out": estimated_sum(rows.double(), MIXED_RANKS, weights, 130, owners, compute_dtype(dtype))})
 
 
 @pytest.mark.parametrize("clients", [1, 2, 4, 8])
