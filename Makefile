@@ -3,6 +3,7 @@
 #   make demo [ARGS="--rounds 5"]   the offline federation, with a report to look at
 #   make test                       ruff, mypy, the fast tests, then the slow ones
 #   make test-fast                  the fast tests alone
+#   make matrix                     the numeric tests with every instruction set of this machine, 1 and 2 threads, 20 seeds (about 40 minutes)
 #   make lint | venv | clean        the checks alone | the virtual environment alone | remove everything made here, .venv included
 #
 # Which torch: pip takes TORCH from the index it is configured for, and on Linux that is usually the build with CUDA (a few GB). On a machine without
@@ -23,7 +24,7 @@ CHOICE := $(foreach word,$(TORCH) $(TRITON),'$(word)')
 # Its name carries the choice of Python and torch, so that asking for another one makes the environment anew rather than being ignored.
 BASE := .venv/.base-$(shell printf '%s\n' '$(PYTHON)' $(CHOICE) | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test test-fast lint venv clean
+.PHONY: demo test test-fast matrix lint venv clean
 .DELETE_ON_ERROR:
 
 demo: venv
@@ -32,7 +33,10 @@ demo: venv
 # Two stages, so that a plain mistake shows before the slow checks (GPU code without a GPU: emulator, compilers) begin.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow and not matrix"
+
+matrix: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m matrix tests/native/test_instruction_sets.py
 
 test-fast: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"

@@ -1,4 +1,4 @@
-"""Settings every test relies on: no network, one torch thread per worker, fixed seeds."""
+"""Settings every test relies on: no network, one torch thread per worker, fixed seeds (HETLORA_TEST_SEED chooses others)."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ import random
 import pytest
 import torch
 
+SEED = int(os.environ.get("HETLORA_TEST_SEED", "0"))
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds; left out by `make test-fast`")
+    config.addinivalue_line("markers", "matrix: the numeric tests with further instruction sets and seeds; `make matrix`")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> None:
-    random.seed(0)
-    torch.manual_seed(0)
+    random.seed(SEED)
+    torch.manual_seed(SEED)
     try:
         import numpy
     except ImportError:
         return
-    numpy.random.seed(0)
+    numpy.random.seed(SEED)

@@ -22,6 +22,11 @@ MIXED_LENGTHS = [5, 3, 0, 17, 1, 33, 2, 9, 1, 65]  # empty, one token, 2^k + 1 t
 _WORD = 0xFFFFFFFF
 
 
+def drawn(seed: int) -> torch.Generator:
+    """A generator of a test's random numbers; HETLORA_TEST_SEED gives every test others."""
+    return torch.Generator().manual_seed(seed + 1_000_003 * int(os.environ.get("HETLORA_TEST_SEED", "0")))
+
+
 # ---------------------------------------------------------------- dropout, in Python integers
 
 
@@ -85,7 +90,7 @@ class Layer:
 
 def make_layer(ranks: Sequence[int], ids: Sequence[int], n: int, m: int, seed: int = 0, p: float = 0.0, bias: bool = True, keys: list[int] | None = None):
     """A `Layer` of Gaussian data with variances as in a real one, a scale and a dropout seed of its own for each client."""
-    g = torch.Generator().manual_seed(1000 + seed)
+    g = drawn(1000 + seed)
 
     def draw(*shape: int, std: float = 1.0) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64) * std
@@ -113,7 +118,7 @@ def mixed_ids(shuffled: bool = True, base_rows: int = 4) -> list[int]:
     """Clients of MIXED_LENGTHS with some base-only rows, in order or shuffled."""
     ids = [k for k, length in enumerate(MIXED_LENGTHS) for _ in range(length)] + [-1] * base_rows
     if shuffled:
-        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(5)).tolist()
+        order = torch.randperm(len(ids), generator=drawn(5)).tolist()
         ids = [ids[i] for i in order]
     return ids
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from kernel_cases import drawn
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -36,7 +37,7 @@ def filled_bank(model: nn.Module, ranks: dict[str, list[int]], dtype=torch.float
         if name.rsplit(".", 1)[-1] in ranks:
             out_in = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
             shapes[name] = tuple(out_in)
-    g = torch.Generator().manual_seed(seed)
+    g = drawn(seed)
     bank = hk.AdapterBank(shapes, {name: ranks[name.rsplit(".", 1)[-1]] for name in shapes}, dtype=dtype, generator=g, device=device)
     for factor in bank.parameters():
         factor.data.copy_(torch.randn(factor.shape, generator=g, dtype=torch.float64) * 0.5)
@@ -61,4 +62,4 @@ def peft_client(model: nn.Module, bank: hk.AdapterBank, k: int, scale: float, **
 
 
 def token_batch(rows: int, length: int, device="cpu", seed=0) -> torch.Tensor:
-    return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed)).to(device)
+    return torch.randint(0, VOCAB, (rows, length), generator=drawn(seed)).to(device)

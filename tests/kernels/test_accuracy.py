@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from accuracy import Estimate, assert_as_exact_as, assert_exact, factor_of, in_parts, luck, why_not_exact
-from kernel_cases import estimated, make_layer, rounded, run_fused, run_plain
+from kernel_cases import drawn, estimated, make_layer, rounded, run_fused, run_plain
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -46,7 +46,7 @@ def by_lanes(x, w, lanes, part):
 @pytest.mark.parametrize("positive", [False, True])
 def test_one_chain_instead_of_parts_is_noticed(lanes, positive):
     """On each width of vectors, and parts of 64 steps are not."""
-    g = torch.Generator().manual_seed(lanes)
+    g = drawn(lanes)
     x, w = torch.randn(8, 100_000, generator=g), torch.randn(6, 100_000, generator=g)
     if positive:
         x, w = x.abs(), w.abs()
@@ -83,7 +83,7 @@ def test_a_product_kept_in_16_bits_is_noticed(dtype, factors):
 
 def test_risk_of_a_false_alarm():
     """Errors drawn as the rule takes them, at the largest variance: 2000 results, no alarm; one and a half times as large: alarms."""
-    g, alarms, missed = torch.Generator().manual_seed(1), 0, 0
+    g, alarms, missed = drawn(1), 0, 0
     for _ in range(2000):
         value = torch.randn(40, 30, generator=g, dtype=torch.float64)
         var = torch.rand(40, 1, generator=g, dtype=torch.float64).expand(40, 30)
@@ -96,6 +96,6 @@ def test_risk_of_a_false_alarm():
 
 def test_luck_of_samples():
     """Two sums of squares of the same distribution are never further apart."""
-    g = torch.Generator().manual_seed(2)
+    g = drawn(2)
     ratios = torch.randn(5000, 2, 400, generator=g).square().sum(2).sqrt()
     assert float((ratios[:, 0] / ratios[:, 1]).max()) < luck(400) < 1.7 and luck(10) == float("inf")

@@ -7,7 +7,7 @@ import torch
 from accuracy import Estimate, assert_exact
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import FLOATS, MIXED_RANKS, guarded, same_bits, scattered
+from kernel_cases import FLOATS, MIXED_RANKS, drawn, guarded, same_bits, scattered
 
 import hetlora_kernels as hk
 from hetlora_kernels.reference import compute_dtype
@@ -16,7 +16,7 @@ ALL = hk.RankLayout(MIXED_RANKS)
 
 
 def uploads(ranks, width, dtype=torch.float32, seed=0, device="cpu"):
-    g = torch.Generator().manual_seed(seed)
+    g = drawn(seed)
     return torch.randn(sum(ranks), width, generator=g, dtype=torch.float64).to(device, dtype)
 
 
@@ -197,7 +197,7 @@ def test_truncate_then_aggregate_by_owners_gives_the_bank_back(device, clients, 
     """Whatever the ranks and (integer) weights: exact, because the sums are; rows without owners come from keep, rows without weight are zero."""
     ranks, weights = [rank for rank, _ in clients], [float(weight) for _, weight in clients]
     layout, max_rank = hk.RankLayout(ranks), max(ranks) + spare
-    bank = torch.randint(-50, 51, (max_rank, width), generator=torch.Generator().manual_seed(seed)).float().to(device)
+    bank = torch.randint(-50, 51, (max_rank, width), generator=drawn(seed)).float().to(device)
     sent = hk.truncate(bank, layout)
     expected = bank.clone()
     for row in range(layout.max_rank):

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import kept, same_bits
+from kernel_cases import drawn, kept, same_bits
 from model_cases import LLAMA_RANKS, VOCAB, filled_bank, peft_client, tiny_gpt2, tiny_llama, token_batch
 from torch import nn
 
@@ -276,7 +276,7 @@ def test_activation_checkpointing_of_the_model(llama, seeds, use_reentrant, devi
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("per_token", [False, True])
 def test_client_losses_by_hand(shift, reduction, per_token, device):
-    g = torch.Generator().manual_seed(0)
+    g = drawn(0)
     logits = torch.randn(4, 5, 7, generator=g, dtype=torch.float64).to(device).requires_grad_()
     labels = torch.randint(0, 7, (4, 5), generator=g)
     labels[0, 3:], labels[1] = -100, -100  # sequence 1, all of client 1's tokens, counts for nothing

@@ -8,7 +8,7 @@ from itertools import accumulate
 import numpy
 import pytest
 import torch
-from kernel_cases import guarded, kept, leaf_tensors, make_layer, run_fused, same_bits
+from kernel_cases import drawn, guarded, kept, leaf_tensors, make_layer, run_fused, same_bits
 
 import hetlora_kernels as hk
 from hetlora_kernels import _library, reference
@@ -20,7 +20,7 @@ LENGTHS, RANKS = [150, 0, 65, 1, 24], [16, 4, 5, 8, 0]
 def large_layer(p: float, shuffled: bool = False, n: int = N, m: int = M):
     ids = [k for k, length in enumerate(LENGTHS) for _ in range(length)] + [-1] * 3
     if shuffled:
-        ids = [ids[i] for i in torch.randperm(len(ids), generator=torch.Generator().manual_seed(3)).tolist()]
+        ids = [ids[i] for i in torch.randperm(len(ids), generator=drawn(3)).tolist()]
     return make_layer(RANKS, ids, n, m, p=p)
 
 
@@ -133,7 +133,7 @@ def test_rows_past_two_to_the_thirty_first_element(gathered, backend, device):
     """Where 32-bit arithmetic on addresses wraps around."""
     if backend not in ("triton", "cuda", "reference"):
         pytest.skip("this rung copies rows that are not adjacent")
-    g = torch.Generator().manual_seed(1)
+    g = drawn(1)
     x, rows = (torch.randn(n, 24, generator=g).to(device, torch.bfloat16) for n in (4, 5))
     index = torch.tensor([3, 0, 2, 1], device=device) if gathered else None
     case = (torch.tensor([1, 2], device=device), torch.arange(4, device=device), index, [2, 3], [0, 2], [2, 2], 0.25)

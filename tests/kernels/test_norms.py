@@ -7,7 +7,7 @@ import torch
 from accuracy import Estimate, assert_exact, cat
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import FLOATS, MIXED_RANKS, same_bits, scattered
+from kernel_cases import FLOATS, MIXED_RANKS, drawn, same_bits, scattered
 from torch import Tensor
 
 import hetlora_kernels as hk
@@ -21,7 +21,7 @@ def result_type(dtype):
 
 
 def draw(ranks, width, dtype, seed):
-    return torch.randn(sum(ranks), width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(sum(ranks), width, generator=drawn(seed), dtype=torch.float64).to(dtype)
 
 
 def dense_grams(rows, ranks):
@@ -111,7 +111,7 @@ def test_delta_norms(dtype, device):
 
 def cancelling_pair(device):
     """Trap 8: rows a, a + 1e-3 e against b, -b; B A = -1e-3 b e^T."""
-    g = torch.Generator().manual_seed(0)
+    g = drawn(0)
     first, e, b = torch.randn(256, generator=g), torch.randn(256, generator=g), torch.randn(192, generator=g)
     a, bt = torch.stack((first, first + 1e-3 * e)), torch.stack((b, -b))
     truth = torch.linalg.norm(bt.double().t() @ a.double()).item()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_as_exact_as
-from kernel_cases import guarded, same_bits, scattered
+from kernel_cases import drawn, guarded, same_bits, scattered
 from torch import Tensor
 
 import hetlora_kernels as hk
@@ -16,7 +16,7 @@ KEEP = {"q": [3, 1, 1, 0], "mlp.up": [5, 0, 2, 0], "v": [0, 0, 9, 1]}  # part, e
 
 
 def make_bank(dtype, device, seed=0) -> hk.AdapterBank:
-    g = torch.Generator().manual_seed(seed)
+    g = drawn(seed)
     bank = hk.AdapterBank(SHAPES, RANKS, dtype=dtype, device=device, generator=g)
     for t in bank.bt.values():
         t.data.copy_(torch.randn(t.shape, generator=g) * 0.3)
@@ -30,7 +30,7 @@ def own_factors(bank: hk.AdapterBank, k: int) -> list[Tensor]:
 
 
 def targets(device, dtype=torch.float64):
-    g = torch.Generator().manual_seed(7)
+    g = drawn(7)
     return [torch.randn(m, n, generator=g, dtype=torch.float64).to(device, dtype) for m, n in SHAPES.values()]
 
 
@@ -171,7 +171,7 @@ def test_as_exact_as_torch_in_the_same_type(kind, dtype, device):
 
         sides = [[[f.detach().cpu().to(kind_) for f in factors] for factors in start] for kind_ in (dtype, torch.float64)]
         opts = [[torch_optimiser(factors, k) for k, factors in enumerate(side)] for side in sides]
-        g = torch.Generator().manual_seed(seed)
+        g = drawn(seed)
         for _ in range(5):
             for side in (bank.a, bank.bt):
                 for t in side.values():
@@ -195,7 +195,7 @@ def test_as_exact_as_torch_in_the_same_type(kind, dtype, device):
 
 
 def random_grads(bank, seed=0):
-    g = torch.Generator().manual_seed(seed)
+    g = drawn(seed)
     for t in bank.parameters():
         t.grad = torch.randn(t.shape, generator=g).to(t)
 

@@ -1,4 +1,7 @@
-"""The kernels that are written for each instruction set, on those this machine has below its best."""
+"""The numeric tests with every instruction set of this machine (our kernels' and the libraries' under torch), with more threads and other random numbers.
+
+CI runs the settings of `PART`, `make matrix` all of them: a test that passes with the sums of one processor's library must pass with another's.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,46 @@ import torch
 from hetlora_kernels import _library
 
 ROOT = Path(__file__).parents[2]
-FILES = [f"tests/kernels/test_{name}.py" for name in ("lora", "lora_calls", "lora_small", "lora_tiles", "norms", "dropout")]
+KERNELS = ("accuracy", "lora", "lora_calls", "lora_small", "lora_tiles", "norms", "dropout", "aggregate", "optim", "truncate", "bank", "attach")
+FILES = [*(f"tests/kernels/test_{name}.py" for name in KERNELS), *(f"tests/peft/test_{name}.py" for name in ("training", "fuse", "mixed"))]
+LEFT_OUT = "not compile and not compiles and not trainer"  # no numbers of their own
+
+Settings = dict[str, str]
 
 
-def run(instruction_set: str, *command: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {"HETLORA_INSTRUCTION_SET": instruction_set}
+def of_all(ours: str, aten: str, onednn: str, mkl: str) -> Settings:
+    """Instruction sets of our kernels, of ATen's, of oneDNN's and of MKL's; what a machine lacks is its best below."""
+    return {"HETLORA_INSTRUCTION_SET": ours, "ATEN_CPU_CAPABILITY": aten, "ONEDNN_MAX_CPU_ISA": onednn, "MKL_ENABLE_INSTRUCTIONS": mkl}
+
+
+SETTINGS: dict[str, Settings] = {
+    "base": {"HETLORA_INSTRUCTION_SET": "base"},
+    "avx2": {"HETLORA_INSTRUCTION_SET": "avx2"},
+    "everything base": of_all("base", "default", "SSE41", "SSE4_2"),
+    "everything avx2": of_all("avx2", "avx2", "AVX2", "AVX2"),
+    "everything avx512": of_all("avx512", "avx512", "AVX512_CORE", "AVX512"),  # no AVX512-BF16, no AMX
+    "avx512 beside base": of_all("avx512", "default", "SSE41", "SSE4_2"),
+    "base beside avx512": of_all("base", "avx512", "AVX512_CORE", "AVX512"),
+    "bfloat16 without AMX": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+    "MKL's reproducible sums": {"MKL_CBWR": "COMPATIBLE"},
+    "as it is": {},
+}
+SETTINGS |= {f"{name}, 2 threads": {**own, "OMP_NUM_THREADS": "2"} for name, own in SETTINGS.items()}
+SETTINGS |= {f"seed {seed}": {"HETLORA_TEST_SEED": str(seed)} for seed in range(1, 20)}  # and seed 0 everywhere else
+PART = ("base", "avx2", "everything base, 2 threads")
+
+
+def run(settings: Settings, *command: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | settings
     return subprocess.run([sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif("cpu" not in _library.available(), reason="no compiled kernel for CPU tensors")
-@pytest.mark.parametrize("instruction_set", ["base", "avx2"])
-def test_the_kernel_tests_pass_with(instruction_set):
-    done = run(instruction_set, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not reference and not compile", *FILES)
+@pytest.mark.parametrize("name", [name if name in PART else pytest.param(name, marks=pytest.mark.matrix) for name in SETTINGS])
+def test_the_numeric_tests_pass_with(name):
+    done = run(SETTINGS[name], "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", f"not reference and {LEFT_OUT}", *FILES)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 
 
@@ -40,9 +70,9 @@ print(torch.ops.hetlora.shrink(x, a, torch.ones(1), None, None, None, [8], [0], 
 def test_the_variable_chooses_and_refuses():
     if "cpu" not in _library.available():
         pytest.skip("no compiled kernel for CPU tensors")
-    base, avx512 = (run(name, "-c", DOTS) for name in ("base", "avx512"))
+    base, avx512 = (run({"HETLORA_INSTRUCTION_SET": name}, "-c", DOTS) for name in ("base", "avx512"))
     assert base.returncode == avx512.returncode == 0, base.stderr + avx512.stderr
     if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         assert base.stdout != avx512.stdout  # other widths of vectors add in another order
-    wrong = run("sse9", "-c", "import hetlora_kernels")
+    wrong = run({"HETLORA_INSTRUCTION_SET": "sse9"}, "-c", "import hetlora_kernels")
     assert wrong.returncode != 0 and "HETLORA_INSTRUCTION_SET: expected one of base, avx2, avx512, got 'sse9'" in wrong.stderr

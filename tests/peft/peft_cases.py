@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from kernel_cases import drawn
 from model_cases import VOCAB, tiny_llama, token_batch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def tiny_bert(dtype=torch.float64, device="cpu") -> BertForMaskedLM:
 
 def filled(model: nn.Module, seed: int = 0) -> nn.Module:
     """LoRA factors and biases large enough to be seen in the logits."""
-    g = torch.Generator().manual_seed(seed)
+    g = drawn(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=g, dtype=torch.float64) * 0.3)
