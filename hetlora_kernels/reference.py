@@ -97,7 +97,7 @@ def _take(x: Tensor, index: Tensor | None, start: int, length: int, dtype: torch
 
 
 def shrink(x, rows, scale, seeds, row_keys, index, ranks, starts, lengths, dropout):
-    """S_k = scale_k * drop(x_k) rows_k^T for each client; packed [sum T_k r_k], client k's [T_k, r_k] in order. The rows are cast to S's type, `operand_dtype`."""
+    """S_k = scale_k * drop(x_k) rows_k^T for each client; packed [sum T_k r_k], client k's [T_k, r_k] in order. The rows and S are of `operand_dtype`."""
     out = x.new_zeros(sum(r * n for r, n in zip(ranks, lengths, strict=False)), dtype=operand_dtype(x))
     dtype = compute_dtype(x.dtype)
     for k, row, rank, start, length, flat in _segments(ranks, starts, lengths):
