@@ -128,25 +128,30 @@ def config_options(command: click.Command) -> click.Command:
 
 def _settings(config_file: str | None, flags: dict[str, Any]) -> Config:
     """Defaults, then the file, then the flags that were given."""
+    source, values = _given(config_file, flags)
+    return Config.create(source, **values)
+
+
+def _given(config_file: str | None, flags: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(where the settings come from, the settings): flags override the file. They are checked together, as some are refused only in company."""
     if config_file is None:
-        return Config.create("command line", **flags)
-    values = Config.from_file(config_file).model_dump(exclude_unset=True)
-    return Config.create("command line", **{**values, **flags})
+        return "command line", flags
+    return f"config file {config_file}" + (" and command line" if flags else ""), {**Config.read(config_file), **flags}
 
 
 def _saved_settings(config_file: str | None, flags: dict[str, Any]) -> Config:
     """The config of the run folder to continue; what the file or the flags ask for must agree with it."""
-    asked = {**(Config.from_file(config_file).model_dump(exclude_unset=True) if config_file else {}), **flags}
+    source, asked = _given(config_file, flags)
     output = Path(asked.pop("output", Config.model_fields["output"].default))
     if not (output / "config.json").is_file():
         raise ConfigError(f"--resume: no run to continue in {output} (config.json is missing); name its folder with --output, or start one without --resume")
     saved = Config.from_file(output / "config.json")
-    wanted = Config.create("command line", **{**saved.model_dump(), **asked})
+    wanted = Config.create(source, **{**saved.model_dump(), **asked})
     contradicting = [name for name in asked if getattr(wanted, name) != getattr(saved, name)]
     if contradicting:
         what = ", ".join(f"--{name.replace('_', '-')} {getattr(wanted, name)} (the run has {getattr(saved, name)})" for name in contradicting)
         raise ConfigError(f"--resume: the run in {output} goes on with its own settings; leave out {what}, or start a new run in another folder")
-    return Config.create("command line", **{**saved.model_dump(), "output": str(output)})
+    return saved.model_copy(update={"output": str(output)})
 
 
 class _Watched(AbstractContextManager["_Watched"]):

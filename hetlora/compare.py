@@ -16,11 +16,10 @@ from urllib.parse import quote
 from hetlora import checkpoint
 from hetlora.config import Config, ConfigError
 from hetlora.data import load_data
-from hetlora.federation import Federation, changes_base, check_options, prepare
+from hetlora.federation import Federation, prepare, starting_ranks
 from hetlora.loop import simulate
 from hetlora.methods import METHODS, OWNED, Method, Plan, method_config, parse_methods
 from hetlora.observer import Observer
-from hetlora.ranks import assign_ranks
 
 PLAN = "comparison-plan.json"
 SEARCH_SEED = 1000  # added to the seed: far from those of the comparison, however many there are
@@ -69,12 +68,12 @@ class _Bench:
         if self._own_data and self._key(cfg) not in self._data:
             self._data[self._key(cfg)] = load_data(cfg, self._first.tokenizer)
         data = self._data[self._key(cfg)] if self._own_data else self._first.data
-        model = copy.deepcopy(self._first.model) if changes_base(cfg) else self._first.model
+        model = copy.deepcopy(self._first.model) if cfg.merge_kind.base != "none" else self._first.model
         shapes = self._first.shapes
         return dataclasses.replace(self._first, model=model, shapes=shapes, data=data)
 
     def bounds(self, cfg: Config) -> tuple[int, int]:
-        plan = assign_ranks(cfg.ranks, self.federation(cfg).data.clients, cfg.seed)
+        plan = starting_ranks(cfg, self.federation(cfg).data)
         return plan.r_min, plan.r_max
 
 
@@ -166,7 +165,6 @@ def _cell(method: Method, common: Config, bench: _Bench, folder: Path, values: d
     name = f"{quote(method.name, safe='+=')}{f'-{value}' if value else ''}"  # a search that takes another value leaves the old runs alone
     r_min, r_max = bench.bounds(common)
     cfg = method_config(method, common, r_min, r_max, **values, output=str(folder / name / f"seed-{common.seed}"))
-    check_options(cfg)
     return Cell(method.name, common.seed, cfg, value, search)
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hetlora.checkpoint import CHECKPOINT, client_folder, write_adapter
-from hetlora.config import ConfigError
+from hetlora.config import Config, ConfigError
+from hetlora.kinds import merge_kind
 
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -32,17 +33,15 @@ def export_adapter(run_dir: str | Path, out_dir: str | Path, rank: int | None = 
 
     lora_alpha = s * rank, so the scale s stays what it was in training. Returns `out_dir`.
     Raises ConfigError: no run or no adapter there, `rank` out of range, unknown client, both `rank` and `client`, `out_dir` not empty,
-    a run with merge 'stack' or train 'full' (its updates are in the base weights).
+    a run whose updates are in the base weights (merge 'stack', train 'full').
     """
     run, out = Path(run_dir), Path(out_dir)
     if rank is not None and client is not None:
         raise ConfigError("export: give a rank or a client, not both (a client's adapter has the client's own rank)")
     if not (run / "config.json").is_file():
         raise ConfigError(f"{run}: no run there (config.json is missing); give the folder that 'hetlora run' wrote")
-    if _setting(run, "merge") == "stack":
-        raise ConfigError(f"{run}: with merge 'stack' the run folded its updates into the base model, no adapter holds them; use merge 'factors' or 'svd'")
-    if _setting(run, "train") == "full":
-        raise ConfigError(f"{run}: with train 'full' the run has no adapter; its weights are the tensors 'base.*' of {CHECKPOINT}")
+    if reason := merge_kind(_setting(run, "train"), _setting(run, "merge")).no_adapter:
+        raise ConfigError(f"{run}: {reason}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists and is not an empty folder; give a new one, nothing is overwritten")
     if client is None:
@@ -57,11 +56,12 @@ def export_adapter(run_dir: str | Path, out_dir: str | Path, rank: int | None = 
     return out
 
 
-def _setting(run: Path, name: str) -> str:
+def _setting(run: Path, name: str) -> Any:
+    """A setting of the run, its default where config.json cannot be read."""
     try:
         return json.loads((run / "config.json").read_text(encoding="utf-8"))[name]
     except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        return Config.model_fields[name].default
 
 
 def checkpoint_ranks(run_dir: str | Path) -> dict[str, Any]:

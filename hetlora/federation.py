@@ -1,4 +1,4 @@
-"""What a run works on: the base model in memory, everybody's data, and settings that fit together."""
+"""What a run works on: the base model in memory, everybody's data, and the ranks that the clients start with."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
-from hetlora.config import ADAPTER_SETTINGS, Config, ConfigError
+from hetlora.config import Config, ConfigError
 from hetlora.data import FederatedData, load_data
 from hetlora.models import load_model, load_tokenizer, resolve_model, target_shapes
 from hetlora.observer import Observer
+from hetlora.ranks import RankFile, RankPlan, parse_ranks
 
 
 @dataclass
 class Federation:
-    """What a run works on: one base model in memory and everybody's data. May serve several runs, until one that changes the base (`changes_base`)."""
+    """What a run works on: one base model in memory and everybody's data. May serve several runs, until one whose merge changes the base."""
 
     model: torch.nn.Module
     model_name: str
@@ -33,9 +34,13 @@ class Federation:
 def prepare(cfg: Config, observer: Observer | None = None) -> Federation:
     """Load (or make) the model, and the data; `ConfigError` for anything that does not fit."""
     observer = observer or Observer()
+    rule = parse_ranks(cfg.ranks)
+    if isinstance(rule, RankFile):
+        rule.table()  # a file that cannot be read is told now, before the model is made or loaded
     path = resolve_model(cfg, progress=observer.pretrain)
     tokenizer = load_tokenizer(path)
     data = load_data(cfg, tokenizer)
+    starting_ranks(cfg, data)  # likewise ranks that do not fit the clients
     model = load_model(cfg, path)
     vocabulary = model.get_input_embeddings().num_embeddings
     for client in (*data.clients, *data.held_out):
@@ -45,39 +50,17 @@ def prepare(cfg: Config, observer: Observer | None = None) -> Federation:
     return Federation(model, path, target_shapes(model, cfg.target_modules), data, tokenizer)
 
 
-def changes_base(cfg: Config) -> bool:
-    """Whether the rounds change the base model in memory, so that no other run can use it afterwards."""
-    return cfg.merge == "stack" or cfg.train == "full"
-
-
 def base_weights(cfg: Config, federation: Federation) -> dict[str, torch.nn.Parameter]:
-    """{parameter: weight} of the base that the rounds change: none, those of the target modules (merge = 'stack'), or all (train = 'full')."""
-    if cfg.train == "full":
+    """{parameter: weight} of the base that the rounds change, as the run's merge says: none, those of the target modules, or all."""
+    if cfg.merge_kind.base == "none":
+        return {}
+    if cfg.merge_kind.base == "all":
         return dict(federation.model.named_parameters())
-    return {f"{name}.weight": federation.model.get_parameter(f"{name}.weight") for name in federation.shapes} if cfg.merge == "stack" else {}
+    return {f"{name}.weight": federation.model.get_parameter(f"{name}.weight") for name in federation.shapes}
 
 
-def check_options(cfg: Config) -> None:
-    """Options that would be ignored together are refused."""
-    if cfg.train == "full":
-        ignored = [f"{name} = {getattr(cfg, name)!r}" for name in ADAPTER_SETTINGS if getattr(cfg, name) != Config.model_fields[name].default]
-        if ignored:
-            raise ConfigError(f"{', '.join(ignored)}: of adapters, and train = 'full' trains none; leave it out")
-        if cfg.weights == "sparsity":
-            raise ConfigError("weights = 'sparsity' are norms of adapters, and train = 'full' trains none; use weights = 'samples' or 'uniform'")
-    if cfg.merge != "factors":
-        ignored = [f"{name} = {getattr(cfg, name)!r}" for name, default in (("shared_rows", "none"), ("unowned_rows", "keep")) if getattr(cfg, name) != default]
-        if ignored:
-            raise ConfigError(f"{', '.join(ignored)}: only for merge = 'factors', got merge = {cfg.merge!r}; leave it out")
-    if cfg.merge == "stack" and cfg.quantize != "none":
-        raise ConfigError("merge = 'stack' folds updates into the base weights, which a quantised base cannot take; use quantize = 'none'")
-    if cfg.weight_cap and cfg.weights != "sparsity":
-        raise ConfigError(f"weight_cap: caps ||B A||, only for weights = 'sparsity', got weights = {cfg.weights!r}; leave it out")
-    if cfg.weight_scope != "module" and cfg.weights != "sparsity":
-        raise ConfigError(f"weight_scope: the scope of ||B A||, only for weights = 'sparsity', got weights = {cfg.weights!r}; leave it out")
-    if cfg.dropout and not 0 < round(65536 * cfg.dropout) < 65536:
-        raise ConfigError(f"dropout: expected 0, or a probability from 1/65536 to 65535/65536, got {cfg.dropout}")
-    if bool(cfg.rouge_examples) and not cfg.prompt_field:
-        raise ConfigError("rouge_examples: answers prompts, and prompt_field names none; set --prompt-field, or leave it out")
-    if cfg.momentum and cfg.optimizer != "sgd":
-        raise ConfigError("momentum: only for optimizer = 'sgd'; leave it out (adamw has its own moments)")
+def starting_ranks(cfg: Config, data: FederatedData) -> RankPlan:
+    """Every client's rank before the first round; 0 where the kind of training has none, so that what remains of a bank is the base."""
+    if cfg.training_kind.no_ranks:
+        return RankPlan(0, 0, {client.name: 0 for client in data.clients})
+    return parse_ranks(cfg.ranks).assign(data.clients, cfg.seed)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from hetlora.config import Config, ConfigError
 from hetlora.demo_text import public_text
+from hetlora.seeds import pretraining_draws
 
 Progress = Callable[[int, int, float], None]
 """progress(steps done, steps in all, training loss in nats per token)."""
@@ -330,10 +331,8 @@ def _pretrain(demo: DemoModel, folder: Path, progress: Progress | None) -> None:
         max_position_embeddings=demo.seq_len * 4, tie_word_embeddings=True, use_cache=False,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(demo.seed)
+    with pretraining_draws(demo.seed) as draw:
         model = LlamaForCausalLM(config).train()
-    draw = torch.Generator().manual_seed(demo.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=demo.lr, weight_decay=0.01, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, demo))
     window = torch.arange(demo.seq_len)

@@ -40,7 +40,7 @@ def old():
 
 def aggregate(cfg, uploads, old, received=None, model=None):
     state = server.ServerState(old, {}, 1, 8)
-    result = server.aggregate(state, uploads, received or uploads, SAMPLES, cfg, model or torch.nn.Module())
+    result = merge.aggregate(state, uploads, received or uploads, SAMPLES, cfg, model or torch.nn.Module())
     return state.bank, result
 
 
@@ -174,7 +174,7 @@ def test_a_row_with_an_owner_of_weight_zero_is_owned(tmp_path, old):
         for rows in uploads.bt.values():
             rows[2:] = 0
     state = server.ServerState(old, {}, 1, 8)
-    server.aggregate(state, uploads, uploads, [1, 1], tiny_config(tmp_path), torch.nn.Module())
+    merge.aggregate(state, uploads, uploads, [1, 1], tiny_config(tmp_path), torch.nn.Module())
     for name in SHAPES:
         assert not state.bank.a[name][2:5].any() and torch.equal(state.bank.a[name][5:], old.a[name][5:])
 
@@ -185,7 +185,7 @@ def test_svd_merge_is_the_best_approximation_of_the_exact_sum(tmp_path, uploads,
     if r_max == 3:
         uploads = uploads.prune([2, 3, 3])
     state = server.ServerState(old, {}, 1, r_max)
-    result = server.aggregate(state, uploads, uploads, SAMPLES, tiny_config(tmp_path, merge="svd"), torch.nn.Module())
+    result = merge.aggregate(state, uploads, uploads, SAMPLES, tiny_config(tmp_path, merge="svd"), torch.nn.Module())
     for i, name in enumerate(SHAPES):
         exact = sum(p * d for p, d in zip(result.weights[:, i], deltas(uploads, name), strict=True))
         u, s, vh = torch.linalg.svd(exact)
