@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 import click
 
 from hetlora import __version__
+from hetlora.compare.methods import OWNED, Plan, make_plan
 from hetlora.config import Config, ConfigError
-from hetlora.methods import OWNED, Plan, make_plan
 
 _INTERRUPTED = 130
 
@@ -158,7 +158,7 @@ class _Watched(AbstractContextManager["_Watched"]):
     """A run under a console observer; an interrupt becomes one line that says how to continue, and exit status 130."""
 
     def __init__(self, output: str | None, comparison: bool = False) -> None:
-        from hetlora.tables import ComparisonObserver, ConsoleObserver
+        from hetlora.report.terminal import ComparisonObserver, ConsoleObserver
 
         self.observer = ComparisonObserver() if comparison else ConsoleObserver()
         self._output, self._comparison = output, comparison
@@ -182,8 +182,8 @@ class _Watched(AbstractContextManager["_Watched"]):
 
 
 def _finish(watched: _Watched, result: Any) -> None:
-    from hetlora.report import write_report
-    from hetlora.tables import print_summary
+    from hetlora.report.page import write_report
+    from hetlora.report.terminal import print_summary
 
     print_summary(watched.observer.console, result.summary)
     page = write_report(result.run_dir)
@@ -265,8 +265,8 @@ def compare(config_file: str | None, **options: Any) -> None:
     given.setdefault("output", "runs/comparison")
     common = Config.create(f"config file {config_file}" if config_file else "command line", **given)
     with _Watched(common.output, comparison=True) as watched:
-        from hetlora.compare import run_comparison
-        from hetlora.comparison import print_comparison, write_comparison
+        from hetlora.compare.figures import print_comparison, write_comparison
+        from hetlora.compare.run import run_comparison
 
         comparison = run_comparison(common, plan, watched.observer)
     page = write_comparison(comparison)
@@ -279,7 +279,7 @@ def compare(config_file: str | None, **options: Any) -> None:
 @click.option("-o", "--output", "out_dir", metavar="DIR", help="Folder for the report. [default: RUN]")
 def report(run_dir: str, out_dir: str | None) -> None:
     """Write report.html and its pictures for the run folder RUN, finished or not."""
-    from hetlora.report import write_report
+    from hetlora.report.page import write_report
 
     click.echo(f"report: {write_report(run_dir, out_dir)}")
 
@@ -306,7 +306,7 @@ def export(run_dir: str, rank: int | None, client: str | None, out_dir: str) -> 
 @cli.command()
 def info() -> None:
     """Versions, devices, packages, and which backend serves each operation."""
-    from hetlora.tables import print_info
+    from hetlora.report.terminal import print_info
 
     print_info()
 

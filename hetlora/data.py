@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hetlora.config import Config, ConfigError
-from hetlora.demo_text import stdlib_documents, stdlib_packages, unicode_scripts
+from hetlora.python_text import stdlib_documents, stdlib_packages, unicode_scripts
 from hetlora.ranks import Column, parse_ranks
 from hetlora.seeds import held_out_generator
 

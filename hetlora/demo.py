@@ -8,11 +8,11 @@ from typing import Any
 
 from hetlora.config import Config
 from hetlora.data import load_data
-from hetlora.demo_text import stdlib_documents
 from hetlora.federation import Federation, prepare, starting_ranks
 from hetlora.loop import Result, simulate
 from hetlora.models import DemoModel, resolve_model
 from hetlora.observer import Observer
+from hetlora.python_text import stdlib_documents
 
 CALIBRATION_EVERY = 6  # each sixth package, four in all, chooses lambda and takes no part in the federation
 LAMBDAS = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)

@@ -93,7 +93,7 @@ TRAININGS = {
         TrainingKind(
             "full",
             "all weights by FedAvg (a baseline; no adapters)",
-            "hetlora.full:train_full",
+            "hetlora.full_finetuning:train_full",
             merge="models",
             no_ranks="none, full fine-tuning",
             saves=(),
@@ -122,7 +122,7 @@ MERGES = {
         MergeKind(
             "models",
             "the mean of the clients' models becomes the base",
-            "hetlora.full:merge_models",
+            "hetlora.full_finetuning:merge_models",
             base="all",
             keeps_bank=False,
             no_adapter="with train 'full' the run has no adapter; its weights are the tensors 'base.*' of checkpoint.safetensors",

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hetlora.config import Config, ConfigError
-from hetlora.demo_text import public_text
+from hetlora.python_text import public_text
 from hetlora.seeds import pretraining_draws
 
 Progress = Callable[[int, int, float], None]

@@ -11,7 +11,7 @@ from tiny import tiny_config, tiny_federation, trained_bank
 import hetlora_kernels as hk
 from hetlora import diagnostics, merge
 from hetlora.loop import simulate
-from hetlora.report import write_report
+from hetlora.report.page import write_report
 
 SHAPES = {"q": (6, 5), "v": (4, 7)}
 RANKS = [2, 5, 3]

@@ -15,11 +15,11 @@ from tiny import SIZES, lines, tiny_config, tiny_federation
 
 from hetlora import checkpoint
 from hetlora.cli import cli
+from hetlora.compare.methods import OWNED
 from hetlora.config import Config, ConfigError
 from hetlora.export import export_adapter
 from hetlora.kinds import MERGE_CHOICES, MERGES, TRAININGS, own_settings
 from hetlora.loop import simulate
-from hetlora.methods import OWNED
 
 PACKAGE = Path(__file__).resolve().parents[2] / "hetlora"
 RUNS = [{"merge": name} for name in MERGE_CHOICES]

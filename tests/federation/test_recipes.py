@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from hetlora.cli import cli
+from hetlora.compare.methods import Plan, make_plan, method_config, parse_methods
 from hetlora.config import Config
 from hetlora.data import load_data
-from hetlora.demo_text import stdlib_documents, unicode_scripts
-from hetlora.methods import Plan, make_plan, method_config, parse_methods
+from hetlora.python_text import stdlib_documents, unicode_scripts
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RECIPES = sorted(EXAMPLES.glob("*.yaml"))

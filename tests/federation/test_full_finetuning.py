@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import SIZES, Interrupt, Stop, lines, tiny_clients, tiny_config, tiny_federation, tiny_model
 
-from hetlora import checkpoint, full, server
+from hetlora import checkpoint, full_finetuning, server
 from hetlora.client import collate, plan_steps
 from hetlora.config import ConfigError
 from hetlora.export import export_adapter
@@ -27,7 +27,7 @@ def weights_of(model) -> dict[str, torch.Tensor]:
 
 def train(cfg, model, clients):
     bank = server.fresh_bank({"lm_head": (50, 16)}, 0, cfg, torch.device("cpu"))
-    return full.train_full(Work(cfg, model, server.ServerState(bank, {client.name: {"lm_head": 0} for client in clients}, 0, 0), clients, 1, cfg.lr))
+    return full_finetuning.train_full(Work(cfg, model, server.ServerState(bank, {client.name: {"lm_head": 0} for client in clients}, 0, 0), clients, 1, cfg.lr))
 
 
 def by_hand(client, cfg, number: int = 1) -> dict[str, torch.Tensor]:
@@ -61,7 +61,7 @@ def test_mean_of_the_models_each_client_trains(tmp_path, settings):
     p, norms = update.weighed
     assert p.flatten().tolist() == pytest.approx(share)
     trained = [by_hand(client, cfg) for client in clients]
-    full.merge_models(MergeCall(None, update.uploads, p, 0, cfg, model))
+    full_finetuning.merge_models(MergeCall(None, update.uploads, p, 0, cfg, model))
     for name, weight in model.named_parameters():
         expected = sum(p * one[name].double() for p, one in zip(share, trained, strict=True))
         torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-4, atol=1e-5)
@@ -73,7 +73,7 @@ def test_a_client_whose_weights_are_not_finite_is_left_out_and_the_others_weigh_
     cfg = config(tmp_path)
     clients = tiny_clients([2, 6, 3])
     model = tiny_model()
-    steps = full.local_steps
+    steps = full_finetuning.local_steps
 
     def spoil(model, data, *rest):
         result = steps(model, data, *rest)
@@ -83,7 +83,7 @@ def test_a_client_whose_weights_are_not_finite_is_left_out_and_the_others_weigh_
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(full, "local_steps", spoil)
+        patch.setattr(full_finetuning, "local_steps", spoil)
         update = train(cfg, model, clients)
     assert list(update.dropped) == [1] and "lm_head.weight" in update.dropped[1]
     assert update.arrived == [0, 2] and update.weighed[0].flatten().tolist() == pytest.approx([2 / 5, 3 / 5])

@@ -121,7 +121,7 @@ def write_report(run_dir: str | Path, out_dir: str | Path | None = None) -> Path
     out_dir: default the run folder. An earlier report there is replaced; any other file of these names is not: ConfigError.
     Raises ConfigError also when there is no run, or no round on record, in `run_dir`.
     """
-    from hetlora import plots  # matplotlib takes a second to load
+    from hetlora.report import pictures as drawings  # matplotlib takes a second to load
 
     run = read_run(run_dir)
     out = run.folder if out_dir is None else Path(out_dir)
@@ -130,7 +130,7 @@ def write_report(run_dir: str | Path, out_dir: str | Path | None = None) -> Path
         raise ConfigError(f"{out}: is not a folder; give a folder for the report")
     _refuse_foreign(out, page, own=out.resolve() == run.folder.resolve())
     out.mkdir(parents=True, exist_ok=True)
-    pictures = plots.draw_all(run)
+    pictures = drawings.draw_all(run)
     for name, picture in pictures.items():
         (out / name).write_bytes(picture.png)
     page.write_text(_render(run, pictures), encoding="utf-8")
@@ -164,7 +164,7 @@ def _client_rows(run: Run) -> list[dict[str, Any]]:
 
 def _key_figures(run: Run) -> list[tuple[str, str, str]]:
     """(title, value, remark) of what one wants to know first."""
-    from hetlora.tables import number, perplexity_of, size_text
+    from hetlora.report.terminal import number, perplexity_of, size_text
 
     rounds = run.config.get("rounds")
     figures = [("Rounds", f"{run.records[-1]['round']}" + (f" of {rounds}" if not run.complete else ""), f"{len(run.start_ranks)} clients")]
@@ -207,7 +207,7 @@ def environment() -> Any:
     """jinja2 with the package's templates and the filters `number` and `rank`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    from hetlora.tables import number, rank_text
+    from hetlora.report.terminal import number, rank_text
 
     made = Environment(loader=PackageLoader("hetlora", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters.update(number=number, rank=rank_text)
@@ -227,7 +227,7 @@ def _render(run: Run, pictures: dict[str, Any]) -> str:
     notes += sorted({note for picture in pictures.values() for note in picture.notes})
     return (
         environment()
-        .get_template("report.html.j2")
+        .get_template("report/page.html.j2")
         .render(
             run=run,
             clients=clients,

@@ -17,9 +17,9 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from hetlora.checkpoint import write_atomic
-from hetlora.compare import Cell, Comparison
-from hetlora.report import Run, environment, picture_data, read_run
-from hetlora.tables import number, perplexity_of
+from hetlora.compare.run import Cell, Comparison
+from hetlora.report.page import Run, environment, picture_data, read_run
+from hetlora.report.terminal import number, perplexity_of
 
 GLOBAL, OWN, UNSEEN = "client_text", "own_text", "held_out_clients"
 
@@ -268,11 +268,11 @@ def write_comparison(comparison: Comparison) -> Path:
 
     Returns the page's path. Raises ConfigError when a cell's run folder cannot be read.
     """
-    from hetlora import comparison_plots  # matplotlib takes a second to load
+    from hetlora.compare import pictures as drawings  # matplotlib takes a second to load
 
     table = tabulate(comparison)
     folder = comparison.folder
-    pictures = comparison_plots.draw_all(table)
+    pictures = drawings.draw_all(table)
     for name, picture in pictures.items():
         write_atomic(folder / name, picture.png)
     write_atomic(folder / "comparison.csv", _csv(table))
@@ -285,7 +285,7 @@ def write_comparison(comparison: Comparison) -> Path:
     first = next(iter(table.outcomes.values()))[0]
     html = (
         environment()
-        .get_template("comparison.html.j2")
+        .get_template("compare/page.html.j2")
         .render(
             table=table,
             rows=[(name, table.text(name), _texts(table, name)) for name in table.tallies],

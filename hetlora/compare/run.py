@@ -14,11 +14,11 @@ from typing import Any
 from urllib.parse import quote
 
 from hetlora import checkpoint
+from hetlora.compare.methods import METHODS, OWNED, Method, Plan, method_config, parse_methods
 from hetlora.config import Config, ConfigError
 from hetlora.data import load_data
 from hetlora.federation import Federation, prepare, starting_ranks
 from hetlora.loop import simulate
-from hetlora.methods import METHODS, OWNED, Method, Plan, method_config, parse_methods
 from hetlora.observer import Observer
 
 PLAN = "comparison-plan.json"

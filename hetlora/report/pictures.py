@@ -23,8 +23,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from hetlora.report import DIAGNOSTICS, Run, mean_rank
-from hetlora.tables import perplexity_of
+from hetlora.report.page import DIAGNOSTICS, Run, mean_rank
+from hetlora.report.terminal import perplexity_of
 
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
 _CJK_FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "Noto Sans CJK JP", "Noto Sans CJK SC")
@@ -57,7 +57,7 @@ def draw_all(run: Run) -> dict[str, Picture]:
         ("bytes.png", _bytes),
     )
     if any(record.get("diagnostics") for record in run.records):
-        from hetlora.plots_diagnostics import draw_run
+        from hetlora.report.diagnostics import draw_run
 
         drawn += ((DIAGNOSTICS, draw_run),)
     return {name: render(partial(draw, run)) for name, draw in drawn}
