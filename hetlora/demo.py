@@ -8,9 +8,9 @@ from typing import Any
 
 from hetlora.config import Config
 from hetlora.data import load_data
-from hetlora.federation import Federation, prepare, starting_ranks
+from hetlora.demo_model import DemoModel
+from hetlora.federation import Federation, prepare, resolve_model, starting_ranks
 from hetlora.loop import Result, simulate
-from hetlora.models import DemoModel, resolve_model
 from hetlora.observer import Observer
 from hetlora.python_text import stdlib_documents
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 
 from hetlora.config import Config, ConfigError
 from hetlora.data import FederatedData, load_data
-from hetlora.models import load_model, load_tokenizer, resolve_model, target_shapes
+from hetlora.demo_model import DemoModel, Progress, demo_folder
+from hetlora.models import load_model, load_tokenizer, target_shapes
 from hetlora.observer import Observer
 from hetlora.ranks import RankFile, RankPlan, parse_ranks
 
@@ -48,6 +50,21 @@ def prepare(cfg: Config, observer: Observer | None = None) -> Federation:
         if highest >= vocabulary:
             raise ConfigError(f"data: client {client.name!r} has token id {highest}, but model {cfg.model!r} knows {vocabulary}; use the model's own tokenizer")
     return Federation(model, path, target_shapes(model, cfg.target_modules), data, tokenizer)
+
+
+def resolve_model(cfg: Config, progress: Progress | None = None, demo: DemoModel | None = None) -> str:
+    """Path or hub id of `cfg.model`; for 'demo' the folder of the demo model, pre-trained at the first call (about a minute) and then cached.
+
+    Raises `ConfigError` when a local path does not exist or the cache folder cannot be written.
+    """
+    if cfg.model == "demo":
+        return str(demo_folder(demo or DemoModel(), progress))
+    path = os.path.expanduser(cfg.model)
+    if os.path.isdir(path):
+        return path
+    if cfg.model.startswith((".", "/", "~")) or cfg.model.count("/") > 1 or os.path.exists(path):
+        raise ConfigError(f"model {cfg.model!r}: no such folder; give a folder with config.json and weights, a hub id (ORG/NAME) or 'demo'")
+    return cfg.model
 
 
 def base_weights(cfg: Config, federation: Federation) -> dict[str, torch.nn.Parameter]:

@@ -13,6 +13,7 @@ import hetlora_kernels as hk
 from hetlora import diagnostics
 from hetlora.config import Config
 from hetlora.server import ServerState, fresh_bank
+from hetlora_kernels.linear import linear_weight
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,6 @@ def merge_stack(call: MergeCall) -> Merged:
     for module, name in enumerate(uploads.shapes):
         p = row_weights(uploads, call.weights, module, name)
         a, bt = uploads.a[name].detach(), uploads.bt[name].detach()
-        weight: Tensor = call.model.get_parameter(f"{name}.weight")
-        if hasattr(call.model.get_submodule(name), "nf"):  # GPT-2's Conv1D stores [in, out]
-            weight = weight.t()
+        weight = linear_weight(call.model.get_submodule(name))
         weight.add_((cfg.scale * (bt * p[:, None].to(bt.dtype)).t() @ a).to(weight.dtype))
     return Merged(None, follow_bytes=sum(uploads.num_bytes(k) for k in range(uploads.num_clients)))
