@@ -1,4 +1,7 @@
-"""The `hetlora` command: demo, run, compare, report, export, info, tune. Bad input is one line on stderr and exit status 2."""
+"""The `hetlora` command: demo, run, compare, report, export, info, tune. Bad input is one line on stderr and exit status 2.
+
+A command loads what it needs when it runs: torch, transformers and matplotlib take seconds, and help and most faults need none of them.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ import click
 from hetlora import __version__
 from hetlora.compare.methods import OWNED, Plan, make_plan
 from hetlora.config import Config, ConfigError
+from hetlora.run_folder import is_run, read_config
 
 _INTERRUPTED = 130
 
@@ -143,9 +147,7 @@ def _saved_settings(config_file: str | None, flags: dict[str, Any]) -> Config:
     """The config of the run folder to continue; what the file or the flags ask for must agree with it."""
     source, asked = _given(config_file, flags)
     output = Path(asked.pop("output", Config.model_fields["output"].default))
-    if not (output / "config.json").is_file():
-        raise ConfigError(f"--resume: no run to continue in {output} (config.json is missing); name its folder with --output, or start one without --resume")
-    saved = Config.from_file(output / "config.json")
+    saved = read_config(output)
     wanted = Config.create(source, **{**saved.model_dump(), **asked})
     contradicting = [name for name in asked if getattr(wanted, name) != getattr(saved, name)]
     if contradicting:
@@ -174,7 +176,7 @@ class _Watched(AbstractContextManager["_Watched"]):
         output = self.observer.cfg.output if self.observer.cfg else self._output
         if self._comparison:
             click.echo(f"interrupted; the same command continues the comparison in {self._output}", err=True)
-        elif output and (Path(output) / "config.json").is_file():
+        elif output and is_run(Path(output)):
             click.echo(f"interrupted; continue with hetlora run --resume --output {output}", err=True)
         else:
             click.echo("interrupted before the first round; nothing was written that could be continued", err=True)
@@ -265,12 +267,15 @@ def compare(config_file: str | None, **options: Any) -> None:
     given.setdefault("output", "runs/comparison")
     common = Config.create(f"config file {config_file}" if config_file else "command line", **given)
     with _Watched(common.output, comparison=True) as watched:
-        from hetlora.compare.figures import print_comparison, write_comparison
         from hetlora.compare.run import run_comparison
 
         comparison = run_comparison(common, plan, watched.observer)
-    page = write_comparison(comparison)
-    print_comparison(watched.observer.console, comparison)
+    from hetlora.compare.figures import tabulate
+    from hetlora.compare.page import print_comparison, write_comparison
+
+    table = tabulate(comparison)
+    page = write_comparison(table)
+    print_comparison(watched.observer.console, table)
     click.echo(f"folder: {comparison.folder}\nreport: {page}")
 
 
@@ -306,7 +311,7 @@ def export(run_dir: str, rank: int | None, client: str | None, out_dir: str) -> 
 @cli.command()
 def info() -> None:
     """Versions, devices, packages, and which backend serves each operation."""
-    from hetlora.report.terminal import print_info
+    from hetlora.info import print_info
 
     print_info()
 

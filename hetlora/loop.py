@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import hetlora_kernels as hk
-from hetlora import checkpoint, rouge, server
+from hetlora import checkpoint, rouge, run_folder, server
 from hetlora.config import Config, ConfigError
 from hetlora.data import ClientData
 from hetlora.evaluate import Part, evaluate_bank, evaluate_clients, mean_over_clients, pool_text
@@ -68,9 +68,9 @@ def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = N
     cfg.check()
     folder = Path(cfg.output)
     if resume:
-        checkpoint.check_same_config(folder, cfg)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"output: {folder} exists already; choose another folder, or continue that run with --resume")
+        run_folder.check_same_config(folder, cfg)
+    else:
+        run_folder.refuse_existing(folder, checkpoint.RESUME_INSTEAD)
     federation = federation or prepare(cfg, observer)
     if federation.folded_by not in (None, folder):
         raise ConfigError(f"federation: its base model holds the folded updates of {federation.folded_by}; load it again with prepare()")
@@ -132,16 +132,16 @@ def _save(run: _Run) -> None:
 
 def _write_adapter(run: _Run) -> None:
     if "global" in run.cfg.training_kind.saves:
-        checkpoint.write_adapter(run.folder / "adapter", run.state.bank.adapter(0), run.cfg.scale, run.federation.model_name)
+        checkpoint.write_adapter(run.folder / run_folder.ADAPTER, run.state.bank.adapter(0), run.cfg.scale, run.federation.model_name)
 
 
 def _restore(run: _Run) -> list[dict[str, Any]]:
     """State and history up to the newest checkpoint; an empty history when there is none yet."""
     loaded = checkpoint.load_checkpoint(run.folder)
-    rounds = run.folder / checkpoint.ROUNDS
+    rounds = run.folder / run_folder.ROUNDS
     if loaded is None:
-        if any(record["round"] > 0 for record in checkpoint.read_rounds(run.folder)):
-            raise ConfigError(f"{run.folder / checkpoint.CHECKPOINT}: missing, though rounds are on record; restore it from a copy, or start a new run")
+        if any(record["round"] > 0 for record in run_folder.read_rounds(run.folder)):
+            raise ConfigError(f"{run.folder / run_folder.CHECKPOINT}: missing, though rounds are on record; restore it from a copy, or start a new run")
         rounds.unlink(missing_ok=True)
         return []
     content, tensors = loaded
@@ -152,7 +152,7 @@ def _restore(run: _Run) -> list[dict[str, Any]]:
     try:
         run.state.bank.load_state_dict({key[len("bank.") :]: value for key, value in tensors.items() if key.startswith("bank.")})
     except ValueError as error:
-        raise ConfigError(f"{run.folder / checkpoint.CHECKPOINT}: does not fit the model of this run ({error})") from None
+        raise ConfigError(f"{run.folder / run_folder.CHECKPOINT}: does not fit the model of this run ({error})") from None
     with torch.no_grad():
         for key, value in tensors.items():
             if key.startswith("base."):
@@ -160,11 +160,11 @@ def _restore(run: _Run) -> list[dict[str, Any]]:
     for name in checkpoint.STATE:
         setattr(run.state, name, content[name])
     run.state.ranks = {name: from_record(saved, run.cfg.prune_scope, run.state.bank.shapes) for name, saved in content["ranks"].items()}
-    history = checkpoint.read_rounds(run.folder, last=run.state.round)
+    history = run_folder.read_rounds(run.folder, last=run.state.round)
     if [record["round"] for record in history] != list(range(run.state.round + 1)):
         raise ConfigError(f"{rounds}: expected one line for each of the rounds 0 to {run.state.round}; restore it from a copy, or start a new run")
     _write_adapter(run)
-    checkpoint.write_atomic(rounds, "".join(json.dumps(record) + "\n" for record in history))
+    run_folder.write_atomic(rounds, "".join(json.dumps(record) + "\n" for record in history))
     run.observer.message(f"continuing after round {run.state.round} of {run.cfg.rounds}")
     return history
 
@@ -211,7 +211,7 @@ class _Clock:
 def _close_round(run: _Run, record: dict[str, Any], start: _Clock) -> dict[str, Any]:
     """Log first, then checkpoint: after a kill in between, the line is dropped and the round repeated."""
     record |= start.read()
-    checkpoint.append_round(run.folder, record)
+    run_folder.append_round(run.folder, record)
     _save(run)
     run.observer.round_end(record)
     return record
@@ -282,7 +282,7 @@ def _round(run: _Run, number: int) -> dict[str, Any]:
         state.ranks[names[k]] = trained.ranks[k]
         state.rounds_trained[names[k]] = state.rounds_trained.get(names[k], 0) + 1
         if cfg.save_clients and "clients" in cfg.training_kind.saves:
-            checkpoint.write_adapter(checkpoint.client_folder(run.folder, names[k]), trained.uploads.adapter(i), cfg.scale, run.federation.model_name)
+            checkpoint.write_adapter(run_folder.client_folder(run.folder, names[k]), trained.uploads.adapter(i), cfg.scale, run.federation.model_name)
     state.round = number
     evaluated = number % cfg.eval_every == 0 or number == cfg.rounds
     record = {
@@ -346,6 +346,6 @@ def _finish(run: _Run, history: list[dict[str, Any]]) -> Result:
         "homlora_rank": state.r_max,
         "notes": [f"round {r['round']}: {d['name']} left out, {d['reason']}" for r in history for d in r["dropped"]],
     }
-    checkpoint.write_atomic(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    run_folder.write_atomic(run.folder / run_folder.SUMMARY, json.dumps(summary, indent=2) + "\n")
     run.observer.finish(summary)
     return Result(history, summary, state.bank, _ranks_on_record(run), run.folder)

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from hetlora.compare.figures import GLOBAL, Outcome, Table, gaps
 from hetlora.report.diagnostics import CAPTION, diagnosed, draw_energy, energy_bar, mean_over_runs
-from hetlora.report.pictures import Picture, empty, log_axis, marker_size, render
+from hetlora.report.drawing import Picture, empty, log_axis, marker_size, render
 
 _LOOKS = {
     "hetlora": ("#0072B2", "o"),

@@ -14,6 +14,7 @@ from tiny import SIZES, Interrupt, Stop, contents, lines, tiny_config, tiny_fede
 from hetlora.cli import cli
 from hetlora.compare import figures
 from hetlora.compare.methods import METHODS, make_plan, method_config, parse_methods
+from hetlora.compare.page import write_comparison
 from hetlora.compare.run import run_comparison
 from hetlora.config import Config, ConfigError
 from hetlora.observer import Observer
@@ -209,7 +210,7 @@ def test_gap_is_how_much_further_training_text_fell(finished):
 
 
 def test_files_agree_with_one_another_and_the_page_stands_alone(finished):
-    page = figures.write_comparison(finished)
+    page = write_comparison(figures.tabulate(finished))
     folder = page.parent
     table = figures.tabulate(finished)
     rows = list(csv.DictReader((folder / "comparison.csv").read_text().splitlines()))

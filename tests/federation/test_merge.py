@@ -13,7 +13,7 @@ from tiny import multiply, same_bits, tiny_config, tiny_federation, tiny_model, 
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hetlora_kernels as hk
-from hetlora import checkpoint, merge, server
+from hetlora import merge, run_folder, server
 from hetlora.loop import simulate
 from hetlora.models import target_shapes
 from hetlora_kernels.peft import attach, detach
@@ -311,7 +311,7 @@ def test_saved_adapters_load_in_peft_and_give_the_same_logits(tmp_path, federati
     tokens = torch.arange(16).reshape(2, 8)
     plain = logits_with(tiny_model(), hk.AdapterBank(federation.shapes, [1]), 1.0, tokens)
     shown = set()
-    for folder in (result.run_dir / "adapter", *(checkpoint.client_folder(result.run_dir, f"client{k}") for k in range(4))):
+    for folder in (result.run_dir / "adapter", *(run_folder.client_folder(result.run_dir, f"client{k}") for k in range(4))):
         tensors = load_file(folder / "adapter_model.safetensors")
         ranks = {name: [tensors[f"base_model.model.{name}.lora_A.weight"].shape[0]] for name in federation.shapes}
         bank = hk.AdapterBank(federation.shapes, ranks)

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from synthetic_run import write_run
 
-from hetlora.checkpoint import CHECKPOINT
 from hetlora.config import ConfigError
 from hetlora.report import pictures
-from hetlora.report.page import PICTURES, read_run, write_report
+from hetlora.report.page import write_report
+from hetlora.run_folder import CHECKPOINT, PICTURES, read_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

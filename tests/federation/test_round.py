@@ -10,7 +10,7 @@ import torch
 from tiny import lines, multiply, same_bits, tiny_config, tiny_federation, tiny_model, tiny_state, trained_bank, watch_training
 
 import hetlora_kernels as hk
-from hetlora import checkpoint, merge, server
+from hetlora import checkpoint, merge, run_folder, server
 from hetlora.client import prune_decision, tail_scores, train_client
 from hetlora.config import ConfigError
 from hetlora.loop import simulate
@@ -73,7 +73,7 @@ def test_trap_01_and_to_rounding_in_a_run(tmp_path, federation):
     result = simulate(cfg, federation=federation)
     names = [client["name"] for client in result.history[1]["clients"]]
     assert len(names) == 3
-    adapters = [load(checkpoint.client_folder(result.run_dir, name)) for name in names]
+    adapters = [load(run_folder.client_folder(result.run_dir, name)) for name in names]
     for key, value in result.bank.adapter(0).items():
         mean = torch.stack([adapter[key].double() for adapter in adapters]).mean(0)
         assert float((value - mean).abs().max()) <= 2 * torch.finfo(torch.float32).eps * float(mean.abs().max())

@@ -15,12 +15,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hetlora_kernels as hk
 from hetlora import loop, training
-from hetlora.checkpoint import read_rounds
 from hetlora.config import Config
 from hetlora.data import ClientData, FederatedData
 from hetlora.federation import Federation
 from hetlora.models import target_shapes
 from hetlora.observer import Observer
+from hetlora.run_folder import read_rounds
 from hetlora.server import ServerState
 
 VOCABULARY = 50
