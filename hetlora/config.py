@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from hetlora.errors import ConfigError
 from hetlora.kinds import MERGE_CHOICES, MERGES, TRAININGS, MergeKind, TrainingKind, merge_kind, own_settings
-from hetlora.ranks import parse_ranks
+from hetlora.ranks import RankRule, parse_ranks
 
 __all__ = ["Config", "ConfigError"]
 
@@ -144,7 +144,7 @@ class Config(BaseModel):
 
         `Config(...)` and `Config.create` call it; `model_copy` does not.
         """
-        parse_ranks(self.ranks)
+        _ = self.rank_rule
         for kind in (self.training_kind, self.merge_kind):
             for refusal in kind.refuses:
                 refused = [name for name in refusal.settings if (getattr(self, name) in refusal.values if refusal.values else not self._at_default(name))]
@@ -164,6 +164,11 @@ class Config(BaseModel):
 
     def _shown(self, names: Iterable[str]) -> str:
         return ", ".join(f"{name} = {getattr(self, name)!r}" for name in names)
+
+    @property
+    def rank_rule(self) -> RankRule:
+        """The setting `ranks`, parsed; `ConfigError` naming what is wrong with it."""
+        return parse_ranks(self.ranks)
 
     @property
     def training_kind(self) -> TrainingKind:

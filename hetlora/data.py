@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hetlora.config import Config, ConfigError
 from hetlora.python_text import stdlib_documents, stdlib_packages, unicode_scripts
-from hetlora.ranks import Column, parse_ranks
+from hetlora.ranks import Column
 from hetlora.seeds import held_out_generator
 
 __all__ = ["ClientData", "FederatedData", "load_data", "stdlib_packages"]
@@ -170,7 +170,7 @@ def _examples(prompts: list[str], responses: list[str], tokenizer: Any, cfg: Con
 
 def _capability_column(cfg: Config) -> str | None:
     """FIELD of ranks='column:FIELD:MIN:MAX'."""
-    rule = parse_ranks(cfg.ranks)
+    rule = cfg.rank_rule
     return rule.field if isinstance(rule, Column) else None
 
 

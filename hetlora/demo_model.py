@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hetlora.errors import ConfigError
+from hetlora.config import ConfigError
 from hetlora.models import first_line, quiet
 from hetlora.python_text import public_text
 from hetlora.seeds import pretraining_draws

@@ -1,4 +1,4 @@
-"""The error of the federated package: something the user gave cannot be used."""
+"""The error of the federated package. It stands below `config`, whose parts raise it too; all others take it from there."""
 
 from __future__ import annotations
 

@@ -14,19 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hetlora.checkpoint import write_adapter
-from hetlora.config import Config, ConfigError
-from hetlora.kinds import merge_kind
+from hetlora.config import ConfigError
 from hetlora.run_folder import (
     ADAPTER,
     ADAPTER_FILE,
     CLIENTS,
-    CONFIG,
     SUMMARY,
     WEIGHTS_FILE,
     client_folder,
+    read_config,
     recorded_ranks,
     refuse_existing,
-    require_run,
 )
 
 _PREFIX = "base_model.model."
@@ -50,8 +48,7 @@ def export_adapter(run_dir: str | Path, out_dir: str | Path, rank: int | None = 
     run, out = Path(run_dir), Path(out_dir)
     if rank is not None and client is not None:
         raise ConfigError("export: give a rank or a client, not both (a client's adapter has the client's own rank)")
-    require_run(run)
-    if reason := merge_kind(_setting(run, "train"), _setting(run, "merge")).no_adapter:
+    if reason := read_config(run).merge_kind.no_adapter:
         raise ConfigError(f"{run}: {reason}")
     refuse_existing(out, "give a new folder, nothing is overwritten")
     if client is None:
@@ -64,14 +61,6 @@ def export_adapter(run_dir: str | Path, out_dir: str | Path, rank: int | None = 
         tensors[_PREFIX + name + _A], tensors[_PREFIX + name + _B] = a[: ranks[name]].clone(), b[:, : ranks[name]].contiguous()
     write_adapter(out, tensors, scale, model)
     return out
-
-
-def _setting(run: Path, name: str) -> Any:
-    """A setting of the run, its default where config.json cannot be read."""
-    try:
-        return json.loads((run / CONFIG).read_text(encoding="utf-8"))[name]
-    except (OSError, ValueError, KeyError, TypeError):
-        return Config.model_fields[name].default
 
 
 def base_model_of(run_dir: str | Path) -> str:

@@ -14,7 +14,7 @@ from hetlora.data import FederatedData, load_data
 from hetlora.demo_model import DemoModel, Progress, demo_folder
 from hetlora.models import load_model, load_tokenizer, target_shapes
 from hetlora.observer import Observer
-from hetlora.ranks import RankFile, RankPlan, parse_ranks
+from hetlora.ranks import RankFile, RankPlan
 
 
 @dataclass
@@ -36,9 +36,8 @@ class Federation:
 def prepare(cfg: Config, observer: Observer | None = None) -> Federation:
     """Load (or make) the model, and the data; `ConfigError` for anything that does not fit."""
     observer = observer or Observer()
-    rule = parse_ranks(cfg.ranks)
-    if isinstance(rule, RankFile):
-        rule.table()  # a file that cannot be read is told now, before the model is made or loaded
+    if isinstance(cfg.rank_rule, RankFile):
+        cfg.rank_rule.table()  # a file that cannot be read is told now, before the model is made or loaded
     path = resolve_model(cfg, progress=observer.pretrain)
     tokenizer = load_tokenizer(path)
     data = load_data(cfg, tokenizer)
@@ -80,4 +79,4 @@ def starting_ranks(cfg: Config, data: FederatedData) -> RankPlan:
     """Every client's rank before the first round; 0 where the kind of training has none, so that what remains of a bank is the base."""
     if cfg.training_kind.no_ranks:
         return RankPlan(0, 0, {client.name: 0 for client in data.clients})
-    return parse_ranks(cfg.ranks).assign(data.clients, cfg.seed)
+    return cfg.rank_rule.assign(data.clients, cfg.seed)

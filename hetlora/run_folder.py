@@ -21,8 +21,7 @@ from urllib.parse import quote
 
 from safetensors import SafetensorError, safe_open
 
-from hetlora.config import Config
-from hetlora.errors import ConfigError
+from hetlora.config import Config, ConfigError
 
 CONFIG, VERSIONS, ROUNDS, SUMMARY = "config.json", "versions.json", "rounds.jsonl", "summary.json"
 CHECKPOINT = "checkpoint.safetensors"

@@ -9,12 +9,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from hetlora.config import Config
-from hetlora.errors import ConfigError
+from hetlora.config import Config, ConfigError
 from hetlora.report.drawing import Picture
 from hetlora.report.pictures import draw_all
 from hetlora.report.text import number, perplexity_of, rank_text, size_text
-from hetlora.run_folder import DIAGNOSTICS, PICTURES, REPORT, Run, read_run
+from hetlora.run_folder import DIAGNOSTICS, PICTURES, REPORT, Run, read_run, write_atomic
 
 _GENERATOR = '<meta name="generator" content="hetlora">'
 
@@ -34,8 +33,8 @@ def write_report(run_dir: str | Path, out_dir: str | Path | None = None) -> Path
     out.mkdir(parents=True, exist_ok=True)
     pictures = draw_all(run)
     for name, picture in pictures.items():
-        (out / name).write_bytes(picture.png)
-    page.write_text(_render(run, pictures), encoding="utf-8")
+        write_atomic(out / name, picture.png)
+    write_atomic(page, _render(run, pictures))
     return page
 
 

@@ -88,6 +88,17 @@ def test_help_works(command):
     assert result.exit_code == 0 and result.stderr == "" and "Usage" in result.output
 
 
+@pytest.mark.parametrize("arguments", [("report", "nowhere"), ("export", "nowhere", "-o", "out"), ("run", "--resume", "--output", "nowhere")])
+def test_a_folder_without_a_run_is_told_in_one_wording(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "hetlora: error: nowhere: no run there (config.json is missing); give the folder that 'hetlora run' wrote\n",
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_a_command_help_is_shown():
     result = invoke()
     assert result.exit_code == 0 and all(name in result.output for name in ("demo", "run", "report", "export", "info", "tune"))

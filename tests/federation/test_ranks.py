@@ -17,6 +17,7 @@ from hetlora import federation
 from hetlora.config import Config, ConfigError
 from hetlora.data import ClientData
 from hetlora.ranks import POWER_LAW_EXPONENT, bank_ranks, check_width, from_record, kept_rank, mean_rank, parse_ranks, to_record
+from hetlora_kernels import AdapterBank
 
 
 def clients(count: int, capability=None) -> list[ClientData]:
@@ -182,6 +183,12 @@ def test_ranks_that_do_not_fit_are_told_before_the_model_is_loaded(tmp_path, mon
 def test_ranks_of_many_clients_are_lists_by_module():
     assert bank_ranks([{"q": 3, "k": 3}, {"q": 2, "k": 1}], {"q": (4, 4), "k": (4, 4)}) == {"q": [3, 2], "k": [3, 1]}
     assert mean_rank({"q": 2, "k": 1}) == 1.5
+
+
+def test_modules_of_equal_ranks_share_their_layout():
+    shapes = {name: (4, 4) for name in ("q", "k", "v")}
+    bank = AdapterBank(shapes, bank_ranks([{"q": 3, "k": 3, "v": 1}], shapes))
+    assert bank.layouts["q"] is bank.layouts["k"] is not bank.layouts["v"]
 
 
 @pytest.mark.parametrize(("scope", "record"), [("client", 3), ("module", {"q": 3, "k": 1})])
