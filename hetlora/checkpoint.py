@@ -1,4 +1,4 @@
-"""The run folder: atomic files, one checkpoint per round, PEFT-format adapters. Tensors are safetensors, everything else JSON; no pickle."""
+"""What a run writes with torch: one checkpoint per round, adapters in PEFT's format, the versions. Tensors are safetensors, all else JSON; no pickle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,26 +22,11 @@ from torch import Tensor
 import hetlora_kernels as hk
 from hetlora.config import Config, ConfigError
 from hetlora.data import FederatedData
+from hetlora.run_folder import ADAPTER_FILE, CHECKPOINT, CONFIG, VERSIONS, WEIGHTS_FILE, refuse_existing, write_atomic
 
-CHECKPOINT = "checkpoint.safetensors"
-ROUNDS = "rounds.jsonl"
 FORMAT = 1
+RESUME_INSTEAD = "choose another folder, or continue that run with --resume"
 STATE = ("round", "ranks", "r_min", "r_max", "ranks_start", "rounds_trained", "perplexity_before", "stacked_bytes")  # of `ServerState`, besides the bank
-
-
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write a whole file or nothing: a temporary file in the same folder, flushed to disk, then renamed over `path`."""
-    data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that what a kill leaves behind goes with the next write
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -62,7 +46,7 @@ def versions(device: torch.device) -> dict[str, str]:
 def match_versions(run: Path, device: torch.device) -> list[str]:
     """Use as many threads as the run began with, since sums of another split round otherwise; returns what else differs, as lines for the user."""
     try:
-        saved = json.loads((run / "versions.json").read_text(encoding="utf-8"))
+        saved = json.loads((run / VERSIONS).read_text(encoding="utf-8"))
         threads = int(saved["threads"])
     except (OSError, ValueError, KeyError, TypeError):
         return [f"{run / 'versions.json'} cannot be read: the result may differ in the last bits from that of an uninterrupted run"]
@@ -78,34 +62,17 @@ def match_versions(run: Path, device: torch.device) -> list[str]:
 def create_run(cfg: Config, device: torch.device) -> Path:
     """The run's new folder with config.json and versions.json, created in one rename; `ConfigError` when it exists and is not empty."""
     run = Path(cfg.output)
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise ConfigError(f"output: {run} exists already; choose another folder, or continue that run with --resume")
+    refuse_existing(run, RESUME_INSTEAD)
     try:
         run.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=run.parent, prefix=f".{run.name}."))
         staging.chmod(0o755)
-        write_atomic(staging / "config.json", cfg.to_json())
-        write_atomic(staging / "versions.json", json.dumps(versions(device), indent=2) + "\n")
+        write_atomic(staging / CONFIG, cfg.to_json())
+        write_atomic(staging / VERSIONS, json.dumps(versions(device), indent=2) + "\n")
         os.replace(staging, run)
     except OSError as error:
         raise ConfigError(f"output: cannot create {run} ({error.strerror}); choose a folder that can be written") from None
     return run
-
-
-def read_config(run: Path) -> Config:
-    """The config that a run folder was made with; `ConfigError` when there is none."""
-    if not (run / "config.json").is_file():
-        raise ConfigError(f"{run}: no run is there (no config.json); start one with `hetlora run --output {run}`")
-    return Config.from_file(run / "config.json")
-
-
-def check_same_config(run: Path, cfg: Config) -> None:
-    """`ConfigError` naming the settings in which `cfg` differs from the run it is to continue."""
-    saved = read_config(run)
-    different = [name for name in Config.model_fields if name != "output" and getattr(saved, name) != getattr(cfg, name)]
-    if different:
-        pairs = ", ".join(f"{name} was {getattr(saved, name)!r}, now {getattr(cfg, name)!r}" for name in different[:5])
-        raise ConfigError(f"{run}: cannot resume with other settings ({pairs}); leave them out, or start a new run in another folder")
 
 
 def save_checkpoint(run: Path, state: Mapping[str, Any], bank: hk.AdapterBank, base: Mapping[str, Tensor]) -> None:
@@ -133,28 +100,6 @@ def load_checkpoint(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | Non
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path}: not a readable checkpoint ({error}); restore it from a copy, or start a new run in another folder") from None
-
-
-def append_round(run: Path, record: Mapping[str, Any]) -> None:
-    with open(run / ROUNDS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_rounds(run: Path, last: int | None = None) -> list[dict[str, Any]]:
-    """Complete lines of rounds.jsonl, up to round `last`; a line cut short by a kill is left out."""
-    records: list[dict[str, Any]] = []
-    path = run / ROUNDS
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-            counts = last is None or record["round"] <= last
-        except (ValueError, TypeError, KeyError):
-            continue
-        if counts:
-            records.append(record)
-    return records
 
 
 def fingerprint(data: FederatedData) -> str:
@@ -190,13 +135,5 @@ def write_adapter(folder: Path, adapter: Mapping[str, Tensor], scale: float, mod
         "inference_mode": True,
         "init_lora_weights": True,
     }
-    write_atomic(folder / "adapter_model.safetensors", save({k: v.cpu().contiguous() for k, v in adapter.items()}, metadata={"format": "pt"}))
-    write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
-
-
-def client_folder(run: Path, name: str) -> Path:
-    """Folder of one client's adapter. Names are quoted so that none can leave `clients`; very long ones end in a digest."""
-    quoted = quote(name, safe="").replace(".", "%2E") if set(name) <= {"."} else quote(name, safe="")
-    if len(quoted) > 200:
-        quoted = f"{quoted[:160]}-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
-    return run / "clients" / quoted
+    write_atomic(folder / WEIGHTS_FILE, save({k: v.cpu().contiguous() for k, v in adapter.items()}, metadata={"format": "pt"}))
+    write_atomic(folder / ADAPTER_FILE, json.dumps(config, indent=2) + "\n")

@@ -1,4 +1,7 @@
-"""The `hetlora` command: demo, run, compare, report, export, info, tune. Bad input is one line on stderr and exit status 2."""
+"""The `hetlora` command: demo, run, compare, report, export, info, tune. Bad input is one line on stderr and exit status 2.
+
+A command loads what it needs when it runs: torch, transformers and matplotlib take seconds, and help and most faults need none of them.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,9 @@ from typing import Any, NoReturn
 import click
 
 from hetlora import __version__
+from hetlora.compare.methods import OWNED, Plan, make_plan
 from hetlora.config import Config, ConfigError
-from hetlora.methods import OWNED, Plan, make_plan
+from hetlora.run_folder import is_run, read_config
 
 _INTERRUPTED = 130
 
@@ -128,32 +132,35 @@ def config_options(command: click.Command) -> click.Command:
 
 def _settings(config_file: str | None, flags: dict[str, Any]) -> Config:
     """Defaults, then the file, then the flags that were given."""
+    source, values = _given(config_file, flags)
+    return Config.create(source, **values)
+
+
+def _given(config_file: str | None, flags: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(where the settings come from, the settings): flags override the file. They are checked together, as some are refused only in company."""
     if config_file is None:
-        return Config.create("command line", **flags)
-    values = Config.from_file(config_file).model_dump(exclude_unset=True)
-    return Config.create("command line", **{**values, **flags})
+        return "command line", flags
+    return f"config file {config_file}" + (" and command line" if flags else ""), {**Config.read(config_file), **flags}
 
 
 def _saved_settings(config_file: str | None, flags: dict[str, Any]) -> Config:
     """The config of the run folder to continue; what the file or the flags ask for must agree with it."""
-    asked = {**(Config.from_file(config_file).model_dump(exclude_unset=True) if config_file else {}), **flags}
+    source, asked = _given(config_file, flags)
     output = Path(asked.pop("output", Config.model_fields["output"].default))
-    if not (output / "config.json").is_file():
-        raise ConfigError(f"--resume: no run to continue in {output} (config.json is missing); name its folder with --output, or start one without --resume")
-    saved = Config.from_file(output / "config.json")
-    wanted = Config.create("command line", **{**saved.model_dump(), **asked})
+    saved = read_config(output)
+    wanted = Config.create(source, **{**saved.model_dump(), **asked})
     contradicting = [name for name in asked if getattr(wanted, name) != getattr(saved, name)]
     if contradicting:
         what = ", ".join(f"--{name.replace('_', '-')} {getattr(wanted, name)} (the run has {getattr(saved, name)})" for name in contradicting)
         raise ConfigError(f"--resume: the run in {output} goes on with its own settings; leave out {what}, or start a new run in another folder")
-    return Config.create("command line", **{**saved.model_dump(), "output": str(output)})
+    return saved.model_copy(update={"output": str(output)})
 
 
 class _Watched(AbstractContextManager["_Watched"]):
     """A run under a console observer; an interrupt becomes one line that says how to continue, and exit status 130."""
 
     def __init__(self, output: str | None, comparison: bool = False) -> None:
-        from hetlora.tables import ComparisonObserver, ConsoleObserver
+        from hetlora.report.terminal import ComparisonObserver, ConsoleObserver
 
         self.observer = ComparisonObserver() if comparison else ConsoleObserver()
         self._output, self._comparison = output, comparison
@@ -169,7 +176,7 @@ class _Watched(AbstractContextManager["_Watched"]):
         output = self.observer.cfg.output if self.observer.cfg else self._output
         if self._comparison:
             click.echo(f"interrupted; the same command continues the comparison in {self._output}", err=True)
-        elif output and (Path(output) / "config.json").is_file():
+        elif output and is_run(Path(output)):
             click.echo(f"interrupted; continue with hetlora run --resume --output {output}", err=True)
         else:
             click.echo("interrupted before the first round; nothing was written that could be continued", err=True)
@@ -177,8 +184,8 @@ class _Watched(AbstractContextManager["_Watched"]):
 
 
 def _finish(watched: _Watched, result: Any) -> None:
-    from hetlora.report import write_report
-    from hetlora.tables import print_summary
+    from hetlora.report.page import write_report
+    from hetlora.report.terminal import print_summary
 
     print_summary(watched.observer.console, result.summary)
     page = write_report(result.run_dir)
@@ -260,12 +267,15 @@ def compare(config_file: str | None, **options: Any) -> None:
     given.setdefault("output", "runs/comparison")
     common = Config.create(f"config file {config_file}" if config_file else "command line", **given)
     with _Watched(common.output, comparison=True) as watched:
-        from hetlora.compare import run_comparison
-        from hetlora.comparison import print_comparison, write_comparison
+        from hetlora.compare.run import run_comparison
 
         comparison = run_comparison(common, plan, watched.observer)
-    page = write_comparison(comparison)
-    print_comparison(watched.observer.console, comparison)
+    from hetlora.compare.figures import tabulate
+    from hetlora.compare.page import print_comparison, write_comparison
+
+    table = tabulate(comparison)
+    page = write_comparison(table)
+    print_comparison(watched.observer.console, table)
     click.echo(f"folder: {comparison.folder}\nreport: {page}")
 
 
@@ -274,7 +284,7 @@ def compare(config_file: str | None, **options: Any) -> None:
 @click.option("-o", "--output", "out_dir", metavar="DIR", help="Folder for the report. [default: RUN]")
 def report(run_dir: str, out_dir: str | None) -> None:
     """Write report.html and its pictures for the run folder RUN, finished or not."""
-    from hetlora.report import write_report
+    from hetlora.report.page import write_report
 
     click.echo(f"report: {write_report(run_dir, out_dir)}")
 
@@ -301,7 +311,7 @@ def export(run_dir: str, rank: int | None, client: str | None, out_dir: str) -> 
 @cli.command()
 def info() -> None:
     """Versions, devices, packages, and which backend serves each operation."""
-    from hetlora.tables import print_info
+    from hetlora.info import print_info
 
     print_info()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import hetlora_kernels as hk
 from hetlora.config import Config
 from hetlora.data import ClientData
-from hetlora.ranks import ClientRank, kept_rank
+from hetlora.ranks import ClientRanks, Scope
 from hetlora.seeds import derive_seed, host_generator
 from hetlora_kernels.peft import attach, client_segments, detach
 
@@ -86,28 +86,20 @@ def make_optimizer(bank: hk.AdapterBank, cfg: Config, lr: float, keep: Any) -> h
     return hk.SGD(bank, lr=lr, weight_decay=cfg.weight_decay, clip_norm=clip, tail_penalty=penalty, momentum=cfg.momentum)
 
 
-def tail_start(rank: ClientRank, gamma: float, r_min: int) -> ClientRank:
-    """q of the client, or of each of its modules: the first row of the tail."""
-    if isinstance(rank, int):
-        return kept_rank(rank, gamma, r_min)
-    return {module: kept_rank(own, gamma, r_min) for module, own in rank.items()}
-
-
 def tail_scores(bank: hk.AdapterBank, keep: Any) -> Tensor:
     """||B_k[:, q:]||_F ||A_k[q:, :]||_F per client and module, float64 [K, modules] (HETLORA section 3.2)."""
     norms_a, norms_b = bank.tail_norms(keep)
     return (norms_a.double() * norms_b.double()).cpu()
 
 
-def prune_decision(rank: ClientRank, keep: ClientRank, before: Tensor, after: Tensor, modules: Sequence[str]) -> ClientRank:
-    """The rank after the round: q where the tail score fell strictly, else unchanged.
+def prune_decision(ranks: ClientRanks, keep: ClientRanks, before: Tensor, after: Tensor, scope: Scope) -> ClientRanks:
+    """The ranks after the round: q where the tail score fell strictly, else unchanged. Ranks never grow.
 
-    rank, keep: the client's rank and tail start, one number or {module: number}.   before, after: [modules] scores T0 as received, T1 as trained.
-    One number: the scores are summed over modules and decide together. Ranks never grow.
+    ranks, keep: the client's ranks and tail starts, {module: number} in the bank's order.   before, after: [modules] scores T0 as received, T1 as
+    trained.   scope: 'client': the scores are summed over modules and decide for all of them; 'module': each module decides for itself.
     """
-    if isinstance(rank, int):
-        return int(keep) if bool(after.sum() < before.sum()) else rank  # type: ignore[arg-type]
-    return {m: keep[m] if bool(after[i] < before[i]) else rank[m] for i, m in enumerate(modules)}  # type: ignore[index]
+    fell = [bool(after.sum() < before.sum())] * len(ranks) if scope == "client" else (after < before).tolist()
+    return {module: keep[module] if fell[i] else rank for i, (module, rank) in enumerate(ranks.items())}
 
 
 class LocalOptimizer(Protocol):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,13 +21,13 @@ def train_cohort(
     cfg: Config,
     round_number: int,
     lr: float,
-    keep: Any,
+    keep: Mapping[str, Sequence[int]],
     progress: Callable[[int, int], None] | None = None,
 ) -> list[LocalResult]:
     """Train client k's factors of `bank` on clients[k], all k in one forward and backward per step; the same adapters as one at a time.
 
     Each step's batch holds the sequences of every client that still has steps to do; clients may differ in rank, steps and data size.
-    Batches above cfg.max_tokens_per_step are split: gradients add up to the same sums. keep: first tail row per client (or {module: ...}).
+    Batches above cfg.max_tokens_per_step are split: gradients add up to the same sums. keep: {module: first tail row per client}.
     """
     plans = [plan_steps(data, cfg, round_number) for data in clients]
     seeds = torch.tensor([dropout_seed(data.name, cfg, round_number) for data in clients], dtype=torch.int64)
@@ -92,19 +91,15 @@ def train_one_by_one(
     cfg: Config,
     round_number: int,
     lr: float,
-    keeps: Any,
+    keeps: Mapping[str, Sequence[int]],
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[hk.AdapterBank, list[LocalResult]]:
     """The same round through `client.train_client`, one client after another; returns the trained bank."""
     trained, results = [], []
     for k, data in enumerate(clients):
         own = bank.select([k])
-        results.append(train_client(model, own, data, cfg, round_number, lr, _one(keeps, k)))
+        results.append(train_client(model, own, data, cfg, round_number, lr, {module: [cut[k]] for module, cut in keeps.items()}))
         trained.append(own)
         if progress:
             progress(k + 1, len(clients))
     return hk.AdapterBank.concat(trained), results
-
-
-def _one(keeps: Any, k: int) -> Any:
-    return {module: [own[k]] for module, own in keeps.items()} if isinstance(keeps, dict) else [keeps[k]]

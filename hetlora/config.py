@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from hetlora.errors import ConfigError
+from hetlora.kinds import MERGE_CHOICES, MERGES, TRAININGS, MergeKind, TrainingKind, merge_kind, own_settings
+from hetlora.ranks import RankRule, parse_ranks
 
-class ConfigError(ValueError):
-    """A setting, a file or a data set that the run cannot use; the message is one line that says what, where and what to do."""
+__all__ = ["Config", "ConfigError"]
+
+if TYPE_CHECKING:
+    Train: TypeAlias = str
+    Merge: TypeAlias = str
+else:
+    Train, Merge = Literal[tuple(TRAININGS)], Literal[MERGE_CHOICES]
 
 
 def _setting(default: Any, group: str, text: str, **limits: Any) -> Any:
     return Field(default, description=text, json_schema_extra={"group": group}, **limits)
+
+
+def _choices(kinds: Iterable[TrainingKind | MergeKind]) -> str:
+    return "; ".join(f"'{kind.name}': {kind.text}" for kind in kinds) + "."
 
 
 class Config(BaseModel):
@@ -37,7 +50,7 @@ class Config(BaseModel):
         "the architecture), a comma-separated list of name suffixes, or a regular expression over full module names.",
     )
     quantize: Literal["none", "8bit", "4bit"] = _setting("none", "model", "Load the frozen base through bitsandbytes in 8 or 4 bits.")
-    train: Literal["adapters", "full"] = _setting("adapters", "model", "Train adapters on the frozen base, or all weights by FedAvg (a baseline; no adapters).")
+    train: Train = _setting("adapters", "model", "What clients train: " + _choices(TRAININGS.values()))
     scale: float = _setting(2.0, "model", "Constant s in dW = s * B A, the same for every rank.", gt=0)
     dropout: float = _setting(0.0, "model", "Probability of dropping an input element in front of A while training.", ge=0, lt=1)
 
@@ -80,9 +93,7 @@ class Config(BaseModel):
         "none", "federation", "A row that only some uploads own: zero-padded as published, or divided by its owners' weight."
     )
     unowned_rows: Literal["keep", "zero"] = _setting("keep", "federation", "A row that no upload owns keeps its old value or becomes zero.")
-    merge: Literal["factors", "svd", "stack"] = _setting(
-        "factors", "federation", "Average the factors (as published), truncate the SVD of the exact sum, or fold the exact sum into the base (for comparisons)."
-    )
+    merge: Merge = _setting("factors", "federation", "What the server does with the uploads: " + _choices(MERGES[name] for name in MERGE_CHOICES))
 
     # local training
     local_steps: int = _setting(5, "training", "Optimiser steps per client and round (a client without that much data repeats it).", ge=1)
@@ -123,6 +134,50 @@ class Config(BaseModel):
                     values[key] = ",".join(str(v) for v in values[key])
         return values
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        self.check()
+        return self
+
+    def check(self) -> None:
+        """`ConfigError` for settings that do not go together: one that would be ignored, or that a kind of run cannot use.
+
+        `Config(...)` and `Config.create` call it; `model_copy` does not.
+        """
+        _ = self.rank_rule
+        for kind in (self.training_kind, self.merge_kind):
+            for refusal in kind.refuses:
+                refused = [name for name in refusal.settings if (getattr(self, name) in refusal.values if refusal.values else not self._at_default(name))]
+                if refused:
+                    raise ConfigError(f"{self._shown(refused)}: {refusal.why}")
+        in_force = {**self.model_dump(include={"weights", "optimizer"}), "train": self.training_kind.name, "merge": self.merge_kind.name}
+        for setting, (chooser, needed) in {**own_settings(), **_OF_ONE_VALUE}.items():
+            if in_force[chooser] != needed and not self._at_default(setting):
+                raise ConfigError(f"{self._shown([setting])}: only for {chooser} = {needed!r}, got {chooser} = {in_force[chooser]!r}; leave it out")
+        if self.dropout and not 0 < round(65536 * self.dropout) < 65536:
+            raise ConfigError(f"dropout: expected 0, or a probability from 1/65536 to 65535/65536, got {self.dropout}")
+        if self.rouge_examples and not self.prompt_field:
+            raise ConfigError("rouge_examples: answers prompts, and prompt_field names none; set --prompt-field, or leave it out")
+
+    def _at_default(self, name: str) -> bool:
+        return bool(getattr(self, name) == type(self).model_fields[name].default)
+
+    def _shown(self, names: Iterable[str]) -> str:
+        return ", ".join(f"{name} = {getattr(self, name)!r}" for name in names)
+
+    @property
+    def rank_rule(self) -> RankRule:
+        """The setting `ranks`, parsed; `ConfigError` naming what is wrong with it."""
+        return parse_ranks(self.ranks)
+
+    @property
+    def training_kind(self) -> TrainingKind:
+        return TRAININGS[self.train]
+
+    @property
+    def merge_kind(self) -> MergeKind:
+        return merge_kind(self.train, self.merge)
+
     @classmethod
     def create(cls, source: str = "settings", **values: Any) -> Config:
         """Validate `values`; every fault becomes one `ConfigError` line that names `source` and the setting."""
@@ -132,7 +187,9 @@ class Config(BaseModel):
             faults = []
             for fault in error.errors():
                 name = ".".join(str(p) for p in fault["loc"]) or "settings"
-                if fault["type"] == "extra_forbidden":
+                if fault["type"] == "value_error":  # of `check`, which says all
+                    faults.append(str(fault["ctx"]["error"]))
+                elif fault["type"] == "extra_forbidden":
                     faults.append(f"unknown setting '{name}'{_nearest(name, cls.model_fields)}")
                 else:
                     faults.append(f"{name}: {fault['msg'].lower()}, got {fault['input']!r}")
@@ -163,11 +220,8 @@ class Config(BaseModel):
         return json.dumps(self.model_dump(), indent=2) + "\n"
 
 
-ADAPTER_SETTINGS = (
-    *("adapter_dtype", "target_modules", "quantize", "scale", "dropout", "ranks", "gamma", "prune_lambda", "prune_scope"),
-    *("weight_scope", "weight_cap", "clip_update", "shared_rows", "unowned_rows", "merge"),
-)
-"""Settings that say nothing about full fine-tuning."""
+_OF_ONE_VALUE = {"weight_cap": ("weights", "sparsity"), "weight_scope": ("weights", "sparsity"), "momentum": ("optimizer", "sgd")}
+"""{setting: (another setting, the value of it with which this one is read)}, besides those of the kinds of run."""
 
 
 def _nearest(name: str, known: Any) -> str:

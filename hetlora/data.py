@@ -9,7 +9,6 @@ import json
 import math
 import numbers
 import os
-import random
 import sys
 import unicodedata
 import warnings
@@ -24,7 +23,9 @@ import torch
 from torch import Tensor
 
 from hetlora.config import Config, ConfigError
-from hetlora.demo_text import stdlib_documents, stdlib_packages, unicode_scripts
+from hetlora.python_text import stdlib_documents, stdlib_packages, unicode_scripts
+from hetlora.ranks import Column
+from hetlora.seeds import held_out_generator
 
 __all__ = ["ClientData", "FederatedData", "load_data", "stdlib_packages"]
 
@@ -117,7 +118,7 @@ def load_data(cfg: Config, tokenizer: Any) -> FederatedData:
 def _held_out(names: list[str], cfg: Config) -> set[str]:
     if cfg.held_out_clients >= len(names):
         raise ConfigError(f"held_out_clients: {cfg.held_out_clients} of {len(names)} clients leaves none to train; at most {len(names) - 1} can be held out")
-    return set(random.Random(f"{cfg.seed}:held-out").sample(names, cfg.held_out_clients))
+    return set(held_out_generator(cfg.seed).sample(names, cfg.held_out_clients))
 
 
 def _tokens(documents: Iterable[str], tokenizer: Any, limit: int) -> array[int]:
@@ -169,8 +170,8 @@ def _examples(prompts: list[str], responses: list[str], tokenizer: Any, cfg: Con
 
 def _capability_column(cfg: Config) -> str | None:
     """FIELD of ranks='column:FIELD:MIN:MAX'."""
-    kind, _, rest = cfg.ranks.partition(":")
-    return rest.rsplit(":", 2)[0] if kind == "column" else None
+    rule = cfg.rank_rule
+    return rule.field if isinstance(rule, Column) else None
 
 
 def _open(cfg: Config, column: str | None) -> _Corpus:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from hetlora.config import Config
-from hetlora.demo_text import stdlib_documents
-from hetlora.federation import Federation, prepare
+from hetlora.data import load_data
+from hetlora.demo_model import DemoModel
+from hetlora.federation import Federation, prepare, resolve_model, starting_ranks
 from hetlora.loop import Result, simulate
-from hetlora.models import DemoModel, resolve_model
 from hetlora.observer import Observer
-from hetlora.ranks import assign_ranks
+from hetlora.python_text import stdlib_documents
 
 CALIBRATION_EVERY = 6  # each sixth package, four in all, chooses lambda and takes no part in the federation
 LAMBDAS = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
@@ -80,8 +80,8 @@ def choose_lambda(cfg: Config, calibration: list[str], federation: Federation, o
     `calibration` packages alone, is at most 0.5 % above that of lambda = 0; 0 when there is none.
     """
     trial = cfg.model_copy(update={**CALIBRATION, "data": "stdlib:" + ",".join(calibration), "clients_per_round": len(calibration)})
-    trial_federation = Federation(federation.model, federation.model_name, federation.shapes, prepare(trial).data)
-    plan = assign_ranks(cfg.ranks, federation.data.clients, cfg.seed)
+    trial_federation = Federation(federation.model, federation.model_name, federation.shapes, load_data(trial, federation.tokenizer))
+    plan = starting_ranks(cfg, federation.data)
     steps = max(len(calibration) - 1, 1)
     ranks = [plan.r_min + round((plan.r_max - plan.r_min) * i / steps) for i in range(len(calibration))]  # spread, so that there are tails to act on
     trial = trial.model_copy(update={"ranks": ",".join(map(str, ranks))})

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import hetlora_kernels as hk
-from hetlora.config import Config
 
 
 def _grams(rows: Mapping[str, Tensor], bank: hk.AdapterBank) -> list[Tensor]:
@@ -60,9 +59,6 @@ def merge_error(merged: hk.AdapterBank, uploads: hk.AdapterBank, weights: Tensor
     return (difference / exact) ** 0.5 if exact else None
 
 
-def describe(merged: hk.AdapterBank, uploads: hk.AdapterBank, weights: Tensor, cfg: Config) -> dict[str, Any]:
-    """{"row_energy", "effective_rank", "merge_error"} of a round; {} for merge = 'stack', which is exact and starts a fresh bank each round."""
-    if cfg.merge == "stack":
-        return {}
-    rows = max(layout.max_rank for layout in uploads.layouts.values()) if cfg.merge == "factors" else None
+def describe(merged: hk.AdapterBank, uploads: hk.AdapterBank, weights: Tensor, rows: int | None = None) -> dict[str, Any]:
+    """{"row_energy", "effective_rank", "merge_error"} of a round. rows: leading rows of `merged` that the uploads decided; None = all."""
     return {"row_energy": row_energy(merged), "effective_rank": effective_rank(merged), "merge_error": merge_error(merged, uploads, weights, rows)}

@@ -12,7 +12,7 @@ from torch import Tensor
 import hetlora_kernels as hk
 from hetlora.client import collate, micro_batches
 from hetlora.data import ClientData
-from hetlora.ranks import bank_ranks
+from hetlora.ranks import ClientRanks, bank_ranks
 from hetlora_kernels.peft import attach, client_losses, client_segments, detach
 
 Progress = Callable[[int, int], None]
@@ -79,7 +79,7 @@ def evaluate_bank(
 def evaluate_clients(
     model: torch.nn.Module,
     bank: hk.AdapterBank,
-    ranks: Sequence[Any],
+    ranks: Sequence[ClientRanks],
     clients: Sequence[ClientData],
     scale: float,
     max_tokens: int,

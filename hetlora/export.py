@@ -13,8 +13,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hetlora.checkpoint import CHECKPOINT, client_folder, write_adapter
+from hetlora.checkpoint import write_adapter
 from hetlora.config import ConfigError
+from hetlora.run_folder import (
+    ADAPTER,
+    ADAPTER_FILE,
+    CLIENTS,
+    SUMMARY,
+    WEIGHTS_FILE,
+    client_folder,
+    read_config,
+    recorded_ranks,
+    refuse_existing,
+)
 
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -32,21 +43,16 @@ def export_adapter(run_dir: str | Path, out_dir: str | Path, rank: int | None = 
 
     lora_alpha = s * rank, so the scale s stays what it was in training. Returns `out_dir`.
     Raises ConfigError: no run or no adapter there, `rank` out of range, unknown client, both `rank` and `client`, `out_dir` not empty,
-    a run with merge 'stack' or train 'full' (its updates are in the base weights).
+    a run whose updates are in the base weights (merge 'stack', train 'full').
     """
     run, out = Path(run_dir), Path(out_dir)
     if rank is not None and client is not None:
         raise ConfigError("export: give a rank or a client, not both (a client's adapter has the client's own rank)")
-    if not (run / "config.json").is_file():
-        raise ConfigError(f"{run}: no run there (config.json is missing); give the folder that 'hetlora run' wrote")
-    if _setting(run, "merge") == "stack":
-        raise ConfigError(f"{run}: with merge 'stack' the run folded its updates into the base model, no adapter holds them; use merge 'factors' or 'svd'")
-    if _setting(run, "train") == "full":
-        raise ConfigError(f"{run}: with train 'full' the run has no adapter; its weights are the tensors 'base.*' of {CHECKPOINT}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: exists and is not an empty folder; give a new one, nothing is overwritten")
+    if reason := read_config(run).merge_kind.no_adapter:
+        raise ConfigError(f"{run}: {reason}")
+    refuse_existing(out, "give a new folder, nothing is overwritten")
     if client is None:
-        factors, scale, model = _read_adapter(run / "adapter")
+        factors, scale, model = _read_adapter(run / ADAPTER)
         ranks = _uniform_ranks(factors, rank, run)
     else:
         factors, scale, model, ranks = _client_adapter(run, client)
@@ -57,26 +63,10 @@ def export_adapter(run_dir: str | Path, out_dir: str | Path, rank: int | None = 
     return out
 
 
-def _setting(run: Path, name: str) -> str:
-    try:
-        return json.loads((run / "config.json").read_text(encoding="utf-8"))[name]
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-
-
-def checkpoint_ranks(run_dir: str | Path) -> dict[str, Any]:
-    """Client -> rank (or {module: rank}) as of the newest checkpoint; {} without a readable one. Reads the header only, not the tensors."""
-    try:
-        with safe_open(Path(run_dir) / CHECKPOINT, "pt") as file:
-            return dict(json.loads((file.metadata() or {})["state"])["ranks"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        return {}
-
-
 def base_model_of(run_dir: str | Path) -> str:
     """Folder or hub id of the base model that the run's adapters belong to; '' if the run does not say."""
     try:
-        config = json.loads((Path(run_dir) / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+        config = json.loads((Path(run_dir) / ADAPTER / ADAPTER_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
     return config.get("base_model_name_or_path") or ""
@@ -84,7 +74,7 @@ def base_model_of(run_dir: str | Path) -> str:
 
 def _read_adapter(folder: Path) -> tuple[Factors, float, str]:
     """(factors, scale, base model); the scale alpha / r is the same for every module of a run, whatever its rank."""
-    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    weights, settings = folder / WEIGHTS_FILE, folder / ADAPTER_FILE
     for file in (weights, settings):
         if not file.is_file():
             raise ConfigError(f"{file}: missing; the run has not written this adapter, finish it with 'hetlora run --resume --output {folder.parent}'")
@@ -116,17 +106,17 @@ def _uniform_ranks(factors: Factors, rank: int | None, run: Path) -> dict[str, i
 
 def _client_adapter(run: Path, client: str) -> tuple[Factors, float, str, dict[str, int]]:
     own = client_folder(run, client)
-    if (own / "adapter_config.json").is_file():
+    if (own / ADAPTER_FILE).is_file():
         factors, scale, model = _read_adapter(own)
         return factors, scale, model, {name: a.shape[0] for name, (a, _) in factors.items()}
     known = _client_ranks(run)
     if client not in known:
-        trained = [unquote(path.name) for path in (run / "clients").glob("*")]
+        trained = [unquote(path.name) for path in (run / CLIENTS).glob("*")]
         everyone = sorted({*known, *trained})
         close = difflib.get_close_matches(client, everyone, n=3, cutoff=0.5) or everyone[:3]
         hint = f" (did you mean {' or '.join(map(repr, close))}?)" if close else " (the run has recorded no client yet)"
         raise ConfigError(f"export: unknown client {client!r} in {run}{hint}")
-    factors, scale, model = _read_adapter(run / "adapter")
+    factors, scale, model = _read_adapter(run / ADAPTER)
     rank = known[client]
     ranks = {name: rank[name] if isinstance(rank, dict) else rank for name in factors}
     shown = f"rank {rank}" if not isinstance(rank, dict) else "its ranks"
@@ -137,11 +127,11 @@ def _client_adapter(run: Path, client: str) -> tuple[Factors, float, str, dict[s
 
 def _client_ranks(run: Path) -> dict[str, Any]:
     """Current rank of every client: of the newest checkpoint, else of the summary."""
-    known = checkpoint_ranks(run)
+    known = recorded_ranks(run)
     if known:
         return known
     try:
-        clients = json.loads((run / "summary.json").read_text(encoding="utf-8"))["clients"]
+        clients = json.loads((run / SUMMARY).read_text(encoding="utf-8"))["clients"]
     except (OSError, ValueError, KeyError):
         return {}
     return {client["name"]: int(client["rank_end"]) for client in clients if float(client["rank_end"]).is_integer()}

@@ -12,16 +12,15 @@ from typing import Any
 import torch
 
 import hetlora_kernels as hk
-from hetlora import checkpoint, rouge, server
-from hetlora.client import LocalResult, prune_decision, tail_scores, tail_start
-from hetlora.cohort import train_cohort, train_one_by_one
+from hetlora import checkpoint, rouge, run_folder, server
 from hetlora.config import Config, ConfigError
 from hetlora.data import ClientData
 from hetlora.evaluate import Part, evaluate_bank, evaluate_clients, mean_over_clients, pool_text
-from hetlora.federation import Federation, base_weights, changes_base, check_options, prepare
-from hetlora.full import FullUpdate, train_full
+from hetlora.federation import Federation, base_weights, prepare, starting_ranks
+from hetlora.merge import Aggregate, aggregate
 from hetlora.observer import Observer
-from hetlora.ranks import ClientRank, RankPlan, assign_ranks, bank_ranks, check_width, mean_rank
+from hetlora.ranks import ClientRanks, Scope, check_width, from_record, mean_rank, to_record
+from hetlora.training import Trained, Work
 
 TOTALS = ("bytes_down", "bytes_up", "bytes_down_homlora", "bytes_up_homlora", "trained_parameters")
 """What a round counts and a run adds up."""
@@ -29,12 +28,15 @@ TOTALS = ("bytes_down", "bytes_up", "bytes_down_homlora", "bytes_up_homlora", "t
 
 @dataclass
 class Result:
-    """What `simulate` returns: per-round records (as in rounds.jsonl), the summary, the global bank, and each client's rank at the end."""
+    """What `simulate` returns: per-round records (as in rounds.jsonl), the summary, the global bank, and each client's rank at the end.
+
+    ranks: {client: rank}, or {client: {module: rank}} for prune_scope = 'module'.
+    """
 
     history: list[dict[str, Any]]
     summary: dict[str, Any]
     bank: hk.AdapterBank
-    ranks: dict[str, ClientRank]
+    ranks: dict[str, int | dict[str, int]]
     run_dir: Path
 
 
@@ -63,12 +65,12 @@ def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = N
     Raises `ConfigError` for settings, data or a folder that cannot be used; nothing that exists is overwritten.
     """
     observer = observer or Observer()
-    check_options(cfg)
+    cfg.check()
     folder = Path(cfg.output)
     if resume:
-        checkpoint.check_same_config(folder, cfg)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"output: {folder} exists already; choose another folder, or continue that run with --resume")
+        run_folder.check_same_config(folder, cfg)
+    else:
+        run_folder.refuse_existing(folder, checkpoint.RESUME_INSTEAD)
     federation = federation or prepare(cfg, observer)
     if federation.folded_by not in (None, folder):
         raise ConfigError(f"federation: its base model holds the folded updates of {federation.folded_by}; load it again with prepare()")
@@ -84,7 +86,7 @@ def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = N
     history = _restore(run) if resume else []
     if not history:
         history.append(_before_training(run))
-    if changes_base(cfg):
+    if cfg.merge_kind.base != "none":
         federation.folded_by = folder
     for number in range(state.round + 1, cfg.rounds + 1):
         history.append(_round(run, number))
@@ -92,15 +94,9 @@ def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = N
 
 
 def _initial_state(cfg: Config, federation: Federation) -> server.ServerState:
-    if cfg.train == "full":
-        plan = RankPlan(0, 0, {client.name: 0 for client in federation.data.clients})  # empty adapters: what remains is the base
-    else:
-        plan = assign_ranks(cfg.ranks, federation.data.clients, cfg.seed)
+    plan = starting_ranks(cfg, federation.data)
     check_width(plan, federation.shapes)
-    if cfg.prune_scope == "module":
-        ranks: dict[str, ClientRank] = {name: dict.fromkeys(federation.shapes, rank) for name, rank in plan.ranks.items()}
-    else:
-        ranks = dict(plan.ranks)
+    ranks = {name: dict.fromkeys(federation.shapes, rank) for name, rank in plan.ranks.items()}
     bank = server.fresh_bank(federation.shapes, plan.r_max, cfg, federation.device)
     return server.ServerState(bank, ranks, plan.r_min, plan.r_max, ranks_start=plan.ranks)
 
@@ -114,7 +110,7 @@ def _describe(run: _Run) -> dict[str, Any]:
         "data": data.source,
         "clients": len(data.clients),
         "held_out_clients": len(data.held_out),
-        "ranks": "none, full fine-tuning" if run.cfg.train == "full" else f"{run.state.r_min}..{run.state.r_max}, mean {_mean_rank(run.state):.1f}",
+        "ranks": run.cfg.training_kind.no_ranks or f"{run.state.r_min}..{run.state.r_max}, mean {_mean_rank(run.state):.1f}",
         "device": str(run.federation.device),
         "run_dir": str(run.folder),
     }
@@ -129,23 +125,23 @@ def _mean_rank(state: server.ServerState) -> float:
 
 def _save(run: _Run) -> None:
     state = run.state
-    content = {name: getattr(state, name) for name in checkpoint.STATE} | {"data": run.fingerprint}
+    content = {name: getattr(state, name) for name in checkpoint.STATE} | {"data": run.fingerprint, "ranks": _ranks_on_record(run)}
     checkpoint.save_checkpoint(run.folder, content, state.bank, base_weights(run.cfg, run.federation))
     _write_adapter(run)
 
 
 def _write_adapter(run: _Run) -> None:
-    if run.cfg.train == "adapters":
-        checkpoint.write_adapter(run.folder / "adapter", run.state.bank.adapter(0), run.cfg.scale, run.federation.model_name)
+    if "global" in run.cfg.training_kind.saves:
+        checkpoint.write_adapter(run.folder / run_folder.ADAPTER, run.state.bank.adapter(0), run.cfg.scale, run.federation.model_name)
 
 
 def _restore(run: _Run) -> list[dict[str, Any]]:
     """State and history up to the newest checkpoint; an empty history when there is none yet."""
     loaded = checkpoint.load_checkpoint(run.folder)
-    rounds = run.folder / checkpoint.ROUNDS
+    rounds = run.folder / run_folder.ROUNDS
     if loaded is None:
-        if any(record["round"] > 0 for record in checkpoint.read_rounds(run.folder)):
-            raise ConfigError(f"{run.folder / checkpoint.CHECKPOINT}: missing, though rounds are on record; restore it from a copy, or start a new run")
+        if any(record["round"] > 0 for record in run_folder.read_rounds(run.folder)):
+            raise ConfigError(f"{run.folder / run_folder.CHECKPOINT}: missing, though rounds are on record; restore it from a copy, or start a new run")
         rounds.unlink(missing_ok=True)
         return []
     content, tensors = loaded
@@ -156,18 +152,19 @@ def _restore(run: _Run) -> list[dict[str, Any]]:
     try:
         run.state.bank.load_state_dict({key[len("bank.") :]: value for key, value in tensors.items() if key.startswith("bank.")})
     except ValueError as error:
-        raise ConfigError(f"{run.folder / checkpoint.CHECKPOINT}: does not fit the model of this run ({error})") from None
+        raise ConfigError(f"{run.folder / run_folder.CHECKPOINT}: does not fit the model of this run ({error})") from None
     with torch.no_grad():
         for key, value in tensors.items():
             if key.startswith("base."):
                 run.federation.model.get_parameter(key[len("base.") :]).copy_(value)
     for name in checkpoint.STATE:
         setattr(run.state, name, content[name])
-    history = checkpoint.read_rounds(run.folder, last=run.state.round)
+    run.state.ranks = {name: from_record(saved, run.cfg.prune_scope, run.state.bank.shapes) for name, saved in content["ranks"].items()}
+    history = run_folder.read_rounds(run.folder, last=run.state.round)
     if [record["round"] for record in history] != list(range(run.state.round + 1)):
         raise ConfigError(f"{rounds}: expected one line for each of the rounds 0 to {run.state.round}; restore it from a copy, or start a new run")
     _write_adapter(run)
-    checkpoint.write_atomic(rounds, "".join(json.dumps(record) + "\n" for record in history))
+    run_folder.write_atomic(rounds, "".join(json.dumps(record) + "\n" for record in history))
     run.observer.message(f"continuing after round {run.state.round} of {run.cfg.rounds}")
     return history
 
@@ -192,8 +189,8 @@ def _before_training(run: _Run) -> dict[str, Any]:
     return _close_round(run, record, start)
 
 
-def _ranks(run: _Run) -> list[ClientRank]:
-    return [run.state.ranks[name] for name in run.clients]
+def _ranks_on_record(run: _Run) -> dict[str, int | dict[str, int]]:
+    return {name: to_record(ranks, run.cfg.prune_scope) for name, ranks in run.state.ranks.items()}
 
 
 def _share(run: _Run) -> int:
@@ -214,7 +211,7 @@ class _Clock:
 def _close_round(run: _Run, record: dict[str, Any], start: _Clock) -> dict[str, Any]:
     """Log first, then checkpoint: after a kill in between, the line is dropped and the round repeated."""
     record |= start.read()
-    checkpoint.append_round(run.folder, record)
+    run_folder.append_round(run.folder, record)
     _save(run)
     run.observer.round_end(record)
     return record
@@ -238,9 +235,8 @@ def _evaluate(run: _Run) -> dict[str, Any]:
 def _own_text(run: _Run, part: Part = "test") -> list[dict[str, Any]]:
     """Every client's own held-out or training text under its share of the bank."""
     cfg, clients = run.cfg, list(run.clients.values())
-    return evaluate_clients(
-        run.federation.model, run.state.bank, _ranks(run), clients, cfg.scale, cfg.max_tokens_per_step, _share(run), run.observer.evaluate, part
-    )
+    ranks = [run.state.ranks[client.name] for client in clients]
+    return evaluate_clients(run.federation.model, run.state.bank, ranks, clients, cfg.scale, cfg.max_tokens_per_step, _share(run), run.observer.evaluate, part)
 
 
 def _learning_rate(cfg: Config, number: int) -> float:
@@ -248,54 +244,21 @@ def _learning_rate(cfg: Config, number: int) -> float:
     return cfg.lr * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[cfg.lr_schedule]
 
 
-@dataclass
-class _Local:
-    """A round's local training, before aggregation. Lists are over the sampled clients, `arrived` indexes them."""
-
-    names: list[str]
-    before: list[ClientRank]
-    received: hk.AdapterBank
-    trained: hk.AdapterBank
-    results: list[LocalResult]
-    scores_before: torch.Tensor  # [K, modules]
-    scores_after: torch.Tensor
-    after: list[ClientRank]
-    dropped: dict[int, str]
-    arrived: list[int]
-    full: FullUpdate | None = None
-
-
-def _train(run: _Run, number: int, lr: float) -> _Local:
-    """Sample, distribute, train, refuse bad uploads, decide on pruning; changes nothing but the factors it returns."""
-    cfg, state, model = run.cfg, run.state, run.federation.model
+def _train(run: _Run, number: int, lr: float) -> tuple[Work, Trained]:
+    """Sample, and let the sampled clients train; changes nothing but what it returns."""
+    cfg, state = run.cfg, run.state
     names = server.sample(list(run.clients), cfg.clients_per_round, cfg.seed, number)
     run.observer.round_start(number, cfg.rounds, names)
-    before = [state.ranks[name] for name in names]
-    keep = [tail_start(rank, cfg.gamma, state.r_min) for rank in before]
-    cuts = bank_ranks(keep, state.bank.shapes)
-    received = server.distribute(state, names)
-    data = [run.clients[name] for name in names]
-    full = train_full(model, data, cfg, number, lr, run.observer.local_step) if cfg.train == "full" else None
-    if full:
-        trained, results = received, full.results
-    elif cfg.cobatch:
-        trained = received.select(range(len(names)))
-        results = train_cohort(model, trained, data, cfg, number, lr, cuts, run.observer.local_step)
-    else:
-        trained, results = train_one_by_one(model, received, data, cfg, number, lr, cuts, run.observer.local_step)
-    dropped = full.dropped if full else server.refused(trained, names)
-    for k, reason in dropped.items():
+    work = Work(cfg, run.federation.model, state, [run.clients[name] for name in names], number, lr, run.observer.local_step)
+    trained = cfg.training_kind.load()(work)
+    for k, reason in trained.dropped.items():
         run.observer.message(f"round {number}: {names[k]} is left out, {reason}")
-    if len(dropped) == len(names):
+    if not trained.arrived:
         raise ConfigError(
-            f"round {number}: no clients left, every update was refused ({names[0]}: {dropped[0]}); lower --lr or set --clip-norm; "
+            f"round {number}: no clients left, every update was refused ({names[0]}: {trained.dropped[0]}); lower --lr or set --clip-norm; "
             f"the run in {run.folder} stands at round {state.round}"
         )
-    old, new = tail_scores(received, cuts), tail_scores(trained, cuts)
-    modules = list(state.bank.shapes)
-    after = [before[k] if k in dropped else prune_decision(before[k], keep[k], old[k], new[k], modules) for k in range(len(names))]
-    arrived = [k for k in range(len(names)) if k not in dropped]
-    return _Local(names, before, received, trained, results, old, new, after, dropped, arrived, full)
+    return work, trained
 
 
 def _round(run: _Run, number: int) -> dict[str, Any]:
@@ -303,27 +266,31 @@ def _round(run: _Run, number: int) -> dict[str, Any]:
     start = _Clock()
     cfg, state, model = run.cfg, run.state, run.federation.model
     lr = _learning_rate(cfg, number)
-    local = _train(run, number, lr)
-    arrived, names = local.arrived, local.names
-    ranks = bank_ranks([local.after[k] for k in arrived], state.bank.shapes)
-    uploads, downloads = local.trained.select(arrived).prune(ranks), local.received.select(arrived).prune(ranks)
-    bytes_moved = server.traffic(state, local.received, uploads, arrived, cfg, model)
-    down, up = bytes_moved.pop("down"), bytes_moved.pop("up")
-    samples = [len(run.clients[names[k]].train) for k in arrived]
-    merged = server.aggregate_full(local.full, model) if local.full else server.aggregate(state, uploads, downloads, samples, cfg, model)
+    work, trained = _train(run, number, lr)
+    arrived, names, homlora = trained.arrived, work.names, state.bank.num_bytes(0)
+    moved = {
+        "bytes_down": sum(trained.bytes_down),
+        "bytes_up": sum(trained.bytes_up),
+        "bytes_down_homlora": homlora * len(names),
+        "bytes_up_homlora": homlora * len(arrived),
+        "trained_parameters": trained.parameters,
+    }
+    lines = [_client_line(work, trained, k) for k in arrived]
+    merged = aggregate(state, trained.uploads, trained.received, [len(work.clients[k].train) for k in arrived], cfg, model, trained.weighed)
     for i, k in enumerate(arrived):
-        state.ranks[names[k]] = local.after[k]
+        lines[i] |= _upload_line(merged, trained, i, k)
+        state.ranks[names[k]] = trained.ranks[k]
         state.rounds_trained[names[k]] = state.rounds_trained.get(names[k], 0) + 1
-        if cfg.save_clients and not local.full:
-            checkpoint.write_adapter(checkpoint.client_folder(run.folder, names[k]), uploads.adapter(i), cfg.scale, run.federation.model_name)
+        if cfg.save_clients and "clients" in cfg.training_kind.saves:
+            checkpoint.write_adapter(run_folder.client_folder(run.folder, names[k]), trained.uploads.adapter(i), cfg.scale, run.federation.model_name)
     state.round = number
     evaluated = number % cfg.eval_every == 0 or number == cfg.rounds
     record = {
         "round": number,
         "lr": lr,
-        "clients": [_client_line(local, k) | _upload_line(merged, i, down[k], up[k]) for i, k in enumerate(arrived)],
-        "dropped": [{"name": names[k], "reason": reason} for k, reason in local.dropped.items()],
-        **bytes_moved,
+        "clients": lines,
+        "dropped": [{"name": names[k], "reason": reason} for k, reason in trained.dropped.items()],
+        **moved,
         "mean_rank": _mean_rank(state),
         "evaluation": _evaluate(run) if evaluated else None,
         **({"diagnostics": merged.diagnostics} if cfg.diagnostics else {}),
@@ -331,20 +298,24 @@ def _round(run: _Run, number: int) -> dict[str, Any]:
     return _close_round(run, record, start)
 
 
-def _client_line(local: _Local, k: int) -> dict[str, Any]:
-    result, after = local.results[k], local.after[k]
-    line = {"name": local.names[k], "rank_before": _plain(local.before[k]), "rank": _plain(after), "steps": result.steps, "sequences": result.sequences}
-    line |= {"tokens": result.tokens, "loss_first": result.loss_first, "loss_last": result.loss_last}
-    line |= {"tail_before": float(local.scores_before[k].sum()), "tail_after": float(local.scores_after[k].sum())}
-    return line if isinstance(after, int) else {**line, "module_ranks": after}
+def _client_line(work: Work, trained: Trained, k: int) -> dict[str, Any]:
+    """Before the merge, which ends the ranks that the round began with."""
+    result, scope = trained.results[k], work.cfg.prune_scope
+    before, after = work.ranks[k], trained.ranks[k]
+    line = {"name": work.names[k], "rank_before": _rank_shown(before, scope), "rank": _rank_shown(after, scope)}
+    line |= {"steps": result.steps, "sequences": result.sequences, "tokens": result.tokens, "loss_first": result.loss_first, "loss_last": result.loss_last}
+    line |= dict(zip(("tail_before", "tail_after"), trained.tails[k], strict=True))
+    return line if scope == "client" else {**line, "module_ranks": after}
 
 
-def _upload_line(merged: server.Aggregate, i: int, down: int, up: int) -> dict[str, Any]:
-    return {"norm": float(merged.norms[i]), "weight": float(merged.weights[i].mean()), "bytes_down": down, "bytes_up": up}
+def _upload_line(merged: Aggregate, trained: Trained, i: int, k: int) -> dict[str, Any]:
+    moved = {"bytes_down": trained.bytes_down[k], "bytes_up": trained.bytes_up[i]}
+    return {"norm": float(merged.norms[i]), "weight": float(merged.weights[i].mean()), **moved}
 
 
-def _plain(rank: ClientRank) -> float:
-    return rank if isinstance(rank, int) else round(mean_rank(rank), 3)
+def _rank_shown(ranks: ClientRanks, scope: Scope) -> float:
+    """The client's rank; with ranks of its modules' own, their mean to three decimals."""
+    return next(iter(ranks.values())) if scope == "client" else round(mean_rank(ranks), 3)
 
 
 def _finish(run: _Run, history: list[dict[str, Any]]) -> Result:
@@ -359,7 +330,7 @@ def _finish(run: _Run, history: list[dict[str, Any]]) -> Result:
             {
                 "name": client.name,
                 "rank_start": state.ranks_start[client.name],
-                "rank_end": _plain(state.ranks[client.name]),
+                "rank_end": _rank_shown(state.ranks[client.name], cfg.prune_scope),
                 "sequences": len(client.train),
                 "rounds": state.rounds_trained.get(client.name, 0),
                 "perplexity_before": state.perplexity_before[client.name],
@@ -375,6 +346,6 @@ def _finish(run: _Run, history: list[dict[str, Any]]) -> Result:
         "homlora_rank": state.r_max,
         "notes": [f"round {r['round']}: {d['name']} left out, {d['reason']}" for r in history for d in r["dropped"]],
     }
-    checkpoint.write_atomic(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    run_folder.write_atomic(run.folder / run_folder.SUMMARY, json.dumps(summary, indent=2) + "\n")
     run.observer.finish(summary)
-    return Result(history, summary, state.bank, state.ranks, run.folder)
+    return Result(history, summary, state.bank, _ranks_on_record(run), run.folder)

@@ -1,14 +1,82 @@
-"""Merging the uploads of a round into the next bank: weights, then one of three merges."""
+"""Merging the uploads of a round: their weights, then the merge that `kinds.MERGES` names for the run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import hetlora_kernels as hk
+from hetlora import diagnostics
 from hetlora.config import Config
+from hetlora.server import ServerState, fresh_bank
+from hetlora_kernels.linear import linear_weight
+
+
+@dataclass(frozen=True)
+class MergeCall:
+    """What a merge is given. weights: p [K, modules] float64 (what training weighed itself may have other columns), columns sum to 1.
+
+    bank: the server's, of rank `r_max`.   uploads: of the K clients that arrived, weighted like `weights`; an `AdapterBank` where adapters are trained.
+    """
+
+    bank: hk.AdapterBank
+    uploads: Any
+    weights: Tensor
+    r_max: int
+    cfg: Config
+    model: torch.nn.Module
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge returns. bank: the next one, None exactly where its row in `kinds.MERGES` keeps none.
+
+    rows: how many leading rows of the bank the uploads decided; None = all.   follow_bytes: `ServerState.stacked_bytes` from now on.
+    """
+
+    bank: hk.AdapterBank | None
+    rows: int | None = None
+    follow_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """A merged round. weights: p [K, modules or 1] float64.   norms: S [K] float64, over all modules."""
+
+    weights: Tensor
+    norms: Tensor
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+
+
+def aggregate(
+    state: ServerState,
+    uploads: Any,
+    received: Any,
+    samples: Sequence[int],
+    cfg: Config,
+    model: torch.nn.Module,
+    weighed: tuple[Tensor, Tensor] | None = None,
+) -> Aggregate:
+    """Merge the uploads that arrived into `state`, and into `model` where the merge changes the base.
+
+    received: what the same clients had received, as `uploads` (for cfg.clip_update).   samples: training sequences of each.
+    weighed: (p, S) where training weighed the uploads already; else they are `client_weights`.
+    """
+    if cfg.clip_update:
+        uploads = uploads.select(range(uploads.num_clients))  # the caller's are the clients' own adapters
+        clip_updates(uploads, received, cfg.clip_update)
+    weights, norms = weighed or client_weights(uploads, samples, cfg)
+    merged = cfg.merge_kind.load()(MergeCall(state.bank, uploads, weights, state.r_max, cfg, model))
+    state.stacked_bytes = merged.follow_bytes
+    if merged.bank is None:
+        state.bank = fresh_bank(state.bank.shapes, state.r_max, cfg, state.bank.device, state.round + 1)
+        return Aggregate(weights, norms)
+    state.bank = merged.bank
+    return Aggregate(weights, norms, diagnostics.describe(state.bank, uploads, weights, merged.rows) if cfg.diagnostics else {})
 
 
 def client_weights(uploads: hk.AdapterBank, samples: Sequence[int], cfg: Config) -> tuple[Tensor, Tensor]:
@@ -52,23 +120,30 @@ def clip_updates(uploads: hk.AdapterBank, received: hk.AdapterBank, limit: float
     return factors
 
 
-def merge_factors(bank: hk.AdapterBank, uploads: hk.AdapterBank, weights: Tensor, r_max: int, cfg: Config) -> hk.AdapterBank:
+def row_weights(uploads: hk.AdapterBank, weights: Tensor, module: int, name: str) -> Tensor:
+    """p of the client that owns each rank row of the `module`-th module, [S] float64."""
+    ranks = torch.tensor(uploads.layouts[name].ranks, device=uploads.device)
+    return torch.repeat_interleave(weights[:, module].to(uploads.device), ranks)
+
+
+def merge_factors(call: MergeCall) -> Merged:
     """bank A <- sum p_k A_k, bank B <- sum p_k B_k, zero-padded to r_max (HETLORA section 3.3), with the choices for unowned and shared rows."""
-    keep = bank if cfg.unowned_rows == "keep" else None
-    return uploads.aggregate(weights.to(uploads.device), r_max, normalize=cfg.shared_rows, keep=keep)
+    keep = call.bank if call.cfg.unowned_rows == "keep" else None
+    bank = call.uploads.aggregate(call.weights.to(call.uploads.device), call.r_max, normalize=call.cfg.shared_rows, keep=keep)
+    return Merged(bank, rows=max(layout.max_rank for layout in call.uploads.layouts.values()))
 
 
-def merge_svd(bank: hk.AdapterBank, uploads: hk.AdapterBank, weights: Tensor, r_max: int) -> hk.AdapterBank:
+def merge_svd(call: MergeCall) -> Merged:
     """The best rank-r_max approximation of sum p_k B_k A_k in the Frobenius norm (FlexLoRA, "Recon+SVD"), without forming it.
 
     With stacks X = [p_k B_k] and Y = [A_k]: X = Q_x R_x, Y^T = Q_y R_y, R_x R_y^T = U S V^T; B = Q_x U sqrt(S), A = sqrt(S) V^T Q_y^T, in
     float64. Rows past the rank of the sum take the old bank's A with B = 0, which training can revive; zeros in both could not.
     """
+    bank, uploads, r_max = call.bank, call.uploads, call.r_max
     merged = hk.AdapterBank(bank.shapes, [r_max], dtype=bank.dtype, device=bank.device)
     merged.load_state_dict(bank.state_dict())
     for module, name in enumerate(bank.shapes):
-        layout = uploads.layouts[name]
-        p = torch.repeat_interleave(weights[:, module].to(uploads.device), torch.tensor(layout.ranks, device=uploads.device))
+        p = row_weights(uploads, call.weights, module, name)
         q_x, r_x = torch.linalg.qr((uploads.bt[name].detach().double() * p[:, None]).t())
         q_y, r_y = torch.linalg.qr(uploads.a[name].detach().double().t())
         u, s, vh = torch.linalg.svd(r_x @ r_y.t(), full_matrices=False)
@@ -78,17 +153,16 @@ def merge_svd(bank: hk.AdapterBank, uploads: hk.AdapterBank, weights: Tensor, r_
             merged.a[name][:rank] = ((q_y @ vh.t()[:, :rank]) * root).t().to(bank.dtype)
             merged.bt[name].zero_()
             merged.bt[name][:rank] = ((q_x @ u[:, :rank]) * root).t().to(bank.dtype)
-    return merged
+    return Merged(merged)
 
 
 @torch.no_grad()
-def fold_stack(model: torch.nn.Module, uploads: hk.AdapterBank, weights: Tensor, scale: float) -> None:
-    """W <- W + s * sum p_k B_k A_k in every target module (FLoRA's stacking): exact, and the base model changes."""
+def merge_stack(call: MergeCall) -> Merged:
+    """W <- W + s * sum p_k B_k A_k in every target module (FLoRA's stacking): exact, and the base model changes. Clients download the stack."""
+    uploads, cfg = call.uploads, call.cfg
     for module, name in enumerate(uploads.shapes):
-        layout = uploads.layouts[name]
-        p = torch.repeat_interleave(weights[:, module].to(uploads.device), torch.tensor(layout.ranks, device=uploads.device))
+        p = row_weights(uploads, call.weights, module, name)
         a, bt = uploads.a[name].detach(), uploads.bt[name].detach()
-        weight: Tensor = model.get_parameter(f"{name}.weight")
-        if hasattr(model.get_submodule(name), "nf"):  # GPT-2's Conv1D stores [in, out]
-            weight = weight.t()
-        weight.add_((scale * (bt * p[:, None].to(bt.dtype)).t() @ a).to(weight.dtype))
+        weight = linear_weight(call.model.get_submodule(name))
+        weight.add_((cfg.scale * (bt * p[:, None].to(bt.dtype)).t() @ a).to(weight.dtype))
+    return Merged(None, follow_bytes=sum(uploads.num_bytes(k) for k in range(uploads.num_clients)))

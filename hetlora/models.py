@@ -1,81 +1,32 @@
-"""The frozen base model: where it comes from, how it is loaded, and which of its linear layers carry adapters; the demo's own model."""
+"""The frozen base model: how it is loaded, and which of its linear layers carry adapters."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
-import math
 import os
 import re
-import shutil
-import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hetlora.config import Config, ConfigError
-from hetlora.demo_text import public_text
-
-Progress = Callable[[int, int, float], None]
-"""progress(steps done, steps in all, training loss in nats per token)."""
-
-
-@dataclass(frozen=True)
-class DemoModel:
-    """The demo's byte-level Llama decoder (0.69 M parameters) and its pre-training on public text of Python's library."""
-
-    hidden: int = 128
-    layers: int = 3
-    heads: int = 4
-    intermediate: int = 384
-    seq_len: int = 256
-    batch_size: int = 8
-    steps: int = 450
-    lr: float = 3e-3
-    warmup: int = 50
-    seed: int = 0
-
-    def folder(self) -> Path:
-        """Cache folder whose name holds everything the weights depend on: these settings, Python (the text) and torch (the arithmetic)."""
-        import platformdirs
-
-        identity = {**asdict(self), "python": sys.version_info[:2], "torch": torch.__version__}
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-        return Path(platformdirs.user_cache_dir("hetlora")) / f"demo-model-{digest}"
-
-
-def resolve_model(cfg: Config, progress: Progress | None = None, demo: DemoModel | None = None) -> str:
-    """Path or hub id of `cfg.model`; for 'demo' the folder of the demo model, pre-trained at the first call (about a minute) and then cached.
-
-    Raises `ConfigError` when a local path does not exist or the cache folder cannot be written.
-    """
-    if cfg.model == "demo":
-        return str(_demo_folder(demo or DemoModel(), progress))
-    path = os.path.expanduser(cfg.model)
-    if os.path.isdir(path):
-        return path
-    if cfg.model.startswith((".", "/", "~")) or cfg.model.count("/") > 1 or os.path.exists(path):
-        raise ConfigError(f"model {cfg.model!r}: no such folder; give a folder with config.json and weights, a hub id (ORG/NAME) or 'demo'")
-    return cfg.model
+from hetlora_kernels.linear import linear_shape
 
 
 def load_tokenizer(path: str) -> Any:
     """The model's tokenizer. Raises `ConfigError` when there is none."""
     from transformers import AutoTokenizer
 
-    with _quiet(path):
+    with quiet(path):
         try:
             return AutoTokenizer.from_pretrained(path)
         except Exception as error:  # transformers raises unrelated types for missing, malformed and unreachable models
-            raise ConfigError(f"model {path!r}: tokenizer cannot be loaded ({_reason(error)}); {_advice(path)}") from None
+            raise ConfigError(f"model {path!r}: tokenizer cannot be loaded ({first_line(error)}); {_advice(path)}") from None
 
 
 def load_model(cfg: Config, path: str) -> Any:
@@ -89,7 +40,7 @@ def load_model(cfg: Config, path: str) -> Any:
     device = resolve_device(cfg.device)
     dtype = getattr(torch, cfg.dtype)
     options = _quantization(cfg, device) if cfg.quantize != "none" else {}
-    with _quiet(path):
+    with quiet(path):
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
             model, info = loaded
@@ -98,7 +49,7 @@ def load_model(cfg: Config, path: str) -> Any:
         except torch.OutOfMemoryError:
             raise ConfigError(f"model {path!r}: does not fit on {device}; use --dtype bfloat16, --quantize 4bit or a smaller model") from None
         except Exception as error:  # as above
-            reason = _reason(error)
+            reason = first_line(error)
             if "Unrecognized configuration class" in reason:
                 reason = "not a causal language model of transformers"
             raise ConfigError(f"model {path!r}: cannot be loaded ({reason}); {_advice(path)}") from None
@@ -125,7 +76,7 @@ def resolve_device(device: str) -> torch.device:
             raise RuntimeError("it holds no data")
         torch.empty(1, device=found)
     except Exception as error:  # RuntimeError, AssertionError or NotImplementedError, by the kind of device
-        raise ConfigError(f"device {device!r}: not usable here ({_reason(error)}); use 'auto', 'cpu' or 'cuda:N'") from None
+        raise ConfigError(f"device {device!r}: not usable here ({first_line(error)}); use 'auto', 'cpu' or 'cuda:N'") from None
     return found
 
 
@@ -137,7 +88,7 @@ def target_shapes(model: nn.Module, spec: str) -> dict[str, tuple[int, int]]:
     Linear layers are `nn.Linear`, its quantised kinds, and the `Conv1D` of GPT-2 (whose base weight is stored transposed).
     Raises `ConfigError` naming some of the model's linear layers when `spec`, or one suffix of it, selects none.
     """
-    linear = {name: shape for name, module in model.named_modules() if (shape := _linear_shape(module))}
+    linear = {name: shape for name, module in model.named_modules() if (shape := _target_shape(module))}
     if not linear:
         raise ConfigError(f"target_modules {spec!r}: the model {type(model).__name__} has no linear layers")
     if spec == "attention":
@@ -153,13 +104,9 @@ def target_shapes(model: nn.Module, spec: str) -> dict[str, tuple[int, int]]:
     return {name: linear[name] for name in names}
 
 
-def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    for out_name, in_name in (("out_features", "in_features"), ("nf", "nx")):
-        shape = getattr(module, out_name, None), getattr(module, in_name, None)
-        # a layer has its weight itself; composite modules may repeat its sizes
-        if isinstance(shape[0], int) and isinstance(shape[1], int) and "weight" in dict(module.named_parameters(recurse=False)):
-            return shape[0], shape[1]
-    return None
+def _target_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Widths of a layer that can carry an adapter: it has its weight itself, where composite modules may repeat its widths."""
+    return linear_shape(module) if "weight" in dict(module.named_parameters(recurse=False)) else None
 
 
 def _inside_attention(model: nn.Module) -> set[str]:
@@ -249,7 +196,7 @@ def _warn_dropout(model: Any) -> None:
         )
 
 
-def _reason(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__
 
@@ -261,7 +208,7 @@ def _advice(path: str) -> str:
 
 
 @contextmanager
-def _quiet(path: str | Path) -> Iterator[None]:
+def quiet(path: str | Path) -> Iterator[None]:
     """transformers reports loading and missing weights on the terminal; what matters of that is raised here. Download bars stay."""
     from transformers.utils import logging
 
@@ -275,94 +222,3 @@ def _quiet(path: str | Path) -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _demo_folder(demo: DemoModel, progress: Progress | None) -> Path:
-    """The cached model, made first where it is missing or damaged. Two processes may make it at once: the first to finish wins."""
-    folder = demo.folder()
-    if folder.exists():
-        if fault := _fault(folder):
-            warnings.warn(f"demo model in {folder} is damaged ({fault}); it is made again", stacklevel=4)
-        else:
-            return folder
-    temporary = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".demo-model-", dir=folder.parent))
-        _pretrain(demo, temporary, progress)
-        if folder.exists() and _fault(folder):
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-    except OSError as error:
-        if not folder.exists() or _fault(folder):
-            raise ConfigError(
-                f"model 'demo': cannot be kept in {folder.parent} ({error.strerror or error}); set XDG_CACHE_HOME to a folder that can be written"
-            ) from None
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
-_MANIFEST = "hetlora_demo.json"
-
-
-def _fault(folder: Path) -> str | None:
-    """What is wrong with a cached model, by the checksums of its files; None when all is well."""
-    try:
-        files = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
-        for name, digest in files.items():
-            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
-                return f"{name} has changed"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {_reason(error)}"
-    return None
-
-
-def _pretrain(demo: DemoModel, folder: Path, progress: Progress | None) -> None:
-    """Train on random windows of the public text and write an ordinary transformers folder. The same seed and threads give the same weights."""
-    from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
-
-    tokenizer = ByT5Tokenizer()
-    ids = _joined(tokenizer, public_text())
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=demo.hidden, intermediate_size=demo.intermediate, num_hidden_layers=demo.layers, num_attention_heads=demo.heads,
-        max_position_embeddings=demo.seq_len * 4, tie_word_embeddings=True, use_cache=False,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(demo.seed)
-        model = LlamaForCausalLM(config).train()
-    draw = torch.Generator().manual_seed(demo.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=demo.lr, weight_decay=0.01, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, demo))
-    window = torch.arange(demo.seq_len)
-    for step in range(1, demo.steps + 1):
-        starts = torch.randint(len(ids) - demo.seq_len, (demo.batch_size, 1), generator=draw)
-        batch = ids[starts + window]  # [batch, seq_len]
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        if progress is not None:
-            progress(step, demo.steps, loss.item())
-    with _quiet(folder):
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
-    (folder / _MANIFEST).write_text(json.dumps({"model": asdict(demo), "torch": torch.__version__, "sha256": digests}, indent=2) + "\n", encoding="utf-8")
-
-
-def _joined(tokenizer: Any, texts: list[str]) -> Tensor:
-    parts = [torch.tensor([*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]) for text in texts]
-    return torch.cat(parts)
-
-
-def _warm_cosine(step: int, demo: DemoModel) -> float:
-    """Linear warm-up, then a cosine down to a tenth."""
-    if step < demo.warmup:
-        return (step + 1) / demo.warmup
-    done = (step - demo.warmup) / max(1, demo.steps - demo.warmup)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))

@@ -1,20 +1,25 @@
-"""Which rank each client has: drawn, listed, read from a file or mapped from a capability; and the rank that a pruning client keeps."""
+"""Which rank each client has: drawn, listed, read from a file or mapped from a capability; and the rank that a pruning client keeps.
+
+Inside the package the ranks of a client have one shape, {module: rank}. A run that prunes whole clients has the same rank in every module.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
+from typing import Any, Literal, Protocol
 
-from hetlora.config import ConfigError
-from hetlora.data import ClientData
+from hetlora.errors import ConfigError
 from hetlora.seeds import host_generator
 
 POWER_LAW_EXPONENT = 0.1
-ClientRank = int | dict[str, int]  # one rank, or one per module when the pruning scope is 'module'
+ClientRanks = dict[str, int]  # {module: rank} of one client, in the order of the model
+Scope = Literal["client", "module"]
 
 
 @dataclass(frozen=True)
@@ -26,36 +31,172 @@ class RankPlan:
     ranks: dict[str, int]
 
 
-def kept_rank(rank: int, gamma: float, r_min: int) -> int:
-    """q = max(r_min, floor(gamma * r)), the first row of the tail, exact in decimal; never above `rank` (HETLORA section 3.2)."""
-    exact = Fraction(str(gamma)) * rank
-    return min(rank, max(r_min, exact.numerator // exact.denominator))
+class Member(Protocol):
+    """What a rule must know of a client."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def capability(self) -> float | None: ...
 
 
-def assign_ranks(spec: str, clients: Sequence[ClientData], seed: int) -> RankPlan:
-    """The starting ranks of `clients` (sorted by name).
+# ---------------------------------------------------------------- rules: the setting `ranks`, parsed
 
-    spec: 'powerlaw:MIN:MAX[:A]': r = round(MIN + (MAX - MIN) u^(1/A)), u uniform on [0, 1], A = 0.1 by default, drawn once from the run's
-    seed in name order; 'fixed:R': R for all; a comma-separated list; a JSON or CSV file client -> rank; 'column:FIELD:MIN:MAX': linear in the
-    clients' capability.
-    Raises `ConfigError` naming what does not fit.
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """r = round(MIN + (MAX - MIN) u^(1/A)), u uniform on [0, 1], drawn once from the run's seed in name order."""
+
+    low: int
+    high: int
+    exponent: float
+
+    def assign(self, clients: Sequence[Member], seed: int) -> RankPlan:
+        draw = host_generator(seed, "ranks")
+        ranks = {client.name: round(self.low + (self.high - self.low) * draw.random() ** (1 / self.exponent)) for client in clients}
+        return RankPlan(self.low, self.high, ranks)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """One rank for all."""
+
+    rank: int
+
+    def assign(self, clients: Sequence[Member], seed: int) -> RankPlan:
+        return RankPlan(self.rank, self.rank, {client.name: self.rank for client in clients})
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One rank per client, by name order."""
+
+    values: tuple[int, ...]
+
+    def assign(self, clients: Sequence[Member], seed: int) -> RankPlan:
+        if len(self.values) != len(clients):
+            raise ConfigError(f"ranks: expected {len(clients)} ranks, one per training client by name order, got {len(self.values)}")
+        return RankPlan(min(self.values), max(self.values), {client.name: rank for client, rank in zip(clients, self.values, strict=True)})
+
+
+@dataclass(frozen=True)
+class RankFile:
+    """A JSON or CSV file client -> rank."""
+
+    path: Path
+
+    def table(self) -> dict[str, Any]:
+        """What the file says, as text or numbers; `ConfigError` where it cannot be read."""
+        path = self.path
+        try:
+            text = path.read_text(encoding="utf-8")
+            if path.suffix.lower() == ".json":
+                table = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
+            else:
+                rows = [row for row in csv.reader(text.splitlines()) if row]
+                table = _unique([(row[0].strip(), row[1].strip()) for row in rows if row[:2] != ["client", "rank"]], path)
+        except ConfigError:
+            raise
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"ranks file {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        except (ValueError, IndexError):
+            raise ConfigError(f"ranks file {path}: expected JSON {{client: rank}} or CSV lines 'client,rank'") from None
+        if not isinstance(table, dict):
+            raise ConfigError(f"ranks file {path}: expected {{client: rank}}, got {type(table).__name__}")
+        return table
+
+    def assign(self, clients: Sequence[Member], seed: int) -> RankPlan:
+        table = self.table()
+        missing = [client.name for client in clients if client.name not in table]
+        if missing:
+            raise ConfigError(f"ranks file {self.path}: no rank for {len(missing)} of {len(clients)} clients: {missing[:5]}; add them")
+        ranks = {}
+        for client in clients:
+            try:
+                ranks[client.name] = int(str(table[client.name]))
+            except ValueError:
+                raise ConfigError(f"ranks file {self.path}: expected a whole number for {client.name!r}, got {table[client.name]!r}") from None
+        for name, rank in ranks.items():
+            if rank < 1:
+                raise ConfigError(f"ranks file {self.path}: expected ranks >= 1, got {rank} for client {name!r}")
+        return RankPlan(min(ranks.values()), max(ranks.values()), ranks)
+
+
+@dataclass(frozen=True)
+class Column:
+    """Linear in the clients' capability, the column `field` of the data."""
+
+    spec: str
+    field: str
+    low: int
+    high: int
+
+    def assign(self, clients: Sequence[Member], seed: int) -> RankPlan:
+        known = {client.name: client.capability for client in clients if client.capability is not None}
+        missing = [client.name for client in clients if client.name not in known]
+        if missing:
+            raise ConfigError(
+                f"ranks: {self.spec!r} needs the column {self.field!r} in the data; it is missing for {missing[:5]}; use JSONL or hub data that has it"
+            )
+        least = min(known.values())
+        span = (max(known.values()) - least) or 1.0
+        return RankPlan(self.low, self.high, {name: round(self.low + (self.high - self.low) * (value - least) / span) for name, value in known.items()})
+
+
+RankRule = PowerLaw | Fixed | Listed | RankFile | Column
+
+
+def parse_ranks(spec: str) -> RankRule:
+    """The rule that the setting `ranks` stands for; no file is read yet.
+
+    spec: 'powerlaw:MIN:MAX[:A]' with A = 0.1 by default; 'fixed:R': R for all; a comma-separated list; a JSON or CSV file client -> rank;
+    'column:FIELD:MIN:MAX'. Raises `ConfigError` naming what is wrong.
     """
     kind, _, rest = spec.partition(":")
-    if kind == "powerlaw":
-        return _power_law(spec, rest, clients, seed)
-    if kind == "column":
-        return _by_capability(spec, clients)
-    if kind == "fixed":
-        if not rest.isdecimal() or int(rest) < 1:
-            raise ConfigError(f"ranks: expected 'fixed:R' with a whole number R >= 1, got {spec!r}")
-        rank = int(rest)
-        return RankPlan(rank, rank, {client.name: rank for client in clients})
-    listed = Path(spec)
-    if listed.suffix.lower() in (".json", ".csv"):
-        ranks = _from_file(listed, clients)
-    else:
-        ranks = _from_list(spec, clients)
-    return RankPlan(min(ranks.values()), max(ranks.values()), ranks)
+    if kind in _PARSERS:
+        return _PARSERS[kind](spec, rest)
+    if Path(spec).suffix.lower() in (".json", ".csv"):
+        return RankFile(Path(spec))
+    try:
+        values = tuple(int(part) for part in spec.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"ranks: expected 'powerlaw:MIN:MAX', 'fixed:R', a comma-separated list, a .json or .csv file, or 'column:FIELD:MIN:MAX', got {spec!r}"
+        ) from None
+    if min(values) < 1:
+        raise ConfigError(f"ranks: expected ranks >= 1, got {min(values)} in {spec!r}")
+    return Listed(values)
+
+
+def _parse_power_law(spec: str, rest: str) -> PowerLaw:
+    parts = rest.split(":")
+    if len(parts) not in (2, 3):
+        raise ConfigError(f"ranks: expected 'powerlaw:MIN:MAX' or 'powerlaw:MIN:MAX:A', got {spec!r}")
+    low, high = _bounds(spec, parts[0], parts[1])
+    try:
+        exponent = float(parts[2]) if len(parts) == 3 else POWER_LAW_EXPONENT
+    except ValueError:
+        exponent = 0.0
+    if not 0 < exponent < float("inf"):
+        raise ConfigError(f"ranks: expected a number A > 0 in 'powerlaw:MIN:MAX:A', got {spec!r}")
+    return PowerLaw(low, high, exponent)
+
+
+def _parse_fixed(spec: str, rest: str) -> Fixed:
+    if not rest.isdecimal() or int(rest) < 1:
+        raise ConfigError(f"ranks: expected 'fixed:R' with a whole number R >= 1, got {spec!r}")
+    return Fixed(int(rest))
+
+
+def _parse_column(spec: str, rest: str) -> Column:
+    field, *bounds = rest.rsplit(":", 2)
+    if len(bounds) != 2 or not field:
+        raise ConfigError(f"ranks: expected 'column:FIELD:MIN:MAX', got {spec!r}")
+    return Column(spec, field, *_bounds(spec, *bounds))
+
+
+_PARSERS: dict[str, Callable[[str, str], RankRule]] = {"powerlaw": _parse_power_law, "fixed": _parse_fixed, "column": _parse_column}
 
 
 def _bounds(spec: str, low: str, high: str) -> tuple[int, int]:
@@ -68,76 +209,6 @@ def _bounds(spec: str, low: str, high: str) -> tuple[int, int]:
     return bounds
 
 
-def _power_law(spec: str, rest: str, clients: Sequence[ClientData], seed: int) -> RankPlan:
-    parts = rest.split(":")
-    if len(parts) not in (2, 3):
-        raise ConfigError(f"ranks: expected 'powerlaw:MIN:MAX' or 'powerlaw:MIN:MAX:A', got {spec!r}")
-    low, high = _bounds(spec, parts[0], parts[1])
-    try:
-        exponent = float(parts[2]) if len(parts) == 3 else POWER_LAW_EXPONENT
-    except ValueError:
-        exponent = 0.0
-    if not 0 < exponent < float("inf"):
-        raise ConfigError(f"ranks: expected a number A > 0 in 'powerlaw:MIN:MAX:A', got {spec!r}")
-    draw = host_generator(seed, "ranks")
-    ranks = {client.name: round(low + (high - low) * draw.random() ** (1 / exponent)) for client in clients}
-    return RankPlan(low, high, ranks)
-
-
-def _by_capability(spec: str, clients: Sequence[ClientData]) -> RankPlan:
-    parts = spec.split(":")
-    if len(parts) != 4 or not parts[1]:
-        raise ConfigError(f"ranks: expected 'column:FIELD:MIN:MAX', got {spec!r}")
-    low, high = _bounds(spec, parts[2], parts[3])
-    values = {client.name: client.capability for client in clients}
-    missing = [name for name, value in values.items() if value is None]
-    if missing:
-        raise ConfigError(f"ranks: {spec!r} needs the column {parts[1]!r} in the data; it is missing for {missing[:5]}; use JSONL or hub data that has it")
-    least, most = min(values.values()), max(values.values())  # type: ignore[type-var]
-    span = (most - least) or 1.0  # type: ignore[operator]
-    return RankPlan(low, high, {name: round(low + (high - low) * (value - least) / span) for name, value in values.items()})  # type: ignore[operator]
-
-
-def _from_list(spec: str, clients: Sequence[ClientData]) -> dict[str, int]:
-    try:
-        values = [int(part) for part in spec.split(",")]
-    except ValueError:
-        raise ConfigError(
-            f"ranks: expected 'powerlaw:MIN:MAX', 'fixed:R', a comma-separated list, a .json or .csv file, or 'column:FIELD:MIN:MAX', got {spec!r}"
-        ) from None
-    if len(values) != len(clients):
-        raise ConfigError(f"ranks: expected {len(clients)} ranks, one per training client by name order, got {len(values)}")
-    return _positive({client.name: rank for client, rank in zip(clients, values, strict=True)}, "ranks")
-
-
-def _from_file(path: Path, clients: Sequence[ClientData]) -> dict[str, int]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix.lower() == ".json":
-            table = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
-        else:
-            rows = [row for row in csv.reader(text.splitlines()) if row]
-            table = _unique([(row[0].strip(), row[1].strip()) for row in rows if row[:2] != ["client", "rank"]], path)
-    except ConfigError:
-        raise
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"ranks file {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    except (ValueError, IndexError):
-        raise ConfigError(f"ranks file {path}: expected JSON {{client: rank}} or CSV lines 'client,rank'") from None
-    if not isinstance(table, dict):
-        raise ConfigError(f"ranks file {path}: expected {{client: rank}}, got {type(table).__name__}")
-    missing = [client.name for client in clients if client.name not in table]
-    if missing:
-        raise ConfigError(f"ranks file {path}: no rank for {len(missing)} of {len(clients)} clients: {missing[:5]}; add them")
-    ranks = {}
-    for client in clients:
-        try:
-            ranks[client.name] = int(str(table[client.name]))
-        except ValueError:
-            raise ConfigError(f"ranks file {path}: expected a whole number for {client.name!r}, got {table[client.name]!r}") from None
-    return _positive(ranks, f"ranks file {path}")
-
-
 def _unique(pairs: Sequence[tuple[str, object]], path: Path) -> dict[str, object]:
     table: dict[str, object] = {}
     for name, rank in pairs:
@@ -147,11 +218,7 @@ def _unique(pairs: Sequence[tuple[str, object]], path: Path) -> dict[str, object
     return table
 
 
-def _positive(ranks: dict[str, int], source: str) -> dict[str, int]:
-    for name, rank in ranks.items():
-        if rank < 1:
-            raise ConfigError(f"{source}: expected ranks >= 1, got {rank} for client {name!r}")
-    return ranks
+# ---------------------------------------------------------------- ranks of a run
 
 
 def check_width(plan: RankPlan, shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -161,12 +228,32 @@ def check_width(plan: RankPlan, shapes: Mapping[str, tuple[int, int]]) -> None:
         raise ConfigError(f"ranks: rank {plan.r_max} is above the width {width} of module {name!r}; lower the largest rank or choose other target modules")
 
 
-def bank_ranks(ranks: Sequence[ClientRank], shapes: Mapping[str, tuple[int, int]]) -> list[int] | dict[str, list[int]]:
-    """Ranks of several clients in the form that `AdapterBank` takes."""
-    if all(isinstance(rank, int) for rank in ranks):
-        return [int(rank) for rank in ranks]  # type: ignore[arg-type]
-    return {module: [rank if isinstance(rank, int) else rank[module] for rank in ranks] for module in shapes}
+@cache
+def kept_rank(rank: int, gamma: float, r_min: int) -> int:
+    """q = max(r_min, floor(gamma * r)), the first row of the tail, exact in decimal; never above `rank` (HETLORA section 3.2)."""
+    exact = Fraction(str(gamma)) * rank
+    return min(rank, max(r_min, exact.numerator // exact.denominator))
 
 
-def mean_rank(rank: ClientRank) -> float:
-    return float(rank) if isinstance(rank, int) else sum(rank.values()) / len(rank)
+def tail_start(ranks: ClientRanks, gamma: float, r_min: int) -> ClientRanks:
+    """q of each module of a client: the first row of its tail."""
+    return {module: kept_rank(rank, gamma, r_min) for module, rank in ranks.items()}
+
+
+def bank_ranks(ranks: Sequence[ClientRanks], modules: Sequence[str] | Mapping[str, Any]) -> dict[str, list[int]]:
+    """{module: one rank per client}, as `AdapterBank` takes them."""
+    return {module: [own[module] for own in ranks] for module in modules}
+
+
+def mean_rank(ranks: ClientRanks) -> float:
+    return sum(ranks.values()) / len(ranks)
+
+
+def from_record(saved: Any, scope: Scope, modules: Mapping[str, Any]) -> ClientRanks:
+    """Ranks of a client from a checkpoint: one number for all modules where the scope is 'client', else {module: rank}."""
+    return dict.fromkeys(modules, saved) if scope == "client" else dict(saved)
+
+
+def to_record(ranks: ClientRanks, scope: Scope) -> int | dict[str, int]:
+    """The form of `from_record`, also that of `Result.ranks`."""
+    return next(iter(ranks.values())) if scope == "client" else dict(ranks)

@@ -1,11 +1,18 @@
-"""Every random choice of a run is a function of (run seed, purpose, round, client), so a resumed run repeats it bit for bit."""
+"""Every random choice of a run is a function of (run seed, purpose, round, client), so a resumed run repeats it bit for bit.
+
+Torch is loaded by the functions that need it, so that settings can be checked and ranks be drawn without it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
@@ -19,4 +26,24 @@ def host_generator(seed: int, *purpose: str | int) -> random.Random:
 
 
 def torch_generator(seed: int, *purpose: str | int) -> torch.Generator:
+    import torch
+
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))
+
+
+def held_out_generator(seed: int) -> random.Random:
+    """Which clients are held out. Its seed is older than `derive_seed` and stays, so that a data set is split as it always was."""
+    return random.Random(f"{seed}:held-out")
+
+
+@contextmanager
+def pretraining_draws(seed: int) -> Iterator[torch.Generator]:
+    """For the demo's base model: torch's own generator for its initial weights, put back afterwards, and one for its batches.
+
+    Both have the plain seed, not a derived one: so were the models made that users have in their cache.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield torch.Generator().manual_seed(seed)

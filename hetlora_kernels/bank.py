@@ -236,7 +236,11 @@ def _layouts(shapes: Mapping[str, Any], ranks: Ranks) -> dict[str, RankLayout]:
         raise ValueError("shapes: expected at least one module, got none")
     if not isinstance(ranks, Mapping):
         return dict.fromkeys(shapes, RankLayout(ranks))
-    layouts = {module: RankLayout(own) for module, own in _per_module(shapes, ranks, "ranks").items()}
+    layouts: dict[str, RankLayout] = {}
+    shared: dict[RankLayout, RankLayout] = {}  # its device tensors are then made once, whichever form the ranks came in
+    for module, own in _per_module(shapes, ranks, "ranks").items():
+        layout = RankLayout(own)
+        layouts[module] = shared.setdefault(layout, layout)
     counts = {layout.num_clients for layout in layouts.values()}
     if len(counts) > 1:
         raise ValueError(f"ranks: expected the same number of clients in every module, got {sorted(counts)}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hetlora_kernels.bank import AdapterBank
+from hetlora_kernels.linear import linear_shape
 from hetlora_kernels.ops.lora import lora_add, lora_linear
 from hetlora_kernels.peft.batch import Batch
 
@@ -75,7 +76,7 @@ def attach(model: nn.Module, bank: AdapterBank, scale: float | Sequence[float] |
     for name, shape in bank.shapes.items():
         if name not in modules:
             raise ValueError(f"bank: module {name!r} is not in the model")
-        found = _layer_shape(modules[name])
+        found = linear_shape(modules[name])
         if found is not None and found != shape:
             raise ValueError(f"bank: expected (out, in) = {found} for module {name!r} as in the model, got {shape}")
     parameter = next(model.parameters(), None)
@@ -103,14 +104,6 @@ def detach(model: nn.Module) -> nn.Module:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(shared.base_requires_grad.get(name, parameter.requires_grad))
     return model
-
-
-def _layer_shape(layer: Any) -> tuple[int, int] | None:
-    if hasattr(layer, "out_features") and hasattr(layer, "in_features"):
-        return int(layer.out_features), int(layer.in_features)
-    if hasattr(layer, "nf") and getattr(layer, "weight", None) is not None:
-        return int(layer.nf), int(layer.weight.shape[0])
-    return None
 
 
 def attachment(model: nn.Module) -> Attachment | None:

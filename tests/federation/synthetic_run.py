@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from hetlora.checkpoint import CHECKPOINT
 from hetlora.config import Config
+from hetlora.run_folder import CHECKPOINT
 
 ROW_BYTES = 4096
 

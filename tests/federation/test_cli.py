@@ -16,9 +16,9 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 from synthetic_run import write_run
 
-from hetlora import tables
 from hetlora.cli import cli
 from hetlora.config import Config
+from hetlora.report import terminal
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +86,17 @@ def test_every_setting_is_an_option_under_its_group():
 def test_help_works(command):
     result = invoke(*command, "--help")
     assert result.exit_code == 0 and result.stderr == "" and "Usage" in result.output
+
+
+@pytest.mark.parametrize("arguments", [("report", "nowhere"), ("export", "nowhere", "-o", "out"), ("run", "--resume", "--output", "nowhere")])
+def test_a_folder_without_a_run_is_told_in_one_wording(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "hetlora: error: nowhere: no run there (config.json is missing); give the folder that 'hetlora run' wrote\n",
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_a_command_help_is_shown():
@@ -246,17 +257,17 @@ def test_many_clients_show_the_most_changed():
         {"name": f"c{i:02d}", "rank_start": 9, "rank_end": 5.5, "sequences": 1, "rounds": 1, "perplexity_before": 10.0, "perplexity_after": 10.0 - 0.1 * i}
         for i in range(41)
     ]
-    table, note = tables.client_table({"clients": clients})
+    table, note = terminal.client_table({"clients": clients})
     assert list(table.columns[0]._cells) and [str(cell) for cell in table.columns[0].cells] == [f"c{i}" for i in range(21, 41)]
     assert "20 of 41 clients" in note and "summary.json" in note
-    assert tables.client_table({"clients": clients[:40]})[1] == ""
+    assert terminal.client_table({"clients": clients[:40]})[1] == ""
 
 
 def test_progress_on_a_terminal_survives_odd_names_and_obeys_no_color(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    with tables.ConsoleObserver(console) as observer:
+    with terminal.ConsoleObserver(console) as observer:
         observer.message("[/] no markup")
         observer.pretrain(1, 2, 3.0)
         observer.pretrain(2, 2, 2.5)

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from tiny import tiny_clients, tiny_config, tiny_model, trained_bank
 
 import hetlora_kernels as hk
-from hetlora.client import dropout_seed, micro_batches, plan_steps, tail_start, train_client
+from hetlora.client import dropout_seed, micro_batches, plan_steps, train_client
 from hetlora.cohort import train_cohort, train_one_by_one
 from hetlora.models import target_shapes
-from hetlora.ranks import bank_ranks
+from hetlora.ranks import bank_ranks, tail_start
 from hetlora_kernels.peft import SEQUENCE_STRIDE, layer_seeds
 from hetlora_kernels.reference import dropout_threshold, keep_mask
 
@@ -29,11 +29,12 @@ def settings(tmp_path, **values):
 
 
 def setting(cfg, dtype, ranks=RANKS, sizes=SIZES, seed=0):
-    """(model, start bank, clients, first tail row per client in the bank's form)"""
+    """(model, start bank, clients, {module: first tail row per client})"""
     model = tiny_model(dtype, seed)
     shapes = target_shapes(model, TARGET)
-    start = trained_bank(shapes, bank_ranks(ranks, shapes), dtype, seed)
-    keep = [tail_start(rank, cfg.gamma, 1) for rank in ranks]
+    everywhere = [rank if isinstance(rank, dict) else dict.fromkeys(shapes, rank) for rank in ranks]
+    start = trained_bank(shapes, bank_ranks(everywhere, shapes), dtype, seed)
+    keep = [tail_start(own, cfg.gamma, 1) for own in everywhere]
     return model, start, tiny_clients(sizes, seed), bank_ranks(keep, shapes)
 
 
@@ -70,7 +71,7 @@ def plain_client(model, start, k, data, cfg, keep):
             now.update(step=step, sequence=sequence)
             logits = model(data.train[i][None]).logits[0, :-1]
             losses.append(F.cross_entropy(logits, data.train[i][1:], reduction="none"))
-        q = {name: own[k] for name, own in keep.items()} if isinstance(keep, dict) else dict.fromkeys(factors, keep[k])
+        q = {name: own[k] for name, own in keep.items()}
         tail = sum(bt[q[name] :].norm() * a[q[name] :].norm() for name, (a, bt) in factors.items())
         (torch.cat(losses).mean() + cfg.prune_lambda * tail).backward()
         if cfg.clip_norm:
@@ -166,7 +167,7 @@ def test_order_of_clients_is_irrelevant(tmp_path):
     model, start, clients, keep = setting(cfg, torch.float64)
     order = [2, 0, 3, 1]
     together = cohort(model, start, clients, cfg, keep)
-    shuffled = cohort(model, start.select(order), [clients[k] for k in order], cfg, [keep[k] for k in order])
+    shuffled = cohort(model, start.select(order), [clients[k] for k in order], cfg, {name: [own[k] for k in order] for name, own in keep.items()})
     assert distance(together.select(order), shuffled) < 1e-12
 
 
@@ -182,7 +183,7 @@ def test_results_say_what_was_trained_on(tmp_path):
     assert [r.tokens for r in together] == [2 * sum(map(len, c.train)) for c in clients]
     for k, result in enumerate(together):
         own = start.select([k])
-        alone = train_client(model, own, clients[k], cfg, 1, LR, [keep[k]])
+        alone = train_client(model, own, clients[k], cfg, 1, LR, {name: [cut[k]] for name, cut in keep.items()})
         assert (alone.steps, alone.sequences, alone.tokens) == (result.steps, result.sequences, result.tokens)
         assert alone.loss_first == pytest.approx(result.loss_first, rel=1e-12)
         assert alone.loss_last == pytest.approx(result.loss_last, rel=1e-12)

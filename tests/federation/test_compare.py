@@ -11,10 +11,12 @@ import pytest
 from click.testing import CliRunner
 from tiny import SIZES, Interrupt, Stop, contents, lines, tiny_config, tiny_federation
 
-from hetlora import compare, comparison
 from hetlora.cli import cli
+from hetlora.compare import figures
+from hetlora.compare.methods import METHODS, make_plan, method_config, parse_methods
+from hetlora.compare.page import write_comparison
+from hetlora.compare.run import run_comparison
 from hetlora.config import Config, ConfigError
-from hetlora.methods import METHODS, make_plan, method_config, parse_methods
 from hetlora.observer import Observer
 
 
@@ -24,7 +26,7 @@ def common(folder, **settings):
 
 def compared(folder, methods="hetlora", observer=None, settings=None, **plan):
     plan = make_plan("test", **{"seeds": 1, "methods": methods, **plan})
-    return compare.run_comparison(common(folder, **(settings or {})), plan, observer, tiny_federation(SIZES, held_out=1))
+    return run_comparison(common(folder, **(settings or {})), plan, observer, tiny_federation(SIZES, held_out=1))
 
 
 def outputs(comparison_, method) -> list[tuple]:
@@ -174,7 +176,7 @@ def finished(tmp_path_factory):
 
 
 def test_table_is_what_the_runs_recorded(finished):
-    table = comparison.tabulate(finished)
+    table = figures.tabulate(finished)
     assert list(table.tallies) == ["hetlora", "fedavg-full", "hetlora-owners"]
     for method, tallies in table.tallies.items():
         records = [lines(Path(cell.cfg.output)) for cell in finished.cells if cell.method == method]
@@ -198,19 +200,19 @@ def test_table_is_what_the_runs_recorded(finished):
 
 
 def test_gap_is_how_much_further_training_text_fell(finished):
-    outcome = comparison.tabulate(finished).outcomes["hetlora"][1]
+    outcome = figures.tabulate(finished).outcomes["hetlora"][1]
     first, last = (r["evaluation"] for r in (outcome.run.records[0], outcome.run.records[-1]))
     fell = {part: [a - b for a, b in zip(first[part]["losses"], last[part]["losses"], strict=True)] for part in ("own_train", "own_text")}
     expected = [train - held for train, held in zip(fell["own_train"], fell["own_text"], strict=True)]
-    found = comparison.gaps(outcome)
+    found = figures.gaps(outcome)
     assert [gap for _, gap in found] == pytest.approx(expected)
     assert [rank for rank, _ in found] == [client["rank_end"] for client in outcome.run.summary["clients"]]
 
 
 def test_files_agree_with_one_another_and_the_page_stands_alone(finished):
-    page = comparison.write_comparison(finished)
+    page = write_comparison(figures.tabulate(finished))
     folder = page.parent
-    table = comparison.tabulate(finished)
+    table = figures.tabulate(finished)
     rows = list(csv.DictReader((folder / "comparison.csv").read_text().splitlines()))
     assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for m in table.tallies for s in "01"]
     saved = json.loads((folder / "comparison.json").read_text())
@@ -230,14 +232,14 @@ def test_files_agree_with_one_another_and_the_page_stands_alone(finished):
 
 
 def test_a_missing_value_is_counted_not_averaged():
-    tally = comparison.Tally([2.0, None, 4.0])
+    tally = figures.Tally([2.0, None, 4.0])
     assert tally.mean == 3 and tally.text(1) == "3.0 ± 1.4 (2 of 3)"
-    assert comparison.Tally([None]).text(1) == "-" and comparison.Tally([float("inf"), 1.0]).text(1) == "inf"
-    assert comparison.Tally([7.0]).text(2) == "7.00", "one seed has no spread"
+    assert figures.Tally([None]).text(1) == "-" and figures.Tally([float("inf"), 1.0]).text(1) == "inf"
+    assert figures.Tally([7.0]).text(2) == "7.00", "one seed has no spread"
 
 
 def test_command_line_takes_files_and_flags_and_says_what_is_wrong(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "prepare", lambda *_: tiny_federation(SIZES))
+    monkeypatch.setattr("hetlora.compare.run.prepare", lambda *_: tiny_federation(SIZES))
     settings = {"ranks": "powerlaw:2:8", "rounds": 1, "clients_per_round": 2, "local_steps": 1, "batch_size": 2, "seeds": 1, "methods": "hetlora,homlora-min"}
     (tmp_path / "c.json").write_text(json.dumps(settings))
     result = CliRunner().invoke(cli, ["compare", "--config", str(tmp_path / "c.json"), "--output", str(tmp_path / "c"), "--methods", "homlora-min,flora"])

@@ -14,7 +14,7 @@ from transformers import ByT5Tokenizer
 
 from hetlora import Config, ConfigError
 from hetlora.data import FederatedData, load_data, stdlib_packages
-from hetlora.demo_text import public_text
+from hetlora.python_text import public_text
 
 TOKENIZER = ByT5Tokenizer()
 EOS = TOKENIZER.eos_token_id

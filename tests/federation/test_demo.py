@@ -50,11 +50,11 @@ def test_lambda_is_the_largest_that_costs_at_most_the_tolerance(monkeypatch, tmp
 
     class Data:
         data = type("D", (), {"clients": []})
-        model = model_name = shapes = None
+        model = model_name = shapes = tokenizer = None
 
     monkeypatch.setattr(demo, "simulate", fake)
-    monkeypatch.setattr(demo, "prepare", lambda cfg: Data)
-    monkeypatch.setattr(demo, "assign_ranks", lambda *_: type("P", (), {"r_min": 2, "r_max": 8}))
+    monkeypatch.setattr(demo, "load_data", lambda cfg, tokenizer: Data.data)
+    monkeypatch.setattr(demo, "starting_ranks", lambda *_: type("P", (), {"r_min": 2, "r_max": 8}))
     cfg = demo.Config.create("test", **demo.SETTINGS)
     assert demo.choose_lambda(cfg, ["dbm", "http"], Data, Recorder()) == expected
     assert tried[0] == 0.0 and tried == sorted(tried[:1]) + sorted(tried[1:], reverse=True)

@@ -11,7 +11,7 @@ from tiny import tiny_config, tiny_federation, trained_bank
 import hetlora_kernels as hk
 from hetlora import diagnostics, merge
 from hetlora.loop import simulate
-from hetlora.report import write_report
+from hetlora.report.page import write_report
 
 SHAPES = {"q": (6, 5), "v": (4, 7)}
 RANKS = [2, 5, 3]
@@ -51,6 +51,10 @@ def test_effective_rank_counts_directions():
     assert diagnostics.effective_rank(bank) == pytest.approx(1)
 
 
+def call(bank, uploads, weights, cfg) -> merge.MergeCall:
+    return merge.MergeCall(bank, uploads, weights, bank.ranks[0], cfg, torch.nn.Module())
+
+
 @pytest.mark.parametrize("shared", ["none", "owners"])
 @pytest.mark.parametrize("kept_rows", [5, 8])
 def test_merge_error_is_the_distance_from_the_exact_sum(tmp_path, shared, kept_rows):
@@ -58,23 +62,25 @@ def test_merge_error_is_the_distance_from_the_exact_sum(tmp_path, shared, kept_r
     uploads, old = trained_bank(SHAPES, RANKS, torch.float64, seed=1), trained_bank(SHAPES, [kept_rows], torch.float64, seed=2)
     weights = torch.tensor([[0.2, 0.5], [0.5, 0.1], [0.3, 0.4]], dtype=torch.float64)
     cfg = tiny_config(tmp_path, shared_rows=shared)
-    merged = merge.merge_factors(old, uploads, weights, kept_rows, cfg)
+    result = merge.merge_factors(call(old, uploads, weights, cfg))
+    merged = result.bank
     exact, error = [], []
     for i, name in enumerate(SHAPES):
         total = sum(weights[k, i] * dense(uploads, name, k) for k in range(3))
         cut = merged.bt[name].detach()[:5].t() @ merged.a[name].detach()[:5]
         exact.append(float(total.square().sum()))
         error.append(float((total - cut).square().sum()))
-    assert diagnostics.describe(merged, uploads, weights, cfg)["merge_error"] == pytest.approx((sum(error) / sum(exact)) ** 0.5, rel=1e-9)
+    assert diagnostics.describe(merged, uploads, weights, result.rows)["merge_error"] == pytest.approx((sum(error) / sum(exact)) ** 0.5, rel=1e-9)
 
 
 def test_merge_error_of_equal_factors_and_of_a_wide_enough_svd_is_zero(tmp_path):
     one = trained_bank(SHAPES, [3], torch.float64)
     uploads = hk.AdapterBank.concat([one, one])
     even = torch.full((2, 2), 0.5, dtype=torch.float64)
-    assert diagnostics.merge_error(merge.merge_factors(one, uploads, even, 3, tiny_config(tmp_path)), uploads, even) == pytest.approx(0, abs=1e-7)
+    average = merge.merge_factors(call(one, uploads, even, tiny_config(tmp_path))).bank
+    assert diagnostics.merge_error(average, uploads, even) == pytest.approx(0, abs=1e-7)
     uploads = trained_bank(SHAPES, [1, 2], torch.float64, seed=5)
-    merged = merge.merge_svd(trained_bank(SHAPES, [4], torch.float64), uploads, even, 4)
+    merged = merge.merge_svd(call(trained_bank(SHAPES, [4], torch.float64), uploads, even, tiny_config(tmp_path))).bank
     assert diagnostics.merge_error(merged, uploads, even) == pytest.approx(0, abs=1e-7)
     silent = hk.AdapterBank(SHAPES, [1, 2], dtype=torch.float64)
     assert diagnostics.merge_error(merged, silent, even) is None

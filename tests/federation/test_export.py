@@ -137,7 +137,7 @@ def test_run_whose_updates_are_in_the_base_is_refused(tmp_path):
 def test_nothing_is_overwritten(run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
-    with pytest.raises(ConfigError, match="not an empty folder"):
+    with pytest.raises(ConfigError, match="exists already; give a new folder, nothing is overwritten"):
         export_adapter(run, tmp_path / "out")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine"]
 

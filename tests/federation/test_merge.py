@@ -13,7 +13,7 @@ from tiny import multiply, same_bits, tiny_config, tiny_federation, tiny_model, 
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hetlora_kernels as hk
-from hetlora import checkpoint, merge, server
+from hetlora import merge, run_folder, server
 from hetlora.loop import simulate
 from hetlora.models import target_shapes
 from hetlora_kernels.peft import attach, detach
@@ -40,7 +40,7 @@ def old():
 
 def aggregate(cfg, uploads, old, received=None, model=None):
     state = server.ServerState(old, {}, 1, 8)
-    result = server.aggregate(state, uploads, received or uploads, SAMPLES, cfg, model or torch.nn.Module())
+    result = merge.aggregate(state, uploads, received or uploads, SAMPLES, cfg, model or torch.nn.Module())
     return state.bank, result
 
 
@@ -174,7 +174,7 @@ def test_a_row_with_an_owner_of_weight_zero_is_owned(tmp_path, old):
         for rows in uploads.bt.values():
             rows[2:] = 0
     state = server.ServerState(old, {}, 1, 8)
-    server.aggregate(state, uploads, uploads, [1, 1], tiny_config(tmp_path), torch.nn.Module())
+    merge.aggregate(state, uploads, uploads, [1, 1], tiny_config(tmp_path), torch.nn.Module())
     for name in SHAPES:
         assert not state.bank.a[name][2:5].any() and torch.equal(state.bank.a[name][5:], old.a[name][5:])
 
@@ -185,7 +185,7 @@ def test_svd_merge_is_the_best_approximation_of_the_exact_sum(tmp_path, uploads,
     if r_max == 3:
         uploads = uploads.prune([2, 3, 3])
     state = server.ServerState(old, {}, 1, r_max)
-    result = server.aggregate(state, uploads, uploads, SAMPLES, tiny_config(tmp_path, merge="svd"), torch.nn.Module())
+    result = merge.aggregate(state, uploads, uploads, SAMPLES, tiny_config(tmp_path, merge="svd"), torch.nn.Module())
     for i, name in enumerate(SHAPES):
         exact = sum(p * d for p, d in zip(result.weights[:, i], deltas(uploads, name), strict=True))
         u, s, vh = torch.linalg.svd(exact)
@@ -311,7 +311,7 @@ def test_saved_adapters_load_in_peft_and_give_the_same_logits(tmp_path, federati
     tokens = torch.arange(16).reshape(2, 8)
     plain = logits_with(tiny_model(), hk.AdapterBank(federation.shapes, [1]), 1.0, tokens)
     shown = set()
-    for folder in (result.run_dir / "adapter", *(checkpoint.client_folder(result.run_dir, f"client{k}") for k in range(4))):
+    for folder in (result.run_dir / "adapter", *(run_folder.client_folder(result.run_dir, f"client{k}") for k in range(4))):
         tensors = load_file(folder / "adapter_model.safetensors")
         ranks = {name: [tensors[f"base_model.model.{name}.lora_A.weight"].shape[0]] for name in federation.shapes}
         bank = hk.AdapterBank(federation.shapes, ranks)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_federation
 
-from hetlora import checkpoint
+from hetlora import run_folder
 from hetlora.loop import simulate
 from hetlora.observer import Observer
 
@@ -40,9 +40,9 @@ def test_resume_takes_the_threads_of_the_run_and_names_other_versions(tmp_path) 
 
 @pytest.mark.parametrize("name", ["..", ".", "../../x", "a/b", "x" * 300, "한국어" * 40])
 def test_client_folders_stay_inside_and_are_distinct(tmp_path, name) -> None:
-    folder = checkpoint.client_folder(tmp_path, name)
+    folder = run_folder.client_folder(tmp_path, name)
     assert folder.parent == tmp_path / "clients" and folder.name not in (".", "..") and len(folder.name.encode()) < 255
-    assert folder != checkpoint.client_folder(tmp_path, name + "x")
+    assert folder != run_folder.client_folder(tmp_path, name + "x")
 
 
 def test_more_clients_per_round_than_there_are_is_said(tmp_path) -> None:

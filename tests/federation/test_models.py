@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import types
 import warnings
@@ -13,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from hetlora import Config, ConfigError
-from hetlora import models as subject
-from hetlora.models import DemoModel, load_model, load_tokenizer, resolve_device, resolve_model, target_shapes
+from hetlora import Config, ConfigError, demo_model, models
+from hetlora.demo_model import DemoModel
+from hetlora.federation import resolve_model
+from hetlora.models import load_model, load_tokenizer, resolve_device, target_shapes
 
 TINY = DemoModel(hidden=16, layers=1, heads=2, intermediate=16, seq_len=32, batch_size=2, steps=3, warmup=1)
 
@@ -23,7 +25,7 @@ TINY = DemoModel(hidden=16, layers=1, heads=2, intermediate=16, seq_len=32, batc
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(subject, "public_text", lambda: ["def sort(items): " * 40, "A class is a scope. " * 40])
+    monkeypatch.setattr(demo_model, "public_text", lambda: ["def sort(items): " * 40, "A class is a scope. " * 40])
     return tmp_path / "cache"
 
 
@@ -75,7 +77,7 @@ def test_demo_model_is_made_once_and_is_an_ordinary_folder(cache):
 def test_demo_model_learns(cache, monkeypatch):
     demo = DemoModel(hidden=32, layers=1, heads=2, intermediate=32, seq_len=64, steps=40, warmup=4)
     losses = []
-    monkeypatch.setattr(subject, "public_text", lambda: ["abcdefgh" * 100])
+    monkeypatch.setattr(demo_model, "public_text", lambda: ["abcdefgh" * 100])
     resolve_model(Config(), lambda done, total, loss: losses.append(loss), demo)
     assert losses[-1] < 0.5 * losses[0]
 
@@ -85,7 +87,7 @@ def test_demo_model_depends_on_its_seed_only(cache):
     state = torch.get_rng_state()
     first = weights(resolve_model(Config(), None, TINY))
     assert torch.equal(torch.get_rng_state(), state)
-    subject.shutil.rmtree(cache)
+    shutil.rmtree(cache)
     torch.manual_seed(2)
     assert weights(resolve_model(Config(), None, TINY)) == first
     assert weights(resolve_model(Config(), None, replace(TINY, seed=1))) != first
@@ -132,7 +134,7 @@ def test_model_appears_in_one_step(cache, monkeypatch):
         assert not Path(target).exists()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(subject.os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     fails(lambda: resolve_model(Config(), None, TINY), "No space left")
     assert os.listdir(cache / "hetlora") == []
 
@@ -189,7 +191,7 @@ def test_devices():
 
 def test_quantization_says_what_is_missing(monkeypatch):
     found = types.SimpleNamespace(find_spec=lambda name: None)
-    monkeypatch.setattr(subject.importlib, "util", found)
+    monkeypatch.setattr(models.importlib, "util", found)
     fails(lambda: load_model(Config(quantize="4bit"), "org/name"), "quantize '4bit'", "bitsandbytes", "pip install")
     found.find_spec = lambda name: object()
     fails(lambda: load_model(Config(quantize="8bit", dtype="float64"), "org/name"), "float64")

@@ -11,15 +11,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import ByT5Tokenizer
 
-from hetlora.config import ConfigError
+from hetlora import federation
+from hetlora.config import Config, ConfigError
 from hetlora.data import ClientData
-from hetlora.ranks import POWER_LAW_EXPONENT, assign_ranks, bank_ranks, check_width, kept_rank, mean_rank
+from hetlora.ranks import POWER_LAW_EXPONENT, bank_ranks, check_width, from_record, kept_rank, mean_rank, parse_ranks, to_record
+from hetlora_kernels import AdapterBank
 
 
 def clients(count: int, capability=None) -> list[ClientData]:
     tokens = [torch.arange(4)]
     return [ClientData(f"c{k:05d}", tokens, tokens, None if capability is None else capability[k]) for k in range(count)]
+
+
+def assign_ranks(spec: str, clients: list[ClientData], seed: int):
+    return parse_ranks(spec).assign(clients, seed)
 
 
 @pytest.mark.parametrize(
@@ -99,8 +106,8 @@ def test_capability_maps_linearly():
         ("4,2", "expected 3 ranks, one per training client by name order, got 2"),
         ("4,2,x", "comma-separated list.*got '4,2,x'"),
         ("4,2,1.5", "comma-separated list"),
-        ("4,0,2", "ranks >= 1, got 0 for client 'c00001'"),
-        ("4,-1,2", "ranks >= 1, got -1 for client 'c00001'"),
+        ("4,0,2", "ranks >= 1, got 0 in '4,0,2'"),
+        ("4,-1,2", "ranks >= 1, got -1 in '4,-1,2'"),
         ("", "comma-separated list"),
         ("column:memory", "expected 'column:FIELD:MIN:MAX'"),
         ("column::1:2", "expected 'column:FIELD:MIN:MAX'"),
@@ -146,8 +153,46 @@ def test_rank_above_the_width_names_the_module():
         check_width(plan, {"q": (16, 16), "k": (8, 16)})
 
 
-def test_bank_ranks_mixes_both_forms():
-    shapes = {"q": (4, 4), "k": (4, 4)}
-    assert bank_ranks([3, 1], shapes) == [3, 1]
-    assert bank_ranks([3, {"q": 2, "k": 1}], shapes) == {"q": [3, 2], "k": [3, 1]}
-    assert mean_rank({"q": 2, "k": 1}) == 1.5 and mean_rank(4) == 4
+TOLD_BY_THE_DATA = ("4,2", "column:memory:1:4", "no/such.json")  # what is wrong with these shows only beside the clients, or in the file
+
+
+@pytest.mark.parametrize("spec", ["powerlaw:5", "powerlaw:5:4", "powerlaw:1:4:x", "fixed:0", "4,x", "4,0", "", "column:memory", "column:memory:2:1"])
+def test_a_typo_is_told_with_the_settings(spec):
+    with pytest.raises(ConfigError, match="here: ranks: expected"):
+        Config.create("here", ranks=spec)
+
+
+@pytest.mark.parametrize("spec", TOLD_BY_THE_DATA)
+def test_what_the_data_must_tell_is_accepted_with_the_settings(spec):
+    assert Config.create("here", ranks=spec).ranks == spec
+
+
+@pytest.mark.parametrize(("spec", "message"), [("no/such.json", "cannot be read"), ("2,2,2", "expected 2 ranks"), ("column:memory:1:4", "columns")])
+def test_ranks_that_do_not_fit_are_told_before_the_model_is_loaded(tmp_path, monkeypatch, spec, message):
+    for name in ("one", "two"):
+        (tmp_path / name).write_text("many words of one client, enough to train on and to test. " * 20)
+    for function in ("load_model", *(["load_tokenizer", "resolve_model"] if spec.endswith("json") else [])):
+        monkeypatch.setattr(federation, function, lambda *_, function=function, **__: pytest.fail(f"{function} came first"))
+    if not spec.endswith("json"):
+        monkeypatch.setattr(federation, "resolve_model", lambda *_, **__: "nowhere")
+        monkeypatch.setattr(federation, "load_tokenizer", lambda _: ByT5Tokenizer())
+    with pytest.raises(ConfigError, match=message):
+        federation.prepare(Config.create("here", ranks=spec, data=str(tmp_path)))
+
+
+def test_ranks_of_many_clients_are_lists_by_module():
+    assert bank_ranks([{"q": 3, "k": 3}, {"q": 2, "k": 1}], {"q": (4, 4), "k": (4, 4)}) == {"q": [3, 2], "k": [3, 1]}
+    assert mean_rank({"q": 2, "k": 1}) == 1.5
+
+
+def test_modules_of_equal_ranks_share_their_layout():
+    shapes = {name: (4, 4) for name in ("q", "k", "v")}
+    bank = AdapterBank(shapes, bank_ranks([{"q": 3, "k": 3, "v": 1}], shapes))
+    assert bank.layouts["q"] is bank.layouts["k"] is not bank.layouts["v"]
+
+
+@pytest.mark.parametrize(("scope", "record"), [("client", 3), ("module", {"q": 3, "k": 1})])
+def test_ranks_come_back_from_the_record(scope, record):
+    ranks = from_record(record, scope, {"q": (4, 4), "k": (4, 4)})
+    assert ranks == ({"q": 3, "k": 3} if scope == "client" else record)
+    assert to_record(ranks, scope) == record

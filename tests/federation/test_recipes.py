@@ -10,11 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from hetlora.cli import cli
+from hetlora.compare.methods import Plan, make_plan, method_config, parse_methods
 from hetlora.config import Config
 from hetlora.data import load_data
-from hetlora.demo_text import stdlib_documents, unicode_scripts
-from hetlora.federation import check_options
-from hetlora.methods import Plan, make_plan, method_config, parse_methods
+from hetlora.python_text import stdlib_documents, unicode_scripts
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RECIPES = sorted(EXAMPLES.glob("*.yaml"))
@@ -38,7 +37,7 @@ def test_every_method_of_a_recipe_can_run_with_its_settings(path):
     common, plan = read(path)
     assert common.output == f"runs/{path.stem}"
     for method in parse_methods(plan.methods):
-        check_options(method_config(method, common, 5, 50))
+        assert method_config(method, common, 5, 50).check() is None
 
 
 @pytest.mark.parametrize("kind", ["stdlib", "unicode"])

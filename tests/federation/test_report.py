@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from synthetic_run import write_run
 
-from hetlora import plots
-from hetlora.checkpoint import CHECKPOINT
 from hetlora.config import ConfigError
-from hetlora.report import PICTURES, read_run, write_report
+from hetlora.report import pictures
+from hetlora.report.page import write_report
+from hetlora.run_folder import CHECKPOINT, PICTURES, read_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -66,7 +66,7 @@ def test_ranks_picture_counts_prunings(tmp_path):
     run = read_run(tmp_path / "run")
     steps = [client for record in run.trained for client in record["clients"] if client["rank"] < client["rank_before"]]
     assert steps, "the synthetic run must prune for this test to say anything"
-    alt = plots.draw_all(run)["ranks.png"].alt
+    alt = pictures.draw_all(run)["ranks.png"].alt
     assert alt.endswith(f"30 clients, {len({c['name'] for c in steps})} of them pruned, {len(steps)} prunings in all")
 
 
@@ -132,7 +132,7 @@ def test_ranks_by_module_are_averaged(tmp_path):
 
 def test_many_clients_say_what_is_not_shown(tmp_path):
     write_run(tmp_path / "run", clients=200, rounds=2)
-    caption = plots.draw_all(read_run(tmp_path / "run"))["weights.png"].caption
+    caption = pictures.draw_all(read_run(tmp_path / "run"))["weights.png"].caption
     uploads = {c["name"] for record in read_run(tmp_path / "run").trained for c in record["clients"]}
     assert f"{200 - len(uploads)} clients that were never sampled are not shown" in caption
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hetlora.comparison import METRICS, Tally
+from hetlora.compare.figures import METRICS, Tally
 from hetlora.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import SIZES, Interrupt, Stop, contents, lines, same_bits, tiny_config, tiny_federation, tiny_model
 
-from hetlora import checkpoint
+from hetlora import checkpoint, run_folder
 from hetlora.config import ConfigError
 from hetlora.data import ClientData, FederatedData
 from hetlora.loop import simulate
@@ -273,7 +273,7 @@ def test_another_model_is_named(stopped):
 
 def test_damaged_checkpoints_are_named(stopped):
     cfg, folder = stopped
-    path = folder / checkpoint.CHECKPOINT
+    path = folder / run_folder.CHECKPOINT
     good = path.read_bytes()
     for damaged in (b"", good[:100], good[: len(good) // 2], b"\x80\x04not safetensors", os.urandom(500)):
         path.write_bytes(damaged)
@@ -291,13 +291,13 @@ def test_checkpoint_of_another_run_is_named(stopped, tmp_path):
     cfg, folder = stopped
     other = config(tmp_path / "other", ranks="2,2,2,3", **SETTINGS["default"])
     simulate(other, federation=fresh())
-    (folder / checkpoint.CHECKPOINT).write_bytes((tmp_path / "other" / checkpoint.CHECKPOINT).read_bytes())
+    (folder / run_folder.CHECKPOINT).write_bytes((tmp_path / "other" / run_folder.CHECKPOINT).read_bytes())
     refuse(cfg, folder, "not the ranks that the run in .* began with")
 
 
 def test_lost_files_are_named(stopped):
     cfg, folder = stopped
-    rounds, saved = folder / checkpoint.ROUNDS, folder / checkpoint.CHECKPOINT
+    rounds, saved = folder / run_folder.ROUNDS, folder / run_folder.CHECKPOINT
     log, state = rounds.read_text(), saved.read_bytes()
     saved.unlink()
     refuse(cfg, folder, r"checkpoint\.safetensors: missing, though rounds are on record")
@@ -310,7 +310,7 @@ def test_lost_files_are_named(stopped):
 
 
 def test_nothing_to_resume(tmp_path):
-    with pytest.raises(ConfigError, match="no run is there"):
+    with pytest.raises(ConfigError, match="no run there"):
         simulate(config(tmp_path / "nowhere"), resume=True, federation=fresh())
     assert not (tmp_path / "nowhere").exists()
 

@@ -15,7 +15,7 @@ from hetlora.data import load_data
 from hetlora.federation import Federation
 from hetlora.loop import simulate
 from hetlora.models import target_shapes
-from hetlora.report import write_report
+from hetlora.report.page import write_report
 from hetlora_kernels.peft import attach, client_segments, detach
 
 ROWS = [{"user": f"u{k}", "ask": f"say {word} {n}", "answer": f"{word} number {n}"} for k, word in enumerate(["red", "green"]) for n in range(5)]

@@ -14,13 +14,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hetlora_kernels as hk
-from hetlora import loop
-from hetlora.checkpoint import read_rounds
+from hetlora import loop, training
 from hetlora.config import Config
 from hetlora.data import ClientData, FederatedData
 from hetlora.federation import Federation
 from hetlora.models import target_shapes
 from hetlora.observer import Observer
+from hetlora.run_folder import read_rounds
 from hetlora.server import ServerState
 
 VOCABULARY = 50
@@ -82,7 +82,8 @@ def trained_bank(shapes: dict[str, tuple[int, int]], ranks, dtype: torch.dtype =
 def tiny_state(federation: Federation, ranks: list[int], r_min: int = 1, r_max: int = 8, dtype: torch.dtype = torch.float32) -> ServerState:
     """A server in mid-run: a bank with non-zero B, and a rank per client."""
     names = [client.name for client in federation.data.clients]
-    return ServerState(trained_bank(federation.shapes, [r_max], dtype), dict(zip(names, ranks, strict=True)), r_min, r_max)
+    everywhere = [dict.fromkeys(federation.shapes, rank) for rank in ranks]
+    return ServerState(trained_bank(federation.shapes, [r_max], dtype), dict(zip(names, everywhere, strict=True)), r_min, r_max)
 
 
 def lines(run: Path) -> list[dict]:
@@ -108,7 +109,7 @@ class Training:
 def watch_training(monkeypatch, change=None) -> list[Training]:
     """Every round's downloads and uploads, as the loop sees them; `change(round, names, bank)` may alter what the clients trained."""
     seen: list[Training] = []
-    train = loop.train_cohort
+    train = training.train_cohort
 
     def watched(model, bank, clients, cfg, number, lr, keep, progress=None):
         received = bank.select(range(bank.num_clients))
@@ -120,7 +121,7 @@ def watch_training(monkeypatch, change=None) -> list[Training]:
         seen.append(Training(names, received, bank.select(range(bank.num_clients))))
         return results
 
-    monkeypatch.setattr(loop, "train_cohort", watched)
+    monkeypatch.setattr(training, "train_cohort", watched)
     return seen
 
 

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from hetlora import checkpoint
+from hetlora import run_folder
+from hetlora.compare.methods import METHODS, OWNED, Method, Plan, method_config, parse_methods
 from hetlora.config import Config, ConfigError
 from hetlora.data import load_data
-from hetlora.federation import Federation, changes_base, check_options, prepare
+from hetlora.federation import Federation, prepare, starting_ranks
 from hetlora.loop import simulate
-from hetlora.methods import METHODS, OWNED, Method, Plan, method_config, parse_methods
 from hetlora.observer import Observer
-from hetlora.ranks import assign_ranks
 
 PLAN = "comparison-plan.json"
 SEARCH_SEED = 1000  # added to the seed: far from those of the comparison, however many there are
@@ -69,12 +68,12 @@ class _Bench:
         if self._own_data and self._key(cfg) not in self._data:
             self._data[self._key(cfg)] = load_data(cfg, self._first.tokenizer)
         data = self._data[self._key(cfg)] if self._own_data else self._first.data
-        model = copy.deepcopy(self._first.model) if changes_base(cfg) else self._first.model
+        model = copy.deepcopy(self._first.model) if cfg.merge_kind.base != "none" else self._first.model
         shapes = self._first.shapes
         return dataclasses.replace(self._first, model=model, shapes=shapes, data=data)
 
     def bounds(self, cfg: Config) -> tuple[int, int]:
-        plan = assign_ranks(cfg.ranks, self.federation(cfg).data.clients, cfg.seed)
+        plan = starting_ranks(cfg, self.federation(cfg).data)
         return plan.r_min, plan.r_max
 
 
@@ -153,11 +152,10 @@ def _open_folder(common: Config, plan: Plan) -> Path:
         different = [f"{key} was {old!r}, now {new!r}" for key, old, new in pairs if old != new]
         if different:
             raise ConfigError(f"{folder}: holds a comparison with other settings ({'; '.join(different[:4])}); give them, or another folder")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"output: {folder} exists already and holds no comparison; choose another folder")
     else:
+        run_folder.refuse_existing(folder, "it holds no comparison; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomic(folder / PLAN, json.dumps(wanted, indent=2) + "\n")
+        run_folder.write_atomic(folder / PLAN, json.dumps(wanted, indent=2) + "\n")
     return folder
 
 
@@ -166,22 +164,21 @@ def _cell(method: Method, common: Config, bench: _Bench, folder: Path, values: d
     name = f"{quote(method.name, safe='+=')}{f'-{value}' if value else ''}"  # a search that takes another value leaves the old runs alone
     r_min, r_max = bench.bounds(common)
     cfg = method_config(method, common, r_min, r_max, **values, output=str(folder / name / f"seed-{common.seed}"))
-    check_options(cfg)
     return Cell(method.name, common.seed, cfg, value, search)
 
 
 def _run_cell(cell: Cell, bench: _Bench, observer: Observer, done: int, total: int) -> None:
     folder = Path(cell.cfg.output)
     summary = None
-    if (folder / "summary.json").is_file():
-        checkpoint.check_same_config(folder, cell.cfg)
+    if (folder / run_folder.SUMMARY).is_file():
+        run_folder.check_same_config(folder, cell.cfg)
     else:
-        summary = simulate(cell.cfg, resume=(folder / "config.json").is_file(), observer=observer, federation=bench.federation(cell.cfg)).summary
+        summary = simulate(cell.cfg, resume=run_folder.is_run(folder), observer=observer, federation=bench.federation(cell.cfg)).summary
     what = f"search {cell.method} {cell.value}" if cell.search else f"{cell.method} seed {cell.seed}"
     observer.cell(what, done, total, summary)
 
 
 def _final_loss(cell: Cell) -> float:
     """Held-out loss of the global adapter at the end of a finished cell."""
-    summary = json.loads((Path(cell.cfg.output) / "summary.json").read_text(encoding="utf-8"))
+    summary = json.loads((Path(cell.cfg.output) / run_folder.SUMMARY).read_text(encoding="utf-8"))
     return float(summary["evaluation_after"]["client_text"]["loss"])

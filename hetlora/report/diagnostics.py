@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
-from hetlora.plots import BLUE, VERMILION, empty, marker_size
-from hetlora.report import Run
+from hetlora.report.drawing import BLUE, VERMILION, empty, marker_size
+from hetlora.run_folder import Run
 
 Diagnosed = list[tuple[int, dict[str, Any]]]  # (round, its diagnostics)
 _LEAST = 1e-6  # shares below this have the colour of this

@@ -6,11 +6,13 @@ import pytest
 import torch
 from tiny import SIZES, Interrupt, Stop, lines, tiny_clients, tiny_config, tiny_federation, tiny_model
 
-from hetlora import checkpoint, full
+from hetlora import checkpoint, full_finetuning, server
 from hetlora.client import collate, plan_steps
 from hetlora.config import ConfigError
 from hetlora.export import export_adapter
 from hetlora.loop import simulate
+from hetlora.merge import MergeCall
+from hetlora.training import Work
 
 FULL = {"train": "full", "weights": "samples", "ranks": "powerlaw:5:50", "gamma": 0.99, "lr": 0.01}
 
@@ -21,6 +23,11 @@ def config(folder, **settings):
 
 def weights_of(model) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def train(cfg, model, clients):
+    bank = server.fresh_bank({"lm_head": (50, 16)}, 0, cfg, torch.device("cpu"))
+    return full_finetuning.train_full(Work(cfg, model, server.ServerState(bank, {client.name: {"lm_head": 0} for client in clients}, 0, 0), clients, 1, cfg.lr))
 
 
 def by_hand(client, cfg, number: int = 1) -> dict[str, torch.Tensor]:
@@ -47,17 +54,18 @@ def test_mean_of_the_models_each_client_trains(tmp_path, settings):
     clients = tiny_clients([2, 6, 3])
     model = tiny_model()
     start = weights_of(model)
-    update = full.train_full(model, clients, cfg, 1, cfg.lr)
+    update = train(cfg, model, clients)
     assert all(torch.equal(weight, start[name]) for name, weight in model.named_parameters()), "the base stays until the mean is installed"
     assert not any(parameter.requires_grad for parameter in model.parameters())
     share = [1 / 3] * 3 if cfg.weights == "uniform" else [2 / 11, 6 / 11, 3 / 11]
-    assert list(update.weights.values()) == pytest.approx(share)
+    p, norms = update.weighed
+    assert p.flatten().tolist() == pytest.approx(share)
     trained = [by_hand(client, cfg) for client in clients]
-    full.install(model, update)
+    full_finetuning.merge_models(MergeCall(None, update.uploads, p, 0, cfg, model))
     for name, weight in model.named_parameters():
         expected = sum(p * one[name].double() for p, one in zip(share, trained, strict=True))
         torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-4, atol=1e-5)
-    assert update.norms[1] == pytest.approx(sum(float((trained[1][n] - start[n]).square().sum()) for n in start) ** 0.5, rel=1e-3)
+    assert float(norms[1]) == pytest.approx(sum(float((trained[1][n] - start[n]).square().sum()) for n in start) ** 0.5, rel=1e-3)
     assert [result.steps for result in update.results] == [cfg.local_steps] * 3
 
 
@@ -65,7 +73,7 @@ def test_a_client_whose_weights_are_not_finite_is_left_out_and_the_others_weigh_
     cfg = config(tmp_path)
     clients = tiny_clients([2, 6, 3])
     model = tiny_model()
-    steps = full.local_steps
+    steps = full_finetuning.local_steps
 
     def spoil(model, data, *rest):
         result = steps(model, data, *rest)
@@ -75,12 +83,12 @@ def test_a_client_whose_weights_are_not_finite_is_left_out_and_the_others_weigh_
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(full, "local_steps", spoil)
-        update = full.train_full(model, clients, cfg, 1, cfg.lr)
+        patch.setattr(full_finetuning, "local_steps", spoil)
+        update = train(cfg, model, clients)
     assert list(update.dropped) == [1] and "lm_head.weight" in update.dropped[1]
-    assert update.weights == pytest.approx({0: 2 / 5, 2: 3 / 5})
+    assert update.arrived == [0, 2] and update.weighed[0].flatten().tolist() == pytest.approx([2 / 5, 3 / 5])
     expected = 2 / 5 * by_hand(clients[0], cfg)["lm_head.weight"] + 3 / 5 * by_hand(clients[2], cfg)["lm_head.weight"]
-    torch.testing.assert_close(update.mean["lm_head.weight"], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(update.uploads["lm_head.weight"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_learns_counts_whole_models_and_resumes_to_the_same_bits(tmp_path):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
-from importlib import metadata
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +12,7 @@ from rich.text import Text
 
 from hetlora.config import Config
 from hetlora.observer import Observer
+from hetlora.report.text import number, perplexity_of, rank_text, round_line, size_text
 
 MOST_CLIENTS = 40
 SHOWN_CLIENTS = 20
@@ -25,60 +23,6 @@ def make_console() -> Console:
     """A console that keeps whole lines where there is no terminal; rich itself obeys NO_COLOR."""
     console = Console(highlight=False, markup=False, soft_wrap=False)
     return console if console.is_terminal else Console(highlight=False, markup=False, width=_PLAIN_WIDTH)
-
-
-def number(value: Any, digits: int = 2) -> str:
-    """`value` with `digits` decimals; '-' if it is missing, 'inf' or 'nan' if it is that."""
-    if value is None:
-        return "-"
-    value = float(value)
-    if not math.isfinite(value):
-        return str(value)
-    return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.3g}"
-
-
-def rank_text(rank: Any) -> str:
-    """A rank; the mean over modules, to one decimal, where modules have ranks of their own."""
-    if isinstance(rank, dict):
-        rank = sum(rank.values()) / len(rank) if rank else None
-    if rank is None:
-        return "-"
-    return str(int(rank)) if float(rank).is_integer() else f"{rank:.1f}"
-
-
-def size_text(count: float) -> str:
-    return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
-
-
-def perplexity_of(evaluation: dict[str, Any] | None, part: str) -> float | None:
-    """`part`: 'client_text' or 'held_out_clients'; None if it was not evaluated."""
-    found = (evaluation or {}).get(part)
-    return found["perplexity"] if found else None
-
-
-def round_line(record: dict[str, Any], total: int) -> str:
-    """One round in one line of plain text."""
-    parts = []
-    clients = record.get("clients") or []
-    if clients:
-        parts.append(f"{len(clients)} client{'s' if len(clients) > 1 else ''}")
-        first, last = (sum(c[key] for c in clients) / len(clients) for key in ("loss_first", "loss_last"))
-        parts.append(f"train loss {number(first, 3)} -> {number(last, 3)}")
-        pruned = sum(c["rank"] != c["rank_before"] for c in clients)
-        parts.append(f"pruned {pruned}" if pruned else "none pruned")
-    parts.append(f"mean rank {number(record.get('mean_rank'), 1)}")
-    parts += [
-        f"perplexity {name} {number(perplexity_of(record.get('evaluation'), part))}"
-        for part, name in (("client_text", "clients' held-out text"), ("held_out_clients", "held-out clients"))
-        if perplexity_of(record.get("evaluation"), part) is not None
-    ]
-    if clients:
-        parts.append(f"down {size_text(record['bytes_down'])}, up {size_text(record['bytes_up'])}")
-    if record.get("seconds") is not None:
-        parts.append(f"{record['seconds']:.1f} s")
-    parts += [f"dropped {drop['name']}: {drop['reason']}" for drop in record.get("dropped") or []]
-    head = f"round {record['round']}/{total}" if record["round"] else "before training"
-    return f"{head}: " + "; ".join(parts)
 
 
 class ConsoleObserver(Observer):
@@ -267,59 +211,3 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     console.print(table)
     for line in ([note] if note else []) + total_lines(summary) + [f"note: {text}" for text in summary.get("notes") or []]:
         console.print(Text(line), soft_wrap=True)
-
-
-_PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "pydantic", "rich", "click", "matplotlib", "datasets", "bitsandbytes", "flwr")
-
-
-def _version_of(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _devices() -> list[tuple[str, str]]:
-    import torch
-
-    found = [("cpu", f"{platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")]
-    for index in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(index)
-        found.append((f"cuda:{index}", f"{device.name}, compute capability {device.major}.{device.minor}, {device.total_memory / 2**30:.1f} GiB"))
-    if not torch.cuda.is_available():
-        built = getattr(torch.version, "cuda", None) or getattr(torch.version, "hip", None)
-        found.append(("cuda", "no usable GPU" if built else "this torch is built without CUDA"))
-    return found
-
-
-def _compiled_library() -> list[tuple[str, str]]:
-    """What the build of this installation decided, and why."""
-    from hetlora_kernels._library import build_info
-
-    info = build_info()
-    rows = [] if info else [("none", "nothing was built: a plain checkout, or an installation without a C++ compiler")]
-    for name, value in info.items():
-        if isinstance(value, dict):
-            details = ", ".join(f"{key} {' '.join(v) if isinstance(v, list) else v}" for key, v in value.items() if key not in ("built", "reason"))
-            value = (f"built{f' ({details})' if details else ''}") if value.get("built") else f"not built: {value.get('reason')}"
-        rows.append((str(name), str(value)))
-    return rows
-
-
-def print_info(console: Console | None = None) -> None:
-    """Versions, devices, packages, and the backend of each operation with the reason for it."""
-    import hetlora_kernels
-    from hetlora import __version__
-
-    console = console or make_console()
-    system = [("hetlora", __version__), ("python", platform.python_version()), ("platform", platform.platform())]
-    parts = (("System", system), ("Devices", _devices()), ("Packages", [(p, _version_of(p)) for p in _PACKAGES]), ("Compiled kernels", _compiled_library()))
-    for title, rows in parts:
-        table = Table(title=title, title_justify="left", show_header=False)
-        for name, value in rows:
-            table.add_row(Text(name), Text(value))
-        console.print(table)
-    table = Table("operation", "backend", "reason", title="Backend of each operation", title_justify="left")
-    for name, (rung, reason) in hetlora_kernels.backends().items():
-        table.add_row(Text(name), Text(rung), Text(reason))
-    console.print(table)

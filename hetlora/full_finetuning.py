@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 import hetlora_kernels as hk
-from hetlora.client import LocalResult, local_steps
+from hetlora.client import local_steps
 from hetlora.config import Config
-from hetlora.data import ClientData
-
-
-@dataclass
-class FullUpdate:
-    """A round of full fine-tuning before it is installed. `weights`, `norms`: of the clients that arrived, by position; weights add up to 1.
-
-    norms: ||W_k - W||_F over all weights.   mean: {parameter: sum_k p_k W_k}.
-    """
-
-    results: list[LocalResult]
-    dropped: dict[int, str]
-    weights: dict[int, float]
-    norms: dict[int, float]
-    mean: dict[str, Tensor]
+from hetlora.merge import MergeCall, Merged
+from hetlora.training import Trained, Work
 
 
 class _Optimizer:
@@ -89,46 +75,54 @@ def _trainable(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
             weight.data.copy_(start[name])
 
 
-def train_full(
-    model: torch.nn.Module, clients: Sequence[ClientData], cfg: Config, round_number: int, lr: float, progress: Callable[[int, int], None] | None = None
-) -> FullUpdate:
-    """Each client trains its own copy of `model`, one after another; the model itself stays as it is.
+def train_full(work: Work) -> Trained:
+    """Each client trains its own copy of the model, one after another; the model itself stays as it is.
 
-    p_k = the client's training sequences (weights = 'samples') or 1 ('uniform'), over the sum of those that arrived.
-    A client whose weights are not finite afterwards is left out, and `dropped` says so.
+    p_k = the client's training sequences (weights = 'samples') or 1 ('uniform'), over the sum of those that arrived; S_k = ||W_k - W||_F over all
+    weights. A client whose weights are not finite afterwards is left out, and `dropped` says so. `uploads`: {parameter: sum_k p_k W_k}.
     """
-    results, dropped, counts, norms = [], {}, {}, {}
+    cfg, model = work.cfg, work.model
+    results, dropped, counts, norms = [], {}, [], []
     with _trainable(model) as start:
         mean = _Mean(start)
         weights = dict(model.named_parameters())
-        for k, data in enumerate(clients):
+        for k, data in enumerate(work.clients):
             with torch.no_grad():
                 for name, weight in weights.items():
                     weight.copy_(start[name])
-            optimizer = _Optimizer(list(weights.values()), cfg, lr)
+            optimizer = _Optimizer(list(weights.values()), cfg, work.lr)
             device = next(iter(weights.values())).device
-            results.append(local_steps(model, data, cfg, round_number, optimizer, device, lambda *_: contextlib.nullcontext()))
+            results.append(local_steps(model, data, cfg, work.number, optimizer, device, lambda *_: contextlib.nullcontext()))
             trained = {name: weight.detach() for name, weight in weights.items()}
             faulty = next((name for name, weight in trained.items() if not bool(torch.isfinite(weight).all())), None)
             if faulty is None:
-                counts[k] = float(len(data.train)) if cfg.weights == "samples" else 1.0
-                norms[k] = float(sum((trained[name].double() - start[name].double()).square().sum() for name in trained) ** 0.5)
-                mean.add(trained, counts[k])
+                counts.append(float(len(data.train)) if cfg.weights == "samples" else 1.0)
+                norms.append(float(sum((trained[name].double() - start[name].double()).square().sum() for name in trained) ** 0.5))
+                mean.add(trained, counts[-1])
             else:
                 dropped[k] = f"update has non-finite values in {faulty}"
-            if progress:
-                progress(k + 1, len(clients))
-    total = sum(counts.values())
-    return FullUpdate(results, dropped, {k: count / total for k, count in counts.items()}, norms, mean.result() if counts else {})
+            if work.progress:
+                work.progress(k + 1, len(work.clients))
+    size = sum(parameter.numel() * parameter.dtype.itemsize for parameter in weights.values())  # what a client receives and sends in a round
+    total = sum(counts)
+    p = torch.tensor([[count / total] for count in counts], dtype=torch.float64)
+    return Trained(
+        results,
+        dropped,
+        ranks=work.ranks,
+        tails=[(0.0, 0.0)] * len(results),
+        uploads=mean.result() if counts else {},
+        received=None,
+        bytes_down=[size] * len(results),
+        bytes_up=[size] * len(counts),
+        parameters=len(results) * sum(parameter.numel() for parameter in weights.values()),
+        weighed=(p, torch.tensor(norms, dtype=torch.float64)),
+    )
 
 
 @torch.no_grad()
-def install(model: torch.nn.Module, update: FullUpdate) -> None:
-    """W <- sum_k p_k W_k."""
-    for name, weight in model.named_parameters():
-        weight.copy_(update.mean[name])
-
-
-def num_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all weights: what a client receives and sends in a round."""
-    return sum(parameter.numel() * parameter.dtype.itemsize for parameter in model.parameters())
+def merge_models(call: MergeCall) -> Merged:
+    """W <- sum_k p_k W_k. The uploads are that mean already: models arrive one at a time, and none is kept."""
+    for name, weight in call.model.named_parameters():
+        weight.copy_(call.uploads[name])
+    return Merged(None)

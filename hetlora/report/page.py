@@ -3,116 +3,19 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from hetlora.config import Config, ConfigError
+from hetlora.report.drawing import Picture
+from hetlora.report.pictures import draw_all
+from hetlora.report.text import number, perplexity_of, rank_text, size_text
+from hetlora.run_folder import DIAGNOSTICS, PICTURES, REPORT, Run, read_run, write_atomic
 
-PICTURES = ("perplexity.png", "ranks.png", "weights.png", "bytes.png")
-DIAGNOSTICS = "diagnostics.png"  # of runs that recorded them
 _GENERATOR = '<meta name="generator" content="hetlora">'
-
-
-@dataclass
-class Run:
-    """What a run folder holds. `records`: one per round, by round; `problems`: what is missing or unreadable, for the reader of the report."""
-
-    folder: Path
-    config: dict[str, Any]
-    versions: dict[str, Any]
-    records: list[dict[str, Any]]
-    summary: dict[str, Any] | None
-    start_ranks: dict[str, float]
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def trained(self) -> list[dict[str, Any]]:
-        """The rounds with training: all but round 0."""
-        return [record for record in self.records if record["round"] > 0]
-
-    @property
-    def complete(self) -> bool:
-        return self.summary is not None
-
-    @property
-    def homlora_rank(self) -> int | None:
-        return self.summary.get("homlora_rank") if self.summary else None
-
-
-def mean_rank(rank: Any) -> float:
-    """A rank, or the mean of a client's ranks over modules."""
-    return sum(rank.values()) / len(rank) if isinstance(rank, dict) else float(rank)
-
-
-def read_run(run_dir: str | Path) -> Run:
-    """Read a run folder, finished or not.
-
-    A last line of rounds.jsonl that was cut off is left out; of two lines of one round (written again by --resume) the later one counts.
-    Raises ConfigError: no run there, or no round on record yet.
-    """
-    folder = Path(run_dir)
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder}: no run there (config.json is missing); give the folder that 'hetlora run' wrote")
-    problems: list[str] = []
-    config = _read_json(folder / "config.json", problems) or {}
-    versions = _read_json(folder / "versions.json", problems) or {}
-    records = _read_rounds(folder / "rounds.jsonl", problems)
-    if not records:
-        raise ConfigError(f"{folder}: the run has no round on record yet; continue it with 'hetlora run --resume --output {folder}'")
-    summary = _read_json(folder / "summary.json", problems) if (folder / "summary.json").exists() else None
-    if summary is None:
-        done, planned = records[-1]["round"], config.get("rounds", "?")
-        problems.insert(0, f"This run is not complete: {done} of {planned} rounds are on record. Continue it with: hetlora run --resume --output {folder}")
-    return Run(folder, config, versions, records, summary, _start_ranks(folder, records, summary), problems)
-
-
-def _read_json(file: Path, problems: list[str]) -> dict[str, Any] | None:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        problems.append(f"{file.name} cannot be read ({getattr(error, 'strerror', None) or 'not valid JSON'}); what it holds is missing here.")
-        return None
-    if isinstance(value, dict):
-        return value
-    problems.append(f"{file.name} does not hold an object; what it should hold is missing here.")
-    return None
-
-
-def _read_rounds(file: Path, problems: list[str]) -> list[dict[str, Any]]:
-    try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        problems.append(f"rounds.jsonl cannot be read ({error.strerror}).")
-        return []
-    records: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            records[int(record["round"])] = record
-        except (ValueError, KeyError, TypeError):
-            what = "is cut off" if number == len(lines) else "is not valid"
-            problems.append(f"Line {number} of rounds.jsonl {what} and was left out.")
-    return [records[round] for round in sorted(records)]
-
-
-def _start_ranks(folder: Path, records: list[dict[str, Any]], summary: dict[str, Any] | None) -> dict[str, float]:
-    """Rank of every client before its first round. Clients that have not trained are known from the summary or the checkpoint only."""
-    ranks: dict[str, float] = {}
-    for record in records:
-        for client in record.get("clients") or []:
-            ranks.setdefault(client["name"], mean_rank(client["rank_before"]))
-    if summary is not None:
-        others = {c["name"]: c["rank_start"] for c in summary["clients"]}
-    else:
-        from hetlora.export import checkpoint_ranks  # loads torch, which a finished run's report does without
-
-        others = checkpoint_ranks(folder)
-    for name, rank in others.items():
-        ranks.setdefault(name, mean_rank(rank))
-    return dict(sorted(ranks.items()))
 
 
 def write_report(run_dir: str | Path, out_dir: str | Path | None = None) -> Path:
@@ -121,19 +24,17 @@ def write_report(run_dir: str | Path, out_dir: str | Path | None = None) -> Path
     out_dir: default the run folder. An earlier report there is replaced; any other file of these names is not: ConfigError.
     Raises ConfigError also when there is no run, or no round on record, in `run_dir`.
     """
-    from hetlora import plots  # matplotlib takes a second to load
-
     run = read_run(run_dir)
     out = run.folder if out_dir is None else Path(out_dir)
-    page = out / "report.html"
+    page = out / REPORT
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is not a folder; give a folder for the report")
     _refuse_foreign(out, page, own=out.resolve() == run.folder.resolve())
     out.mkdir(parents=True, exist_ok=True)
-    pictures = plots.draw_all(run)
+    pictures = draw_all(run)
     for name, picture in pictures.items():
-        (out / name).write_bytes(picture.png)
-    page.write_text(_render(run, pictures), encoding="utf-8")
+        write_atomic(out / name, picture.png)
+    write_atomic(page, _render(run, pictures))
     return page
 
 
@@ -164,8 +65,6 @@ def _client_rows(run: Run) -> list[dict[str, Any]]:
 
 def _key_figures(run: Run) -> list[tuple[str, str, str]]:
     """(title, value, remark) of what one wants to know first."""
-    from hetlora.tables import number, perplexity_of, size_text
-
     rounds = run.config.get("rounds")
     figures = [("Rounds", f"{run.records[-1]['round']}" + (f" of {rounds}" if not run.complete else ""), f"{len(run.start_ranks)} clients")]
     evaluated = [record["evaluation"] for record in run.records if record.get("evaluation")]
@@ -203,31 +102,27 @@ def _settings(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def environment() -> Any:
+def environment() -> Environment:
     """jinja2 with the package's templates and the filters `number` and `rank`."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    from hetlora.tables import number, rank_text
-
     made = Environment(loader=PackageLoader("hetlora", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters.update(number=number, rank=rank_text)
     return made
 
 
-def picture_data(pictures: dict[str, Any]) -> list[dict[str, str]]:
+def picture_data(pictures: dict[str, Picture]) -> list[dict[str, str]]:
     """What a page needs to embed its pictures."""
     return [
         {"name": name, "title": p.title, "caption": p.caption, "alt": p.alt, "data": base64.b64encode(p.png).decode("ascii")} for name, p in pictures.items()
     ]
 
 
-def _render(run: Run, pictures: dict[str, Any]) -> str:
+def _render(run: Run, pictures: dict[str, Picture]) -> str:
     clients = _client_rows(run)
     notes = list((run.summary or {}).get("notes") or [])
     notes += sorted({note for picture in pictures.values() for note in picture.notes})
     return (
         environment()
-        .get_template("report.html.j2")
+        .get_template("report/page.html.j2")
         .render(
             run=run,
             clients=clients,

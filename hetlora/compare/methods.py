@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hetlora.config import ADAPTER_SETTINGS, Config, ConfigError
+from hetlora.config import Config, ConfigError
+from hetlora.kinds import TRAININGS, own_settings
 
-OWNED = ("train", "merge", "weights", "weight_scope", "weight_cap", "prune_scope", "shared_rows", "unowned_rows")
+OWNED = ("train", "merge", "weights", "weight_scope", "weight_cap", "prune_scope", *own_settings())
 """Settings that say which method a run is: a comparison takes them from its methods, never from its common settings."""
 
 
@@ -38,12 +39,12 @@ def make_plan(source: str, **values: Any) -> Plan:
         raise ConfigError(f"{source}: {faults}") from None
 
 
-Ranks = Literal["own", "min", "max", "none"]
+Ranks = Literal["own", "min", "max"]
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method: `settings` on top of the common ones. `ranks`: of the clients: their own, all the least or all the largest, or no adapters.
+    """One method: `settings` on top of the common ones. `ranks`: of the clients: their own, all the least, or all the largest.
 
     `like`: the method whose searched setting an ablation takes over, so that it differs in one thing only.
     """
@@ -63,7 +64,7 @@ _LIST = (
     Method("homlora-max", "every client at the largest rank, FedAvg of A and of B", "max", _FEDAVG),
     Method("recon-svd", "exact sum of B A, then truncated SVD (FlexLoRA)", settings={**_FEDAVG, "merge": "svd"}),
     Method("flora", "exact sum of B A by stacking, folded into the base each round (FLoRA)", settings={**_FEDAVG, "merge": "stack"}),
-    Method("fedavg-full", "full fine-tuning, FedAvg of all weights", "none", {"train": "full", "weights": "samples"}),
+    Method("fedavg-full", "full fine-tuning, FedAvg of all weights", settings={"train": "full", "weights": "samples"}),
     Method("hetlora-uniform", "HETLORA with equal weights", settings={"weights": "uniform"}, like="hetlora"),
     Method("hetlora-samples", "HETLORA with sample-count weights", settings={"weights": "samples"}, like="hetlora"),
     Method("hetlora-owners", "HETLORA, rows divided by their owners' weight", settings={"shared_rows": "owners"}, like="hetlora"),
@@ -110,9 +111,9 @@ def method_config(method: Method, common: Config, r_min: int, r_max: int, **valu
 
     r_min, r_max: bounds of the clients' ranks in the common settings, for the methods in which all clients have one of them.
     """
-    settings = {**common.model_dump(), **{name: Config.model_fields[name].default for name in OWNED}}
-    if method.ranks == "none":
-        settings |= {name: Config.model_fields[name].default for name in ADAPTER_SETTINGS}
-    elif method.ranks != "own":
+    train = method.settings.get("train", Config.model_fields["train"].default)
+    unused = TRAININGS[train].unused if train in TRAININGS else ()  # an unknown kind is refused below
+    settings = {**common.model_dump(), **{name: Config.model_fields[name].default for name in (*OWNED, *unused)}}
+    if method.ranks != "own":
         settings["ranks"] = f"fixed:{r_min if method.ranks == 'min' else r_max}"
     return Config.create(f"method {method.name}", **{**settings, **method.settings, **values})

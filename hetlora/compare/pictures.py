@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from hetlora.comparison import GLOBAL, Outcome, Table, gaps
-from hetlora.plots import Picture, empty, log_axis, marker_size, render
-from hetlora.plots_diagnostics import CAPTION, diagnosed, draw_energy, energy_bar, mean_over_runs
+from hetlora.compare.figures import GLOBAL, Outcome, Table, gaps
+from hetlora.report.diagnostics import CAPTION, diagnosed, draw_energy, energy_bar, mean_over_runs
+from hetlora.report.drawing import Picture, empty, log_axis, marker_size, render
 
 _LOOKS = {
     "hetlora": ("#0072B2", "o"),

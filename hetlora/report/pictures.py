@@ -1,34 +1,22 @@
-"""The pictures of a report: perplexity, ranks, aggregation weights, bytes, and diagnostics where a run recorded them.
-
-Colours are Okabe and Ito's, distinct to colour-blind readers.
-"""
+"""The pictures of a run's report: perplexity, ranks, aggregation weights, bytes, and diagnostics where the run recorded them."""
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import matplotlib
-from matplotlib import font_manager
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
-from hetlora.report import DIAGNOSTICS, Run, mean_rank
-from hetlora.tables import perplexity_of
+from hetlora.report.diagnostics import draw_run
+from hetlora.report.drawing import BLUE, GREY, MOST_LABELS, ORANGE, VERMILION, Picture, empty, log_axis, marker_size, render
+from hetlora.report.text import perplexity_of
+from hetlora.run_folder import DIAGNOSTICS, PICTURES, Run, mean_rank
 
-BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
-_CJK_FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "Noto Sans CJK JP", "Noto Sans CJK SC")
-_MOST_LABELS = 50
 _MOST_NAMES = 3
 _SMALLEST_ROW = 7  # points that a row of the heat map needs for a name one can read
 
@@ -37,68 +25,12 @@ def _short(name: str, length: int) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-@dataclass
-class Picture:
-    """A drawn figure. `notes`: what the reader of the report must know about how it was drawn."""
-
-    png: bytes
-    title: str
-    caption: str
-    alt: str
-    notes: list[str] = field(default_factory=list)
-
-
 def draw_all(run: Run) -> dict[str, Picture]:
     """File name -> picture, in reading order."""
-    drawn: tuple[tuple[str, Callable[[Run, Figure], tuple[str, str, str]]], ...] = (
-        ("perplexity.png", _perplexity),
-        ("ranks.png", _ranks),
-        ("weights.png", _weights),
-        ("bytes.png", _bytes),
-    )
+    drawn: dict[str, Callable[[Run, Figure], tuple[str, str, str]]] = dict(zip(PICTURES, (_perplexity, _ranks, _weights, _bytes), strict=True))
     if any(record.get("diagnostics") for record in run.records):
-        from hetlora.plots_diagnostics import draw_run
-
-        drawn += ((DIAGNOSTICS, draw_run),)
-    return {name: render(partial(draw, run)) for name, draw in drawn}
-
-
-def render(draw: Callable[[Figure], tuple[str, str, str]]) -> Picture:
-    """The picture of what `draw` puts into a figure; it returns title, caption and alternative text."""
-    with _style():
-        figure = Figure(figsize=(9, 5), layout="constrained")
-        FigureCanvasAgg(figure)
-        title, caption, alt = draw(figure)
-        buffer = io.BytesIO()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            figure.savefig(buffer, format="png", dpi=130)
-    missing = any("missing from" in str(w.message) for w in caught)
-    notes = ["No installed font has all characters of the clients' names; the pictures show boxes in their place."] if missing else []
-    return Picture(buffer.getvalue(), title, caption, alt, notes)
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    installed = set(font_manager.get_font_names())
-    with matplotlib.rc_context(
-        {
-            "font.family": ["DejaVu Sans", *(font for font in _CJK_FONTS if font in installed)],
-            "font.size": 10,
-            "axes.titlesize": 12,
-            "axes.titlelocation": "left",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.color": "#dddddd",
-            "axes.axisbelow": True,
-            "figure.facecolor": "white",
-            "legend.frameon": False,
-            # Client names may hold '$', which is no mathematics.
-            "text.parse_math": False,
-        }
-    ):
-        yield
+        drawn[DIAGNOSTICS] = draw_run
+    return {name: render(partial(draw, run)) for name, draw in drawn.items()}
 
 
 def _round_axis(axes: Axes, run: Run) -> None:
@@ -107,15 +39,6 @@ def _round_axis(axes: Axes, run: Run) -> None:
     axes.set_xlim(-margin, last + margin)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, min_n_ticks=1))
     axes.set_xlabel("round" if run.complete else "round (the run is not complete)")
-
-
-def marker_size(points: list[int]) -> float:
-    return 4 if len(points) <= _MOST_LABELS else 0
-
-
-def empty(axes: Axes, text: str) -> None:
-    axes.set_axis_off()
-    axes.text(0.5, 0.5, text, ha="center", va="center", color=GREY, transform=axes.transAxes)
 
 
 def _perplexity(run: Run, figure: Figure) -> tuple[str, str, str]:
@@ -150,18 +73,6 @@ def _perplexity(run: Run, figure: Figure) -> tuple[str, str, str]:
     return title, caption, f"{title}: " + "; ".join(spoken)
 
 
-def log_axis(axes: Axes, shown: list[float], axis: Axis | None = None) -> bool:
-    """Make `axis` (default: y) logarithmic where the values shown span more than a factor of five; whether it did."""
-    if not max(shown) > 5 * min(shown) > 0:
-        return False
-    (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log", subs=[2, 5])
-    axis = axis or axes.yaxis
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-    return True
-
-
 def _rank_paths(run: Run) -> dict[str, list[tuple[int, float]]]:
     """Client -> (round, rank after it), from (0, start) on; a point for each round it trained in."""
     paths = {name: [(0, rank)] for name, rank in run.start_ranks.items()}
@@ -181,7 +92,7 @@ def _ranks(run: Run, figure: Figure) -> tuple[str, str, str]:
         return title, "No client's rank is on record.", title + ": none on record"
     pruned = {name for name, path in paths.items() if path[-1][1] < path[0][1]}
     cuts = [(x, y) for path in paths.values() for (_, before), (x, y) in pairwise(path) if y < before]
-    alpha = 0.9 if len(paths) <= _MOST_LABELS else 0.5
+    alpha = 0.9 if len(paths) <= MOST_LABELS else 0.5
     for name, path in sorted(paths.items(), key=lambda item: item[0] in pruned):
         xs, ys = [x for x, _ in path] + [last], [y for _, y in path] + [path[-1][1]]
         hot = name in pruned

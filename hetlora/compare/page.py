@@ -1,0 +1,150 @@
+"""A comparison as files and in the terminal: HTML page, pictures, CSV, JSON and a Markdown table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as Grid
+from rich.text import Text
+
+from hetlora.compare.figures import GLOBAL, METRICS, OWN, UNSEEN, Outcome, Table, gaps
+from hetlora.compare.pictures import draw_all
+from hetlora.report.page import environment, picture_data
+from hetlora.report.text import number
+from hetlora.run_folder import write_atomic
+
+
+def markdown(table: Table) -> str:
+    """The table as Markdown: one line per method, perplexities as mean ± standard deviation over the seeds."""
+    return _markdown(["method", *(m.title for m in table.metrics)], [[name, *_texts(table, name)] for name in table.tallies])
+
+
+def _texts(table: Table, name: str) -> list[str]:
+    return [table.tallies[name][m.key].text(m.digits) for m in table.metrics]
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def search_rows(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the search: per method, 'final (best)' global perplexity for each value; the value taken is marked."""
+    values = list(dict.fromkeys(outcome.cell.value for outcome in table.search))
+    rows: dict[str, dict[str, str]] = {}
+    best = {outcome.cell.method: table.comparison.chosen.get(outcome.cell.method) for outcome in table.search}
+    for name, method in ((m.like or m.name, m) for m in table.comparison.methods):
+        best[name] = best.get(name) or table.comparison.chosen[method.name]
+    for outcome in table.search:
+        perplexities = [perplexity for _, perplexity in outcome.curve(GLOBAL)]
+        mark = " *" if outcome.cell.value == best[outcome.cell.method] else ""
+        rows.setdefault(outcome.cell.method, {})[outcome.cell.value] = f"{number(perplexities[-1], 3)} ({number(min(perplexities), 3)}){mark}"
+    name = table.comparison.plan.search.partition("=")[0]
+    return ["method", *(f"{name} {value}" for value in values)], [[method, *(own[value] for value in values)] for method, own in rows.items()]
+
+
+def _csv(table: Table) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["method", "seed", "searched value", *(m.key for m in METRICS)])
+    for name, outcomes in table.outcomes.items():
+        for i, outcome in enumerate(outcomes):
+            values = [table.tallies[name][m.key].values[i] for m in METRICS]
+            writer.writerow([name, outcome.cell.seed, outcome.cell.value, *("" if value is None else f"{value:.6g}" for value in values)])
+    return buffer.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    """Numbers to six digits, in lists and dicts too; those that JSON does not know (infinite perplexities) become text."""
+    if isinstance(value, dict):
+        return {key: _plain(own) for key, own in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(own) for own in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+    return value
+
+
+def _diagnostics(outcome: Outcome) -> dict[str, Any]:
+    """Effective rank and merge error by round, and the energy of the rank rows after the last; every round's is in the run folder."""
+    found = [record["diagnostics"] for record in outcome.run.trained if record.get("diagnostics")]
+    last = found[-1]["row_energy"] if found else []
+    return {"effective_rank": [own["effective_rank"] for own in found], "merge_error": [own["merge_error"] for own in found], "row_energy": last}
+
+
+def _json(table: Table) -> str:
+    """Every figure of the page."""
+    methods = {}
+    for name, outcomes in table.outcomes.items():
+        methods[name] = {
+            "text": table.text(name),
+            "searched": table.comparison.chosen.get(name),
+            "metrics": {key: {"mean": t.mean, "std": t.std, "values": t.values} for key, t in table.tallies[name].items()},
+            "curves": {part: [o.curve(part) for o in outcomes] for part in (GLOBAL, OWN, "own_train", UNSEEN)},
+            "gap_by_rank": [gaps(outcome) for outcome in outcomes],
+            "diagnostics": [_diagnostics(outcome) for outcome in outcomes],
+        }
+    versions = next(iter(table.outcomes.values()))[0].run.versions
+    search = [{"method": o.cell.method, "value": o.cell.value, "curve": o.curve(GLOBAL)} for o in table.search]
+    common = {"plan": table.comparison.plan.model_dump(), "config": table.comparison.common.model_dump(), "versions": versions}
+    return json.dumps(_plain({**common, "methods": methods, "search": search})) + "\n"
+
+
+def target_text(table: Table) -> str:
+    target = table.comparison.plan.target
+    return f"{100 * target:g} % of the perplexity before training" if target < 1 else f"perplexity {target:g}"
+
+
+def print_comparison(console: Console, table: Table) -> None:
+    """Final and best perplexity, bytes and time of every method in the terminal; the other columns are in the files."""
+    shown = [m for m in table.metrics if m.key in ("global_final", "global_best", "own_final", "gap", "megabytes_up", "cpu_seconds")]
+    grid = Grid()
+    grid.add_column("method", overflow="fold")
+    for metric in shown:
+        grid.add_column(metric.title, justify="right")
+    for name, tallies in table.tallies.items():
+        grid.add_row(Text(name), *(tallies[m.key].text(m.digits) for m in shown))
+    console.print()
+    console.print(grid)
+
+
+def write_comparison(table: Table) -> Path:
+    """Write comparison.html (pictures embedded), its PNGs, comparison.csv (a line per method and seed), .json and .md to the comparison's folder.
+
+    Returns the page's path.
+    """
+    folder = table.comparison.folder
+    pictures = draw_all(table)
+    for name, picture in pictures.items():
+        write_atomic(folder / name, picture.png)
+    write_atomic(folder / "comparison.csv", _csv(table))
+    write_atomic(folder / "comparison.json", _json(table))
+    text = markdown(table)
+    if table.search:
+        text += "\nSearch: final (best) perplexity of the global adapter; * = the value taken\n\n" + _markdown(*search_rows(table))
+    write_atomic(folder / "comparison.md", text)
+    page = folder / "comparison.html"
+    first = next(iter(table.outcomes.values()))[0]
+    html = (
+        environment()
+        .get_template("compare/page.html.j2")
+        .render(
+            table=table,
+            rows=[(name, table.text(name), _texts(table, name)) for name in table.tallies],
+            search=search_rows(table) if table.search else None,
+            target=target_text(table),
+            pictures=picture_data(pictures),
+            common=table.comparison.common.model_dump(),
+            versions=first.run.versions,
+            before=first.curve(GLOBAL)[0][1],
+            notes=sorted({note for picture in pictures.values() for note in picture.notes}),
+        )
+    )
+    write_atomic(page, html)
+    return page

@@ -1,0 +1,7 @@
+"""The error of the federated package. It stands below `config`, whose parts raise it too; all others take it from there."""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """A setting, a file or a data set that the run cannot use; the message is one line that says what, where and what to do."""

@@ -1,0 +1,145 @@
+"""Kinds of training and of merge, one row of data each. Whatever depends on the kind of a run asks its row: settings and their checks, the round,
+checkpoints, traffic, export and comparisons.
+
+To add a merge: its row in `MERGES`, its function, its test, its line in the docs. To add a kind of training: the same with `TRAININGS`.
+Torch is not loaded here, so that settings are checked at once. A row names its function as 'module:name'; `load` finds it when the round needs it.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Settings that a kind cannot use. Away from their defaults they are refused; with `values` given, at one of these only.
+
+    why: the reason, and what to do.
+    """
+
+    settings: tuple[str, ...]
+    why: str
+    values: tuple[object, ...] = ()
+
+
+@dataclass(frozen=True)
+class MergeKind:
+    """How the uploads of a round become what the next round starts from.
+
+    name: value of the setting `merge`.   text: what it does, in the help.
+    function: of `(merge.MergeCall) -> merge.Merged`.
+    base: weights of the base model that the merge changes. They are in every checkpoint, and the model in memory then serves no other run.
+    keeps_bank: the next round starts from the merged bank, and clients download their rows of it. Otherwise it starts from a fresh bank, which
+        everybody draws from the run's seed, so that only what the function calls `follow_bytes` is downloaded.
+    no_adapter: why no adapter of the run holds what it learned, and what does; '' where the bank does.
+    settings: read by this merge alone, refused with every other.   refuses: settings of others that it cannot use.
+    """
+
+    name: str
+    text: str
+    function: str
+    base: Literal["none", "targets", "all"] = "none"
+    keeps_bank: bool = True
+    no_adapter: str = ""
+    settings: tuple[str, ...] = ()
+    refuses: tuple[Refusal, ...] = ()
+
+    def load(self) -> Callable[..., Any]:
+        return pkgutil.resolve_name(self.function)
+
+
+@dataclass(frozen=True)
+class TrainingKind:
+    """What clients train in a round, what they download for it and what they send.
+
+    name: value of the setting `train`.   text: what it does, in the help.
+    function: of `(training.Work) -> training.Trained`; it also counts the bytes that travel.
+    merge: the merge that goes with it, where that is no choice; None: the setting `merge` says.
+    no_ranks: what a run shows in place of ranks, where clients have none (all are 0 then); '' where they have.
+    saves: which adapters the run folder keeps: the 'global' one, and those of 'clients'.
+    settings: read by this kind alone, refused with every other.   refuses: settings of others that it cannot use.
+    """
+
+    name: str
+    text: str
+    function: str
+    merge: str | None = None
+    no_ranks: str = ""
+    saves: tuple[Literal["global", "clients"], ...] = ("global", "clients")
+    settings: tuple[str, ...] = ()
+    refuses: tuple[Refusal, ...] = ()
+
+    def load(self) -> Callable[..., Any]:
+        return pkgutil.resolve_name(self.function)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Settings that say nothing about this kind of training."""
+        return tuple(name for refusal in self.refuses if not refusal.values for name in refusal.settings)
+
+
+_OF_ADAPTERS = (
+    *("adapter_dtype", "target_modules", "quantize", "scale", "dropout", "ranks", "gamma", "prune_lambda", "prune_scope"),
+    *("weight_scope", "weight_cap", "clip_update", "shared_rows", "unowned_rows", "merge"),
+)
+
+TRAININGS = {
+    kind.name: kind
+    for kind in (
+        TrainingKind("adapters", "adapters on the frozen base", "hetlora.training:train_adapters"),
+        TrainingKind(
+            "full",
+            "all weights by FedAvg (a baseline; no adapters)",
+            "hetlora.full_finetuning:train_full",
+            merge="models",
+            no_ranks="none, full fine-tuning",
+            saves=(),
+            refuses=(
+                Refusal(_OF_ADAPTERS, "of adapters, and train = 'full' trains none; leave it out"),
+                Refusal(("weights",), "norms of adapters, and train = 'full' trains none; use weights = 'samples' or 'uniform'", ("sparsity",)),
+            ),
+        ),
+    )
+}
+
+MERGES = {
+    kind.name: kind
+    for kind in (
+        MergeKind("factors", "average the factors (as published)", "hetlora.merge:merge_factors", settings=("shared_rows", "unowned_rows")),
+        MergeKind("svd", "truncate the SVD of the exact sum", "hetlora.merge:merge_svd"),
+        MergeKind(
+            "stack",
+            "fold the exact sum into the base (for comparisons)",
+            "hetlora.merge:merge_stack",
+            base="targets",
+            keeps_bank=False,
+            no_adapter="with merge 'stack' the run folded its updates into the base model, no adapter holds them; use merge 'factors' or 'svd'",
+            refuses=(Refusal(("quantize",), "merge = 'stack' folds updates into the base weights, which a quantised base cannot take; use quantize = 'none'"),),
+        ),
+        MergeKind(
+            "models",
+            "the mean of the clients' models becomes the base",
+            "hetlora.full_finetuning:merge_models",
+            base="all",
+            keeps_bank=False,
+            no_adapter="with train 'full' the run has no adapter; its weights are the tensors 'base.*' of checkpoint.safetensors",
+        ),
+    )
+}
+
+MERGE_CHOICES = tuple(name for name in MERGES if name not in {kind.merge for kind in TRAININGS.values()})
+"""Values of the setting `merge`: all merges but those that belong to a kind of training."""
+
+
+def merge_kind(train: str, merge: str) -> MergeKind:
+    """The merge of a run with these two settings."""
+    return MERGES[TRAININGS[train].merge or merge]
+
+
+def own_settings() -> dict[str, tuple[str, str]]:
+    """{setting: (the setting that names its kind, that kind)} of the settings that one kind alone reads."""
+    rows: tuple[tuple[str, dict[str, Any]], ...] = (("train", TRAININGS), ("merge", MERGES))
+    return {setting: (chooser, kind.name) for chooser, kinds in rows for kind in kinds.values() for setting in kind.settings}

@@ -1,0 +1,60 @@
+"""Numbers, ranks, sizes and rounds as text: one form in the terminal, on the pages and in the pictures."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def number(value: Any, digits: int = 2) -> str:
+    """`value` with `digits` decimals; '-' if it is missing, 'inf' or 'nan' if it is that."""
+    if value is None:
+        return "-"
+    value = float(value)
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.3g}"
+
+
+def rank_text(rank: Any) -> str:
+    """A rank; the mean over modules, to one decimal, where modules have ranks of their own."""
+    if isinstance(rank, dict):
+        rank = sum(rank.values()) / len(rank) if rank else None
+    if rank is None:
+        return "-"
+    return str(int(rank)) if float(rank).is_integer() else f"{rank:.1f}"
+
+
+def size_text(count: float) -> str:
+    return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
+
+
+def perplexity_of(evaluation: dict[str, Any] | None, part: str) -> float | None:
+    """`part`: 'client_text' or 'held_out_clients'; None if it was not evaluated."""
+    found = (evaluation or {}).get(part)
+    return found["perplexity"] if found else None
+
+
+def round_line(record: dict[str, Any], total: int) -> str:
+    """One round in one line of plain text."""
+    parts = []
+    clients = record.get("clients") or []
+    if clients:
+        parts.append(f"{len(clients)} client{'s' if len(clients) > 1 else ''}")
+        first, last = (sum(c[key] for c in clients) / len(clients) for key in ("loss_first", "loss_last"))
+        parts.append(f"train loss {number(first, 3)} -> {number(last, 3)}")
+        pruned = sum(c["rank"] != c["rank_before"] for c in clients)
+        parts.append(f"pruned {pruned}" if pruned else "none pruned")
+    parts.append(f"mean rank {number(record.get('mean_rank'), 1)}")
+    parts += [
+        f"perplexity {name} {number(perplexity_of(record.get('evaluation'), part))}"
+        for part, name in (("client_text", "clients' held-out text"), ("held_out_clients", "held-out clients"))
+        if perplexity_of(record.get("evaluation"), part) is not None
+    ]
+    if clients:
+        parts.append(f"down {size_text(record['bytes_down'])}, up {size_text(record['bytes_up'])}")
+    if record.get("seconds") is not None:
+        parts.append(f"{record['seconds']:.1f} s")
+    parts += [f"dropped {drop['name']}: {drop['reason']}" for drop in record.get("dropped") or []]
+    head = f"round {record['round']}/{total}" if record["round"] else "before training"
+    return f"{head}: " + "; ".join(parts)

@@ -1,0 +1,101 @@
+"""Local training of a round: what every kind of training is given and returns, and the kind 'adapters'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hetlora import server
+from hetlora.client import LocalResult, prune_decision, tail_scores
+from hetlora.cohort import train_cohort, train_one_by_one
+from hetlora.config import Config
+from hetlora.data import ClientData
+from hetlora.ranks import ClientRanks, bank_ranks, tail_start
+
+
+@dataclass(frozen=True)
+class Work:
+    """A round's work for the sampled clients, whose data are `clients`. A kind of training changes nothing of it, the model included."""
+
+    cfg: Config
+    model: torch.nn.Module
+    state: server.ServerState
+    clients: list[ClientData]
+    number: int
+    lr: float
+    progress: Callable[[int, int], None] | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return [client.name for client in self.clients]
+
+    @property
+    def ranks(self) -> list[ClientRanks]:
+        return [self.state.ranks[name] for name in self.names]
+
+
+@dataclass
+class Trained:
+    """What a round's local training gave, before the merge. Lists are over the sampled clients unless they say 'arrived'.
+
+    results: of each client.   dropped: {position: why its upload is refused}; all others arrived.
+    ranks: after the round.   tails: (score before, score after) of the pruning decision.
+    uploads, received: what arrived and what the same clients had received, in the form that the merge takes.
+    bytes_down; bytes_up (arrived); parameters: numbers trained, of all clients together.
+    weighed: (p [K, modules or 1], S [K]), arrived, float64, where training had to weigh the uploads already; else the server does.
+    """
+
+    results: list[LocalResult]
+    dropped: dict[int, str]
+    ranks: list[ClientRanks]
+    tails: list[tuple[float, float]]
+    uploads: Any
+    received: Any
+    bytes_down: list[int]
+    bytes_up: list[int]
+    parameters: int
+    weighed: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def arrived(self) -> list[int]:
+        return [k for k in range(len(self.results)) if k not in self.dropped]
+
+
+def train_adapters(work: Work) -> Trained:
+    """Each client trains its own leading rows of the bank and decides on pruning (HETLORA sections 3.1 and 3.2).
+
+    Uploads are adapters, cut to the client's rank after the round. Down travel the client's rows where the server keeps a bank, and what else a
+    client needs to follow the base.
+    """
+    cfg, state, modules = work.cfg, work.state, work.state.bank.shapes
+    keep = [tail_start(ranks, cfg.gamma, state.r_min) for ranks in work.ranks]
+    cuts = bank_ranks(keep, modules)
+    received = server.distribute(state, work.names)
+    everyone = range(received.num_clients)
+    if cfg.cobatch:
+        trained = received.select(everyone)
+        results = train_cohort(work.model, trained, work.clients, cfg, work.number, work.lr, cuts, work.progress)
+    else:
+        trained, results = train_one_by_one(work.model, received, work.clients, cfg, work.number, work.lr, cuts, work.progress)
+    dropped = server.refused(trained)
+    before, after = tail_scores(received, cuts), tail_scores(trained, cuts)
+    ranks = [own if k in dropped else prune_decision(own, keep[k], before[k], after[k], cfg.prune_scope) for k, own in enumerate(work.ranks)]
+    arrived = [k for k in everyone if k not in dropped]
+    left = bank_ranks([ranks[k] for k in arrived], modules)
+    uploads = trained.select(arrived).prune(left)
+    rows = [received.num_bytes(k) for k in everyone]
+    return Trained(
+        results,
+        dropped,
+        ranks,
+        [(float(old.sum()), float(new.sum())) for old, new in zip(before, after, strict=True)],
+        uploads,
+        received.select(arrived).prune(left),
+        [state.stacked_bytes + (own if cfg.merge_kind.keeps_bank else 0) for own in rows],
+        [uploads.num_bytes(i) for i in range(len(arrived))],
+        sum(rows) // received.dtype.itemsize,
+    )
