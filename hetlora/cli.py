@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import click
 
-from hetlora import __version__
+from hetlora import __version__, processor
 from hetlora.compare.methods import OWNED, Plan, make_plan
 from hetlora.config import Config, ConfigError
 from hetlora.run_folder import is_run, read_config
@@ -156,6 +156,20 @@ def _saved_settings(config_file: str | None, flags: dict[str, Any]) -> Config:
     return saved.model_copy(update={"output": str(output)})
 
 
+def _choose_threads(ctx: click.Context, parameter: click.Parameter, value: int | None) -> None:
+    if not ctx.resilient_parsing:
+        click.echo(processor.prepare(value))
+
+
+threads_option = click.option(
+    "--threads",
+    type=int,
+    expose_value=False,
+    callback=_choose_threads,
+    help="Threads of the computation. [default: OMP_NUM_THREADS, else the cores this process may use]",
+)
+
+
 class _Watched(AbstractContextManager["_Watched"]):
     """A run under a console observer; an interrupt becomes one line that says how to continue, and exit status 130."""
 
@@ -208,6 +222,7 @@ def cli(ctx: click.Context) -> None:
 @click.option("--gamma", type=float, help="Rank decay of pruning.")
 @click.option("--prune-lambda", type=float, help="Weight of the pruning regulariser; left out, it is chosen by a rule that the demo prints.")
 @click.option("--fast", is_flag=True, help="A tiny model and very few rounds: shows that everything works, not what it achieves.")
+@threads_option
 def demo(fast: bool, **given: Any) -> None:
     """A whole federation on this machine, offline, in minutes.
 
@@ -223,6 +238,7 @@ def demo(fast: bool, **given: Any) -> None:
 
 @config_options
 @cli.command(cls=_GroupedOptions)
+@threads_option
 @click.option("--config", "config_file", metavar="FILE", help="YAML, TOML or JSON file with settings of these names; flags override it.")
 @click.option("--resume", is_flag=True, help="Continue the run in --output with its own settings, to the same result as without the stop.")
 def run(config_file: str | None, resume: bool, **options: Any) -> None:
@@ -256,6 +272,7 @@ def comparison_options(command: click.Command) -> click.Command:
 
 @comparison_options
 @cli.command(cls=_GroupedOptions)
+@threads_option
 @click.option("--config", "config_file", metavar="FILE", help="YAML, TOML or JSON file with settings of these names; flags override it.")
 def compare(config_file: str | None, **options: Any) -> None:
     """HETLORA against its baselines: same data, model, clients, seeds and budget; a table and pictures.
