@@ -1,7 +1,8 @@
 """How many threads a command computes with, and how they wait: decided before torch is imported, which reads it once. No torch here.
 
 OpenMP's threads wait for each other by spinning. Where another process wants the same cores they spin while it computes, and a step takes many times as long
-as its work. So threads sleep where others use the cores, and spin briefly where they are free. Neither changes a bit of the results. The number of threads does.
+as its work. So threads sleep where others use the cores, and spin briefly where they are free. Neither changes a bit of the results.
+The number of threads does.
 """
 
 from __future__ import annotations
