@@ -90,6 +90,13 @@ class AdapterBank:
         yield from self.a.values()
         yield from self.bt.values()
 
+    def freeze_a(self) -> AdapterBank:
+        """Train B alone: A needs no gradient from here on, and layers and optimisers leave out what belongs to it. Of this bank, not of those made from it."""
+        for rows in self.a.values():
+            rows.requires_grad_(False)
+            rows.grad = None
+        return self
+
     def num_bytes(self, client: int) -> int:
         """Bytes of one client's factors."""
         size = self.dtype.itemsize
