@@ -91,7 +91,7 @@ class AdapterBank:
         yield from self.bt.values()
 
     def freeze_a(self) -> AdapterBank:
-        """Train B alone: A needs no gradient from here on, and layers and optimisers leave out what belongs to it. Of this bank, not of those made from it."""
+        """Train B alone: A needs no gradient from here on, and layers and optimisers leave out what belongs to it. Copies by `select` are frozen too."""
         for rows in self.a.values():
             rows.requires_grad_(False)
             rows.grad = None
@@ -131,13 +131,16 @@ class AdapterBank:
         return self._build(self.shapes, layouts, a, bt)
 
     def select(self, clients: Sequence[int]) -> AdapterBank:
-        """A copy of some clients, in the order given."""
+        """A copy of some clients, in the order given; factors that are frozen stay so."""
 
         def pick(rows: Mapping[str, Tensor]) -> list[Tensor]:
             return [torch.cat([t.detach()[self.layouts[name].rows(k)] for k in clients] or [t.detach()[:0]]) for name, t in rows.items()]
 
         a, bt = pick(self.a), pick(self.bt)
-        return self._build(self.shapes, {name: RankLayout([layout.ranks[k] for k in clients]) for name, layout in self.layouts.items()}, a, bt)
+        picked = self._build(self.shapes, {name: RankLayout([layout.ranks[k] for k in clients]) for name, layout in self.layouts.items()}, a, bt)
+        for own, parameter in zip(picked.parameters(), self.parameters(), strict=True):
+            own.requires_grad_(parameter.requires_grad)
+        return picked
 
     @classmethod
     def concat(cls, banks: Sequence[AdapterBank]) -> AdapterBank:

@@ -102,6 +102,9 @@ def test_select_and_concat(device):
     assert joined.ranks == bank.ranks and all(same_bits(one, other) for one, other in zip(joined.parameters(), bank.parameters(), strict=True))
     joined.a["q"].data.zero_()
     assert bool((bank.a["q"] != 0).any()) and bank.select([]).num_clients == 0
+    assert all(p.requires_grad for p in picked.parameters())
+    frozen = filled(device=device).freeze_a().select([1, 0])
+    assert not any(p.requires_grad for p in frozen.a.values()) and all(p.requires_grad for p in frozen.bt.values())
 
 
 @pytest.mark.parametrize("normalize", ["none", "owners"])
