@@ -152,6 +152,21 @@ class AdapterBank:
         joined = ([torch.cat([getattr(bank, side)[name].detach() for bank in banks]) for name in first.shapes] for side in ("a", "bt"))
         return cls._build(first.shapes, layouts, *joined)
 
+    @classmethod
+    def stack(cls, banks: Sequence[AdapterBank]) -> AdapterBank:
+        """Each client's rows of all `banks`, in order: B A of the result is the sum of theirs. `ValueError` when modules or numbers of clients differ."""
+        first = banks[0]
+        if any(bank.shapes != first.shapes or bank.num_clients != first.num_clients for bank in banks):
+            raise ValueError("banks: expected the same modules, shapes and number of clients in every bank")
+        clients = range(first.num_clients)
+        layouts = {name: RankLayout([sum(bank.layouts[name].ranks[k] for bank in banks) for k in clients]) for name in first.shapes}
+
+        def rows(side: str, name: str) -> Tensor:
+            parts = [getattr(bank, side)[name].detach()[bank.layouts[name].rows(k)] for k in clients for bank in banks]
+            return torch.cat(parts or [getattr(first, side)[name].detach()])
+
+        return cls._build(first.shapes, layouts, *([rows(side, name) for name in first.shapes] for side in ("a", "bt")))
+
     def aggregate(self, weights: Tensor | Sequence[float], max_rank: int, normalize: Normalize = "none", keep: AdapterBank | None = None) -> AdapterBank:
         """Server merge of A and of B separately: a bank of one client of rank `max_rank` (see `hetlora_kernels.aggregate`).
 

@@ -107,6 +107,19 @@ def test_select_and_concat(device):
     assert not any(p.requires_grad for p in frozen.a.values()) and all(p.requires_grad for p in frozen.bt.values())
 
 
+def test_stack_is_the_sum_of_the_updates(device):
+    one, other = filled(device=device), filled(device=device).select([2, 1, 0])
+    stacked = hk.AdapterBank.stack([one, other, one])
+    for name, layout in stacked.layouts.items():
+        for k in range(3):
+            assert layout.ranks[k] == 2 * one.layouts[name].ranks[k] + other.layouts[name].ranks[k]
+            deltas = [bank.bt[name][bank.layouts[name].rows(k)].t() @ bank.a[name][bank.layouts[name].rows(k)] for bank in (stacked, one, other)]
+            torch.testing.assert_close(deltas[0], 2 * deltas[1] + deltas[2])
+    with pytest.raises(ValueError, match=r"^banks: expected the same modules, shapes and number of clients"):
+        hk.AdapterBank.stack([one, one.select([0])])
+    assert hk.AdapterBank.stack([one.select([]), one.select([])]).num_clients == 0
+
+
 @pytest.mark.parametrize("normalize", ["none", "owners"])
 def test_aggregate_merges_a_and_b_separately(normalize, device):
     bank, keep = filled(device=device), filled(ranks=[6], seed=1, device=device)
