@@ -93,6 +93,9 @@ class Config(BaseModel):
         "none", "federation", "A row that only some uploads own: zero-padded as published, or divided by its owners' weight."
     )
     unowned_rows: Literal["keep", "zero"] = _setting("keep", "federation", "A row that no upload owns keeps its old value or becomes zero.")
+    download: Literal["8bit", "4bit", "exact"] = _setting(
+        "8bit", "federation", "With train = 'fold': how the rows of the bank travel, quantised with one scale a row or in the adapters' own type."
+    )
     merge: Merge = _setting("factors", "federation", "What the server does with the uploads: " + _choices(MERGES[name] for name in MERGE_CHOICES))
 
     # local training

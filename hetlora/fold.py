@@ -1,5 +1,4 @@
-"""Fresh rows on the folded bank (`train = 'fresh-rows'`, `merge = 'bank-svd'`; `--method fold`): everybody computes with the server's whole bank, and
-trains what no other client trains.
+"""Fresh rows on the folded bank (`train = 'fold'`): everybody computes with the server's whole bank, and trains rows that nobody else has.
 
 The server keeps one bank of rank R. A round, s the scale of the run, m and n the widths of a module:
   1. a client downloads all R rows, quantised row by row, and folds them into W for the time of its training: W + s B_g A_g. They are frozen.
@@ -12,7 +11,7 @@ The base never changes, and the bank is what is exported.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,8 +19,14 @@ import torch
 from torch import Tensor, nn
 
 import hetlora_kernels as hk
+from hetlora.cohort import train_cohort, train_one_by_one
+from hetlora.config import Config
 from hetlora.low_rank import best_rank
+from hetlora.merge import MergeCall, Merged, row_weights
+from hetlora.ranks import ClientRanks, bank_ranks
 from hetlora.seeds import torch_generator
+from hetlora.server import ServerState, refused
+from hetlora.training import Trained, Work
 from hetlora_kernels.ops.quantize import code_bytes
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -46,10 +51,9 @@ def download(bank: hk.AdapterBank, kind: str) -> Download:
     rows = [t.detach() for t in bank.parameters()]
     codes, scales = hk.quantize_rows(rows, BITS[kind])
     back = hk.dequantize_rows(codes, scales, [t.shape[1] for t in rows], dtype=bank.dtype)
-    received = bank.to()
-    for own, values in zip(received.parameters(), back, strict=True):
-        own.data = values
-    return Download(received, download_bytes(bank.shapes, bank.layouts[next(iter(bank.shapes))].ranks[0], kind, bank.dtype))
+    rank, modules = len(rows[0]), len(bank.shapes)
+    a, bt = (dict(zip(bank.shapes, side, strict=True)) for side in (back[:modules], back[modules:]))
+    return Download(hk.AdapterBank.of(bank.shapes, [rank], a, bt), download_bytes(bank.shapes, rank, kind, bank.dtype))
 
 
 def download_bytes(shapes: Shapes, rank: int, kind: str, dtype: torch.dtype) -> int:
@@ -94,7 +98,7 @@ def _sum(weight: Tensor, a: Tensor, bt: Tensor, scale: float, transposed: bool) 
     return (weight.detach() + scale * delta).to(weight.dtype)
 
 
-def _beside(a: Tensor, bt: Tensor, scale: float):
+def _beside(a: Tensor, bt: Tensor, scale: float) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def add(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
         x = inputs[0]
         return out + (scale * (x.to(a.dtype) @ a.t()) @ bt).to(out.dtype)
@@ -129,16 +133,15 @@ def fresh_bank(
     A_k ~ U(-1, 1) sqrt(rho_bar / (rho_k n)), from the seed of (run, round, client, module): server and client draw the same, on whatever device. The root
     makes the update of one optimiser step about as large at every rank.
     """
-    bank = hk.AdapterBank(shapes, ranks, dtype=dtype, device=device)
-    for name, (_, n) in shapes.items():
-        layout = bank.layouts[name]
-        drawn = torch.empty(layout.total, n, dtype=dtype)
-        for k, client in enumerate(clients):
-            rows = layout.rows(k)
-            bound = math.sqrt(means[name] / (max(1, layout.ranks[k]) * n))
-            drawn[rows].uniform_(-bound, bound, generator=torch_generator(seed, "fresh rows", round_number, client, name))
-        bank.a[name].data = drawn.to(device)
-    return bank.freeze_a()
+    a, bt = {}, {}
+    for name, (m, n) in shapes.items():
+        rows = []
+        for client, rank in zip(clients, ranks[name], strict=True):
+            bound = math.sqrt(means[name] / (max(1, rank) * n))
+            rows.append(torch.empty(rank, n, dtype=dtype).uniform_(-bound, bound, generator=torch_generator(seed, "fresh rows", round_number, client, name)))
+        a[name] = torch.cat(rows).to(device)
+        bt[name] = torch.zeros(len(a[name]), m, dtype=dtype, device=device)
+    return hk.AdapterBank.of(shapes, ranks, a, bt).freeze_a()
 
 
 def mean_ranks(ranks: Mapping[str, Sequence[int]]) -> dict[str, float]:
@@ -146,18 +149,59 @@ def mean_ranks(ranks: Mapping[str, Sequence[int]]) -> dict[str, float]:
     return {name: math.exp(sum(math.log(max(1, rank)) for rank in own) / len(own)) for name, own in ranks.items()}
 
 
-# ---------------------------------------------------------------- the merge
+# ---------------------------------------------------------------- the round
 
 
-def merged_bank(bank: hk.AdapterBank, uploads: hk.AdapterBank, weights: Tensor, rank: int) -> hk.AdapterBank:
-    """The bank of rank `rank` nearest to B_g A_g + sum_k p_k B_k A_k; weights p: [K, modules]. Each p_k is in B_k and in A_k as its root."""
+def received(state: ServerState, cfg: Config, clients: Sequence[str]) -> tuple[hk.AdapterBank, list[ClientRanks]]:
+    """What clients compute with before they train: the whole bank as downloaded, at every rank."""
+    return download(state.bank, cfg.download).bank, [dict.fromkeys(state.bank.shapes, state.r_max)] * len(clients)
+
+
+def train_fold(work: Work) -> Trained:
+    """Each client trains B_k over fresh rows A_k, on W with the downloaded bank folded in: once for all of them.
+
+    Uploads have A_k again, as the server draws it; what is counted is the download, scales included, and B_k. The adapters that the folder keeps of clients
+    are the rows they downloaded with those they trained behind them, which is what they computed with.
+    """
+    cfg, state, shapes = work.cfg, work.state, work.state.bank.shapes
+    down = download(state.bank, cfg.download)
+    means = mean_ranks(fresh_ranks(bank_ranks(list(state.ranks.values()), shapes), shapes))
+    ranks = fresh_ranks(bank_ranks(work.ranks, shapes), shapes)
+    fresh = fresh_bank(shapes, ranks, means, work.names, cfg.seed, work.number, state.bank.dtype, state.bank.device)
+    everyone = range(fresh.num_clients)
+    with folded(work.model, down.bank, cfg.scale):
+        if cfg.cobatch:
+            trained = fresh.select(everyone)
+            results = train_cohort(work.model, trained, work.clients, cfg, work.number, work.lr, {}, work.progress)
+        else:
+            trained, results = train_one_by_one(work.model, fresh, work.clients, cfg, work.number, work.lr, {}, work.progress)
+    dropped = refused(trained)
+    arrived = [k for k in everyone if k not in dropped]
+    numbers = [sum(ranks[name][k] * m for name, (m, _) in shapes.items()) for k in everyone]
+    uploads = trained.select(arrived)
+    return Trained(
+        results,
+        dropped,
+        ranks=work.ranks,
+        tails=[(0.0, 0.0)] * len(results),
+        uploads=uploads,
+        received=fresh.select(arrived),
+        bytes_down=[down.num_bytes] * len(results),
+        bytes_up=[numbers[k] * fresh.dtype.itemsize for k in arrived],
+        parameters=sum(numbers),
+        adapters=hk.AdapterBank.stack([down.bank.truncate([state.r_max] * len(arrived)), uploads]) if cfg.save_clients and arrived else None,
+    )
+
+
+def merge_bank(call: MergeCall) -> Merged:
+    """The bank of rank R nearest to B_g A_g + sum_k p_k B_k A_k. p_k is in B_k and in A_k as its root."""
+    bank, uploads = call.bank, call.uploads
     stacks = []
     for module, name in enumerate(bank.shapes):
-        root = torch.repeat_interleave(weights[:, module].double().sqrt(), torch.tensor(uploads.layouts[name].ranks)).to(uploads.device)[:, None]
+        root = row_weights(uploads, call.weights, module, name).sqrt()[:, None]
         sides = ((bank.bt[name], uploads.bt[name]), (bank.a[name], uploads.a[name]))
         x, y = (torch.cat([old.detach().double(), root * new.detach().double()]) for old, new in sides)
         stacks.append((x, y))
-    out = hk.AdapterBank(bank.shapes, [rank], dtype=bank.dtype, device=bank.device)
-    for name, (bt, a) in zip(bank.shapes, best_rank(stacks, rank), strict=True):
-        out.bt[name].data, out.a[name].data = bt.to(bank.dtype), a.to(bank.dtype)
-    return out
+    merged = dict(zip(bank.shapes, best_rank(stacks, call.r_max), strict=True))
+    bt, a = ({name: factors[side].to(bank.dtype) for name, factors in merged.items()} for side in (0, 1))
+    return Merged(hk.AdapterBank.of(bank.shapes, [call.r_max], a, bt))

@@ -65,6 +65,17 @@ class AdapterBank:
         bank._set(shapes, layouts, dict(zip(shapes, a, strict=True)), dict(zip(shapes, bt, strict=True)))
         return bank
 
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, int]], ranks: Ranks, a: Mapping[str, Tensor], bt: Mapping[str, Tensor]) -> AdapterBank:
+        """The bank that holds these packed rows, not copies: a[name] [S, n], bt[name] [S, m]. `ValueError` where they are not of the shapes and ranks."""
+        layouts = _layouts(shapes, ranks)
+        for side, rows, width in (("a", a, 1), ("bt", bt, 0)):
+            for name, shape in shapes.items():
+                expected = layouts[name].total, shape[width]
+                if name not in rows or tuple(rows[name].shape) != expected:
+                    raise ValueError(f"{side}: expected {expected} for {name!r}, got {tuple(rows[name].shape) if name in rows else 'none'}")
+        return cls._build(shapes, layouts, [a[name].detach() for name in shapes], [bt[name].detach() for name in shapes])
+
     # -- what it is
 
     @property

@@ -57,6 +57,7 @@ class Method:
 
 
 _FEDAVG = {"gamma": 1.0, "weights": "samples"}
+_FOLD = {"train": "fold", "weights": "samples"}
 _LIST = (
     Method("hetlora", "HETLORA: truncation, self-pruning, sparsity weights"),
     Method("hetlora-gamma1", "HETLORA without pruning (gamma = 1)", settings={"gamma": 1.0}),
@@ -64,6 +65,7 @@ _LIST = (
     Method("homlora-max", "every client at the largest rank, FedAvg of A and of B", "max", _FEDAVG),
     Method("recon-svd", "exact sum of B A, then truncated SVD (FlexLoRA)", settings={**_FEDAVG, "merge": "svd"}),
     Method("flora", "exact sum of B A by stacking, folded into the base each round (FLoRA)", settings={**_FEDAVG, "merge": "stack"}),
+    Method("fold", "fresh rows on the folded bank: all rows down in 8 bits, B alone trained and sent, exact sum", settings=_FOLD),
     Method("fedavg-full", "full fine-tuning, FedAvg of all weights", settings={"train": "full", "weights": "samples"}),
     Method("hetlora-uniform", "HETLORA with equal weights", settings={"weights": "uniform"}, like="hetlora"),
     Method("hetlora-samples", "HETLORA with sample-count weights", settings={"weights": "samples"}, like="hetlora"),

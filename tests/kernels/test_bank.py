@@ -107,6 +107,17 @@ def test_select_and_concat(device):
     assert not any(p.requires_grad for p in frozen.a.values()) and all(p.requires_grad for p in frozen.bt.values())
 
 
+def test_of_holds_the_rows_it_is_given(device):
+    bank = filled(device=device)
+    ranks = {name: layout.ranks for name, layout in bank.layouts.items()}
+    made = hk.AdapterBank.of(SHAPES, ranks, bank.a, bank.bt)
+    assert made.ranks == bank.ranks and all(one.data_ptr() == other.data_ptr() for one, other in zip(made.parameters(), bank.parameters(), strict=True))
+    with pytest.raises(ValueError, match=r"^bt: expected \(\d+, \d+\) for 'q', got none"):
+        hk.AdapterBank.of(SHAPES, ranks, bank.a, {})
+    with pytest.raises(ValueError, match=r"^a: expected \(\d+, \d+\) for 'q', got \(\d+, \d+\)"):
+        hk.AdapterBank.of(SHAPES, ranks, {**bank.a, "q": bank.a["q"][1:]}, bank.bt)
+
+
 def test_stack_is_the_sum_of_the_updates(device):
     one, other = filled(device=device), filled(device=device).select([2, 1, 0])
     stacked = hk.AdapterBank.stack([one, other, one])
