@@ -15,12 +15,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import hetlora_kernels as hk
 from hetlora import fold
 from hetlora.checkpoint import load_checkpoint, read_rounds
+from hetlora.compare.methods import METHODS
 from hetlora.config import ConfigError
 from hetlora.evaluate import evaluate_bank, pool_text
 from hetlora.export import export_adapter
 from hetlora.loop import simulate
 from hetlora.merge import MergeCall
-from hetlora.methods import METHODS
 from hetlora.models import target_shapes
 from hetlora_kernels.peft import attach, detach
 
