@@ -152,9 +152,11 @@ def mean_ranks(ranks: Mapping[str, Sequence[int]]) -> dict[str, float]:
 # ---------------------------------------------------------------- the round
 
 
-def received(state: ServerState, cfg: Config, clients: Sequence[str]) -> tuple[hk.AdapterBank, list[ClientRanks]]:
-    """What clients compute with before they train: the whole bank as downloaded, at every rank."""
-    return download(state.bank, cfg.download).bank, [dict.fromkeys(state.bank.shapes, state.r_max)] * len(clients)
+@contextmanager
+def received(state: ServerState, cfg: Config, model: nn.Module, clients: Sequence[str]) -> Iterator[tuple[hk.AdapterBank, list[ClientRanks]]]:
+    """Every client has the base with the whole bank folded in, as downloaded, and no rows of its own."""
+    with folded(model, download(state.bank, cfg.download).bank, cfg.scale):
+        yield state.bank, [dict.fromkeys(state.bank.shapes, 0)] * len(clients)
 
 
 def train_fold(work: Work) -> Trained:
@@ -204,4 +206,4 @@ def merge_bank(call: MergeCall) -> Merged:
         stacks.append((x, y))
     merged = dict(zip(bank.shapes, best_rank(stacks, call.r_max), strict=True))
     bt, a = ({name: factors[side].to(bank.dtype) for name, factors in merged.items()} for side in (0, 1))
-    return Merged(hk.AdapterBank.of(bank.shapes, [call.r_max], a, bt))
+    return Merged(hk.AdapterBank.of(bank.shapes, [call.r_max], a, bt), added_to=bank)

@@ -60,8 +60,8 @@ class TrainingKind:
     merge: the merge that goes with it, where that is no choice; None: the setting `merge` says.
     no_ranks: what a run shows in place of ranks, where clients have none (all are 0 then); '' where they have.
     saves: which adapters the run folder keeps: the 'global' one, and those of 'clients'.
-    receives: function of `(ServerState, Config, client names) -> (bank of one client, ranks of each client)`: the leading rows of that bank are what a client
-        computes with before it trains, and what its own held-out text is evaluated under.
+    receives: function of `(ServerState, Config, model, client names)`: a context in which `model` with the leading rows of a bank is what a client computes
+        with before it trains, and what its own held-out text is evaluated under; it yields (bank of one client, ranks of each client).
     settings: read by this kind alone, refused with every other.   refuses: settings of others that it cannot use.
     """
 

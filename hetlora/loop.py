@@ -235,8 +235,9 @@ def _evaluate(run: _Run) -> dict[str, Any]:
 def _own_text(run: _Run, part: Part = "test") -> list[dict[str, Any]]:
     """Every client's own held-out or training text under what it receives of the bank."""
     cfg, clients = run.cfg, list(run.clients.values())
-    bank, ranks = cfg.training_kind.load_receives()(run.state, cfg, list(run.clients))
-    return evaluate_clients(run.federation.model, bank, ranks, clients, cfg.scale, cfg.max_tokens_per_step, _share(run), run.observer.evaluate, part)
+    model = run.federation.model
+    with cfg.training_kind.load_receives()(run.state, cfg, model, list(run.clients)) as (bank, ranks):
+        return evaluate_clients(model, bank, ranks, clients, cfg.scale, cfg.max_tokens_per_step, _share(run), run.observer.evaluate, part)
 
 
 def _learning_rate(cfg: Config, number: int) -> float:

@@ -20,7 +20,8 @@ def best_rank(stacks: Sequence[tuple[Tensor, Tensor]], rank: int) -> list[tuple[
 
     QR of both stacks, X^T = Q_x R_x and Y^T = Q_y R_y, then the SVD of the core R_x R_y^T = U diag(s) V^T, which has min(S, m) x min(S, n) elements:
     B = Q_x U sqrt(s), A = sqrt(s) V^T Q_y^T, so that both factors have the rows' norms sqrt(s_i), in falling order (Eckart and Young 1936). The m x n sum is
-    never formed. Rows past the rank of the sum are zero. The signs are such that the entry of A's row with the largest magnitude is positive.
+    never formed where S is below one of the widths; a side with S above its own is its core as it is (Q = 1).
+    Rows past the rank of the sum are zero. The signs are such that the entry of A's row with the largest magnitude is positive.
     Arithmetic is float64 whatever the rows' type, and results are rounded to it once. Modules with equal shapes go through the factorisations in one
     batch. `ValueError` when x and y have different numbers of rows.
     """
@@ -38,14 +39,20 @@ def best_rank(stacks: Sequence[tuple[Tensor, Tensor]], rank: int) -> list[tuple[
 
 def _factors(x: Tensor, y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The same for modules of one shape, [modules, S, m] and [modules, S, n]."""
-    q_x, r_x = torch.linalg.qr(x.double().mT)
-    q_y, r_y = torch.linalg.qr(y.double().mT)
+    (q_x, r_x), (q_y, r_y) = _compact(x.double().mT), _compact(y.double().mT)
     u, s, vh = torch.linalg.svd(r_x @ r_y.mT, full_matrices=False)
     u, s, vh = u[..., :rank], s[:, :rank], vh[:, :rank]
-    root = torch.where(s > CUTOFF * s[:, :1], s, 0.0).sqrt()
-    a = vh @ q_y.mT
-    pivot = a.gather(-1, a.abs().argmax(-1, keepdim=True))
-    root_a = root[..., None] * torch.where(pivot < 0, -1.0, 1.0)
-    bt = (q_x @ u).mT * root_a
+    root = torch.where(s > CUTOFF * s[:, :1], s, 0.0).sqrt()[..., None]
+    a, bt = vh if q_y is None else vh @ q_y.mT, u.mT if q_x is None else (q_x @ u).mT
+    signs = torch.where(a.gather(-1, a.abs().argmax(-1, keepdim=True)) < 0, -1.0, 1.0)
     missing = rank - s.shape[1]  # fewer rank-1 parts than rows asked for
-    return tuple(torch.nn.functional.pad(side, (0, 0, 0, missing)).to(like.dtype) for side, like in ((bt, x), (a * root_a, y)))  # type: ignore[return-value]
+    bt, a = (torch.nn.functional.pad(side * root * signs, (0, 0, 0, missing)) for side in (bt, a))
+    return bt.to(x.dtype), a.to(y.dtype)
+
+
+def _compact(rows: Tensor) -> tuple[Tensor | None, Tensor]:
+    """(Q, R) with rows = Q R, Q orthonormal; (None, rows) where R would be no smaller."""
+    if rows.shape[-1] >= rows.shape[-2]:
+        return None, rows
+    q, r = torch.linalg.qr(rows)
+    return q, r

@@ -36,11 +36,13 @@ class MergeCall:
 class Merged:
     """What a merge returns. bank: the next one, None exactly where its row in `kinds.MERGES` keeps none.
 
-    rows: how many leading rows of the bank the uploads decided; None = all.   follow_bytes: `ServerState.stacked_bytes` from now on.
+    rows: how many leading rows of the bank the uploads decided; None = all.   added_to: the bank that the uploads were added to, None where they replace it.
+    follow_bytes: `ServerState.stacked_bytes` from now on.
     """
 
     bank: hk.AdapterBank | None
     rows: int | None = None
+    added_to: hk.AdapterBank | None = None
     follow_bytes: int = 0
 
 
@@ -77,7 +79,7 @@ def aggregate(
         state.bank = fresh_bank(state.bank.shapes, state.r_max, cfg, state.bank.device, state.round + 1)
         return Aggregate(weights, norms)
     state.bank = merged.bank
-    return Aggregate(weights, norms, diagnostics.describe(state.bank, uploads, weights, merged.rows) if cfg.diagnostics else {})
+    return Aggregate(weights, norms, diagnostics.describe(state.bank, uploads, weights, merged.rows, merged.added_to) if cfg.diagnostics else {})
 
 
 def client_weights(uploads: hk.AdapterBank, samples: Sequence[int], cfg: Config) -> tuple[Tensor, Tensor]:

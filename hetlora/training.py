@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,9 +69,10 @@ class Trained:
         return [k for k in range(len(self.results)) if k not in self.dropped]
 
 
-def leading_rows(state: server.ServerState, cfg: Config, clients: Sequence[str]) -> tuple[hk.AdapterBank, list[ClientRanks]]:
-    """What clients receive where each has the leading rows of the server's bank that its rank gives it."""
-    return state.bank, [state.ranks[name] for name in clients]
+@contextmanager
+def leading_rows(state: server.ServerState, cfg: Config, model: torch.nn.Module, clients: Sequence[str]) -> Iterator[tuple[hk.AdapterBank, list[ClientRanks]]]:
+    """Each client has the leading rows of the server's bank that its rank gives it, on the base."""
+    yield state.bank, [state.ranks[name] for name in clients]
 
 
 def train_adapters(work: Work) -> Trained:

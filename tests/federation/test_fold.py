@@ -297,6 +297,16 @@ def test_a_clients_own_figure_is_under_the_bank_it_downloads(tmp_path):
     assert abs(found["loss"] - sum(exact) / len(exact)) > 1e-6  # four bits are seen
 
 
+def test_diagnostics_say_what_truncation_lost(tmp_path):
+    """With the width of the modules as rank nothing is lost (a norm through Gram matrices has no more than half the digits); with less, something is."""
+    whole, *_ = run(tmp_path / "whole", torch.float64, ranks="fixed:8", target_modules="k_proj,v_proj", diagnostics=True)
+    assert all(record["diagnostics"]["merge_error"] < 1e-7 for record in whole.history[1:])
+    cut, *_ = run(tmp_path / "cut", torch.float64, ranks="fixed:2", diagnostics=True)
+    assert all(0.01 < record["diagnostics"]["merge_error"] < 1 for record in cut.history[1:])
+    for record in cut.history[1:]:
+        assert record["diagnostics"]["effective_rank"] <= 2 + 1e-9
+
+
 def test_an_upload_that_is_not_finite_is_left_out(tmp_path, monkeypatch):
     train = fold.train_cohort
 
