@@ -177,10 +177,11 @@ def train_fold(work: Work) -> Trained:
             results = train_cohort(work.model, trained, work.clients, cfg, work.number, work.lr, {}, work.progress)
         else:
             trained, results = train_one_by_one(work.model, fresh, work.clients, cfg, work.number, work.lr, {}, work.progress)
-    dropped = refused(trained)
+    sent = hk.AdapterBank.of(shapes, ranks, fresh.a, trained.bt)  # of the clients B alone
+    dropped = refused(sent)
     arrived = [k for k in everyone if k not in dropped]
     numbers = [sum(ranks[name][k] * m for name, (m, _) in shapes.items()) for k in everyone]
-    uploads = trained.select(arrived)
+    uploads = sent.select(arrived)
     return Trained(
         results,
         dropped,

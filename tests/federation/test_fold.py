@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import hetlora_kernels as hk
 from hetlora import fold
 from hetlora.checkpoint import load_checkpoint, read_rounds
+from hetlora.client import plan_steps
 from hetlora.compare.methods import METHODS
 from hetlora.config import ConfigError
 from hetlora.evaluate import evaluate_bank, pool_text
@@ -246,6 +247,21 @@ def test_a_round_with_one_client_gives_the_model_that_the_client_trained(tmp_pat
     text = pool_text(federation.data.clients, 0)
     ours, theirs, base = (evaluate_bank(federation.model, bank, text, cfg.scale, 4096)["loss"] for bank in (result.bank, own, result.bank.prune([0])))
     assert abs(ours - theirs) < 1e-10 and abs(ours - base) > 1e-3
+
+
+@pytest.mark.parametrize("cobatch", [True, False])
+def test_clients_begin_where_the_downloaded_bank_stands(tmp_path, cobatch):
+    """The loss of a client's first step, when its B is zero, is that of base and bank on its first batch."""
+    settings = {"download": "4bit", "cobatch": cobatch, "lr": 0.1}
+    first, federation, cfg = run(tmp_path / "first", torch.float64, rounds=1, **settings)
+    both, *_ = run(tmp_path / "both", torch.float64, rounds=2, **settings)
+    assert same_bits(first.bank, both.bank) is False and first.history[1]["clients"] == both.history[1]["clients"]
+    bank, clients = fold.download(first.bank, "4bit").bank, {client.name: client for client in federation.data.clients}
+    for line in both.history[2]["clients"]:
+        data = clients[line["name"]]
+        batch = [data.train[i] for i in plan_steps(data, cfg, 2)[0]]
+        under, base = (evaluate_bank(federation.model, own, batch, cfg.scale, 4096)["loss"] for own in (bank, bank.prune([0])))
+        assert abs(line["loss_first"] - under) < 1e-9 < 1e-4 < abs(base - under)
 
 
 @pytest.mark.parametrize("settings", [{}, {"download": "4bit", "cobatch": False}, {"optimizer": "sgd", "momentum": 0.9}])
