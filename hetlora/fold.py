@@ -27,6 +27,7 @@ from hetlora.ranks import ClientRanks, bank_ranks
 from hetlora.seeds import torch_generator
 from hetlora.server import ServerState, refused
 from hetlora.training import Trained, Work
+from hetlora_kernels.linear import linear_weight
 from hetlora_kernels.ops.quantize import code_bytes
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -81,7 +82,9 @@ def folded(model: nn.Module, bank: hk.AdapterBank, scale: float) -> Iterator[Non
             weight = layer._parameters.get("weight")
             if type(weight) is nn.Parameter and weight.is_floating_point():
                 weights[name] = weight
-                layer.weight = nn.Parameter(_sum(weight, a, bt, scale, hasattr(layer, "nf")), requires_grad=False)
+                layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+                own = linear_weight(layer).detach()
+                own.copy_(own + scale * (bt.t() @ a))  # added in the wider of the two types
             else:
                 hooks.append(layer.register_forward_hook(_beside(a, bt, scale)))
         yield
@@ -90,12 +93,6 @@ def folded(model: nn.Module, bank: hk.AdapterBank, scale: float) -> Iterator[Non
             model.get_submodule(name).weight = weight
         for hook in hooks:
             hook.remove()
-
-
-def _sum(weight: Tensor, a: Tensor, bt: Tensor, scale: float, transposed: bool) -> Tensor:
-    """W + s B A in W's type, added in the wider of the two; GPT-2's Conv1D stores W transposed."""
-    delta = a.t() @ bt if transposed else bt.t() @ a
-    return (weight.detach() + scale * delta).to(weight.dtype)
 
 
 def _beside(a: Tensor, bt: Tensor, scale: float) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:

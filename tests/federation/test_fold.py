@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import hetlora_kernels as hk
 from hetlora import fold
-from hetlora.checkpoint import load_checkpoint, read_rounds
+from hetlora.checkpoint import load_checkpoint
 from hetlora.client import plan_steps
 from hetlora.compare.methods import METHODS
 from hetlora.config import ConfigError
@@ -23,6 +23,7 @@ from hetlora.export import export_adapter
 from hetlora.loop import simulate
 from hetlora.merge import MergeCall
 from hetlora.models import target_shapes
+from hetlora.run_folder import read_rounds
 from hetlora_kernels.peft import attach, detach
 
 SHAPES = {"square": (16, 16), "wide": (8, 16), "tall": (24, 16)}
