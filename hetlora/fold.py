@@ -194,14 +194,13 @@ def train_fold(work: Work) -> Trained:
 
 
 def merge_bank(call: MergeCall) -> Merged:
-    """The bank of rank R nearest to B_g A_g + sum_k p_k B_k A_k. p_k is in B_k and in A_k as its root."""
+    """The bank of rank R nearest to B_g A_g + sum_k p_k B_k A_k."""
     bank, uploads = call.bank, call.uploads
-    stacks = []
+    stacks, weights = [], []
     for module, name in enumerate(bank.shapes):
-        root = row_weights(uploads, call.weights, module, name).sqrt()[:, None]
-        sides = ((bank.bt[name], uploads.bt[name]), (bank.a[name], uploads.a[name]))
-        x, y = (torch.cat([old.detach().double(), root * new.detach().double()]) for old, new in sides)
-        stacks.append((x, y))
-    merged = dict(zip(bank.shapes, best_rank(stacks, call.r_max), strict=True))
-    bt, a = ({name: factors[side].to(bank.dtype) for name, factors in merged.items()} for side in (0, 1))
+        p = row_weights(uploads, call.weights, module, name)
+        stacks.append((torch.cat([bank.bt[name].detach(), uploads.bt[name].detach()]), torch.cat([bank.a[name].detach(), uploads.a[name].detach()])))
+        weights.append(torch.cat([p.new_ones(len(bank.a[name])), p]))
+    merged = dict(zip(bank.shapes, best_rank(stacks, call.r_max, weights), strict=True))
+    bt, a = ({name: factors[side] for name, factors in merged.items()} for side in (0, 1))
     return Merged(hk.AdapterBank.of(bank.shapes, [call.r_max], a, bt), added_to=bank)

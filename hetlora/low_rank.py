@@ -11,12 +11,16 @@ CUTOFF = 1e-12
 """Singular values below this share of the largest are roundings of float64, not parts of the sum."""
 
 
-@torch.no_grad()
-def best_rank(stacks: Sequence[tuple[Tensor, Tensor]], rank: int) -> list[tuple[Tensor, Tensor]]:
-    """(B^T [R, m], A [R, n]) of each module, with B A the best approximation of rank R of sum_j x_j y_j^T in the Frobenius norm.
+BATCH_BYTES = 1 << 28
+"""Modules of one shape are factorised together up to this much of their stacks in float64, so that a large model's are not all held at once."""
 
-    stacks: for each module (x [S, m], y [S, n]): row j of both is one rank-1 part of the sum; weights are in x, in y or, as their roots, in both.
-    rank: R.
+
+@torch.no_grad()
+def best_rank(stacks: Sequence[tuple[Tensor, Tensor]], rank: int, weights: Sequence[Tensor] | None = None) -> list[tuple[Tensor, Tensor]]:
+    """(B^T [R, m], A [R, n]) of each module, with B A the best approximation of rank R of sum_j p_j x_j y_j^T in the Frobenius norm.
+
+    stacks: for each module (x [S, m], y [S, n]): row j of both is one rank-1 part of the sum.   rank: R.
+    weights: for each module p [S] float64, >= 0; all 1 by default. Both sides take their roots.
 
     QR of both stacks, X^T = Q_x R_x and Y^T = Q_y R_y, then the SVD of the core R_x R_y^T = U diag(s) V^T, which has min(S, m) x min(S, n) elements:
     B = Q_x U sqrt(s), A = sqrt(s) V^T Q_y^T, so that both factors have the rows' norms sqrt(s_i), in falling order (Eckart and Young 1936). The m x n sum is
@@ -31,15 +35,21 @@ def best_rank(stacks: Sequence[tuple[Tensor, Tensor]], rank: int) -> list[tuple[
             raise ValueError(f"stacks[{position}]: expected as many rows on both sides, got {len(x)} and {len(y)}")
         groups.setdefault((len(x), x.shape[1], y.shape[1]), []).append(position)
     results: dict[int, tuple[Tensor, Tensor]] = {}
-    for members in groups.values():
-        x, y = (torch.stack([stacks[i][side].detach() for i in members]) for side in (0, 1))
-        results |= {i: (bt, a) for i, bt, a in zip(members, *_factors(x, y, rank), strict=True)}
+    for (parts, m, n), members in groups.items():
+        step = max(1, BATCH_BYTES // max(1, 8 * parts * (m + n)))
+        for batch in (members[i : i + step] for i in range(0, len(members), step)):
+            x, y = (torch.stack([stacks[i][side].detach() for i in batch]).double() for side in (0, 1))
+            if weights is not None:
+                roots = torch.stack([weights[i] for i in batch]).sqrt()[..., None]
+                x, y = roots * x, roots * y
+            for i, bt, a in zip(batch, *_factors(x, y, rank), strict=True):
+                results[i] = bt.to(stacks[i][0].dtype), a.to(stacks[i][1].dtype)
     return [results[i] for i in range(len(stacks))]
 
 
 def _factors(x: Tensor, y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The same for modules of one shape, [modules, S, m] and [modules, S, n]."""
-    (q_x, r_x), (q_y, r_y) = _compact(x.double().mT), _compact(y.double().mT)
+    """The same for modules of one shape, [modules, S, m] and [modules, S, n], in float64."""
+    (q_x, r_x), (q_y, r_y) = _compact(x.mT), _compact(y.mT)
     u, s, vh = torch.linalg.svd(r_x @ r_y.mT, full_matrices=False)
     u, s, vh = u[..., :rank], s[:, :rank], vh[:, :rank]
     root = torch.where(s > CUTOFF * s[:, :1], s, 0.0).sqrt()[..., None]
@@ -47,7 +57,7 @@ def _factors(x: Tensor, y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     signs = torch.where(a.gather(-1, a.abs().argmax(-1, keepdim=True)) < 0, -1.0, 1.0)
     missing = rank - s.shape[1]  # fewer rank-1 parts than rows asked for
     bt, a = (torch.nn.functional.pad(side * root * signs, (0, 0, 0, missing)) for side in (bt, a))
-    return bt.to(x.dtype), a.to(y.dtype)
+    return bt, a
 
 
 def _compact(rows: Tensor) -> tuple[Tensor | None, Tensor]:

@@ -143,10 +143,10 @@ def merge_svd(call: MergeCall) -> Merged:
     """
     bank, uploads = call.bank, call.uploads
     merged = bank.to()
-    weights = [row_weights(uploads, call.weights, module, name)[:, None] for module, name in enumerate(bank.shapes)]
-    stacks = [(p * uploads.bt[name].double(), uploads.a[name].double()) for p, name in zip(weights, bank.shapes, strict=True)]
+    weights = [row_weights(uploads, call.weights, module, name) for module, name in enumerate(bank.shapes)]
+    stacks = [(uploads.bt[name], uploads.a[name]) for name in bank.shapes]
     with torch.no_grad():
-        for name, (bt, a) in zip(bank.shapes, best_rank(stacks, call.r_max), strict=True):
+        for name, (bt, a) in zip(bank.shapes, best_rank(stacks, call.r_max, weights), strict=True):
             merged.bt[name].copy_(bt)
             merged.a[name].copy_(torch.where(bt.any(1, keepdim=True), a, merged.a[name]))
     return Merged(merged)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hetlora import low_rank
 from hetlora.low_rank import best_rank
 
 EPS = torch.finfo(torch.float64).eps
@@ -41,11 +42,21 @@ def test_it_is_the_truncated_svd_of_the_dense_sum(shape, rank):
         assert float((gram - expected).norm()) <= 1e3 * EPS * float(s[0])
 
 
-def test_weights_as_roots_on_both_sides_or_once():
-    x, y, p = draw(9, 6, seed=3), draw(9, 8, seed=4), torch.rand(9, 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    both, once = best_rank([(p.sqrt() * x, p.sqrt() * y)], 3)[0], best_rank([(p * x, y)], 3)[0]
-    for left, right in zip(both, once, strict=True):
+def test_weights_are_those_of_the_parts():
+    x, y, p = draw(9, 6, seed=3), draw(9, 8, seed=4), torch.rand(9, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    p[2] = 0
+    weighed, by_hand = best_rank([(x, y)], 3, [p])[0], best_rank([(p[:, None] * x, y)], 3)[0]
+    for left, right in zip(weighed, by_hand, strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=1e-13)  # the signs agree too
+
+
+def test_batches_of_any_size_give_the_same_bits(monkeypatch):
+    stacks = [(draw(5, 6, seed=i), draw(5, 8, seed=50 + i)) for i in range(5)]
+    weights = [torch.rand(5, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(5)]
+    whole = best_rank(stacks, 3, weights)
+    for size in (1, 8 * 5 * 14 * 2):
+        monkeypatch.setattr(low_rank, "BATCH_BYTES", size)
+        assert all(torch.equal(one, other) for pair in zip(whole, best_rank(stacks, 3, weights), strict=True) for one, other in zip(*pair, strict=True))
 
 
 def test_modules_in_one_batch_are_what_each_is_alone():
