@@ -21,11 +21,12 @@ from typing import Any, NoReturn
 import click
 
 from hetlora import __version__, processor
-from hetlora.compare.methods import OWNED, Plan, make_plan
+from hetlora.compare.methods import METHODS, OWNED, Plan, make_plan, method_settings
 from hetlora.config import Config, ConfigError
 from hetlora.run_folder import is_run, read_config
 
 _INTERRUPTED = 130
+_OF_OWN_RANKS = [name for name, method in METHODS.items() if method.ranks == "own"]
 
 
 def _one_line(text: object) -> str:
@@ -137,10 +138,16 @@ def _settings(config_file: str | None, flags: dict[str, Any]) -> Config:
 
 
 def _given(config_file: str | None, flags: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """(where the settings come from, the settings): flags override the file. They are checked together, as some are refused only in company."""
-    if config_file is None:
-        return "command line", flags
-    return f"config file {config_file}" + (" and command line" if flags else ""), {**Config.read(config_file), **flags}
+    """(where the settings come from, the settings): flags override the row of --method, which overrides the file.
+
+    They are checked together, as some are refused only in company.
+    """
+    values = Config.read(config_file) if config_file is not None else {}
+    rest = {name: value for name, value in flags.items() if name != "method"}
+    if "method" in flags:
+        values = method_settings(flags["method"], values)
+    source = "command line" if config_file is None else f"config file {config_file}" + (" and command line" if flags else "")
+    return source, {**values, **rest}
 
 
 def _saved_settings(config_file: str | None, flags: dict[str, Any]) -> Config:
@@ -240,6 +247,7 @@ def demo(fast: bool, **given: Any) -> None:
 @cli.command(cls=_GroupedOptions)
 @threads_option
 @click.option("--config", "config_file", metavar="FILE", help="YAML, TOML or JSON file with settings of these names; flags override it.")
+@click.option("--method", metavar="NAME", help=f"Take the settings that make up a method: {', '.join(_OF_OWN_RANKS)}.")
 @click.option("--resume", is_flag=True, help="Continue the run in --output with its own settings, to the same result as without the stop.")
 def run(config_file: str | None, resume: bool, **options: Any) -> None:
     """A federation of your own: your model, your data."""

@@ -78,8 +78,8 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[slice]:
 
 
 def make_optimizer(bank: hk.AdapterBank, cfg: Config, lr: float, keep: Any) -> hk.AdamW | hk.SGD:
-    """The local optimiser with the pruning regulariser lambda * sum ||B[:, q:]|| ||A[q:, :]|| on rows q = keep and up."""
-    penalty = (cfg.prune_lambda, keep) if cfg.prune_lambda > 0 else None
+    """The local optimiser with the pruning regulariser lambda * sum ||B[:, q:]|| ||A[q:, :]|| on rows q = keep and up; without it where keep is empty."""
+    penalty = (cfg.prune_lambda, keep) if cfg.prune_lambda > 0 and keep else None
     clip = cfg.clip_norm or None
     if cfg.optimizer == "adamw":
         return hk.AdamW(bank, lr=lr, weight_decay=cfg.weight_decay, clip_norm=clip, tail_penalty=penalty)

@@ -79,8 +79,8 @@ class Config(BaseModel):
     ranks: str = _setting(
         "powerlaw:5:50",
         "federation",
-        "Ranks of the clients: 'powerlaw:MIN:MAX[:A]', 'fixed:R', a comma-separated list (one per client, by name order), a JSON or CSV file "
-        "client -> rank, or 'column:FIELD:MIN:MAX' (a numeric capability in the data, mapped linearly).",
+        "Ranks of the clients: 'powerlaw:MIN:MAX[:A]', 'dealt:MIN:MAX[:A]' (its quantiles, dealt out by the seed), 'fixed:R', a comma-separated list "
+        "(one per client, by name order), a JSON or CSV file client -> rank, or 'column:FIELD:MIN:MAX' (a numeric capability in the data, mapped linearly).",
     )
     gamma: float = _setting(0.99, "federation", "Rank decay: a pruning client keeps max(r_min, floor(gamma * r)) rows; 1 = no pruning.", gt=0, le=1)
     prune_lambda: float = _setting(1e-3, "federation", "Weight of the pruning regulariser ||B[:, q:]|| * ||A[q:, :]||.", ge=0)
@@ -93,6 +93,9 @@ class Config(BaseModel):
         "none", "federation", "A row that only some uploads own: zero-padded as published, or divided by its owners' weight."
     )
     unowned_rows: Literal["keep", "zero"] = _setting("keep", "federation", "A row that no upload owns keeps its old value or becomes zero.")
+    download: Literal["8bit", "4bit", "exact"] = _setting(
+        "8bit", "federation", "With train = 'fold': how the rows of the bank travel, quantised with one scale a row or in the adapters' own type."
+    )
     merge: Merge = _setting("factors", "federation", "What the server does with the uploads: " + _choices(MERGES[name] for name in MERGE_CHOICES))
 
     # local training

@@ -41,8 +41,12 @@ def effective_rank(bank: hk.AdapterBank) -> float:
     return sum(ranks) / len(ranks)
 
 
-def merge_error(merged: hk.AdapterBank, uploads: hk.AdapterBank, weights: Tensor, rows: int | None = None) -> float | None:
+def merge_error(
+    merged: hk.AdapterBank, uploads: hk.AdapterBank, weights: Tensor, rows: int | None = None, added_to: hk.AdapterBank | None = None
+) -> float | None:
     """||sum_k p_k B_k A_k - B A||_F / ||sum_k p_k B_k A_k||_F over all modules; B A: of the leading `rows` of `merged`, all by default.
+
+    added_to: a bank whose B A is part of the sum, where the merge adds the uploads to it. What the error says then is what truncation lost.
 
     For merge = 'factors' this is the cross-term error: (sum p B)(sum p A) is not sum p B A. There `rows` leaves out the rows that no upload owns,
     which the merge does not write. weights: p [K, modules].
@@ -52,6 +56,8 @@ def merge_error(merged: hk.AdapterBank, uploads: hk.AdapterBank, weights: Tensor
     for module, (name, layout) in enumerate(uploads.layouts.items()):
         p = torch.repeat_interleave(weights[:, module].to(uploads.device), torch.tensor(layout.ranks, device=uploads.device))
         a, bt = uploads.a[name].detach().double(), uploads.bt[name].detach().double() * p[:, None]
+        if added_to is not None:
+            a, bt = torch.cat([a, added_to.a[name].detach().double()]), torch.cat([bt, added_to.bt[name].detach().double()])
         both_a = torch.cat([a, merged.a[name].detach()[:rows].double()])
         both_bt = torch.cat([bt, -merged.bt[name].detach()[:rows].double()])
         exact += float(hk.delta_norms(a, bt, hk.RankLayout([len(a)]), exact=True)) ** 2
@@ -59,6 +65,9 @@ def merge_error(merged: hk.AdapterBank, uploads: hk.AdapterBank, weights: Tensor
     return (difference / exact) ** 0.5 if exact else None
 
 
-def describe(merged: hk.AdapterBank, uploads: hk.AdapterBank, weights: Tensor, rows: int | None = None) -> dict[str, Any]:
-    """{"row_energy", "effective_rank", "merge_error"} of a round. rows: leading rows of `merged` that the uploads decided; None = all."""
-    return {"row_energy": row_energy(merged), "effective_rank": effective_rank(merged), "merge_error": merge_error(merged, uploads, weights, rows)}
+def describe(
+    merged: hk.AdapterBank, uploads: hk.AdapterBank, weights: Tensor, rows: int | None = None, added_to: hk.AdapterBank | None = None
+) -> dict[str, Any]:
+    """{"row_energy", "effective_rank", "merge_error"} of a round. rows, added_to: as in `merge_error`."""
+    error = merge_error(merged, uploads, weights, rows, added_to)
+    return {"row_energy": row_energy(merged), "effective_rank": effective_rank(merged), "merge_error": error}

@@ -60,6 +60,8 @@ class TrainingKind:
     merge: the merge that goes with it, where that is no choice; None: the setting `merge` says.
     no_ranks: what a run shows in place of ranks, where clients have none (all are 0 then); '' where they have.
     saves: which adapters the run folder keeps: the 'global' one, and those of 'clients'.
+    receives: function of `(ServerState, Config, model, client names)`: a context in which `model` with the leading rows of a bank is what a client computes
+        with before it trains, and what its own held-out text is evaluated under; it yields (bank of one client, ranks of each client).
     settings: read by this kind alone, refused with every other.   refuses: settings of others that it cannot use.
     """
 
@@ -69,11 +71,15 @@ class TrainingKind:
     merge: str | None = None
     no_ranks: str = ""
     saves: tuple[Literal["global", "clients"], ...] = ("global", "clients")
+    receives: str = "hetlora.training:leading_rows"
     settings: tuple[str, ...] = ()
     refuses: tuple[Refusal, ...] = ()
 
     def load(self) -> Callable[..., Any]:
         return pkgutil.resolve_name(self.function)
+
+    def load_receives(self) -> Callable[..., Any]:
+        return pkgutil.resolve_name(self.receives)
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -90,6 +96,18 @@ TRAININGS = {
     kind.name: kind
     for kind in (
         TrainingKind("adapters", "adapters on the frozen base", "hetlora.training:train_adapters"),
+        TrainingKind(
+            "fold",
+            "B alone, over fresh rows of A, on the base with the whole bank folded in",
+            "hetlora.fold:train_fold",
+            merge="bank",
+            receives="hetlora.fold:received",
+            settings=("download",),
+            refuses=(
+                Refusal(("gamma", "prune_lambda", "prune_scope"), "of self-pruning, and train = 'fold' has no rows that last to prune; leave it out"),
+                Refusal(("merge", "shared_rows", "unowned_rows"), "of other merges, and train = 'fold' has its own; leave it out"),
+            ),
+        ),
         TrainingKind(
             "full",
             "all weights by FedAvg (a baseline; no adapters)",
@@ -119,6 +137,7 @@ MERGES = {
             no_adapter="with merge 'stack' the run folded its updates into the base model, no adapter holds them; use merge 'factors' or 'svd'",
             refuses=(Refusal(("quantize",), "merge = 'stack' folds updates into the base weights, which a quantised base cannot take; use quantize = 'none'"),),
         ),
+        MergeKind("bank", "the bank of rank R nearest to the old one and the exact sum together", "hetlora.fold:merge_bank"),
         MergeKind(
             "models",
             "the mean of the clients' models becomes the base",

@@ -233,10 +233,11 @@ def _evaluate(run: _Run) -> dict[str, Any]:
 
 
 def _own_text(run: _Run, part: Part = "test") -> list[dict[str, Any]]:
-    """Every client's own held-out or training text under its share of the bank."""
+    """Every client's own held-out or training text under what it receives of the bank."""
     cfg, clients = run.cfg, list(run.clients.values())
-    ranks = [run.state.ranks[client.name] for client in clients]
-    return evaluate_clients(run.federation.model, run.state.bank, ranks, clients, cfg.scale, cfg.max_tokens_per_step, _share(run), run.observer.evaluate, part)
+    model = run.federation.model
+    with cfg.training_kind.load_receives()(run.state, cfg, model, list(run.clients)) as (bank, ranks):
+        return evaluate_clients(model, bank, ranks, clients, cfg.scale, cfg.max_tokens_per_step, _share(run), run.observer.evaluate, part)
 
 
 def _learning_rate(cfg: Config, number: int) -> float:
@@ -282,7 +283,8 @@ def _round(run: _Run, number: int) -> dict[str, Any]:
         state.ranks[names[k]] = trained.ranks[k]
         state.rounds_trained[names[k]] = state.rounds_trained.get(names[k], 0) + 1
         if cfg.save_clients and "clients" in cfg.training_kind.saves:
-            checkpoint.write_adapter(run_folder.client_folder(run.folder, names[k]), trained.uploads.adapter(i), cfg.scale, run.federation.model_name)
+            adapter = (trained.adapters or trained.uploads).adapter(i)
+            checkpoint.write_adapter(run_folder.client_folder(run.folder, names[k]), adapter, cfg.scale, run.federation.model_name)
     state.round = number
     evaluated = number % cfg.eval_every == 0 or number == cfg.rounds
     record = {

@@ -12,6 +12,7 @@ from torch import Tensor
 import hetlora_kernels as hk
 from hetlora import diagnostics
 from hetlora.config import Config
+from hetlora.low_rank import best_rank
 from hetlora.server import ServerState, fresh_bank
 from hetlora_kernels.linear import linear_weight
 
@@ -35,11 +36,13 @@ class MergeCall:
 class Merged:
     """What a merge returns. bank: the next one, None exactly where its row in `kinds.MERGES` keeps none.
 
-    rows: how many leading rows of the bank the uploads decided; None = all.   follow_bytes: `ServerState.stacked_bytes` from now on.
+    rows: how many leading rows of the bank the uploads decided; None = all.   added_to: the bank that the uploads were added to, None where they replace it.
+    follow_bytes: `ServerState.stacked_bytes` from now on.
     """
 
     bank: hk.AdapterBank | None
     rows: int | None = None
+    added_to: hk.AdapterBank | None = None
     follow_bytes: int = 0
 
 
@@ -76,7 +79,7 @@ def aggregate(
         state.bank = fresh_bank(state.bank.shapes, state.r_max, cfg, state.bank.device, state.round + 1)
         return Aggregate(weights, norms)
     state.bank = merged.bank
-    return Aggregate(weights, norms, diagnostics.describe(state.bank, uploads, weights, merged.rows) if cfg.diagnostics else {})
+    return Aggregate(weights, norms, diagnostics.describe(state.bank, uploads, weights, merged.rows, merged.added_to) if cfg.diagnostics else {})
 
 
 def client_weights(uploads: hk.AdapterBank, samples: Sequence[int], cfg: Config) -> tuple[Tensor, Tensor]:
@@ -134,25 +137,18 @@ def merge_factors(call: MergeCall) -> Merged:
 
 
 def merge_svd(call: MergeCall) -> Merged:
-    """The best rank-r_max approximation of sum p_k B_k A_k in the Frobenius norm (FlexLoRA, "Recon+SVD"), without forming it.
+    """The best rank-r_max approximation of sum p_k B_k A_k in the Frobenius norm (FlexLoRA, "Recon+SVD"), without forming it (`low_rank.best_rank`).
 
-    With stacks X = [p_k B_k] and Y = [A_k]: X = Q_x R_x, Y^T = Q_y R_y, R_x R_y^T = U S V^T; B = Q_x U sqrt(S), A = sqrt(S) V^T Q_y^T, in
-    float64. Rows past the rank of the sum take the old bank's A with B = 0, which training can revive; zeros in both could not.
+    Rows past the rank of the sum take the old bank's A with B = 0, which training can revive; zeros in both could not.
     """
-    bank, uploads, r_max = call.bank, call.uploads, call.r_max
-    merged = hk.AdapterBank(bank.shapes, [r_max], dtype=bank.dtype, device=bank.device)
-    merged.load_state_dict(bank.state_dict())
-    for module, name in enumerate(bank.shapes):
-        p = row_weights(uploads, call.weights, module, name)
-        q_x, r_x = torch.linalg.qr((uploads.bt[name].detach().double() * p[:, None]).t())
-        q_y, r_y = torch.linalg.qr(uploads.a[name].detach().double().t())
-        u, s, vh = torch.linalg.svd(r_x @ r_y.t(), full_matrices=False)
-        rank = min(r_max, int((s > s.max().clamp_min(0) * 1e-12).sum()) if s.numel() else 0)
-        root = s[:rank].sqrt()
-        with torch.no_grad():
-            merged.a[name][:rank] = ((q_y @ vh.t()[:, :rank]) * root).t().to(bank.dtype)
-            merged.bt[name].zero_()
-            merged.bt[name][:rank] = ((q_x @ u[:, :rank]) * root).t().to(bank.dtype)
+    bank, uploads = call.bank, call.uploads
+    merged = bank.to()
+    weights = [row_weights(uploads, call.weights, module, name) for module, name in enumerate(bank.shapes)]
+    stacks = [(uploads.bt[name], uploads.a[name]) for name in bank.shapes]
+    with torch.no_grad():
+        for name, (bt, a) in zip(bank.shapes, best_rank(stacks, call.r_max, weights), strict=True):
+            merged.bt[name].copy_(bt)
+            merged.a[name].copy_(torch.where(bt.any(1, keepdim=True), a, merged.a[name]))
     return Merged(merged)
 
 

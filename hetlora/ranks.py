@@ -59,6 +59,21 @@ class PowerLaw:
 
 
 @dataclass(frozen=True)
+class Dealt:
+    """The quantiles of the power law, r = round(MIN + (MAX - MIN) u^(1/A)) at u = (i + 1/2) / K: the same K ranks in every run, dealt out by its seed."""
+
+    low: int
+    high: int
+    exponent: float
+
+    def assign(self, clients: Sequence[Member], seed: int) -> RankPlan:
+        count = len(clients)
+        ranks = [round(self.low + (self.high - self.low) * ((i + 0.5) / count) ** (1 / self.exponent)) for i in range(count)]
+        host_generator(seed, "ranks").shuffle(ranks)
+        return RankPlan(self.low, self.high, {client.name: rank for client, rank in zip(clients, ranks, strict=True)})
+
+
+@dataclass(frozen=True)
 class Fixed:
     """One rank for all."""
 
@@ -144,14 +159,14 @@ class Column:
         return RankPlan(self.low, self.high, {name: round(self.low + (self.high - self.low) * (value - least) / span) for name, value in known.items()})
 
 
-RankRule = PowerLaw | Fixed | Listed | RankFile | Column
+RankRule = PowerLaw | Dealt | Fixed | Listed | RankFile | Column
 
 
 def parse_ranks(spec: str) -> RankRule:
     """The rule that the setting `ranks` stands for; no file is read yet.
 
-    spec: 'powerlaw:MIN:MAX[:A]' with A = 0.1 by default; 'fixed:R': R for all; a comma-separated list; a JSON or CSV file client -> rank;
-    'column:FIELD:MIN:MAX'. Raises `ConfigError` naming what is wrong.
+    spec: 'powerlaw:MIN:MAX[:A]' with A = 0.1 by default; 'dealt:MIN:MAX[:A]': its quantiles; 'fixed:R': R for all; a comma-separated list; a JSON or
+    CSV file client -> rank; 'column:FIELD:MIN:MAX'. Raises `ConfigError` naming what is wrong.
     """
     kind, _, rest = spec.partition(":")
     if kind in _PARSERS:
@@ -162,7 +177,8 @@ def parse_ranks(spec: str) -> RankRule:
         values = tuple(int(part) for part in spec.split(","))
     except ValueError:
         raise ConfigError(
-            f"ranks: expected 'powerlaw:MIN:MAX', 'fixed:R', a comma-separated list, a .json or .csv file, or 'column:FIELD:MIN:MAX', got {spec!r}"
+            "ranks: expected 'powerlaw:MIN:MAX', 'dealt:MIN:MAX', 'fixed:R', a comma-separated list, a .json or .csv file, or "
+            f"'column:FIELD:MIN:MAX', got {spec!r}"
         ) from None
     if min(values) < 1:
         raise ConfigError(f"ranks: expected ranks >= 1, got {min(values)} in {spec!r}")
@@ -170,17 +186,26 @@ def parse_ranks(spec: str) -> RankRule:
 
 
 def _parse_power_law(spec: str, rest: str) -> PowerLaw:
-    parts = rest.split(":")
+    return PowerLaw(*_law(spec, rest))
+
+
+def _parse_dealt(spec: str, rest: str) -> Dealt:
+    return Dealt(*_law(spec, rest))
+
+
+def _law(spec: str, rest: str) -> tuple[int, int, float]:
+    """MIN, MAX and A of 'KIND:MIN:MAX[:A]'."""
+    kind, parts = spec.partition(":")[0], rest.split(":")
     if len(parts) not in (2, 3):
-        raise ConfigError(f"ranks: expected 'powerlaw:MIN:MAX' or 'powerlaw:MIN:MAX:A', got {spec!r}")
+        raise ConfigError(f"ranks: expected '{kind}:MIN:MAX' or '{kind}:MIN:MAX:A', got {spec!r}")
     low, high = _bounds(spec, parts[0], parts[1])
     try:
         exponent = float(parts[2]) if len(parts) == 3 else POWER_LAW_EXPONENT
     except ValueError:
         exponent = 0.0
     if not 0 < exponent < float("inf"):
-        raise ConfigError(f"ranks: expected a number A > 0 in 'powerlaw:MIN:MAX:A', got {spec!r}")
-    return PowerLaw(low, high, exponent)
+        raise ConfigError(f"ranks: expected a number A > 0 in '{kind}:MIN:MAX:A', got {spec!r}")
+    return low, high, exponent
 
 
 def _parse_fixed(spec: str, rest: str) -> Fixed:
@@ -196,7 +221,7 @@ def _parse_column(spec: str, rest: str) -> Column:
     return Column(spec, field, *_bounds(spec, *bounds))
 
 
-_PARSERS: dict[str, Callable[[str, str], RankRule]] = {"powerlaw": _parse_power_law, "fixed": _parse_fixed, "column": _parse_column}
+_PARSERS: dict[str, Callable[[str, str], RankRule]] = {"powerlaw": _parse_power_law, "dealt": _parse_dealt, "fixed": _parse_fixed, "column": _parse_column}
 
 
 def _bounds(spec: str, low: str, high: str) -> tuple[int, int]:

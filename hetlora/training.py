@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import hetlora_kernels as hk
 from hetlora import server
 from hetlora.client import LocalResult, prune_decision, tail_scores
 from hetlora.cohort import train_cohort, train_one_by_one
@@ -46,6 +48,7 @@ class Trained:
     ranks: after the round.   tails: (score before, score after) of the pruning decision.
     uploads, received: what arrived and what the same clients had received, in the form that the merge takes.
     bytes_down; bytes_up (arrived); parameters: numbers trained, of all clients together.
+    adapters: of the clients that arrived, for the run folder; None: the uploads.
     weighed: (p [K, modules or 1], S [K]), arrived, float64, where training had to weigh the uploads already; else the server does.
     """
 
@@ -58,11 +61,18 @@ class Trained:
     bytes_down: list[int]
     bytes_up: list[int]
     parameters: int
+    adapters: hk.AdapterBank | None = None
     weighed: tuple[Tensor, Tensor] | None = None
 
     @property
     def arrived(self) -> list[int]:
         return [k for k in range(len(self.results)) if k not in self.dropped]
+
+
+@contextmanager
+def leading_rows(state: server.ServerState, cfg: Config, model: torch.nn.Module, clients: Sequence[str]) -> Iterator[tuple[hk.AdapterBank, list[ClientRanks]]]:
+    """Each client has the leading rows of the server's bank that its rank gives it, on the base."""
+    yield state.bank, [state.ranks[name] for name in clients]
 
 
 def train_adapters(work: Work) -> Trained:

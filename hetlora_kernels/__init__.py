@@ -7,6 +7,7 @@ from hetlora_kernels.ops.aggregate import Accumulator, aggregate
 from hetlora_kernels.ops.lora import lora_add, lora_linear
 from hetlora_kernels.ops.norms import delta_norms, gram, tail_norms, unpack_gram
 from hetlora_kernels.ops.optim import SGD, AdamW
+from hetlora_kernels.ops.quantize import dequantize_rows, quantize_rows
 from hetlora_kernels.ops.truncate import truncate
 
 __all__ = [
@@ -19,9 +20,11 @@ __all__ = [
     "aggregate",
     "backends",
     "delta_norms",
+    "dequantize_rows",
     "gram",
     "lora_add",
     "lora_linear",
+    "quantize_rows",
     "tail_norms",
     "truncate",
     "unpack_gram",

@@ -37,6 +37,8 @@ SCHEMAS = {
     "truncate_": "(Tensor(a!)[] out, Tensor[] bank, int[] ranks, bool dense) -> ()",
     "aggregate_": "(Tensor(a!)[] out, Tensor[] rows, Tensor weights, Tensor[] keep, int[] ranks, bool owners) -> ()",
     "accumulate_": "(Tensor(a!)[] total, Tensor[] rows, Tensor weights) -> ()",
+    "quantize_rows_": "(Tensor(a!)[] codes, Tensor(b!)[] scales, Tensor[] rows, int bits) -> ()",
+    "dequantize_rows_": "(Tensor(a!)[] out, Tensor[] codes, Tensor[] scales, int bits) -> ()",
     "gram": "(Tensor[] rows, int[] ranks, bool exact) -> Tensor[]",
     "delta_norms": "(Tensor[] a, Tensor[] bt, int[] ranks, bool exact) -> Tensor",
     "tail_norms": "(Tensor[] rows, int[] ranks, int[] keep) -> Tensor",

@@ -65,6 +65,17 @@ class AdapterBank:
         bank._set(shapes, layouts, dict(zip(shapes, a, strict=True)), dict(zip(shapes, bt, strict=True)))
         return bank
 
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, int]], ranks: Ranks, a: Mapping[str, Tensor], bt: Mapping[str, Tensor]) -> AdapterBank:
+        """The bank that holds these packed rows, not copies: a[name] [S, n], bt[name] [S, m]. `ValueError` where they are not of the shapes and ranks."""
+        layouts = _layouts(shapes, ranks)
+        for side, rows, width in (("a", a, 1), ("bt", bt, 0)):
+            for name, shape in shapes.items():
+                expected = layouts[name].total, shape[width]
+                if name not in rows or tuple(rows[name].shape) != expected:
+                    raise ValueError(f"{side}: expected {expected} for {name!r}, got {tuple(rows[name].shape) if name in rows else 'none'}")
+        return cls._build(shapes, layouts, [a[name].detach() for name in shapes], [bt[name].detach() for name in shapes])
+
     # -- what it is
 
     @property
@@ -89,6 +100,13 @@ class AdapterBank:
         """Every factor: all A, then all B, in module order."""
         yield from self.a.values()
         yield from self.bt.values()
+
+    def freeze_a(self) -> AdapterBank:
+        """Train B alone: A needs no gradient from here on, and layers and optimisers leave out what belongs to it. Copies by `select` are frozen too."""
+        for rows in self.a.values():
+            rows.requires_grad_(False)
+            rows.grad = None
+        return self
 
     def num_bytes(self, client: int) -> int:
         """Bytes of one client's factors."""
@@ -124,13 +142,16 @@ class AdapterBank:
         return self._build(self.shapes, layouts, a, bt)
 
     def select(self, clients: Sequence[int]) -> AdapterBank:
-        """A copy of some clients, in the order given."""
+        """A copy of some clients, in the order given; factors that are frozen stay so."""
 
         def pick(rows: Mapping[str, Tensor]) -> list[Tensor]:
             return [torch.cat([t.detach()[self.layouts[name].rows(k)] for k in clients] or [t.detach()[:0]]) for name, t in rows.items()]
 
         a, bt = pick(self.a), pick(self.bt)
-        return self._build(self.shapes, {name: RankLayout([layout.ranks[k] for k in clients]) for name, layout in self.layouts.items()}, a, bt)
+        picked = self._build(self.shapes, {name: RankLayout([layout.ranks[k] for k in clients]) for name, layout in self.layouts.items()}, a, bt)
+        for own, parameter in zip(picked.parameters(), self.parameters(), strict=True):
+            own.requires_grad_(parameter.requires_grad)
+        return picked
 
     @classmethod
     def concat(cls, banks: Sequence[AdapterBank]) -> AdapterBank:
@@ -141,6 +162,21 @@ class AdapterBank:
         layouts = {name: RankLayout([r for bank in banks for r in bank.layouts[name].ranks]) for name in first.shapes}
         joined = ([torch.cat([getattr(bank, side)[name].detach() for bank in banks]) for name in first.shapes] for side in ("a", "bt"))
         return cls._build(first.shapes, layouts, *joined)
+
+    @classmethod
+    def stack(cls, banks: Sequence[AdapterBank]) -> AdapterBank:
+        """Each client's rows of all `banks`, in order: B A of the result is the sum of theirs. `ValueError` when modules or numbers of clients differ."""
+        first = banks[0]
+        if any(bank.shapes != first.shapes or bank.num_clients != first.num_clients for bank in banks):
+            raise ValueError("banks: expected the same modules, shapes and number of clients in every bank")
+        clients = range(first.num_clients)
+        layouts = {name: RankLayout([sum(bank.layouts[name].ranks[k] for bank in banks) for k in clients]) for name in first.shapes}
+
+        def rows(side: str, name: str) -> Tensor:
+            parts = [getattr(bank, side)[name].detach()[bank.layouts[name].rows(k)] for k in clients for bank in banks]
+            return torch.cat(parts or [getattr(first, side)[name].detach()])
+
+        return cls._build(first.shapes, layouts, *([rows(side, name) for name in first.shapes] for side in ("a", "bt")))
 
     def aggregate(self, weights: Tensor | Sequence[float], max_rank: int, normalize: Normalize = "none", keep: AdapterBank | None = None) -> AdapterBank:
         """Server merge of A and of B separately: a bank of one client of rank `max_rank` (see `hetlora_kernels.aggregate`).

@@ -208,7 +208,7 @@ def lora_small_backward(d_y, x, weight, a, b, seeds, row_keys, index, plan, drop
     return d_x, d_a, d_b.t().contiguous() if own_b and need_b else d_b
 
 
-# ---------------------------------------------------------------- server: truncate, aggregate, norms
+# ---------------------------------------------------------------- server: truncate, aggregate, norms, rows in few bits
 
 
 def truncate_(out, bank, ranks, dense):
@@ -281,6 +281,37 @@ def tail_norms(rows, ranks, keep):
         norms = [source[row + min(q, rank) : row + rank].to(dtype).norm() for (row, rank), q in zip(clients, kept, strict=True)]
         columns.append(torch.stack(norms) if norms else source.new_zeros(0, dtype=dtype))
     return torch.stack(columns, dim=1)
+
+
+def quantize_rows_(codes, scales, rows, bits):
+    """scale_i = max |x_i| / q, q = 2^(bits - 1) - 1, zero below 2^-126; codes = x / scale to the nearest integer, ties to even. 4 bits: two codes a byte.
+
+    A row whose scale is zero or not finite has codes of zero.
+    """
+    limit = 2 ** (bits - 1) - 1
+    for code, scale, source in zip(codes, scales, rows, strict=True):
+        wide = source.to(compute_dtype(source.dtype))
+        largest = wide.abs().amax(1) if wide.shape[1] else wide.new_zeros(wide.shape[0])
+        own = (largest / limit).float()
+        own = torch.where(own < torch.finfo(torch.float32).tiny, 0.0, own)
+        usable = (own > 0) & torch.isfinite(own)
+        values = torch.where(usable[:, None], torch.round(wide / torch.where(usable, own, 1.0)[:, None].to(wide.dtype)), 0.0).to(torch.int8)
+        if bits == 4:
+            halves = F.pad(values, (0, wide.shape[1] % 2)) & 15
+            values = (halves[:, 0::2] | (halves[:, 1::2] << 4)).view(torch.uint8)
+        scale.copy_(own)
+        code.copy_(values)
+
+
+def dequantize_rows_(out, codes, scales, bits):
+    """out_ij = code_ij * scale_i."""
+    for target, code, scale in zip(out, codes, scales, strict=True):
+        values = code
+        if bits == 4:
+            pairs = code.view(torch.int8)
+            values = torch.stack(((pairs << 4) >> 4, pairs >> 4), dim=-1).flatten(1)[:, : target.shape[1]]
+        dtype = compute_dtype(target.dtype)
+        target.copy_((values.to(dtype) * scale[:, None].to(dtype)).to(target.dtype))
 
 
 # ---------------------------------------------------------------- client: optimisers over a bank

@@ -31,6 +31,10 @@ cudaError_t hetlora_truncate(const HetloraCall* call, hetlora::Type in, hetlora:
 cudaError_t hetlora_aggregate(const HetloraCall* call, hetlora::Type in, hetlora::Type out, hetlora::Type keep, const void* weights, bool normalize);
 // weights: [M] in the type of the sums.
 cudaError_t hetlora_accumulate(const HetloraCall* call, hetlora::Type in, hetlora::Type sums, const void* weights);
+// Items are rows; p: rows, codes, scales.
+cudaError_t hetlora_quantize(const HetloraCall* call, hetlora::Type in, int bits);
+// p: out, codes, scales.
+cudaError_t hetlora_dequantize(const HetloraCall* call, hetlora::Type out, int bits);
 // `splits`: the most column splits that one module has. planes: workspace.
 cudaError_t hetlora_gram(const HetloraCall* call, hetlora::Type in, hetlora::Type result, int splits, void* planes);
 // After hetlora_gram on the same table, whose modules are A and then Bt. out: [K, M].

@@ -57,6 +57,7 @@ class Method:
 
 
 _FEDAVG = {"gamma": 1.0, "weights": "samples"}
+_FOLD = {"train": "fold", "weights": "samples"}
 _LIST = (
     Method("hetlora", "HETLORA: truncation, self-pruning, sparsity weights"),
     Method("hetlora-gamma1", "HETLORA without pruning (gamma = 1)", settings={"gamma": 1.0}),
@@ -64,6 +65,7 @@ _LIST = (
     Method("homlora-max", "every client at the largest rank, FedAvg of A and of B", "max", _FEDAVG),
     Method("recon-svd", "exact sum of B A, then truncated SVD (FlexLoRA)", settings={**_FEDAVG, "merge": "svd"}),
     Method("flora", "exact sum of B A by stacking, folded into the base each round (FLoRA)", settings={**_FEDAVG, "merge": "stack"}),
+    Method("fold", "fresh rows on the folded bank: all rows down in 8 bits, B alone trained and sent, exact sum", settings=_FOLD),
     Method("fedavg-full", "full fine-tuning, FedAvg of all weights", settings={"train": "full", "weights": "samples"}),
     Method("hetlora-uniform", "HETLORA with equal weights", settings={"weights": "uniform"}, like="hetlora"),
     Method("hetlora-samples", "HETLORA with sample-count weights", settings={"weights": "samples"}, like="hetlora"),
@@ -111,9 +113,28 @@ def method_config(method: Method, common: Config, r_min: int, r_max: int, **valu
 
     r_min, r_max: bounds of the clients' ranks in the common settings, for the methods in which all clients have one of them.
     """
-    train = method.settings.get("train", Config.model_fields["train"].default)
-    unused = TRAININGS[train].unused if train in TRAININGS else ()  # an unknown kind is refused below
-    settings = {**common.model_dump(), **{name: Config.model_fields[name].default for name in (*OWNED, *unused)}}
+    settings = _without_others(method, common.model_dump())
     if method.ranks != "own":
         settings["ranks"] = f"fixed:{r_min if method.ranks == 'min' else r_max}"
     return Config.create(f"method {method.name}", **{**settings, **method.settings, **values})
+
+
+def method_settings(name: str, common: Mapping[str, Any]) -> dict[str, Any]:
+    """`common` with the row of one method on top, for a run by itself.
+
+    `ConfigError` for an unknown name, and for a method in which all clients have one rank: which one is asked of the user.
+    """
+    if name not in METHODS:
+        raise ConfigError(f"method: expected one of {', '.join(METHODS)}, got {name!r}")
+    method = METHODS[name]
+    if method.ranks != "own":
+        settings = ", ".join(f"{key} = {value!r}" for key, value in method.settings.items())
+        raise ConfigError(f"method: {name!r} gives every client one rank; name it with ranks = 'fixed:R', beside {settings}, and leave method out")
+    return {**_without_others(method, common), **method.settings}
+
+
+def _without_others(method: Method, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` without those that say which method a run is, or that say nothing about this one."""
+    train = method.settings.get("train", Config.model_fields["train"].default)
+    unused = TRAININGS[train].unused if train in TRAININGS else ()  # an unknown kind is refused later
+    return {name: value for name, value in settings.items() if name not in (*OWNED, *unused)}

@@ -20,7 +20,8 @@ PerClient = float | Sequence[float] | Tensor
 class _BankOptimizer:
     """What AdamW and SGD share: the bank's factors, per-client settings and state.
 
-    bank: the `AdapterBank` to train.   lr: learning rate, a number or [K]; `opt.lr` is a float64 tensor [K] that may be written between steps.
+    bank: the `AdapterBank` to train. A factor that needs no gradient (`AdapterBank.freeze_a`) is left alone: it has no state and no part in the clipped norm.
+    lr: learning rate, a number or [K]; `opt.lr` is a float64 tensor [K] that may be written between steps.
     clip_norm: None or 0 = no clipping; else a number or [K]: the gradient of each client, over all its modules and the regulariser
     included, is scaled by min(1, clip / (norm + 1e-6)).
     tail_penalty: (lam, keep): adds the gradient of lam_k * sum over modules of ||B[:, q:]||_F ||A[q:, :]||_F, q = keep[k], to that of the loss,
@@ -32,13 +33,16 @@ class _BankOptimizer:
         self.bank = bank
         self._layouts = [bank.layouts[name] for name in bank.layouts]
         self._ranks = flat_ranks(self._layouts)
-        self._params = [*bank.a.values(), *bank.bt.values()]
+        # Of a frozen factor no columns: the ops step the rows that their lists have, and a state of no elements costs nothing.
+        self._params = [p if p.requires_grad else p.detach()[:, :0] for p in bank.parameters()]
         self.lr = self._per_client("lr", lr)
         self.clip_norm = None if clip_norm is None else self._per_client("clip_norm", clip_norm)
         self._lam, self._keep = None, []
         if tail_penalty is not None:
             if not isinstance(tail_penalty, (tuple, list)) or len(tail_penalty) != 2:
                 raise TypeError(f"tail_penalty: expected a pair (lam, keep), got {tail_penalty!r}")
+            if any(not p.requires_grad for p in bank.parameters()):
+                raise ValueError("tail_penalty: expected a bank that trains A and B, whose norms it multiplies, got one with frozen factors")
             lam, keep = tail_penalty
             self._lam = self._per_client("tail_penalty", lam)
             if isinstance(keep, Mapping):

@@ -69,6 +69,21 @@ def loop(monkeypatch):
     return module
 
 
+def test_a_method_sets_its_row_over_the_file_and_under_the_flags(loop, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("rounds: 3\ngamma: 0.5\nweights: uniform\nmerge: svd\n")
+    result = invoke("run", "--config", file, "--method", "fold", "--download", "4bit", "--output", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    cfg, _ = loop.calls[0]
+    assert (cfg.train, cfg.weights, cfg.download, cfg.rounds) == ("fold", "samples", "4bit", 3)
+    assert (cfg.gamma, cfg.merge) == (Config.model_fields["gamma"].default, "factors")  # they say nothing about fold
+    assert invoke("run", "--method", "fold", "--weights", "uniform", "--output", tmp_path / "other").exit_code == 0
+    assert loop.calls[1][0].weights == "uniform"
+    assert_one_line_error(invoke("run", "--method", "best"), "method: expected one of hetlora, ", "got 'best'")
+    assert_one_line_error(invoke("run", "--method", "homlora-min"), "gives every client one rank", "ranks = 'fixed:R'", "gamma = 1.0", "weights = 'samples'")
+    assert_one_line_error(invoke("run", "--method", "fold", "--gamma", "0.5"), "gamma = 0.5", "leave it out")
+
+
 def test_every_setting_is_an_option_under_its_group():
     text = invoke("run", "--help").output
     place = -1

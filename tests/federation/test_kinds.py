@@ -23,9 +23,13 @@ from hetlora.loop import simulate
 
 PACKAGE = Path(__file__).resolve().parents[2] / "hetlora"
 RUNS = [{"merge": name} for name in MERGE_CHOICES]
-RUNS += [{"train": name, "weights": "samples", "ranks": "powerlaw:5:50", "gamma": 0.99} for name, kind in TRAININGS.items() if kind.merge]
+RUNS += [
+    {"train": name, "weights": "samples", "gamma": 0.99, **({"ranks": "powerlaw:5:50"} if kind.no_ranks else {})}
+    for name, kind in TRAININGS.items()
+    if kind.merge
+]
 RUN_IDS = [settings.get("train") or settings["merge"] for settings in RUNS]
-OTHER_VALUES = {"shared_rows": "owners", "unowned_rows": "zero"}  # of the settings that one kind alone reads
+OTHER_VALUES = {"shared_rows": "owners", "unowned_rows": "zero", "download": "4bit"}  # of the settings that one kind alone reads
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +104,8 @@ def test_a_row_says_which_adapters_are_saved_and_exported(finished, tmp_path, se
 def test_settings_of_one_kind_are_refused_with_the_others(settings, setting):
     chooser, owner = own_settings()[setting]
     values = {**settings, setting: OTHER_VALUES[setting]}
-    if settings.get(chooser, Config.model_fields[chooser].default) == owner and settings.get("train", "adapters") == "adapters":
+    merge_is_a_choice = settings.get("train", "adapters") == "adapters"
+    if settings.get(chooser, Config.model_fields[chooser].default) == owner and (chooser == "train" or merge_is_a_choice):
         assert getattr(Config.create("here", **values), setting) == OTHER_VALUES[setting]
     else:
         with pytest.raises(ConfigError, match=f"here: {setting} = '{OTHER_VALUES[setting]}': "):

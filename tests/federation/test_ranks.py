@@ -47,6 +47,20 @@ def test_kept_rank_never_grows():
     assert kept_rank(3, 0.9, 5) == 3
 
 
+def test_dealt_ranks_are_the_quantiles_whatever_the_seed():
+    plans = [assign_ranks("dealt:2:32:0.3", clients(16), seed) for seed in range(4)]
+    expected = [2, 2, 2, 2, 2, 3, 3, 4, 6, 7, 9, 12, 15, 19, 24, 29]
+    assert all(sorted(plan.ranks.values()) == expected and (plan.r_min, plan.r_max) == (2, 32) for plan in plans)
+    assert len({tuple(plan.ranks.values()) for plan in plans}) == 4  # another deal for each seed
+    assert assign_ranks("dealt:2:32:0.3", clients(16), 3) == plans[3]
+    drawn = sorted(assign_ranks("powerlaw:2:32:0.3", clients(2000), 0).ranks.values())
+    dealt = sorted(assign_ranks("dealt:2:32:0.3", clients(2000), 0).ranks.values())
+    assert abs(sum(drawn) - sum(dealt)) < 4 * 8.5 * math.sqrt(2000)  # 8.5: standard deviation of the law
+    for spec, text in (("dealt:2", "expected 'dealt:MIN:MAX' or 'dealt:MIN:MAX:A'"), ("dealt:5:2", "1 <= MIN <= MAX"), ("dealt:2:5:0", "number A > 0")):
+        with pytest.raises(ConfigError, match=text):
+            parse_ranks(spec)
+
+
 def test_power_law_has_the_stated_distribution():
     count, low, high = 20_000, 5, 50
     ranks = list(assign_ranks(f"powerlaw:{low}:{high}", clients(count), 3).ranks.values())

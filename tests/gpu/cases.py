@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hetlora_kernels import reference
+from hetlora_kernels.ops.quantize import CODES, code_bytes
 from hetlora_kernels.reference import compute_dtype
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
@@ -26,7 +27,8 @@ from accuracy import factor_of
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
 WRITTEN = {"truncate_": (0,), "aggregate_": (0,), "accumulate_": (0,), "adamw_": (0, 2, 3), "sgd_": (0, 2), "expand_": (0,)}
-EXACT = {"truncate_"}
+WRITTEN |= {"quantize_rows_": (0, 1), "dequantize_rows_": (0,)}
+EXACT = {"truncate_", "quantize_rows_", "dequantize_rows_"}
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {"ranks": [[4, 0, 1, 7], [3, 18, 40, 2]], "widths": [33, 64]},
     # More than 32 clients, tiles off the diagonal, more than one split, a width of one.
@@ -88,6 +90,30 @@ def accumulate(shape: Mapping[str, Any], dtype: torch.dtype) -> tuple[str, list[
     return "accumulate_", [total, _rows(shape, dtype, 5), torch.rand(len(shape["widths"]), generator=g, dtype=torch.float64).to(sums)]
 
 
+def _stored(shape: Mapping[str, Any], bits: int) -> list[tuple[int, int]]:
+    return [(sum(r), code_bytes(w, bits)) for r, w in zip(shape["ranks"], shape["widths"], strict=True)]
+
+
+def quantize(shape: Mapping[str, Any], bits: int, dtype: torch.dtype) -> tuple[str, list[Any]]:
+    """Rows of many magnitudes, of zeros, of ties, and with what is not finite: the public function refuses those after the op."""
+    rows = _rows(shape, dtype, 30)
+    for t in (t for t in rows if t.numel()):
+        t[0], t[-1] = 0, torch.randint(-7, 8, t[-1].shape, generator=_generator(31)).to(dtype)
+        t[1:2] *= 1e-3
+        t[2:3] *= 2.0**-126 if t.dtype != torch.float16 else 2.0**-14
+        t[3:4, -1:] = float("inf")
+    codes = [torch.full(size, 5, dtype=CODES[bits]) for size in _stored(shape, bits)]
+    return "quantize_rows_", [codes, [torch.full(size[:1], float("nan")) for size in _stored(shape, bits)], rows, bits]
+
+
+def dequantize(shape: Mapping[str, Any], bits: int, dtype: torch.dtype) -> tuple[str, list[Any]]:
+    g, limits = _generator(32), torch.iinfo(CODES[bits])
+    codes = [torch.randint(limits.min, limits.max + 1, size, generator=g, dtype=torch.int64).to(CODES[bits]) for size in _stored(shape, bits)]
+    scales = [torch.randn(size[0], generator=g).abs() for size in _stored(shape, bits)]
+    out = [torch.full((sum(r), w), float("nan"), dtype=dtype) for r, w in zip(shape["ranks"], shape["widths"], strict=True)]
+    return "dequantize_rows_", [out, codes, scales, bits]
+
+
 def gram(shape: Mapping[str, Any], exact: bool, dtype: torch.dtype) -> tuple[str, list[Any]]:
     return "gram", [_rows(shape, dtype, 6), _flat(shape["ranks"]), exact]
 
@@ -134,6 +160,10 @@ def cases(shape: Mapping[str, Any]) -> dict[str, Case]:
         "aggregate": partial(aggregate, shape, False, False, None),
         "aggregate-owners-keep": partial(aggregate, shape, True, True, torch.float32),
         "accumulate": partial(accumulate, shape),
+        "quantize-8": partial(quantize, shape, 8),
+        "quantize-4": partial(quantize, shape, 4),
+        "dequantize-8": partial(dequantize, shape, 8),
+        "dequantize-4": partial(dequantize, shape, 4),
         "gram": partial(gram, shape, False),
         "delta_norms": partial(delta_norms, shape, False),
         "delta_norms-exact": partial(delta_norms, shape, True),

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from hetlora_kernels.ops.quantize import CODES, code_bytes
 from hetlora_kernels.reference import compute_dtype
 from hetlora_kernels.triton import OPS
 from hetlora_kernels.triton.fused import fused
@@ -35,7 +36,16 @@ def _accumulate(source: torch.dtype, odd: int = 0) -> None:
     OPS["accumulate_"](_rows(total, odd), _rows(source, odd), torch.ones(len(WIDTHS), dtype=total))
 
 
+def _quantize(dtype: torch.dtype, bits: int, odd: int = 0) -> None:
+    rows = _rows(dtype, odd)
+    codes = [torch.zeros(len(r), code_bytes(r.shape[1], bits), dtype=CODES[bits]) for r in rows]
+    scales = [torch.zeros(len(r)) for r in rows]
+    OPS["quantize_rows_"](codes, scales, rows, bits)
+    OPS["dequantize_rows_"](rows, codes, scales, bits)
+
+
 CASES: dict[str, Callable[[], None]] = {
+    "quantize-4-f32-odd": partial(_quantize, torch.float32, 4, 1),
     "truncate-f32-bf16": partial(_truncate, torch.float32, torch.bfloat16, False),
     "truncate-f32-odd": partial(_truncate, torch.float32, torch.float32, False, 1),
 }
@@ -44,6 +54,8 @@ for _name, _dtype in TYPES.items():
     CASES[f"truncate-dense-{_name}"] = partial(_truncate, _dtype, _dtype, True)
     CASES[f"aggregate-{_name}"] = partial(_aggregate, _dtype, _dtype, False)
     CASES[f"aggregate-owners-{_name}"] = partial(_aggregate, _dtype, _dtype, True)
+    CASES[f"quantize-8-{_name}"] = partial(_quantize, _dtype, 8)
+    CASES[f"quantize-4-{_name}"] = partial(_quantize, _dtype, 4)
     CASES[f"accumulate-{_name}"] = partial(_accumulate, _dtype)
 
 

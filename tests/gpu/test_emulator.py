@@ -45,6 +45,9 @@ MUTANTS = {
     "lanes that leave before the ballot": Mutant(
         "truncate.cuh", "truncate", "    const unsigned owners =", "    if (!dense && !owns) return;\n    const unsigned owners =", "small", "truncate"
     ),
+    "a maximum over half the warp": Mutant("quantize.cuh", "quantize", "distance = WARP / 2;", "distance = WARP / 4;", "large", "quantize-8"),
+    "a code past an odd width": Mutant("quantize.cuh", "quantize", "high = 2 * at + 1 < width ?", "high = true ?", "small", "quantize-4"),
+    "a scale that is no normal number": Mutant("quantize.cuh", "quantize", "if (scale < 1.17549435e-38f) scale = 0;", "", "small", "quantize-8"),
     "a sum over half the warp": Mutant("common.cuh", "norms", "distance = WARP / 2;", "distance = WARP / 4;", "small", "tail_norms"),
     "the neighbour's row": Mutant("common.cuh", "optim", "if (offsets[middle] <= row) low", "if (offsets[middle] < row) low", "small", "adamw-clip-tail"),
     "the tail one row late": Mutant("step.cuh", "optim", "coefficients && item.row >= item", "coefficients && item.row > item", "small", "sgd-momentum-tail"),

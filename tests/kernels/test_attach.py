@@ -138,6 +138,21 @@ def test_trained_factors_are_the_banks_own(llama, device):
     assert same_bits(before, model.state_dict()["lm_head.weight"])
 
 
+def test_frozen_a_has_no_gradient_and_b_the_same_bits(llama, device):
+    tokens = token_batch(2, 5, device)
+    grads = []
+    for freeze in (False, True):
+        model, bank = carried(llama, device)
+        if freeze:
+            assert bank.freeze_a() is bank
+        with client_segments(model, [0, 1]):
+            model(tokens).logits.square().sum().backward()
+        assert all((t.grad is None) == freeze for t in bank.a.values())
+        grads.append([t.grad for t in bank.bt.values()])
+        detach(model)
+    assert all(same_bits(one, other) and bool(one.any()) for one, other in zip(*grads, strict=True))
+
+
 def test_segments_end_with_their_block(llama, device):
     model, _ = carried(llama, device)
     tokens = token_batch(2, 5, device)

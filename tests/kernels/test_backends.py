@@ -11,6 +11,7 @@ import torch
 
 import hetlora_kernels as hk
 from hetlora_kernels import _library, reference
+from hetlora_kernels.ops.quantize import CODES, code_bytes
 
 
 def factors(device, *sizes, dtype=torch.float32):
@@ -94,6 +95,14 @@ def samples(name: str, device) -> list[tuple]:
         return [(factors(device, (3, 5), (2, 7)), factors(device, (3, 4), (2, 2)), [1, 2, 0, 2], exact) for exact in (False, True)]
     if name == "tail_norms":
         return [(factors(device, (3, 5), (2, 7)), [1, 2, 0, 2], [0, 1, 0, 5])]
+    if name in ("quantize_rows_", "dequantize_rows_"):
+        rows = factors(device, (3, 5), (2, 8))
+        cases = []
+        for bits, kind in CODES.items():
+            codes = [torch.zeros(r.shape[0], code_bytes(r.shape[1], bits), dtype=kind, device=device) for r in rows]
+            scales = [torch.rand(r.shape[0], device=device) for r in rows]
+            cases.append((codes, scales, rows, bits) if name == "quantize_rows_" else (rows, [c + 0x35 for c in codes], scales, bits))
+        return cases
     states = [factors(device, *modules) for _ in range(4)]
     states[3] = [t.square() for t in states[3]]
     if name == "adamw_":

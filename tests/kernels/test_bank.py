@@ -102,6 +102,33 @@ def test_select_and_concat(device):
     assert joined.ranks == bank.ranks and all(same_bits(one, other) for one, other in zip(joined.parameters(), bank.parameters(), strict=True))
     joined.a["q"].data.zero_()
     assert bool((bank.a["q"] != 0).any()) and bank.select([]).num_clients == 0
+    assert all(p.requires_grad for p in picked.parameters())
+    frozen = filled(device=device).freeze_a().select([1, 0])
+    assert not any(p.requires_grad for p in frozen.a.values()) and all(p.requires_grad for p in frozen.bt.values())
+
+
+def test_of_holds_the_rows_it_is_given(device):
+    bank = filled(device=device)
+    ranks = {name: layout.ranks for name, layout in bank.layouts.items()}
+    made = hk.AdapterBank.of(SHAPES, ranks, bank.a, bank.bt)
+    assert made.ranks == bank.ranks and all(one.data_ptr() == other.data_ptr() for one, other in zip(made.parameters(), bank.parameters(), strict=True))
+    with pytest.raises(ValueError, match=r"^bt: expected \(\d+, \d+\) for 'q', got none"):
+        hk.AdapterBank.of(SHAPES, ranks, bank.a, {})
+    with pytest.raises(ValueError, match=r"^a: expected \(\d+, \d+\) for 'q', got \(\d+, \d+\)"):
+        hk.AdapterBank.of(SHAPES, ranks, {**bank.a, "q": bank.a["q"][1:]}, bank.bt)
+
+
+def test_stack_is_the_sum_of_the_updates(device):
+    one, other = filled(device=device), filled(device=device).select([2, 1, 0])
+    stacked = hk.AdapterBank.stack([one, other, one])
+    for name, layout in stacked.layouts.items():
+        for k in range(3):
+            assert layout.ranks[k] == 2 * one.layouts[name].ranks[k] + other.layouts[name].ranks[k]
+            deltas = [bank.bt[name][bank.layouts[name].rows(k)].t() @ bank.a[name][bank.layouts[name].rows(k)] for bank in (stacked, one, other)]
+            torch.testing.assert_close(deltas[0], 2 * deltas[1] + deltas[2])
+    with pytest.raises(ValueError, match=r"^banks: expected the same modules, shapes and number of clients"):
+        hk.AdapterBank.stack([one, one.select([0])])
+    assert hk.AdapterBank.stack([one.select([]), one.select([])]).num_clients == 0
 
 
 @pytest.mark.parametrize("normalize", ["none", "owners"])

@@ -114,6 +114,38 @@ def test_defaults_are_those_of_torch_but_for_the_weight_decay(device):
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("clip", [None, CLIP])
+def test_frozen_a_leaves_torch_on_b_alone(kind, clip, device):
+    """B steps as torch steps it with its own gradient clipped; A keeps its bits, without decay, and has no state."""
+    bank = make_bank(torch.float64, device).freeze_a()
+    before = [t.detach().clone() for t in bank.a.values()]
+    alone = [[factors[: len(SHAPES)], factors[len(SHAPES) :]] for factors in (own_factors(bank, k) for k in range(4))]
+    if kind == "adamw":
+        opt = hk.AdamW(bank, lr=LR, weight_decay=0.1, clip_norm=clip)
+        torch_opts = [torch.optim.AdamW(b, lr=LR[k], weight_decay=0.1) for k, (_, b) in enumerate(alone)]
+        state = [*opt.exp_avg, *opt.exp_avg_sq]
+    else:
+        opt = hk.SGD(bank, lr=LR, weight_decay=0.1, clip_norm=clip, momentum=0.9)
+        torch_opts = [torch.optim.SGD(b, lr=LR[k], weight_decay=0.1, momentum=0.9) for k, (_, b) in enumerate(alone)]
+        state = opt.buffers
+    assert sum(t.numel() for t in state) == sum(t.numel() for t in bank.bt.values()) * (2 if kind == "adamw" else 1)
+    for step in range(4):
+        opt.zero_grad()
+        mine = [[t[bank.layouts[name].rows(k)] for side in (bank.a, bank.bt) for name, t in side.items()] for k in range(4)]
+        sum(client_loss(factors, k, step, device) for k, factors in enumerate(mine)).backward()
+        assert all(t.grad is None for t in bank.a.values())
+        opt.step()
+        for k, ((a, b), torch_opt) in enumerate(zip(alone, torch_opts, strict=True)):
+            torch_opt.zero_grad()
+            client_loss([*(t.detach() for t in a), *b], k, step, device).backward()
+            if clip is not None and clip[k]:
+                torch.nn.utils.clip_grad_norm_(b, clip[k])
+            torch_opt.step()
+    assert all(same_bits(t, old) for t, old in zip(bank.a.values(), before, strict=True))
+    assert_same_factors(bank, [[*a, *b] for a, b in alone])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_step_counts_of_their_own(kind, device):
     """Client k leaves after k + 1 steps: its bias correction is that of its own count."""
 
@@ -317,6 +349,7 @@ def test_bitwise_repeatable(kind, device):
 # ---------------------------------------------------------------- errors
 
 BAD = [
+    (lambda bank: hk.AdamW(bank.to().freeze_a(), tail_penalty=(0.1, KEEP)), ValueError, r"^tail_penalty: expected a bank that trains A and B"),
     (lambda b: hk.AdamW(b, lr=-1.0), ValueError, r"^lr: .*-1\.0"),
     (lambda b: hk.AdamW(b, lr=float("nan")), ValueError, r"^lr: .*nan"),
     (lambda b: hk.AdamW(b, lr=[1.0] * 3), ValueError, r"^lr: expected a number or 4 numbers.*\(3,\)"),

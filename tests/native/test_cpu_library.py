@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hetlora_kernels import _library, _native
+from hetlora_kernels.ops.quantize import CODES, code_bytes
 
 pytestmark = pytest.mark.skipif("cpu" not in _library.available(), reason=f"no CPU library: {_library.absent().get('cpu')}")
 
@@ -62,6 +63,14 @@ def runs(dtype: torch.dtype, make: Callable[[Tensor], Tensor] = lambda t: t) -> 
     ops.aggregate_(merged, a, weights, kept, ranks, True)
     ops.accumulate_(total, [t[:33] for t in a], weights[0].contiguous())
     out = {"truncate_": packed + dense, "aggregate_": merged, "accumulate_": total}
+    out["quantize_rows_"], out["dequantize_rows_"] = [], []
+    for bits, kind in CODES.items():
+        codes = [make(torch.empty(40, code_bytes(w, bits), dtype=kind)) for w in WIDTHS]
+        scales, back = [make(torch.empty(40)) for _ in WIDTHS], [make(torch.empty(40, w, dtype=dtype)) for w in WIDTHS]
+        ops.quantize_rows_(codes, scales, kept, bits)
+        ops.dequantize_rows_(back, codes, scales, bits)
+        out["quantize_rows_"] += codes + scales
+        out["dequantize_rows_"] += back
     out["gram"] = ops.gram(a, ranks, False) + ops.gram(a, ranks, True)
     out["delta_norms"] = [ops.delta_norms(a, bt, ranks, exact) for exact in (False, True)]
     out["tail_norms"] = [ops.tail_norms(a, ranks, keep)]
@@ -150,6 +159,10 @@ BAD = {
         [f(2, 4), f(2, 4)], [f(2, 4), f(2, 4)], [f(2, 4), f(1, 4)], [f(2, 4), f(2, 4)], LR, STEP, ON, None, None, [2], [], 0.9, 0.9, 1e-8, 0.0
     ),
     "a learning rate for nobody": lambda: ops.sgd_([f(2, 4), f(2, 4)], [f(2, 4), f(2, 4)], [], LR[:0], ON, None, None, [2], [], 0.0, 0.0),
+    "codes that are too narrow": lambda: ops.quantize_rows_([torch.zeros(2, 4, dtype=torch.uint8)], [f(2)], [f(2, 9)], 4),
+    "codes of another type": lambda: ops.dequantize_rows_([f(2, 4)], [f(2, 4)], [f(2)], 8),
+    "too few scales": lambda: ops.dequantize_rows_([f(2, 4)], [torch.zeros(2, 4, dtype=torch.int8)], [f(1)], 8),
+    "bits of no code": lambda: ops.quantize_rows_([torch.zeros(2, 4, dtype=torch.int8)], [f(2)], [f(2, 4)], 6),
     "a regulariser without cuts": lambda: ops.sgd_([f(2, 4), f(2, 4)], [f(2, 4), f(2, 4)], [], LR, ON, None, LR, [2], [], 0.0, 0.0),
 }
 
