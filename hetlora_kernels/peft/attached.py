@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hetlora_kernels.bank import AdapterBank
 from hetlora_kernels.linear import linear_shape
 from hetlora_kernels.ops.lora import lora_add, lora_linear
-from hetlora_kernels.peft.batch import Batch
+from hetlora_kernels.peft.batch import Batch, Rows, known_forms, left_is_over
 
 _ATTACHMENT = "_hetlora_attachment"
 
@@ -28,6 +28,8 @@ class Attachment:
         self.bank, self.scale, self.dropout = bank, scale, dropout
         self.base_requires_grad: dict[str, bool] = {}
         self.batch = Batch(clients)
+        self.left = False  # whether the last call was inside a `client_segments` block that is over
+        self.forms: dict[str, dict[int, Any]] = {}
 
 
 class _AttachedLayer(nn.Module):
@@ -37,8 +39,20 @@ class _AttachedLayer(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         shared, name, position = self.__dict__[_ATTACHMENT]
+        batch = shared.batch
+        if shared.left:
+            shared.left = left_is_over(shared.left, name)
+        rows = batch.rows(x, name)
+        if batch.follower is None:
+            return self._compute(shared, name, position, rows, x, args, kwargs)
+        with batch.follower.paused():
+            out = self._compute(shared, name, position, rows, x, args, kwargs)
+        batch.follower.set(out, rows.entry)
+        return out
+
+    def _compute(self, shared: Attachment, name: str, position: int, rows: Rows, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         bank, batch = shared.bank, shared.batch
-        layout, segments = bank.layouts[name], batch.segments(tuple(x.shape[:-1]))
+        layout, segments = bank.layouts[name], rows.segments
         training = self.training or batch.seeds is not None
         seeds = batch.layer_seeds(position) if shared.dropout else None
         options = {"scale": shared.scale, "dropout": shared.dropout, "seeds": seeds, "training": training}
@@ -88,6 +102,7 @@ def attach(model: nn.Module, bank: AdapterBank, scale: float | Sequence[float] |
     for position, name in enumerate(bank.shapes):
         layer = modules[name]
         layer.__dict__[_ATTACHMENT] = (shared, name, position)
+        shared.forms[name] = known_forms(layer)
         layer.__class__ = _attached_class(type(layer))
     return model
 
