@@ -60,6 +60,9 @@ def load_model(cfg: Config, path: str) -> Any:
             "give a complete causal language model"
         )
     model.requires_grad_(False).eval()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes: in eval mode it would pack 4-bit weights for inference, and gradients would not pass
+            module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
     _check_causal(model, path)
     _warn_dropout(model)
