@@ -59,6 +59,7 @@ class Batch:
         self.lengths: set[int] = set()
         self.fits = False  # whether the ids are known to fit what the model was called with
         self.calls: set[str] = set()  # layers, since the model was called
+        self.ran: set[str] = set()
         self._rows: dict[tuple[str, tuple[int, ...]], Rows] = {}
 
     def rows(self, x: Tensor, name: str) -> Rows:
@@ -94,6 +95,7 @@ class Batch:
 
     def _find(self, x: Tensor, name: str, key: tuple[str, tuple[int, ...]]) -> Rows:
         leading = key[1]
+        self.ran.add(name)
         if self.ids is None:
             rows = self._rows[key] = self._of_one(leading)
             return rows

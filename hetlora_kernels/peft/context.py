@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from hetlora_kernels.peft.attached import attachment
+from hetlora_kernels.peft.attached import Attachment, attachment
 from hetlora_kernels.peft.batch import Batch, check_step, client_rows, client_table, known_forms
 from hetlora_kernels.peft.calls import Checkpointing, Holder, ModelCalls, holding
+from hetlora_kernels.peft.training import Training
 from hetlora_kernels.peft.fused import BASE, AdapterBatch, FusedLayer
 
 
@@ -74,6 +75,7 @@ def client_segments(
         everything = [(layer, "_hetlora_batch", (batch, position)) for position, layer in enumerate(layers.values())]
     adapted = layers if shared is None else {name: model.get_submodule(name) for name in forms}
     calls = ModelCalls(model, batch, adapted)
+    training = Training(model, _factors(batch, shared, layers)) if torch.is_grad_enabled() else None
 
     def inside(module: nn.Module) -> list[Holder]:
         members = set(module.modules())
@@ -82,6 +84,8 @@ def client_segments(
     try:
         with holding(everything), calls, Checkpointing(model.modules(), calls, inside):
             yield table
+        if training is not None:
+            training.tell(batch.ran)
     finally:
         if shared is not None:
             shared.left = True
@@ -96,6 +100,17 @@ def _adapters(model: nn.Module, layers: Sequence[Any]) -> list[str]:
         if isinstance(config, dict):
             return list(config)
     return list(dict.fromkeys(name for layer in layers for name in layer.r))
+
+
+def _factors(batch: Batch, shared: Attachment | None, layers: Mapping[str, Any]) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(who they are, layer, factor) of what owns rows in the batch."""
+    if shared is not None:
+        for name in shared.bank.shapes:
+            yield from (("the bank", name, factor) for factor in (shared.bank.a[name], shared.bank.bt[name]))
+        return
+    for adapter in cast(AdapterBatch, batch).names:
+        for name, layer in layers.items():
+            yield from ((f"adapter {adapter!r}", name, side[adapter].weight) for side in (layer.lora_A, layer.lora_B) if adapter in side)
 
 
 def _numbers(ids: Any, names: list[str]) -> Any:
