@@ -83,7 +83,7 @@ def _check_written(folder: Path, tensors: Mapping[str, Tensor], scale: float) ->
 
 
 def _check_loads(folder: Path, tensors: Mapping[str, Tensor], scale: float, model: str) -> None:
-    """`ConfigError` where PEFT, on the base model's architecture without weights, loads another adapter than was written. A base that is not here is not tried."""
+    """`ConfigError` where PEFT loads another adapter than was written, on the base's architecture without weights; not tried where the base is not here."""
     try:
         kind = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -111,8 +111,8 @@ def _check_loads(folder: Path, tensors: Mapping[str, Tensor], scale: float, mode
             return
         odd, why = wrong[0], f"PEFT gives {len(wrong)} modules other factors than theirs"
     raise ConfigError(
-        f"export: the adapter does not load as it was trained on a model of type {kind!r}: {why} ({odd.removeprefix(_PREFIX).removesuffix(_A)}, ...); train with "
-        "--target-modules attention, or take the factors from the run folder"
+        f"export: the adapter does not load as it was trained on a model of type {kind!r}: {why} ({odd.removeprefix(_PREFIX).removesuffix(_A)}, ...); train "
+        "with --target-modules attention, or take the factors from the run folder"
     )
 
 

@@ -87,7 +87,8 @@ def target_shapes(model: nn.Module, spec: str) -> dict[str, tuple[int, int]]:
     """{dotted module name: (out_features, in_features)} of the linear layers that `spec` selects, in the model's order.
 
     spec: 'attention': linear layers inside self-attention modules; 'all-linear': all but the output head, as in PEFT, and but gates of width 1 or 2, which
-        a warning names; 'peft': PEFT's default for the architecture; else comma-separated name suffixes or a regular expression over full names, matched by PEFT's own rule.
+        a warning names; 'peft': PEFT's default for the architecture; else comma-separated name suffixes or a regular expression over full names, matched by
+        PEFT's own rule.
     Linear layers are `nn.Linear`, its quantised kinds, and the `Conv1D` of GPT-2 (whose base weight is stored transposed).
     Raises `ConfigError` naming some of the model's linear layers when `spec`, or one suffix of it, selects none.
     """

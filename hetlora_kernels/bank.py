@@ -228,7 +228,7 @@ def _checked(state_dict: Mapping[str, Any], expected: Mapping[str, Tensor], fini
     ready = {}
     for key, like in expected.items():
         value = state_dict[key]
-        if not isinstance(value, Tensor) or value.dtype not in FLOATS or value.layout != torch.strided or value.is_meta or type(value) not in (Tensor, Parameter):
+        if type(value) not in (Tensor, Parameter) or value.dtype not in FLOATS or value.layout != torch.strided or value.is_meta:
             got = f"{type(value).__name__} of type {value.dtype}, {value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"state_dict: expected a dense float32, float64, bfloat16 or float16 tensor for {key}, got {got}")
         if tuple(value.shape) != tuple(like.shape):
@@ -238,7 +238,7 @@ def _checked(state_dict: Mapping[str, Any], expected: Mapping[str, Tensor], fini
         whole = torch.stack([value.isfinite().all() for value in ready.values()]).tolist()  # fetched once
         for key, good in zip(ready, whole, strict=True):
             if not good:
-                raise ValueError(f"state_dict: expected finite numbers in {ready[key].dtype} for {key}, got others in {int((~ready[key].isfinite()).sum())} places")
+                raise ValueError(f"state_dict: expected finite numbers in {ready[key].dtype} for {key}, got {int((~ready[key].isfinite()).sum())} others")
     return ready
 
 

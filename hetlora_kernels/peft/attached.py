@@ -39,7 +39,7 @@ class Attachment:
 
 def _forward(layer: Any, base: Callable[..., Any] | None, x: Tensor, args: Any, kwargs: Any) -> Tensor:
     """base(x) with the clients' terms; base None: a plain `nn.Linear`, whose product goes into one op with them."""
-    shared, name, position = layer.__dict__[_ATTACHMENT]
+    shared, name, _ = layer.__dict__[_ATTACHMENT]
     batch = shared.batch
     if shared.left:
         shared.left = left_is_over(shared.left, name)
@@ -150,7 +150,9 @@ def attach(model: nn.Module, bank: AdapterBank, scale: float | Sequence[float] |
         raise ValueError(f"bank: expected device {'that holds data' if parameter is None else parameter.device} as the model, got {bank.device}")
     for name, module in modules.items():
         if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
-            raise ValueError(f"model: bitsandbytes has packed the weight of {name!r} for inference, gradients do not pass it; load the model anew and attach first")
+            raise ValueError(
+                f"model: bitsandbytes has packed the weight of {name!r} for inference, gradients do not pass; load the model anew and attach first"
+            )
     shared = Attachment(bank, scale, dropout)
     shared.base_requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
@@ -188,7 +190,8 @@ def _why_not(layer: nn.Module, parent: nn.Module | None) -> str | None:
     kind = type(layer)
     if isinstance(layer, (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.ModuleList, nn.ModuleDict, nn.Sequential)):
         return f"is a {kind.__name__}, no linear layer"
-    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear) or (hasattr(parent, "A_log") and layer in (getattr(parent, at, None) for at in _PAST)):
+    past = hasattr(parent, "A_log") and any(layer is getattr(parent, name, None) for name in _PAST)
+    if past or isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return f"is the {kind.__name__} of a {type(parent).__name__}, which reads its weight past the layer, where no adapter takes part"
     if isinstance(layer, nn.Linear) and kind.__module__.partition(".")[0] not in ("torch", "bitsandbytes") and "forward" not in layer.__dict__:
         try:

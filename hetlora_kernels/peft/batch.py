@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from math import prod
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hetlora_kernels.layout import Segments
-from hetlora_kernels.peft.follow import LOST, Entry, Follower, Owners
+from hetlora_kernels.peft.follow import Follower
+from hetlora_kernels.peft.owners import LOST, Entry, Owners
 
 _MASK64 = (1 << 64) - 1
 SEQUENCE_STRIDE = 1 << 20  # row key = sequence index in the client's step batch * 2^20 + position
@@ -73,14 +75,20 @@ class Batch:
 
     # -- the calls of the model
 
+    @cached_property
+    def of_one_client(self) -> bool:
+        return self.ids is not None and self.ids.numel() > 0 and bool((self.ids == self.ids.reshape(-1)[0]).all())
+
     def resize(self, size: int) -> None:
         """The model is called with so many sequences."""
         self.size = size
         self._rows.clear()
 
     def to_follow(self) -> bool:
-        """Whether a layer's order is still to be learnt; a layer that many calls passed by is no reason."""
-        return self.forms is not None and any(not own or (len(own) == 1 and 0 < own.get(MISSED, 0) < MISSES) for own in self.forms.values())
+        """Whether a layer's order is still to be learnt; no reason are layers that many calls passed by, nor, after a first call, batches of one client."""
+        if self.forms is None or (self.of_one_client and self.seeds is None and any(set(own) - {MISSED} for own in self.forms.values())):
+            return False
+        return any(not own or (len(own) == 1 and 0 < own.get(MISSED, 0) < MISSES) for own in self.forms.values())
 
     def missed(self) -> None:
         """A followed call ended."""
@@ -136,7 +144,7 @@ class Batch:
         plain = len(leading) > 1 and leading[0] == size and size not in leading[1:] and "expert" not in name.lower()
         if plain and (entry is not LOST or leading[1] in self.lengths):
             return 0
-        if self.fits and self.ids is not None and self.ids.numel() and bool((self.ids == self.ids.reshape(-1)[0]).all()):
+        if self.fits and self.of_one_client:
             return _ANY
         raise self._refusal(leading, name)
 
@@ -161,7 +169,8 @@ class Batch:
         times = generated_per_sequence()
         if times > 1 and count == batch * times:  # ids of the batch before generation repeated it
             return torch.arange(batch, device=device).repeat_interleave(times)
-        if times > 1 and count * times == batch and torch.equal(self.ids, self.ids[::times].repeat_interleave(times, 0)):  # after; the encoder sees the batch before
+        # ids of the batch after it; the encoder sees the one before
+        if times > 1 and count * times == batch and torch.equal(self.ids, self.ids[::times].repeat_interleave(times, 0)):
             return torch.arange(0, batch, times, device=device)
         return None
 
@@ -169,8 +178,8 @@ class Batch:
         assert self.ids is not None
         how = "; run the model once without torch.compile first" if torch.compiler.is_compiling() else ""
         return ValueError(
-            f"ids: expected one client per sequence, or per token, of an input with leading shape {leading}, got shape {tuple(self.ids.shape)}: nothing says for "
-            f"certain whose the rows of layer {name!r} are; name them with client_segments(..., rows={{{name!r}: ids}}){how}"
+            f"ids: expected one client per sequence, or per token, of an input with leading shape {leading}, got shape {tuple(self.ids.shape)}: nothing says "
+            f"for certain whose the rows of layer {name!r} are; name them with client_segments(..., rows={{{name!r}: ids}}){how}"
         )
 
     # -- segments
@@ -253,7 +262,9 @@ def known_forms(layer: nn.Module) -> dict[int, Any]:
 def left_is_over(left: bool, name: str) -> bool:
     """What a layer does at its first call after a `client_segments` block: refuse where a backward pass computes it again, for it would not know the batch."""
     if left and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(f"client_segments: layer {name!r} is computed again by a backward pass after its block; call backward() inside `with client_segments(...)`")
+        raise RuntimeError(
+            f"client_segments: layer {name!r} is computed again by a backward pass after its block; call backward() inside `with client_segments(...)`"
+        )
     return False
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hetlora_kernels.peft.batch import Batch
-from hetlora_kernels.peft.follow import LOST, Follower, Owners
+from hetlora_kernels.peft.follow import Follower
+from hetlora_kernels.peft.owners import LOST, Owners
 
 _TEXT = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 _OTHER_SENSES = ("pixel", "image", "video", "audio", "feature")
@@ -21,8 +22,8 @@ class ModelCalls:
     """Hooks on the modules that a block's code may call as the model: the model itself, and the transformers models inside it (for `generate`)."""
 
     def __init__(self, model: nn.Module, batch: Batch, layers: Mapping[str, nn.Module]) -> None:
-        self.layers = layers
-        self.batch, self.depth, self.mode = batch, 0, None
+        self.batch, self.layers, self.depth = batch, layers, 0
+        self.mode: Follower | None = None
         self.roots = [module for module in model.modules() if module is model or hasattr(type(module), "main_input_name")]
         self.compiled = any(module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule" for module in model.modules())
         self.handles: list[Any] = []

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from hetlora_kernels.peft.attached import Attachment, attachment
 from hetlora_kernels.peft.batch import Batch, check_step, client_rows, client_table, known_forms
 from hetlora_kernels.peft.calls import Checkpointing, Holder, ModelCalls, holding
-from hetlora_kernels.peft.training import Training
 from hetlora_kernels.peft.fused import BASE, AdapterBatch, FusedLayer
+from hetlora_kernels.peft.training import Training
 
 
 @contextmanager

@@ -15,7 +15,7 @@ _looked_at: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 class Training:
-    """One `client_segments` block as the owners of its rows see it. Each owner is looked at until a backward pass was seen: then it is known to train or is told."""
+    """One `client_segments` block as the owners of its rows see it. Each is looked at until a backward pass was seen: it is known to train then, or told."""
 
     def __init__(self, model: nn.Module, factors: Iterable[Factor]) -> None:
         self.known = _looked_at.setdefault(model, set())
@@ -26,7 +26,7 @@ class Training:
             if trained and who not in trained and who not in self.known:
                 self.known.add(who)
                 warnings.warn(
-                    f"client_segments: {who} owns rows and is not trained, its factors require no gradient; model.base_model.set_adapter([names]) trains several",
+                    f"client_segments: {who} owns rows and is not trained, its factors require no gradient; model.base_model.set_adapter([names]) trains all",
                     stacklevel=4,
                 )
         self.factors = [(who, layer, factor, factor.grad, _version(factor.grad)) for who, layer, factor in listed if who in trained - self.known]
@@ -43,8 +43,8 @@ class Training:
             silent = list(dict.fromkeys(layer for owner, layer, changed in factors if owner == who and not changed))
             if silent:
                 warnings.warn(
-                    f"client_segments: {who} owns rows and got no gradient in {len(silent)} layers ({silent[0]}, ...); with reentrant checkpointing the inputs must "
-                    "require one: model.enable_input_require_grads()",
+                    f"client_segments: {who} owns rows and got no gradient in {len(silent)} layers ({silent[0]}, ...); with reentrant checkpointing the inputs "
+                    "must require one: model.enable_input_require_grads()",
                     stacklevel=4,
                 )
 

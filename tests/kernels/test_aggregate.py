@@ -106,7 +106,7 @@ def test_weights_are_finite_and_not_negative(bad, device):
     sums.add([rows[:1]], 2.0)
     before = sums.result()[0].clone()
     for weight in (bad, torch.tensor([bad], dtype=torch.float64)):
-        with pytest.raises(ValueError, match="^weights: expected finite numbers >= 0"):
+        with pytest.raises(ValueError, match=r"^weights: expected finite numbers >= 0"):
             sums.add([rows[:1]], weight)
     assert sums.count == 1 and torch.equal(sums.result()[0], before)
 

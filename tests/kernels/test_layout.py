@@ -145,7 +145,7 @@ def test_a_plain_scale_keeps_all_its_digits_in_float64():
 def test_a_layout_does_not_change():
     layout = RankLayout([4, 0, 2])
     for name in ("ranks", "offsets", "total", "max_rank", "num_clients", "other"):
-        with pytest.raises(AttributeError, match="RankLayout does not change|has no setter"):
+        with pytest.raises(AttributeError, match=r"RankLayout does not change|has no setter"):
             setattr(layout, name, (1,))
         with pytest.raises(AttributeError):
             delattr(layout, name)
