@@ -41,7 +41,7 @@ def _forward(layer: Any, base: Callable[..., Any] | None, x: Tensor, args: Any, 
     """base(x) with the clients' terms; base None: a plain `nn.Linear`, whose product goes into one op with them."""
     shared, name, _ = layer.__dict__[_ATTACHMENT]
     batch = shared.batch
-    if shared.left:
+    if shared.left and batch.ids is None:
         shared.left = left_is_over(shared.left, name)
     rows = batch.rows(x, name)
     if batch.follower is None:

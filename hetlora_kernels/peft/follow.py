@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hetlora_kernels.peft.moves import rule_of
-from hetlora_kernels.peft.owners import LOST, Entry, ForeignRows, Owners, tensors
+from hetlora_kernels.peft.owners import LOST, Entry, ForeignRows, Owners, tensors, through_view
 
 # What says something about a tensor, or changes nothing of its elements.
 _SILENT = frozenset(
@@ -79,11 +79,14 @@ class Follower(TorchFunctionMode):
             rule = None
         try:
             entry = LOST if rule is None else rule(self.entry, func, out, args, kwargs)
-        except ForeignRows:
-            raise ForeignRows(
-                f"rows: the model writes rows that passed layer {self.unsure!r} into another sequence than the one they were taken for (several pictures in "
-                f"one sequence?); name their clients with client_segments(..., rows={{{self.unsure!r}: ids}})"
-            ) from None
+        except ForeignRows as foreign:
+            if self.unsure:
+                raise ForeignRows(
+                    LOST,
+                    f"rows: the model writes rows that passed layer {self.unsure!r} into the text, and not, as far as can be seen, into the sequences they "
+                    f"were taken for (several pictures in one?); name their clients with client_segments(..., rows={{{self.unsure!r}: ids}})",
+                ) from None
+            entry = foreign.entry
         except Exception:  # a form of the call that the rule does not know
             entry = LOST
         if name == "__setitem__":
@@ -100,5 +103,5 @@ class Follower(TorchFunctionMode):
         self.set(tensor, entry if tensor.dim() and tensor.numel() else None)  # a number belongs to no row
         if in_place and entry is not None and tensor._is_view():
             base = tensor._base
-            if base is not None and self.entry(base) is None:  # a sequence's data was written into a part of a container
-                self.set(base, LOST)
+            if base is not None:
+                self.set(base, through_view(base, self.entry(base), tensor, entry))

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetlora_kernels.peft.owners import LOST, NOBODY, Entry, ForeignRows, Look, Owners, aligned, compact, join, plainer, reshaped, tensors
+from hetlora_kernels.peft.owners import LOST, NOBODY, Entry, Look, Owners, aligned, compact, join, plainer, reshaped, tensors
+from hetlora_kernels.peft.writes import masked_scatter, widths, write, write_along
 
 
 def _dims(given: Any, count: int) -> list[int]:
@@ -42,7 +43,7 @@ def _view(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Any:
         return own
     moved = func(own.table.expand(args[0].shape), *args[1:], **kwargs)
     if isinstance(moved, Tensor):
-        return own.like(compact(moved))
+        return own.like(compact(moved) if moved._is_view() else plainer(moved))
     return [own.like(compact(part)) for part in moved]
 
 
@@ -171,12 +172,13 @@ def _cat(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
     if any(entry is LOST for entry in entries):
         return LOST
     owners = [entry for entry in entries if isinstance(entry, Owners)]
-    if not any(own.varies(dim) for own in owners):
-        return join(entries, out.dim())
+    whole = LOST if any(own.varies(dim) for own in owners) else join(entries, out.dim())
+    if whole is not LOST:
+        return whole
     parts = [(own.table if isinstance(own, Owners) else out.new_full((1,) * out.dim(), NOBODY, dtype=torch.int64)) for own in entries]
     sizes = [max(part.shape[d] for part in parts) for d in range(out.dim())]
-    whole = torch.cat([part.expand([*sizes[:dim], tensor.shape[dim], *sizes[dim + 1 :]]) for part, tensor in zip(parts, tensors, strict=True)], dim)
-    return Owners(whole, all(own.fixed for own in owners), all(own.sure for own in owners))
+    table = torch.cat([part.expand([*sizes[:dim], tensor.shape[dim], *sizes[dim + 1 :]]) for part, tensor in zip(parts, tensors, strict=True)], dim)
+    return Owners(table, all(own.fixed for own in owners), all(own.sure for own in owners))
 
 
 def _stack(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
@@ -212,21 +214,15 @@ def _repeat_interleave(look: Look, func: Any, out: Any, args: Any, kwargs: Any) 
     return own.like(own.table.repeat_interleave(kwargs.get("repeats", args[1] if len(args) > 1 else None), dim=dim))
 
 
-def _widths(index: Any) -> list[int]:
-    """How many dimensions of a tensor each part of an index takes."""
-    parts = index if isinstance(index, tuple) else (index,)
-    return [one.dim() if isinstance(one, Tensor) and one.dtype == torch.bool else 0 if one is None or one is ... else 1 for one in parts]
-
-
 def _chosen(own: Owners, tensor: Tensor, index: Any) -> Owners:
     """Owners of tensor[index]."""
     index = index if isinstance(index, tuple) else (index,)
     by_data, dim, last = False, 0, tensor.dim() - 1
-    widths = _widths(index)
+    taken = widths(index)
     consumed: set[int] = set()
-    for one, width in zip(index, widths, strict=True):
+    for one, width in zip(index, taken, strict=True):
         if one is ...:
-            dim += tensor.dim() - sum(widths)
+            dim += tensor.dim() - sum(taken)
         consumed |= set(range(dim, dim + width))
         if isinstance(one, (Tensor, list)):
             by_data |= any(own.varies(d) for d in range(dim, dim + width))
@@ -292,68 +288,6 @@ def _gather(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
     return own.like(plainer(own.table.expand(tensor.shape).gather(dim, index)), False)
 
 
-def _written(target: Entry, tensor: Tensor, index: Any, source: Entry, value: Any) -> Entry:
-    """Owners of `tensor` after tensor[index] = value, or += value."""
-    if source is None or target is LOST:
-        return target
-    slices = isinstance(index, tuple) and len(index) == tensor.dim() == value.dim() and all(isinstance(one, slice) for one in index)
-    if slices and isinstance(source, Owners):
-        # part of every sequence: the rest of it, filled with constants, is as much its own
-        index = (index[0], *(slice(None) if not source.varies(d) else index[d] for d in range(1, len(index))))
-    if source is LOST:  # positions keep whose they are; nothing says whose a container's are
-        return target if isinstance(target, Owners) else LOST
-    assert isinstance(source, Owners)
-    before = target.table if isinstance(target, Owners) else source.table.new_full((1,) * tensor.dim(), NOBODY)
-    narrow = not source.varies(-1) and sum(_widths(index)) < tensor.dim() and before.shape[-1] == 1
-    table = before.expand((*tensor.shape[:-1], 1) if narrow else tensor.shape).clone()
-    region = table[index]
-    own = source.table if source.table.dim() == region.dim() else source.table.expand((*value.shape[:-1], 1) if narrow else value.shape)
-    own = own.expand_as(region)
-    if bool(((region >= 0) & (own >= 0) & (region != own)).any()):
-        if not source.sure or (isinstance(target, Owners) and not target.sure):
-            raise ForeignRows
-        return LOST
-    table[index] = torch.where(own >= 0, own, region)
-    if bool(((own >= 0) & (table[index] != own)).any()):  # rows of several sequences went to one place
-        return LOST
-    parts = index if isinstance(index, tuple) else (index,)
-    fixed = source.fixed and (not isinstance(target, Owners) or target.fixed) and not any(isinstance(one, (Tensor, list)) for one in parts)
-    if isinstance(target, Owners) and torch.equal(table, before.expand_as(table)):
-        return target
-    return Owners(plainer(table), fixed, source.sure and (not isinstance(target, Owners) or target.sure))
-
-
-def _write(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
-    tensor, index, value = args[:3]
-    index = tuple(index) if isinstance(index, list) and any(isinstance(one, Tensor) for one in index) else index
-    return _written(look(tensor), tensor, index, look(value), value)
-
-
-def _write_along(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
-    tensor, dim, index, value = args[0], *(kwargs.get(name, args[at] if len(args) > at else None) for at, name in ((1, "dim"), (2, "index"), (3, "source")))
-    if value is None:
-        value = kwargs.get("src")
-    if index.dim() > 1:
-        parts = [look(tensor), look(index), look(value)]
-        if not any(isinstance(part, Owners) and part.varies(dim) for part in parts):  # each row within itself
-            return join(parts, tensor.dim())
-        # scatter with one index for a whole row
-        if dim != 0 or index.dim() != 2 or not torch.equal(index, index[:, :1].expand_as(index)):
-            return LOST
-        index = index[:, 0]
-    return _written(look(tensor), tensor, (slice(None),) * (dim % tensor.dim()) + (index,), look(value), value)
-
-
-def _masked_scatter(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
-    tensor, mask, value = args[:3]
-    own, source = look(tensor), look(value)
-    if isinstance(own, Owners) and isinstance(source, Owners):
-        wanted = own.table.expand(tensor.shape)[mask.expand(tensor.shape)]
-        if not torch.equal(wanted, source.table.expand(value.shape).reshape(-1)[: wanted.numel()]):
-            raise ForeignRows
-    return own if isinstance(own, Owners) else LOST
-
-
 _NAMES: dict[Callable[..., Any], str] = {
     _pointwise: "abs add addcdiv addcmul alpha_dropout and bfloat16 bitwise_and bitwise_not bitwise_or bool ceil celu clamp clamp_max clamp_min clip clone "
     "contiguous copysign cos cpu cuda detach div double dropout dropout1d dropout2d dropout3d elu eq erf exp expm1 feature_dropout float floor floor_divide "
@@ -393,9 +327,9 @@ _NAMES: dict[Callable[..., Any], str] = {
     _index: "getitem",
     _index_select: "index_select",
     _gather: "gather take_along_dim",
-    _write: "index_put setitem",
-    _write_along: "index_add index_copy scatter scatter_add",
-    _masked_scatter: "masked_scatter",
+    write: "index_put setitem",
+    write_along: "index_add index_copy scatter scatter_add",
+    masked_scatter: "masked_scatter",
 }
 _RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
 

@@ -48,7 +48,11 @@ Look = Callable[[Any], Entry]
 
 
 class ForeignRows(ValueError):
-    """Rows of one sequence are written where another's belong."""
+    """Rows of one sequence are written where another's belong, or may be.   entry: of what they are written to, where all rows are known to be the text's."""
+
+    def __init__(self, entry: Entry, text: str = "") -> None:
+        super().__init__(text)
+        self.entry = entry
 
 
 def tensors(values: Any) -> list[Tensor]:
@@ -126,3 +130,21 @@ def reshaped(table: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
             shape += [1] * (j - begin)
     whole = table.expand(grown).reshape(shape)
     return whole if whole.shape == table.shape else plainer(whole)
+
+
+def through_view(base: Tensor, before: Entry, view: Tensor, entry: Entry) -> Entry:
+    """Owners of a tensor after a view of it was written to. A base that is nobody's may be filled part by part."""
+    if before is LOST or (isinstance(before, Owners) and not bool((before.table < 0).any())):
+        return before
+    if not isinstance(entry, Owners):
+        return entry if before is None else LOST
+    memory = torch.empty_strided(base.shape, base.stride(), dtype=torch.int64, device=base.device).fill_(NOBODY)
+    if isinstance(before, Owners):
+        memory.copy_(before.table.expand(base.shape))
+    part = memory.as_strided(view.shape, view.stride(), view.storage_offset() - base.storage_offset())
+    new = entry.table.expand(view.shape)
+    if bool(((part >= 0) & (new >= 0) & (part != new)).any()):
+        return LOST
+    part.copy_(torch.where(new >= 0, new, part))
+    known = [own for own in (before, entry) if isinstance(own, Owners)]
+    return Owners(plainer(memory), all(own.fixed for own in known), all(own.sure for own in known))

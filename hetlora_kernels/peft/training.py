@@ -43,8 +43,8 @@ class Training:
             silent = list(dict.fromkeys(layer for owner, layer, changed in factors if owner == who and not changed))
             if silent:
                 warnings.warn(
-                    f"client_segments: {who} owns rows and got no gradient in {len(silent)} layers ({silent[0]}, ...); with reentrant checkpointing the inputs "
-                    "must require one: model.enable_input_require_grads()",
+                    f"client_segments: {who} owns rows and got no gradient in {len(silent)} layers ({silent[0]}, ...): their outputs are not used, or "
+                    "reentrant checkpointing had inputs that require none (model.enable_input_require_grads())",
                     stacklevel=4,
                 )
 
