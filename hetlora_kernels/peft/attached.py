@@ -35,6 +35,14 @@ class Attachment:
         self.unpacked: list[nn.Module] = []
         self.left = False  # whether the last call was inside a `client_segments` block that is over
         self.forms: dict[str, dict[int, Any]] = {}
+        self.layers: dict[str, nn.Module] = {}
+        self._modules: tuple[nn.Module, list[nn.Module]] | None = None
+
+    def modules_of(self, model: nn.Module) -> list[nn.Module]:
+        """All modules of the model; looked up once."""
+        if self._modules is None or self._modules[0] is not model:
+            self._modules = model, list(model.modules())
+        return self._modules[1]
 
 
 def _forward(layer: Any, base: Callable[..., Any] | None, x: Tensor, args: Any, kwargs: Any) -> Tensor:
@@ -100,7 +108,7 @@ def _attached_class(layer: nn.Module) -> type:
 
 def _carry(layer: nn.Module, shared: Attachment, name: str, position: int) -> None:
     layer.__dict__[_ATTACHMENT] = (shared, name, position)
-    shared.forms[name] = known_forms(layer)
+    shared.forms[name], shared.layers[name] = known_forms(layer), layer
     own = layer.__dict__.get("forward")
     if own is None:
         layer.__class__ = _attached_class(layer)

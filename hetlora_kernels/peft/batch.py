@@ -63,6 +63,7 @@ class Batch:
         self.calls: set[str] = set()  # layers, since the model was called
         self.ran: set[str] = set()
         self._rows: dict[tuple[str, tuple[int, ...]], Rows] = {}
+        self._forms: dict[tuple[Form, tuple[int, ...]], Rows] = {}  # one for all layers of an order and a shape
 
     def rows(self, x: Tensor, name: str) -> Rows:
         """Whose the rows of `x` [..., n] are, the input of the layer `name`; found once per layer and shape. `ValueError` where nothing says it for certain."""
@@ -83,6 +84,7 @@ class Batch:
         """The model is called with so many sequences."""
         self.size = size
         self._rows.clear()
+        self._forms.clear()
 
     def to_follow(self) -> bool:
         """Whether a layer's order is still to be learnt; no reason are layers that many calls passed by, nor, after a first call, batches of one client."""
@@ -203,6 +205,12 @@ class Batch:
         return Rows(ids, Segments.from_ids(ids, num_clients=self.num_clients))
 
     def _in_form(self, form: Form, leading: tuple[int, ...], name: str) -> Rows:
+        known = self._forms.get((form, leading))
+        if known is None:
+            known = self._forms[form, leading] = self._made_in_form(form, leading, name)
+        return known
+
+    def _made_in_form(self, form: Form, leading: tuple[int, ...], name: str) -> Rows:
         assert self.ids is not None
         rows, (batch, *_) = prod(leading), self.ids.shape
         if form == _ANY:

@@ -21,11 +21,12 @@ _OTHER_SENSES = ("pixel", "image", "video", "audio", "feature")
 class ModelCalls:
     """Hooks on the modules that a block's code may call as the model: the model itself, and the transformers models inside it (for `generate`)."""
 
-    def __init__(self, model: nn.Module, batch: Batch, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, model: nn.Module, modules: Sequence[nn.Module], batch: Batch, layers: Mapping[str, nn.Module]) -> None:
+        """modules: all of the model's.   layers: the adapted ones by name."""
         self.batch, self.layers, self.depth = batch, layers, 0
         self.mode: Follower | None = None
-        self.roots = [module for module in model.modules() if module is model or hasattr(type(module), "main_input_name")]
-        self.compiled = any(module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule" for module in model.modules())
+        self.modules = modules
+        self.roots = [module for module in modules if module is model or hasattr(type(module), "main_input_name")]
         self.handles: list[Any] = []
 
     def __enter__(self) -> ModelCalls:
@@ -54,8 +55,12 @@ class ModelCalls:
         batch.fits = main is not None and batch.sequences(size) is not None
         batch.lengths = {tensor.shape[1] for tensor in _inside(given.values()) if tensor.dim() > 1 and tensor.shape[0] == size}
         batch.calls.clear()
-        if batch.fits and size > 1 and not self.compiled and batch.to_follow():
+        if batch.fits and size > 1 and batch.to_follow() and not self._compiled():
             self.follow(given, size)
+
+    def _compiled(self) -> bool:
+        """Whether a part of the model is compiled: a graph does not see the follower."""
+        return any(module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule" for module in self.modules)
 
     def follow(self, given: Mapping[str, Any], size: int) -> None:
         batch = self.batch

@@ -13,7 +13,7 @@ from hetlora_kernels.peft.attached import Attachment, attachment
 from hetlora_kernels.peft.batch import Batch, check_step, client_rows, client_table, known_forms
 from hetlora_kernels.peft.calls import Checkpointing, Holder, ModelCalls, holding
 from hetlora_kernels.peft.fused import BASE, AdapterBatch, FusedLayer
-from hetlora_kernels.peft.training import Training
+from hetlora_kernels.peft.training import Training, all_known
 
 
 @contextmanager
@@ -73,16 +73,17 @@ def client_segments(
         _check_all_fused(model)
         batch = AdapterBatch(names, table, sequence_index, seeds, step, given, forms)
         everything = [(layer, "_hetlora_batch", (batch, position)) for position, layer in enumerate(layers.values())]
-    adapted = layers if shared is None else {name: model.get_submodule(name) for name in forms}
-    calls = ModelCalls(model, batch, adapted)
-    training = Training(model, _factors(batch, shared, layers)) if torch.is_grad_enabled() else None
+    modules = list(model.modules()) if shared is None else shared.modules_of(model)
+    calls = ModelCalls(model, modules, batch, layers if shared is None else shared.layers)
+    owners = ["the bank"] if shared is not None else [f"adapter {name!r}" for name in cast(AdapterBatch, batch).names]
+    training = Training(model, _factors(batch, shared, layers)) if torch.is_grad_enabled() and not all_known(model, owners) else None
 
     def inside(module: nn.Module) -> list[Holder]:
         members = set(module.modules())
         return everything if shared is not None else [holder for holder in everything if holder[0] in members]
 
     try:
-        with holding(everything), calls, Checkpointing(model.modules(), calls, inside):
+        with holding(everything), calls, Checkpointing(modules, calls, inside):
             yield table
         if training is not None:
             training.tell(batch.ran)

@@ -14,6 +14,11 @@ Factor = tuple[str, str, nn.Parameter]  # who it belongs to, its layer, the fact
 _looked_at: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
+def all_known(model: nn.Module, owners: Iterable[str]) -> bool:
+    """Whether nothing is left to find out about these owners."""
+    return _looked_at.get(model, set()).issuperset(owners)
+
+
 class Training:
     """One `client_segments` block as the owners of its rows see it. Each is looked at until a backward pass was seen: it is known to train then, or told."""
 
