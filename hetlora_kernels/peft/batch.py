@@ -319,8 +319,10 @@ def _mix64(z: Tensor) -> Tensor:
     return z ^ ((z >> 31) & ((1 << 33) - 1))
 
 
-def client_table(ids: Sequence[int] | Tensor, clients: int) -> Tensor:
+def client_table(ids: Sequence[int] | Tensor | None, clients: int) -> Tensor:
     """`ids` as int64, [batch] or [batch, seq], each -1 or a client."""
+    if ids is None:
+        raise TypeError("ids: expected the client of each sequence, [batch], or token, [batch, seq], got None")
     table = torch.as_tensor(ids)
     if table.numel() and (table.is_floating_point() or table.is_complex() or table.dtype == torch.bool):
         raise TypeError(f"ids: expected integers, got {table.dtype}")

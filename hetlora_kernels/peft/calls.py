@@ -21,8 +21,11 @@ _OTHER_SENSES = ("pixel", "image", "video", "audio", "feature")
 class ModelCalls:
     """Hooks on the modules that a block's code may call as the model: the model itself, and the transformers models inside it (for `generate`)."""
 
-    def __init__(self, model: nn.Module, modules: Sequence[nn.Module], batch: Batch, layers: Mapping[str, nn.Module]) -> None:
-        """modules: all of the model's.   layers: the adapted ones by name."""
+    def __init__(
+        self, model: nn.Module, modules: Sequence[nn.Module], batch: Batch, layers: Mapping[str, nn.Module], current: Callable[[], Batch | None]
+    ) -> None:
+        """modules: all of the model's.   layers: the adapted ones by name.   current: the batch of the innermost block, which alone follows."""
+        self.current = current
         self.batch, self.layers, self.depth = batch, layers, 0
         self.mode: Follower | None = None
         self.modules = modules
@@ -41,7 +44,7 @@ class ModelCalls:
         self._stop()
 
     def _before(self, root: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.current() is not self.batch:
             return
         self.depth += 1
         if self.depth > 1:
@@ -82,7 +85,7 @@ class ModelCalls:
         follower.__enter__()
 
     def _after(self, root: nn.Module, args: Any, out: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.current() is not self.batch:
             return
         self.depth -= 1
         if self.depth == 0:

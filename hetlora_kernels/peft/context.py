@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +49,7 @@ def client_segments(
     for the whole batch. `RuntimeError` from a layer whose adapter is a variant (DoRA, ...) or merged.
     """
     shared = attachment(model)
+    _check_alone(model, shared)
     layers = {} if shared is not None else {name: module for name, module in model.named_modules() if isinstance(module, FusedLayer)}
     if shared is None and not layers:
         raise ValueError("model: no bank is attached and no PEFT layer is fused; call attach(model, bank) or fuse(model) first")
@@ -54,6 +57,8 @@ def client_segments(
     clients = len(names) if shared is None else shared.bank.num_clients
     table = client_table(_numbers(ids, names), clients)
     given = {part: client_rows(part, _numbers(own, names), clients) for part, own in (rows or {}).items()}
+    if seeds is not None and not isinstance(seeds, Tensor):
+        raise TypeError(f"seeds: expected an int64 tensor of shape ({clients},), got a {type(seeds).__name__}")
     if seeds is not None and (seeds.dtype != torch.int64 or tuple(seeds.shape) != (clients,)):
         raise ValueError(f"seeds: expected an int64 tensor of shape ({clients},), got {seeds.dtype} {tuple(seeds.shape)}")
     check_step(step, clients)
@@ -74,7 +79,14 @@ def client_segments(
         batch = AdapterBatch(names, table, sequence_index, seeds, step, given, forms)
         everything = [(layer, "_hetlora_batch", (batch, position)) for position, layer in enumerate(layers.values())]
     modules = list(model.modules()) if shared is None else shared.modules_of(model)
-    calls = ModelCalls(model, modules, batch, layers if shared is None else shared.layers)
+
+    def current() -> Batch | None:
+        if shared is not None:
+            return shared.batch
+        given = next(iter(layers.values()))._hetlora_batch
+        return None if given is None else given[0]
+
+    calls = ModelCalls(model, modules, batch, layers if shared is None else shared.layers, current)
     owners = ["the bank"] if shared is not None else [f"adapter {name!r}" for name in cast(AdapterBatch, batch).names]
     training = Training(model, _factors(batch, shared, layers)) if torch.is_grad_enabled() and not all_known(model, owners) else None
 
@@ -83,7 +95,7 @@ def client_segments(
         return everything if shared is not None else [holder for holder in everything if holder[0] in members]
 
     try:
-        with holding(everything), calls, Checkpointing(modules, calls, inside):
+        with _of_this_thread(shared or next(iter(layers.values()))), holding(everything), calls, Checkpointing(modules, calls, inside):
             yield table
         if training is not None:
             training.tell(batch.ran)
@@ -101,6 +113,34 @@ def _adapters(model: nn.Module, layers: Sequence[Any]) -> list[str]:
         if isinstance(config, dict):
             return list(config)
     return list(dict.fromkeys(name for layer in layers for name in layer.r))
+
+
+_threads: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+
+@contextmanager
+def _of_this_thread(holder: Any) -> Iterator[None]:
+    """`RuntimeError` where another thread is in a block of the same model: each would give the other its rows."""
+    before, here = _threads.get(holder), get_ident()
+    if before not in (None, here):
+        raise RuntimeError("client_segments: another thread is inside a block of this model; give each thread a model of its own")
+    _threads[holder] = here
+    try:
+        yield
+    finally:
+        if before is None:
+            _threads.pop(holder, None)
+
+
+def _check_alone(model: nn.Module, shared: Attachment | None) -> None:
+    """`ValueError` for wrappers that share a model among processes in ways that a batch of several clients does not fit."""
+    kind = type(model).__name__
+    if kind == "DistributedDataParallel" and shared is not None:
+        raise ValueError("model: DistributedDataParallel does not see the factors of an attached bank; average their gradients yourself, or use fuse(model)")
+    if kind == "DistributedDataParallel" and not model.find_unused_parameters:
+        raise ValueError("model: adapters without rows get no gradient; make DistributedDataParallel with find_unused_parameters=True")
+    if kind == "DataParallel" or kind.startswith(("FullyShardedDataParallel", "FSDP")):
+        raise ValueError(f"model: {kind} divides weights or batches past client_segments; use one process and one whole model for each GPU")
 
 
 def _factors(batch: Batch, shared: Attachment | None, layers: Mapping[str, Any]) -> Iterator[tuple[str, str, nn.Parameter]]:
