@@ -144,7 +144,7 @@ class Batch:
         if size == 1 and (len(leading) == 1 or leading[0] == 1):
             return _ANY
         plain = len(leading) > 1 and leading[0] == size and size not in leading[1:] and "expert" not in name.lower()
-        if plain and (entry is not LOST or leading[1] in self.lengths):
+        if plain and entry is not LOST:
             return 0
         if self.fits and self.of_one_client:
             return _ANY

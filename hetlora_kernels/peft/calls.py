@@ -55,11 +55,16 @@ class ModelCalls:
         size = batch.size if main is None else main.shape[0]
         if size != batch.size:
             batch.resize(size)
-        batch.fits = main is not None and batch.sequences(size) is not None
+        batch.fits = main is not None and batch.sequences(size) is not None and not self._either_way(main)
         batch.lengths = {tensor.shape[1] for tensor in _inside(given.values()) if tensor.dim() > 1 and tensor.shape[0] == size}
         batch.calls.clear()
         if batch.fits and size > 1 and batch.to_follow() and not self._compiled():
             self.follow(given, size)
+
+    def _either_way(self, main: Tensor) -> bool:
+        """Whether the model may take sequence-first inputs, as torch's own layers do by default, and this one's shape does not tell."""
+        square = main.dim() > 1 and main.shape[0] == main.shape[1] and main.shape[0] > 1
+        return square and any(getattr(module, "batch_first", None) is False for module in self.modules)
 
     def _compiled(self) -> bool:
         """Whether a part of the model is compiled: a graph does not see the follower."""
