@@ -120,15 +120,16 @@ def write_adapter(folder: Path, adapter: Mapping[str, Tensor], scale: float, mod
     prefix = "base_model.model."
     ranks = {key[len(prefix) : -len(suffix)]: tensor.shape[0] for key, tensor in adapter.items() if key.endswith(suffix)}
     common = max(ranks.values(), default=0)
-    others = {module: rank for module, rank in ranks.items() if rank != common}
+    # the whole name: PEFT also takes a pattern for the end of a longer name
+    others = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != common}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": model,
         "r": common,
         "lora_alpha": int(scale * common) if float(scale * common).is_integer() else scale * common,
-        "rank_pattern": {re.escape(module): rank for module, rank in others.items()},
-        "alpha_pattern": {re.escape(module): scale * rank for module, rank in others.items()},
+        "rank_pattern": others,
+        "alpha_pattern": {pattern: scale * rank for pattern, rank in others.items()},
         "target_modules": list(ranks),
         "lora_dropout": 0.0,
         "bias": "none",

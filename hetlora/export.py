@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -43,7 +46,8 @@ def export_adapter(run_dir: str | Path, out_dir: str | Path, rank: int | None = 
 
     lora_alpha = s * rank, so the scale s stays what it was in training. Returns `out_dir`.
     Raises ConfigError: no run or no adapter there, `rank` out of range, unknown client, both `rank` and `client`, `out_dir` not empty,
-    a run whose updates are in the base weights (merge 'stack', train 'full').
+    a run whose updates are in the base weights (merge 'stack', train 'full'), an adapter that does not read back, or that PEFT loads as another one (some
+    model types' names it rewrites on loading): nothing is left in `out_dir` then.
     """
     run, out = Path(run_dir), Path(out_dir)
     if rank is not None and client is not None:
@@ -60,7 +64,64 @@ def export_adapter(run_dir: str | Path, out_dir: str | Path, rank: int | None = 
     for name, (a, b) in factors.items():
         tensors[_PREFIX + name + _A], tensors[_PREFIX + name + _B] = a[: ranks[name]].clone(), b[:, : ranks[name]].contiguous()
     write_adapter(out, tensors, scale, model)
+    try:
+        _check_written(out, tensors, scale)
+        _check_loads(out, tensors, scale, model)
+    except BaseException:
+        for name in (WEIGHTS_FILE, ADAPTER_FILE):
+            (out / name).unlink(missing_ok=True)
+        raise
     return out
+
+
+def _check_written(folder: Path, tensors: Mapping[str, Tensor], scale: float) -> None:
+    """`ConfigError` unless the folder holds what was written, to the bit."""
+    factors, read_scale, _ = _read_adapter(folder)
+    same = all(torch.equal(a, tensors[_PREFIX + name + _A]) and torch.equal(b, tensors[_PREFIX + name + _B]) for name, (a, b) in factors.items())
+    if len(factors) * 2 != len(tensors) or not same or not math.isclose(read_scale, scale, rel_tol=1e-12):
+        raise ConfigError(f"{folder}: reads back as something else than was written; is the disk sound? Nothing was exported")
+
+
+def _check_loads(folder: Path, tensors: Mapping[str, Tensor], scale: float, model: str) -> None:
+    """`ConfigError` where PEFT loads another adapter than was written, on the base's architecture without weights; not tried where the base is not here."""
+    try:
+        kind = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    for module in base.modules():  # weights of one number each, so that the adapter is loaded to where numbers are
+        for name, weight in list(module.named_parameters(recurse=False)):
+            module._parameters[name] = torch.nn.Parameter(torch.zeros((), dtype=weight.dtype).expand(weight.shape), requires_grad=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = PeftModel.from_pretrained(base, str(folder), torch_device="cpu")
+    except (ValueError, RuntimeError, KeyError, NotImplementedError) as error:
+        odd, why = next(iter(tensors)), f"PEFT refuses it: {' '.join(str(error).split())[:160]}"
+    else:
+        found = {name: module for name, module in loaded.named_modules() if "default" in getattr(module, "lora_A", ())}
+        wrong = [key for key, tensor in tensors.items() if key.endswith(_A) and not _is_loaded(found.get(key[: -len(_A)]), key, tensors, scale)]
+        wrong += [name for name in found if name + _A not in tensors]
+        if not wrong:
+            return
+        odd, why = wrong[0], f"PEFT gives {len(wrong)} modules other factors than theirs"
+    raise ConfigError(
+        f"export: the adapter does not load as it was trained on a model of type {kind!r}: {why} ({odd.removeprefix(_PREFIX).removesuffix(_A)}, ...); train "
+        "with --target-modules attention, or take the factors from the run folder"
+    )
+
+
+def _is_loaded(module: Any, key: str, tensors: Mapping[str, Tensor], scale: float) -> bool:
+    a, b = tensors[key], tensors[key.removesuffix(_A) + _B]
+    if module is None or not math.isclose(module.scaling["default"], scale, rel_tol=1e-6):
+        return False
+    own = (module.lora_A["default"].weight, a), (module.lora_B["default"].weight, b)
+    return all(one.shape == other.shape and not one.is_meta and torch.equal(one.detach().to(other), other) for one, other in own)
 
 
 def base_model_of(run_dir: str | Path) -> str:

@@ -60,6 +60,9 @@ def load_model(cfg: Config, path: str) -> Any:
             "give a complete causal language model"
         )
     model.requires_grad_(False).eval()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes: in eval mode it would pack 4-bit weights for inference, and gradients would not pass
+            module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
     _check_causal(model, path)
     _warn_dropout(model)
@@ -83,8 +86,9 @@ def resolve_device(device: str) -> torch.device:
 def target_shapes(model: nn.Module, spec: str) -> dict[str, tuple[int, int]]:
     """{dotted module name: (out_features, in_features)} of the linear layers that `spec` selects, in the model's order.
 
-    spec: 'attention': linear layers inside self-attention modules; 'all-linear': all but the output head, as in PEFT; 'peft': PEFT's default for the
-        architecture; else comma-separated name suffixes or a regular expression over full names, matched by PEFT's own rule.
+    spec: 'attention': linear layers inside self-attention modules; 'all-linear': all but the output head, as in PEFT, and but gates of width 1 or 2, which
+        a warning names; 'peft': PEFT's default for the architecture; else comma-separated name suffixes or a regular expression over full names, matched by
+        PEFT's own rule.
     Linear layers are `nn.Linear`, its quantised kinds, and the `Conv1D` of GPT-2 (whose base weight is stored transposed).
     Raises `ConfigError` naming some of the model's linear layers when `spec`, or one suffix of it, selects none.
     """
@@ -96,12 +100,17 @@ def target_shapes(model: nn.Module, spec: str) -> dict[str, tuple[int, int]]:
         names = [name for name in linear if name in chosen]
     elif spec == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        names = [name for name in linear if model.get_submodule(name) is not head]
+        names = [name for name in linear if model.get_submodule(name) is not head and min(linear[name]) > _NARROW]
+        if gates := [name for name in linear if min(linear[name]) <= _NARROW]:
+            warnings.warn(f"target_modules 'all-linear': {len(gates)} gates of width 1 or 2 carry no adapter ({gates[0]}, ...)", stacklevel=3)
     else:
         names = _match(linear, spec, model)
     if not names:
         raise ConfigError(f"target_modules {spec!r}: matches no linear layer of the model; it has {_kinds(linear)}")
     return {name: linear[name] for name in names}
+
+
+_NARROW = 2
 
 
 def _target_shape(module: nn.Module) -> tuple[int, int] | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from hetlora_kernels.layout import RankLayout
+from hetlora_kernels.ops._lists import FLOATS
 from hetlora_kernels.ops.aggregate import Normalize, aggregate
 from hetlora_kernels.ops.norms import delta_norms, tail_norms
 from hetlora_kernels.ops.truncate import truncate
@@ -222,24 +223,26 @@ class AdapterBank:
             rows = layout.rows(client)
             if layout.ranks[client]:
                 out[f"{_PREFIX}{name}.lora_A.weight"] = self.a[name].detach()[rows].clone()
-                out[f"{_PREFIX}{name}.lora_B.weight"] = self.bt[name].detach()[rows].t().contiguous()
+                out[f"{_PREFIX}{name}.lora_B.weight"] = self.bt[name].detach()[rows].t().clone(memory_format=torch.contiguous_format)
         return out
 
     @torch.no_grad()
     def load_adapter(self, client: int, state_dict: Mapping[str, Tensor]) -> None:
-        """Write client's factors from PEFT's format, strictly: unknown, missing or mis-shaped keys are a `ValueError` that names them."""
+        """Write client's factors from PEFT's format, all or, where one is refused, none.
+
+        `ValueError` or `TypeError` by the key: unknown, missing or mis-shaped; no plain dense float32, float64, bfloat16 or float16 tensor (complex, integers,
+        float8, sparse, quantised, without data); a value that is not finite, or is not in the bank's type.
+        """
         expected = self.adapter(client)
         unknown, missing = sorted(set(state_dict) - set(expected)), sorted(set(expected) - set(state_dict))
         if unknown or missing:
             raise ValueError(f"state_dict: unknown keys {unknown[:5]}, missing keys {missing[:5]} ({len(unknown)} and {len(missing)} in all)")
-        for key, like in expected.items():
-            if tuple(state_dict[key].shape) != tuple(like.shape):
-                raise ValueError(f"state_dict: expected shape {tuple(like.shape)} for {key}, got {tuple(state_dict[key].shape)}")
+        ready = _checked(state_dict, expected)
         for name, layout in self.layouts.items():
             rows = layout.rows(client)
             if layout.ranks[client]:
-                self.a[name][rows] = state_dict[f"{_PREFIX}{name}.lora_A.weight"].to(self.a[name])
-                self.bt[name][rows] = state_dict[f"{_PREFIX}{name}.lora_B.weight"].t().to(self.bt[name])
+                self.a[name][rows] = ready[f"{_PREFIX}{name}.lora_A.weight"]
+                self.bt[name][rows] = ready[f"{_PREFIX}{name}.lora_B.weight"].t()
 
     def state_dict(self) -> dict[str, Tensor]:
         """{"a.<module>": [S, n], "bt.<module>": [S, m]}, the packed factors themselves."""
@@ -247,15 +250,32 @@ class AdapterBank:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Copy packed factors in, strictly: same keys, same shapes."""
+        """Copy packed factors in, strictly and all or none: same keys, same shapes, dense floating-point tensors; whatever their values."""
         own = self.state_dict()
         if set(own) != set(state_dict):
             raise ValueError(f"state_dict: expected the keys of this bank; unknown or missing: {sorted(set(own) ^ set(state_dict))[:5]}")
+        ready = _checked(state_dict, own, finite=False)
         for key, tensor in own.items():
-            if tuple(tensor.shape) != tuple(state_dict[key].shape):
-                raise ValueError(f"state_dict: expected shape {tuple(tensor.shape)} for {key}, got {tuple(state_dict[key].shape)}")
-        for key, tensor in own.items():
-            tensor.copy_(state_dict[key])
+            tensor.copy_(ready[key])
+
+
+def _checked(state_dict: Mapping[str, Any], expected: Mapping[str, Tensor], finite: bool = True) -> dict[str, Tensor]:
+    """The values of the keys of `expected` in the types and on the devices of its tensors."""
+    ready = {}
+    for key, like in expected.items():
+        value = state_dict[key]
+        if type(value) not in (Tensor, Parameter) or value.dtype not in FLOATS or value.layout != torch.strided or value.is_meta:
+            got = f"{type(value).__name__} of type {value.dtype}, {value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"state_dict: expected a dense float32, float64, bfloat16 or float16 tensor for {key}, got {got}")
+        if tuple(value.shape) != tuple(like.shape):
+            raise ValueError(f"state_dict: expected shape {tuple(like.shape)} for {key}, got {tuple(value.shape)}")
+        ready[key] = value.detach().to(like)
+    if ready and finite:
+        whole = torch.stack([value.isfinite().all() for value in ready.values()]).tolist()  # fetched once
+        for key, good in zip(ready, whole, strict=True):
+            if not good:
+                raise ValueError(f"state_dict: expected finite numbers in {ready[key].dtype} for {key}, got {int((~ready[key].isfinite()).sum())} others")
+    return ready
 
 
 def _per_module(shapes: Mapping[str, Any], values: Ranks, name: str) -> dict[str, Sequence[int]]:

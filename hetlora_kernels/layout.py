@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -48,16 +49,32 @@ class RankLayout:
 
     __slots__ = ("_device_offsets", "max_rank", "offsets", "ranks", "total")
 
+    ranks: tuple[int, ...]
+    offsets: tuple[int, ...]
+    total: int
+    max_rank: int
+    _device_offsets: dict[torch.device, Tensor]
+
     def __init__(self, ranks: Sequence[int] | Tensor) -> None:
         values = int_list("ranks", ranks)
         for k, rank in enumerate(values):
             if rank < 0:
                 raise ValueError(f"ranks: expected integers >= 0, got {rank} for client {k}")
-        self.ranks = tuple(values)
-        self.offsets = (0, *accumulate(values))
-        self.total = self.offsets[-1]
-        self.max_rank = max(values, default=0)
-        self._device_offsets: dict[torch.device, Tensor] = {}
+        own = object.__setattr__
+        own(self, "ranks", tuple(values))
+        own(self, "offsets", (0, *accumulate(values)))
+        own(self, "total", self.offsets[-1])
+        own(self, "max_rank", max(values, default=0))
+        own(self, "_device_offsets", {})
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"{name}: a RankLayout does not change; make a new one")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"{name}: a RankLayout does not change; make a new one")
+
+    def __reduce__(self) -> tuple[type[RankLayout], tuple[tuple[int, ...]]]:
+        return RankLayout, (self.ranks,)
 
     @property
     def num_clients(self) -> int:
@@ -70,7 +87,7 @@ class RankLayout:
         return slice(self.offsets[client], self.offsets[client + 1])
 
     def device_offsets(self, device: torch.device | str) -> Tensor:
-        """`offsets` as an int32 tensor [K + 1] on `device`; built once per device."""
+        """`offsets` as an int32 tensor [K + 1] on `device`; built once per device, not to be written to."""
         device = torch.device(device)
         if device not in self._device_offsets:
             self._device_offsets[device] = torch.tensor(self.offsets, dtype=torch.int32, device=device)

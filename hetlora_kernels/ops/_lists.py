@@ -80,8 +80,15 @@ def client_integers(name: str, values: Any, layouts: Sequence[RankLayout]) -> li
     return [value for own in per_module for value in own]
 
 
-def outputs(name: str, out: Tensor | Sequence[Tensor] | None, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """`out` checked against what the op writes, or fresh tensors."""
+def outputs(
+    name: str,
+    out: Tensor | Sequence[Tensor] | None,
+    shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+    device: torch.device,
+    inputs: Sequence[Tensor] = (),
+) -> list[Tensor]:
+    """`out` checked against what the op writes, or fresh tensors. `ValueError` where one shares memory with another or with what the op reads, `inputs`."""
     if out is None:
         return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
     listed = [out] if isinstance(out, Tensor) else list(out)
@@ -93,4 +100,27 @@ def outputs(name: str, out: Tensor | Sequence[Tensor] | None, shapes: Sequence[t
                 f"{name}[{position}]: expected a contiguous {dtype} tensor of shape {tuple(shape)} on {device}, got {tensor.dtype} {tuple(tensor.shape)} "
                 f"on {tensor.device}"
             )
+    if all(type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta for tensor in (*listed, *inputs)) and not torch.compiler.is_compiling():
+        _check_apart(name, listed, inputs)
     return [t.detach() for t in listed]
+
+
+def _check_apart(name: str, written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
+    """`ValueError` where the memory of a written tensor is also another's. Contiguous tensors take a range each, others at most theirs."""
+    spans = []
+    for position, tensor in enumerate((*written, *read)):
+        if tensor.numel():
+            start = tensor.data_ptr()
+            extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+            spans.append((start, start + extent * tensor.element_size(), position))
+    spans.sort()
+    reach: tuple[int, int] | None = None  # the furthest end so far, and whose
+    furthest_written: tuple[int, int] | None = None
+    for start, end, position in spans:
+        before = reach if position < len(written) else furthest_written
+        if before is not None and start < before[0]:
+            whose = min(position, before[1])
+            raise ValueError(f"{name}[{whose}]: expected memory of its own, got a tensor that overlaps another one or what the op reads")
+        reach = max(reach or (end, position), (end, position))
+        if position < len(written):
+            furthest_written = max(furthest_written or (end, position), (end, position))

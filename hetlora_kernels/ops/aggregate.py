@@ -31,11 +31,15 @@ def _check_keep(keep: Tensor | Sequence[Tensor] | None, shapes: Sequence[tuple[i
 
 
 def client_weights(weights: Tensor | Sequence[float], clients: int, modules: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[K, M] from [K] or [K, M], in the type of the sums."""
-    table = torch.as_tensor(weights, device=device)
+    """[K, M] from [K] or [K, M], in the type of the sums; `ValueError` unless all are finite and >= 0."""
+    table = torch.as_tensor(weights)  # on the host, where it comes from there: the check below then waits for no device
     if table.dtype.is_complex or tuple(table.shape) not in ((clients,), (clients, modules)):
         raise ValueError(f"weights: expected shape ({clients},) or ({clients}, {modules}), got {tuple(table.shape)} {table.dtype}")
     table = table.detach().to(dtype)
+    if not torch.compiler.is_compiling() and not table.is_meta and not bool(((table >= 0) & table.isfinite()).all()):
+        bad = table[~((table >= 0) & table.isfinite())]
+        raise ValueError(f"weights: expected finite numbers >= 0, got {float(bad[0])} ({bad.numel()} of {table.numel()} are not)")
+    table = table.to(device)
     return (table[:, None].expand(clients, modules) if table.dim() == 1 else table).contiguous()
 
 
@@ -55,10 +59,10 @@ def aggregate(
     weights: [K], or [K, modules]; used as given (not renormalised).   max_rank: R, at least the largest rank.
     normalize: 'none' as published; 'owners' divides a row by the total weight of the clients that own it (a total of zero gives zero).
     keep: [R, d] values for rows that no client owns (owned = its rank exceeds the row's index, whatever its weight); default zero.
-    dtype: type of the result; default: that of `rows`.   out: tensor(s) to write instead of fresh ones; must not overlap the inputs.
+    dtype: type of the result; default: that of `rows`.   out: tensor(s) to write instead of fresh ones; memory shared with the inputs is refused.
 
     Sums in float32 (float64 for float64) in client order, so the result is bitwise repeatable. Not differentiable.
-    Returns [R, d], a list when a list came in. `ValueError` for shapes that do not fit.
+    Returns [R, d], a list when a list came in. `ValueError` for shapes that do not fit, and for weights that are negative or not finite.
     """
     listed, many, layouts = prepare("rows", rows, layout)
     owners = _check_normalize(normalize)
@@ -72,7 +76,7 @@ def aggregate(
     if dtype not in FLOATS:
         raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
     kept = _check_keep(keep, shapes, device)
-    result = outputs("out", out, shapes, dtype, device)
+    result = outputs("out", out, shapes, dtype, device, [*listed, *kept])
     call("aggregate_")(result, listed, table, kept, flat_ranks(layouts), owners)
     return result if many else result[0]
 
@@ -97,7 +101,7 @@ class Accumulator:
         self.count = 0
 
     def add(self, rows: Sequence[Tensor], weight: float | Tensor) -> None:
-        """Add one client's rows [r_m, d_m] of every module with `weight`: a number, or [modules]."""
+        """Add one client's rows [r_m, d_m] of every module with `weight`: a number, or [modules], finite and >= 0; `ValueError` otherwise, nothing added."""
         listed, _ = module_list("rows", list(rows))
         if len(listed) != len(self._total):
             raise ValueError(f"rows: expected {len(self._total)} modules, got {len(listed)}")

@@ -34,7 +34,7 @@ def truncate(
     bank_rows: [R, d] rank rows of the global bank (A, or B transposed); a list does all modules in one call.
     layout: ranks of the K clients; one RankLayout, or one per module. Every rank must be <= R.
     dtype: type of the result; default: the bank's.   dense: False -> packed [S, d]; True -> zero-masked [K, R, d].
-    out: tensor(s) to write instead of fresh ones; every element is written.
+    out: tensor(s) to write instead of fresh ones; every element is written. Memory shared with `bank_rows` is refused.
 
     Returns packed rows [S, d] (or [K, R, d]), a list when a list came in. Not differentiable. `ValueError` on a rank above R.
     """
@@ -47,7 +47,7 @@ def truncate(
         if own.max_rank > bank.shape[0]:
             raise ValueError(f"layout: expected ranks <= {bank.shape[0]} (rows of bank_rows[{position}]), got {own.max_rank}")
     shapes = [(own.num_clients, *bank.shape) if dense else (own.total, bank.shape[1]) for bank, own in zip(banks, layouts, strict=True)]
-    result = outputs("out", out, shapes, dtype, banks[0].device)
+    result = outputs("out", out, shapes, dtype, banks[0].device, banks)
     call("truncate_")(result, banks, flat_ranks(layouts), dense)
     return result if many else result[0]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 from hetlora_kernels.bank import AdapterBank
 from hetlora_kernels.linear import linear_shape
 from hetlora_kernels.ops.lora import lora_add, lora_linear
-from hetlora_kernels.peft.batch import Batch
+from hetlora_kernels.peft.batch import Batch, Rows, known_forms, left_is_over
 
 _ATTACHMENT = "_hetlora_attachment"
+_OWN_FORWARD = "_hetlora_own_forward"
+_PACKS = "support_avx512bf16_for_cpu"
+_PAST = ("out_proj", "dt_proj")  # of state-space mixers: read by their kernels, as PEFT refuses out_proj
 
 
 class Attachment:
@@ -28,6 +32,47 @@ class Attachment:
         self.bank, self.scale, self.dropout = bank, scale, dropout
         self.base_requires_grad: dict[str, bool] = {}
         self.batch = Batch(clients)
+        self.unpacked: list[nn.Module] = []
+        self.left = False  # whether the last call was inside a `client_segments` block that is over
+        self.forms: dict[str, dict[int, Any]] = {}
+        self.layers: dict[str, nn.Module] = {}
+        self._modules: tuple[nn.Module, list[nn.Module]] | None = None
+
+    def modules_of(self, model: nn.Module) -> list[nn.Module]:
+        """All modules of the model; looked up once."""
+        if self._modules is None or self._modules[0] is not model:
+            self._modules = model, list(model.modules())
+        return self._modules[1]
+
+
+def _forward(layer: Any, base: Callable[..., Any] | None, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+    """base(x) with the clients' terms; base None: a plain `nn.Linear`, whose product goes into one op with them."""
+    shared, name, _ = layer.__dict__[_ATTACHMENT]
+    batch = shared.batch
+    if shared.left and batch.ids is None:
+        shared.left = left_is_over(shared.left, name)
+    rows = batch.rows(x, name)
+    if batch.follower is None:
+        return _compute(layer, base, rows, x, args, kwargs)
+    with batch.follower.paused():
+        out = _compute(layer, base, rows, x, args, kwargs)
+    batch.follower.set(out, rows.entry)
+    return out
+
+
+def _compute(layer: Any, base: Callable[..., Any] | None, rows: Rows, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+    shared, name, position = layer.__dict__[_ATTACHMENT]
+    bank, batch, seeds = shared.bank, shared.batch, None
+    if shared.dropout:
+        seeds = batch.layer_seeds(position)
+    options: dict[str, Any] = {"scale": shared.scale, "dropout": shared.dropout, "seeds": seeds, "training": layer.training or batch.seeds is not None}
+    factors = bank.a[name], bank.bt[name], bank.layouts[name], rows.segments
+    if base is None:
+        return lora_linear(x, layer.weight, layer.bias, *factors, **options)
+    out = base(x, *args, **kwargs)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"bank: layer {name!r} returns a {type(out).__name__}, no tensor that adapters can be added to; leave it out")
+    return lora_add(out, x, *factors, **options)
 
 
 class _AttachedLayer(nn.Module):
@@ -36,27 +81,48 @@ class _AttachedLayer(nn.Module):
     _plain_linear: bool
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        shared, name, position = self.__dict__[_ATTACHMENT]
-        bank, batch = shared.bank, shared.batch
-        layout, segments = bank.layouts[name], batch.segments(tuple(x.shape[:-1]))
-        training = self.training or batch.seeds is not None
-        seeds = batch.layer_seeds(position) if shared.dropout else None
-        options = {"scale": shared.scale, "dropout": shared.dropout, "seeds": seeds, "training": training}
-        if type(self)._plain_linear:
-            return lora_linear(x, cast(Tensor, self.weight), cast("Tensor | None", self.bias), bank.a[name], bank.bt[name], layout, segments, **options)
-        return lora_add(super().forward(x, *args, **kwargs), x, bank.a[name], bank.bt[name], layout, segments, **options)
+        return _forward(self, None if type(self)._plain_linear else super().forward, x, args, kwargs)
 
     def _get_name(self) -> str:
         return type(self).__mro__[2].__name__
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
-_attached_classes: dict[type, type] = {}
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("model: a bank is attached, and an attached model is not pickled; call detach(model) first and keep bank.state_dict() beside it")
 
 
-def _attached_class(cls: type) -> type:
-    if cls not in _attached_classes:
-        _attached_classes[cls] = type(f"Attached{cls.__name__}", (_AttachedLayer, cls), {"_plain_linear": cls is nn.Linear, "__module__": __name__})
-    return _attached_classes[cls]
+_attached_classes: dict[tuple[type, bool], type] = {}
+
+
+def _attached_class(layer: nn.Module) -> type:
+    cls = type(layer)
+    plain = cls is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor)
+    if (cls, plain) not in _attached_classes:
+        _attached_classes[cls, plain] = type(f"Attached{cls.__name__}", (_AttachedLayer, cls), {"_plain_linear": plain, "__module__": __name__})
+    return _attached_classes[cls, plain]
+
+
+def _carry(layer: nn.Module, shared: Attachment, name: str, position: int) -> None:
+    layer.__dict__[_ATTACHMENT] = (shared, name, position)
+    shared.forms[name], shared.layers[name] = known_forms(layer), layer
+    own = layer.__dict__.get("forward")
+    if own is None:
+        layer.__class__ = _attached_class(layer)
+    else:  # patched in the instance (accelerate's offloading, other libraries): Python calls that one, whatever the class says
+        layer.__dict__[_OWN_FORWARD] = own
+        layer.__dict__["forward"] = lambda x, *args, **kwargs: _forward(layer, own, x, args, kwargs)
+
+
+def _put_back(layer: nn.Module) -> None:
+    layer.__dict__.pop(_ATTACHMENT, None)
+    if isinstance(layer, _AttachedLayer):
+        layer.__class__ = type(layer).__mro__[2]
+    if _OWN_FORWARD in layer.__dict__:
+        layer.__dict__["forward"] = layer.__dict__.pop(_OWN_FORWARD)
 
 
 def attach(model: nn.Module, bank: AdapterBank, scale: float | Sequence[float] | Tensor = 1.0, dropout: float = 0.0) -> nn.Module:
@@ -68,9 +134,11 @@ def attach(model: nn.Module, bank: AdapterBank, scale: float | Sequence[float] |
 
     In place: the class of each layer is swapped for a subclass, its parameters and state_dict keys stay. Freezes every parameter of the model
     (`detach` gives their requires_grad back); the bank's factors are trained. A bank of one client needs no `client_segments`.
-    Returns `model`. `ValueError` when a module is missing, has other widths, is on another device, or a bank is attached already.
+    Returns `model`. `ValueError` by the name of the module, and nothing is attached, when one is missing, has other widths, is on another device, is no
+    linear layer (an embedding, a router that returns several tensors) or has a weight that the model reads past the layer (Mamba's `out_proj`); or
+    when a bank is attached already.
     """
-    if any(_ATTACHMENT in module.__dict__ for module in model.modules()):
+    if attachment(model) is not None:
         raise ValueError("model: a bank is attached already; call detach(model) first")
     modules = dict(model.named_modules())
     for name, shape in bank.shapes.items():
@@ -79,16 +147,34 @@ def attach(model: nn.Module, bank: AdapterBank, scale: float | Sequence[float] |
         found = linear_shape(modules[name])
         if found is not None and found != shape:
             raise ValueError(f"bank: expected (out, in) = {found} for module {name!r} as in the model, got {shape}")
-    parameter = next(model.parameters(), None)
-    if parameter is not None and parameter.device != bank.device:
-        raise ValueError(f"bank: expected device {parameter.device} as the model, got {bank.device}")
+        reason = _why_not(modules[name], modules.get(name.rpartition(".")[0]))
+        if reason is not None:
+            raise ValueError(f"bank: module {name!r} {reason}; leave it out")
+        for parameter in modules[name].parameters(recurse=False):
+            if parameter.device not in (bank.device, torch.device("meta")):
+                raise ValueError(f"bank: expected device {parameter.device} of module {name!r} as the model, got {bank.device}")
+    parameter = next((p for p in model.parameters() if p.device.type != "meta"), None)
+    if bank.device.type == "meta" or (parameter is not None and parameter.device != bank.device and not hasattr(model, "hf_device_map")):
+        raise ValueError(f"bank: expected device {'that holds data' if parameter is None else parameter.device} as the model, got {bank.device}")
+    for name, module in modules.items():
+        if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"model: bitsandbytes has packed the weight of {name!r} for inference, gradients do not pass; load the model anew and attach first"
+            )
     shared = Attachment(bank, scale, dropout)
     shared.base_requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    try:
+        for position, name in enumerate(bank.shapes):
+            _carry(modules[name], shared, name, position)
+    except BaseException:
+        for name in bank.shapes:
+            _put_back(modules[name])
+        raise
     model.requires_grad_(False)
-    for position, name in enumerate(bank.shapes):
-        layer = modules[name]
-        layer.__dict__[_ATTACHMENT] = (shared, name, position)
-        layer.__class__ = _attached_class(type(layer))
+    for module in modules.values():
+        if getattr(module, _PACKS, False):  # bitsandbytes, 4-bit, in eval mode on a CPU
+            module.__dict__[_PACKS] = False
+            shared.unpacked.append(module)
     return model
 
 
@@ -99,11 +185,31 @@ def detach(model: nn.Module) -> nn.Module:
         raise ValueError("model: no bank is attached; call attach(model, bank) first")
     for module in model.modules():
         if _ATTACHMENT in module.__dict__:
-            module.__class__ = type(module).__mro__[2]
-            del module.__dict__[_ATTACHMENT]
+            _put_back(module)
+    for module in shared.unpacked:
+        module.__dict__[_PACKS] = True
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(shared.base_requires_grad.get(name, parameter.requires_grad))
     return model
+
+
+def _why_not(layer: nn.Module, parent: nn.Module | None) -> str | None:
+    """Why a layer cannot carry adapters; None where it can."""
+    kind = type(layer)
+    if isinstance(layer, (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+        return f"is a {kind.__name__}, no linear layer"
+    past = hasattr(parent, "A_log") and any(layer is getattr(parent, name, None) for name in _PAST)
+    if past or isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return f"is the {kind.__name__} of a {type(parent).__name__}, which reads its weight past the layer, where no adapter takes part"
+    if isinstance(layer, nn.Linear) and kind.__module__.partition(".")[0] not in ("torch", "bitsandbytes") and "forward" not in layer.__dict__:
+        try:
+            with torch.no_grad():
+                out = kind.forward(layer, torch.zeros(1, 1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device))
+        except Exception:  # asks for more than an input
+            return None
+        if not isinstance(out, Tensor):
+            return f"is a {kind.__name__}, which returns a {type(out).__name__} (a router?), no tensor that adapters can be added to"
+    return None
 
 
 def attachment(model: nn.Module) -> Attachment | None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from threading import get_ident
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from hetlora_kernels.peft.attached import attachment
-from hetlora_kernels.peft.batch import Batch, check_step, client_table
+from hetlora_kernels.peft.attached import Attachment, attachment
+from hetlora_kernels.peft.batch import Batch, check_step, client_rows, client_table, known_forms
+from hetlora_kernels.peft.calls import Checkpointing, Holder, ModelCalls, holding
 from hetlora_kernels.peft.fused import BASE, AdapterBatch, FusedLayer
+from hetlora_kernels.peft.training import Training, all_known
 
 
 @contextmanager
@@ -21,51 +25,85 @@ def client_segments(
     seeds: Tensor | None = None,
     step: int | Tensor = 0,
     sequence_index: Tensor | None = None,
+    rows: Mapping[str, Any] | None = None,
 ) -> Iterator[Tensor]:
     """Name the client of each sequence (or token) of the batch; spans forward and backward. Yields the clients as int64, [batch] or [batch, seq].
 
     model: one that carries a bank (`attach`), or a PEFT model whose LoRA layers are fused (`fuse`, `enable`). There the K clients are its adapters, in the
     order they were added, active or not: each row gets its own adapter and no other, in training as in inference. Which of them train is, as
     ever, their parameters' requires_grad (`model.base_model.set_adapter([...])` sets it). An adapter that owns no row gets no gradient.
-    ids: [batch] or [batch, seq], -1 = base only, any order; for a PEFT model also adapter names, "__base__" = base only.
+    ids: [batch] or [batch, seq], -1 = base only, any order; for a PEFT model also adapter names, "__base__" = base only. Where transformers' `generate` repeats
+    the batch (beams, several answers), those before or after the repetition.
     seeds: int64 [K], one dropout seed per client; every layer and step mixes its own from them. None: drawn from torch's generator.
     step: the step's number, an integer or int64 [K].
     sequence_index: int64 [batch], each sequence's index in its client's step batch; default its position among the client's sequences here.
     Micro-batches of one step pass it, so that a row's mask does not depend on the split.
+    rows: {part of the model: clients of the rows of its layers' inputs}, for parts whose inputs are no rows of the sequences, as a vision tower's patches.
+    A part is a module's dotted name or words in a row of it ("visual"); of several that fit a layer the longest counts. The clients have the input's leading
+    shape, or are a list of all its rows.
+
+    Rows that the model moves about (routed tokens, flattened, sequence-first, pooled) are followed from its inputs to each layer. `ValueError` by the name
+    of the layer where that is not possible for certain.
 
     `ValueError` where neither is there, and for a PEFT model with adapters in a layer that is not fused or with `modules_to_save`: these know one adapter
     for the whole batch. `RuntimeError` from a layer whose adapter is a variant (DoRA, ...) or merged.
     """
     shared = attachment(model)
-    layers = [] if shared is not None else [module for module in model.modules() if isinstance(module, FusedLayer)]
+    _check_alone(model, shared)
+    layers = {} if shared is not None else {name: module for name, module in model.named_modules() if isinstance(module, FusedLayer)}
     if shared is None and not layers:
         raise ValueError("model: no bank is attached and no PEFT layer is fused; call attach(model, bank) or fuse(model) first")
-    names = _adapters(model, layers) if shared is None else []
+    names = _adapters(model, list(layers.values())) if shared is None else []
     clients = len(names) if shared is None else shared.bank.num_clients
     table = client_table(_numbers(ids, names), clients)
+    given = {part: client_rows(part, _numbers(own, names), clients) for part, own in (rows or {}).items()}
+    if seeds is not None and not isinstance(seeds, Tensor):
+        raise TypeError(f"seeds: expected an int64 tensor of shape ({clients},), got a {type(seeds).__name__}")
     if seeds is not None and (seeds.dtype != torch.int64 or tuple(seeds.shape) != (clients,)):
         raise ValueError(f"seeds: expected an int64 tensor of shape ({clients},), got {seeds.dtype} {tuple(seeds.shape)}")
     check_step(step, clients)
     if sequence_index is not None and (sequence_index.dtype != torch.int64 or tuple(sequence_index.shape) != (table.shape[0],)):
         got = f"{sequence_index.dtype} {tuple(sequence_index.shape)}"
         raise ValueError(f"sequence_index: expected an int64 tensor of shape ({table.shape[0]},), one per sequence, got {got}")
+    forms = shared.forms if shared is not None else {name: known_forms(layer) for name, layer in layers.items()}
+    for part in given:
+        if not any(f".{part}." in f".{name}." for name in forms):
+            raise ValueError(f"rows: no adapted layer is in a part {part!r} of the model")
+    batch: Batch
     if shared is not None:
-        before, shared.batch = shared.batch, Batch(clients, table, sequence_index, None if seeds is None else seeds.to(shared.bank.device), step)
-        try:
-            yield table
-        finally:
-            shared.batch = before
-        return
-    _check_all_fused(model)
-    outer = [layer._hetlora_batch for layer in layers]
-    batch = AdapterBatch(names, table, sequence_index, seeds, step)
+        own_seeds = None if seeds is None else seeds.to(shared.bank.device)
+        batch = Batch(clients, table, sequence_index, own_seeds, step, given, forms)
+        everything: list[Holder] = [(shared, "batch", batch)]
+    else:
+        _check_all_fused(model)
+        batch = AdapterBatch(names, table, sequence_index, seeds, step, given, forms)
+        everything = [(layer, "_hetlora_batch", (batch, position)) for position, layer in enumerate(layers.values())]
+    modules = list(model.modules()) if shared is None else shared.modules_of(model)
+
+    def current() -> Batch | None:
+        if shared is not None:
+            return shared.batch
+        given = next(iter(layers.values()))._hetlora_batch
+        return None if given is None else given[0]
+
+    calls = ModelCalls(model, modules, batch, layers if shared is None else shared.layers, current)
+    owners = ["the bank"] if shared is not None else [f"adapter {name!r}" for name in cast(AdapterBatch, batch).names]
+    training = Training(model, _factors(batch, shared, layers)) if torch.is_grad_enabled() and not all_known(model, owners) else None
+
+    def inside(module: nn.Module) -> list[Holder]:
+        members = set(module.modules())
+        return everything if shared is not None else [holder for holder in everything if holder[0] in members]
+
     try:
-        for position, layer in enumerate(layers):
-            layer._hetlora_batch = (batch, position)
-        yield table
+        with _of_this_thread(shared or next(iter(layers.values()))), holding(everything), calls, Checkpointing(modules, calls, inside):
+            yield table
+        if training is not None:
+            training.tell(batch.ran)
     finally:
-        for layer, own in zip(layers, outer, strict=True):
-            layer._hetlora_batch = own
+        if shared is not None:
+            shared.left = True
+        for layer in layers.values():
+            layer._hetlora_left = True
 
 
 def _adapters(model: nn.Module, layers: Sequence[Any]) -> list[str]:
@@ -75,6 +113,45 @@ def _adapters(model: nn.Module, layers: Sequence[Any]) -> list[str]:
         if isinstance(config, dict):
             return list(config)
     return list(dict.fromkeys(name for layer in layers for name in layer.r))
+
+
+_threads: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+
+@contextmanager
+def _of_this_thread(holder: Any) -> Iterator[None]:
+    """`RuntimeError` where another thread is in a block of the same model: each would give the other its rows."""
+    before, here = _threads.get(holder), get_ident()
+    if before not in (None, here):
+        raise RuntimeError("client_segments: another thread is inside a block of this model; give each thread a model of its own")
+    _threads[holder] = here
+    try:
+        yield
+    finally:
+        if before is None:
+            _threads.pop(holder, None)
+
+
+def _check_alone(model: nn.Module, shared: Attachment | None) -> None:
+    """`ValueError` for wrappers that share a model among processes in ways that a batch of several clients does not fit."""
+    kind = type(model).__name__
+    if kind == "DistributedDataParallel" and shared is not None:
+        raise ValueError("model: DistributedDataParallel does not see the factors of an attached bank; average their gradients yourself, or use fuse(model)")
+    if kind == "DistributedDataParallel" and not model.find_unused_parameters:
+        raise ValueError("model: adapters without rows get no gradient; make DistributedDataParallel with find_unused_parameters=True")
+    if kind == "DataParallel" or kind.startswith(("FullyShardedDataParallel", "FSDP")):
+        raise ValueError(f"model: {kind} divides weights or batches past client_segments; use one process and one whole model for each GPU")
+
+
+def _factors(batch: Batch, shared: Attachment | None, layers: Mapping[str, Any]) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(who they are, layer, factor) of what owns rows in the batch."""
+    if shared is not None:
+        for name in shared.bank.shapes:
+            yield from (("the bank", name, factor) for factor in (shared.bank.a[name], shared.bank.bt[name]))
+        return
+    for adapter in cast(AdapterBatch, batch).names:
+        for name, layer in layers.items():
+            yield from ((f"adapter {adapter!r}", name, side[adapter].weight) for side in (layer.lora_A, layer.lora_B) if adapter in side)
 
 
 def _numbers(ids: Any, names: list[str]) -> Any:

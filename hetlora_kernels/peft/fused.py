@@ -7,7 +7,7 @@ patched forward must run). All of it reads attributes; rank layouts and segments
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hetlora_kernels.layout import RankLayout, Segments
 from hetlora_kernels.ops._lists import FLOATS
 from hetlora_kernels.ops.lora import checked_by_the_op, linear_of_one, lora_add, lora_linear
-from hetlora_kernels.peft.batch import Batch
+from hetlora_kernels.peft.batch import Batch, Rows, left_is_over
 
 BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
 _KEPT_BATCHES = 64
@@ -74,15 +74,28 @@ def why_not_linear(base: nn.Module) -> str | None:
 class AdapterBatch(Batch):
     """A batch whose clients are adapters of one PEFT model; only those that own a row are its clients."""
 
-    def __init__(self, names: Sequence[str], ids: Tensor, sequence_index: Tensor | None = None, seeds: Tensor | None = None, step: int | Tensor = 0) -> None:
-        """names: all adapters, that `ids`, `seeds` and a `step` [K] count."""
-        present = [k for k in ids.unique().tolist() if k >= 0]
+    def __init__(
+        self,
+        names: Sequence[str],
+        ids: Tensor,
+        sequence_index: Tensor | None = None,
+        seeds: Tensor | None = None,
+        step: int | Tensor = 0,
+        given: Mapping[str, Tensor] | None = None,
+        forms: dict[str, dict[int, Any]] | None = None,
+    ) -> None:
+        """names: all adapters, that `ids`, `seeds`, `given` and a `step` [K] count."""
+        given = given or {}
+        everyone = torch.cat([ids.reshape(-1).cpu(), *(own.reshape(-1).cpu() for own in given.values())])
+        present = [k for k in everyone.unique().tolist() if k >= 0]
         local = torch.full((len(names) + 1,), -1, dtype=torch.int64)  # the last one serves -1
         local[present] = torch.arange(len(present))
         seeds = None if seeds is None else seeds[present]
         step = step[present] if isinstance(step, Tensor) and step.dim() else step
-        super().__init__(len(present), local[ids.cpu()].to(ids.device), sequence_index, seeds, step)
+        own = {part: local[rows.cpu()].to(rows.device) for part, rows in given.items()}
+        super().__init__(len(present), local[ids.cpu()].to(ids.device), sequence_index, seeds, step, own, forms)
         self.names = tuple(names[k] for k in present)
+        self.layers = tuple(forms) if forms else ("",)  # by position
 
 
 _named: dict[tuple, AdapterBatch] = {}
@@ -109,6 +122,7 @@ class FusedLayer(nn.Module):
     """
 
     _hetlora_batch: tuple[AdapterBatch, int] | None = None  # set inside `client_segments`: the batch, and the layer's position in the model
+    _hetlora_left = False  # whether the last call was inside a `client_segments` block that is over
 
     # PEFT's
     _active_adapter: str | list[str]
@@ -121,6 +135,8 @@ class FusedLayer(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._hetlora_batch is not None:
             return self._mixed(self._hetlora_batch, x, args, kwargs)
+        if self._hetlora_left:
+            self._hetlora_left = left_is_over(True, self._get_name())
         if self._disable_adapters or self.merged_adapters:
             return super().forward(x, *args, **kwargs)
         if kwargs and kwargs.get("adapter_names") is not None:
@@ -231,9 +247,18 @@ class FusedLayer(nn.Module):
             if isinstance(term, str):
                 raise RuntimeError(f"client_segments: {term}; such an adapter cannot share a batch")
         own = cast("list[Term | None]", terms)
-        leading = tuple(x.shape[:-1])
-        out = self._base(x, _bias_rows(own, batch, leading, x.device), args, kwargs)
-        segments = batch.segments(leading)
+        rows = batch.rows(x, batch.layers[position])
+        if batch.follower is None:
+            return self._mixed_rows(own, rows, given, x, args, kwargs)
+        with batch.follower.paused():
+            out = self._mixed_rows(own, rows, given, x, args, kwargs)
+        batch.follower.set(out, rows.entry)
+        return out
+
+    def _mixed_rows(self, own: list[Term | None], rows: Rows, given: tuple[AdapterBatch, int], x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        batch, position = given
+        segments = rows.segments
+        out = self._base(x, _bias_rows(own, rows, x), args, kwargs)
         seeds = batch.layer_seeds(position)
         # Adapters of one dropout go together; the others have rank 0 in that call.
         for p in dict.fromkeys(term[2] for term in own if term is not None):
@@ -248,7 +273,7 @@ class FusedLayer(nn.Module):
         return out if isinstance(out, Tensor) else nn.functional.linear(x, *out)
 
 
-def _bias_rows(terms: list[Term | None], batch: AdapterBatch, leading: tuple[int, ...], device: torch.device) -> Tensor | None:
+def _bias_rows(terms: list[Term | None], rows: Rows, x: Tensor) -> Tensor | None:
     """[*leading, m] scaling * bias of each row's adapter (`lora_bias`), or None where no adapter has one."""
     biases = [None if term is None or term[1].bias is None else term[1].bias * term[3] for term in terms]
     like = next((bias for bias in biases if bias is not None), None)
@@ -256,4 +281,5 @@ def _bias_rows(terms: list[Term | None], batch: AdapterBatch, leading: tuple[int
         return None
     nothing = torch.zeros_like(like)
     table = torch.stack([*(nothing if bias is None else bias for bias in biases), nothing])
-    return table[batch.row_ids(leading).to(device)].view(*leading, -1)
+    assert rows.ids is not None
+    return table[rows.ids.to(x.device)].view(*x.shape[:-1], -1)

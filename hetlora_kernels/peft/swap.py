@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
@@ -47,6 +48,35 @@ class FuseReport:
                 self.fused[name] = "lora_linear" if not_linear is None else f"lora_add: {not_linear}"
                 return
         self.left[name] = str(reason)
+
+
+class _LiveReport(FuseReport):
+    """Of layers that are made while the model is not finished: PEFT freezes the base after it. What runs is looked up when it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: WeakValueDictionary[str, LoraLayer] = WeakValueDictionary()
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("fused", "left"):
+            for layer, made in list(self.__dict__.get("_made", {}).items()):
+                if isinstance(made, FusedLayer):
+                    self._sort(layer, cast(LoraLayer, made), None)
+        return super().__getattribute__(name)
+
+    def _add(self, name: str, layer: LoraLayer, reason: str | None) -> None:
+        self._sort(name, layer, reason)
+        self._made[name] = layer
+
+    def _sort(self, name: str, layer: LoraLayer, reason: str | None) -> None:
+        now = FuseReport()
+        now._add(name, layer, reason)
+        for own, new in ((self.__dict__["fused"], now.fused), (self.__dict__["left"], now.left)):
+            own.pop(name, None)
+            own.update(new)
+
+    def __reduce__(self) -> Any:
+        return FuseReport, (dict(self.fused), dict(self.left))
 
 
 _bitsandbytes: dict[str, type] = {}
@@ -126,7 +156,7 @@ class _Registration:
     """What PEFT calls to make the LoRA layer of a module: its own layer, then the fused class."""
 
     def __init__(self, config: LoraConfig) -> None:
-        self.config, self.report = config, FuseReport()
+        self.config, self.report = config, _LiveReport()
 
     def __call__(self, target: nn.Module, adapter_name: str, config: LoraConfig | None = None, **kwargs: Any) -> nn.Module:
         config = self.config if config is None else config  # PEFT before 0.18 passes none
@@ -138,8 +168,9 @@ class _Registration:
             config._custom_modules = registered
         name = kwargs.get("target_name") or type(target).__name__
         self.report._add(name, layer, _swap(layer))
-        if name in self.report.left:
-            tell(self.report.left[name])
+        left = self.report.left
+        if name in left:
+            tell(left[name])
         return layer
 
 
@@ -148,8 +179,8 @@ def enable(config: LoraConfig) -> FuseReport:
 
     Uses PEFT's registration of custom layers on this one config; nothing of it is saved with the adapter. Layers that cannot be fused are PEFT's own.
 
-    Returns a report that fills as layers are made: print it after `get_peft_model`. A warning says once for each reason what is left. `TypeError` where
-    `config` is not a `LoraConfig`.
+    Returns a report that fills as layers are made and says what runs when it is asked: print it after `get_peft_model`. A warning says once for each reason
+    what is left. `TypeError` where `config` is not a `LoraConfig`.
     """
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config: expected a peft.LoraConfig, got {type(config).__name__}")

@@ -11,8 +11,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from synthetic_run import write_checkpoint, write_run
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from hetlora import export
 from hetlora.checkpoint import write_adapter
 from hetlora.config import ConfigError
 from hetlora.export import export_adapter
@@ -153,3 +154,63 @@ def test_folders_without_a_run_or_an_adapter(run, tmp_path):
     weights.unlink()
     with pytest.raises(ConfigError, match=f"missing; .*--resume --output {run}"):
         export_adapter(run, tmp_path / "out")
+
+
+# ---------------------------------------------------------------- loads as what was trained
+
+
+@pytest.mark.parametrize("ranks", [{"lin": 8, "block.lin": 4}, {"lin": 4, "block.lin": 8}])
+def test_a_rank_is_of_one_module_only(ranks, tmp_path):
+    """One module's full name is the end of the other's."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.block = torch.nn.Linear(6, 6), torch.nn.ModuleDict({"lin": torch.nn.Linear(6, 6)})
+
+        def prepare_inputs_for_generation(self):
+            """PEFT's causal models have one."""
+
+    tensors = {f"base_model.model.{name}.lora_A.weight": torch.randn(rank, 6) for name, rank in ranks.items()}
+    tensors |= {f"base_model.model.{name}.lora_B.weight": torch.randn(6, rank) for name, rank in ranks.items()}
+    write_adapter(tmp_path, tensors, 2.0, "tiny")
+    loaded = PeftModel.from_pretrained(Model(), tmp_path)
+    found = {name.removeprefix("base_model.model."): m for name, m in loaded.named_modules() if hasattr(m, "lora_A")}
+    assert {name: (m.r["default"], m.scaling["default"]) for name, m in found.items()} == {name: (rank, 2.0) for name, rank in ranks.items()}
+    assert all(torch.equal(m.lora_A["default"].weight, tensors[f"base_model.model.{name}.lora_A.weight"]) for name, m in found.items())
+
+
+def deepseek(folder: Path) -> DeepseekV3ForCausalLM:
+    """Of a model type whose experts' names PEFT rewrites on loading."""
+    attention = {"num_attention_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 24, "first_k_dense_replace": 1}
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **attention, **experts, n_shared_experts=1))
+    model.config.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("kinds", [("o_proj", "q_a_proj"), ("o_proj", "down_proj", "gate_proj")])
+def test_what_peft_would_load_otherwise_is_refused(kinds, run, tmp_path):
+    model = deepseek(tmp_path / "base")
+    layers = {name: m for name, m in model.named_modules() if name.endswith(kinds)}
+    tensors = {f"base_model.model.{name}.lora_A.weight": torch.randn(3, m.in_features) for name, m in layers.items()}
+    tensors |= {f"base_model.model.{name}.lora_B.weight": torch.randn(m.out_features, 3) for name, m in layers.items()}
+    write_adapter(run / "adapter", tensors, SCALE, str(tmp_path / "base"))
+    if "down_proj" not in kinds:
+        assert (export_adapter(run, tmp_path / "out") / "adapter_model.safetensors").is_file()
+        return
+    with pytest.raises(ConfigError, match=r"^export: the adapter does not load as it was trained on a model of type 'deepseek_v3': .*mlp.*--target-modules"):
+        export_adapter(run, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_what_was_written_is_read_again(run, tmp_path, monkeypatch):
+    def spoilt(folder, tensors, scale, model):
+        key = next(iter(tensors))
+        write_adapter(folder, {**tensors, key: tensors[key] + 1}, scale, model)
+
+    monkeypatch.setattr(export, "write_adapter", spoilt)
+    with pytest.raises(ConfigError, match="reads back as something else"):
+        export_adapter(run, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())

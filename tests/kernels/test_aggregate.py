@@ -91,9 +91,38 @@ def test_an_owned_row_without_weight_is_zero_not_kept(normalize, device):
     assert out.tolist() == [[1, 1], [1, 1], [0, 0], [7, 7]]
 
 
-def test_opposite_weights_leave_owners_at_zero(device):
-    out = hk.aggregate(torch.ones(2, 3, device=device), hk.RankLayout([1, 1]), [1.0, -1.0], 1, normalize="owners")
+def test_weights_of_zero_leave_owners_at_zero(device):
+    out = hk.aggregate(torch.ones(2, 3, device=device), hk.RankLayout([1, 1]), [0.0, 0.0], 1, normalize="owners")
     assert out.tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf"), 1e300])
+def test_weights_are_finite_and_not_negative(bad, device):
+    rows, layout = torch.ones(2, 3, device=device), hk.RankLayout([1, 1])
+    for weights in ([1.0, bad], torch.tensor([[1.0], [bad]], dtype=torch.float64, device=device)):
+        with pytest.raises(ValueError, match=r"^weights: expected finite numbers >= 0, got (-1|nan|inf)"):
+            hk.aggregate([rows], layout, weights, 1)
+    sums = hk.Accumulator([rows], 1)
+    sums.add([rows[:1]], 2.0)
+    before = sums.result()[0].clone()
+    for weight in (bad, torch.tensor([bad], dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"^weights: expected finite numbers >= 0"):
+            sums.add([rows[:1]], weight)
+    assert sums.count == 1 and torch.equal(sums.result()[0], before)
+
+
+def test_out_apart_from_what_is_read(device):
+    """`out` over the uploads or over `keep`, in part or whole, is refused; beside them in one buffer it is written."""
+    buffer, layout = torch.zeros(9, 4, device=device), hk.RankLayout([2, 1])
+    buffer[:5] = torch.randn(5, 4)
+    rows, keep = buffer[:3], buffer[3:5]
+    expected = hk.aggregate(rows.clone(), layout, [1.0, 2.0], 2, keep=keep.clone())
+    for at in (0, 2, 3, 4):
+        with pytest.raises(ValueError, match=r"^out\[0\]: expected memory of its own"):
+            hk.aggregate(rows, layout, [1.0, 2.0], 2, keep=keep, out=buffer[at : at + 2])
+    with pytest.raises(ValueError, match=r"^out\[\d\]: expected memory of its own"):
+        hk.aggregate([rows, rows], layout, [1.0, 2.0], 2, out=[buffer[5:7], buffer[6:8]])
+    assert torch.equal(hk.aggregate(rows, layout, [1.0, 2.0], 2, keep=keep, out=buffer[5:7]), expected)
 
 
 @pytest.mark.parametrize("clients", [0, 1])

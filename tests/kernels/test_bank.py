@@ -232,6 +232,50 @@ def test_load_adapter_is_strict_and_writes_all_or_nothing(spoil, text, device):
     assert same_factors([p.detach() for p in bank.parameters()], before)
 
 
+UP = "base_model.model.mlp.up.lora_B.weight"  # of the last module: what comes before it must not be written either
+NOT_FACTORS = {
+    "complex": lambda t: t + 1j,
+    "int64": lambda t: t.long(),
+    "bool": lambda t: t > 0,
+    "float8": lambda t: t.to(torch.float8_e4m3fn),
+    "sparse": lambda t: t.to_sparse(),
+    "meta": lambda t: t.to("meta"),
+    "quantised": lambda t: torch.quantize_per_tensor(t.cpu(), 0.1, 0, torch.qint8),
+    "no tensor": lambda t: t.tolist(),
+    "nan": lambda t: torch.where(t == t.reshape(-1)[0], float("nan"), t),
+    "infinite": lambda t: torch.where(t == t.reshape(-1)[0], float("-inf"), t),
+    "too large": lambda t: t.double() * 1e300,
+}
+
+
+@pytest.mark.parametrize("kind", NOT_FACTORS)
+@pytest.mark.filterwarnings("ignore")
+def test_load_adapter_takes_finite_real_numbers_only(kind, device):
+    bank, state = filled(device=device), filled(seed=1, device=device).adapter(0)
+    before = [p.detach().clone() for p in bank.parameters()]
+    state[UP] = NOT_FACTORS[kind](state[UP] + 1)
+    with pytest.raises((ValueError, TypeError), match=rf"^state_dict: expected .* for {UP}, got"):
+        bank.load_adapter(0, state)
+    assert same_factors([p.detach() for p in bank.parameters()], before)
+    if kind in ("complex", "int64", "meta", "sparse"):
+        packed = filled(seed=1, device=device).state_dict()
+        packed["bt.mlp.up"] = NOT_FACTORS[kind](packed["bt.mlp.up"])
+        with pytest.raises(TypeError, match=r"^state_dict: expected .* for bt\.mlp\.up, got"):
+            bank.load_state_dict(packed)
+        assert same_factors([p.detach() for p in bank.parameters()], before)
+
+
+def test_an_adapter_is_a_copy(device):
+    """Of every rank, 1 among them, whose B transposed is contiguous as it is."""
+    bank = hk.AdapterBank({"q": (6, 25)}, [1, 2, 4], device=device)
+    taken = [bank.adapter(k) for k in range(3)]
+    before = [{key: value.clone() for key, value in own.items()} for own in taken]
+    for parameter in bank.parameters():
+        parameter.data.add_(1.0)
+    for own, old in zip(taken, before, strict=True):
+        assert all(torch.equal(own[key], old[key]) and own[key].is_contiguous() for key in old)
+
+
 def test_state_dict_round_trip(device):
     bank, other = filled(device=device), filled(seed=1, device=device)
     assert list(bank.state_dict()) == ["a.q", "a.mlp.up", "bt.q", "bt.mlp.up"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -137,3 +140,14 @@ def test_a_plain_scale_keeps_all_its_digits_in_float64():
     scale = 8 / 3
     assert RankLayout([2, 3]).scales(scale, torch.device("cpu"), torch.float64).tolist() == [scale, scale]
     assert RankLayout([2, 3]).scales([scale, 0.1], torch.device("cpu"), torch.float64).tolist() == [scale, 0.1]
+
+
+def test_a_layout_does_not_change():
+    layout = RankLayout([4, 0, 2])
+    for name in ("ranks", "offsets", "total", "max_rank", "num_clients", "other"):
+        with pytest.raises(AttributeError, match=r"RankLayout does not change|has no setter"):
+            setattr(layout, name, (1,))
+        with pytest.raises(AttributeError):
+            delattr(layout, name)
+    assert layout.ranks == (4, 0, 2) and layout.offsets == (0, 4, 4, 6) and {layout: 1}[RankLayout([4, 0, 2])] == 1
+    assert copy.deepcopy(layout) == layout == pickle.loads(pickle.dumps(layout))

@@ -102,3 +102,19 @@ BAD = [
 def test_errors(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+@pytest.mark.parametrize(("ranks", "width"), [([2, 6], 5000), ([1, 3], 4)])
+@pytest.mark.parametrize("dense", [False, True])
+def test_out_over_the_bank_is_refused(ranks, width, dense, device):
+    """The rows that are read must not be those that are written, whatever the size; rows beside them in one buffer may be."""
+    layout, high = hk.RankLayout(ranks), max(ranks)
+    size = (len(ranks), high, width) if dense else (sum(ranks), width)
+    count = len(ranks) * high if dense else sum(ranks)
+    buffer = torch.randn(high + count + 1, width, device=device)
+    bank = buffer[:high]
+    expected = hk.truncate(bank.clone(), layout, dense=dense)
+    for at in (0, 1, high - 1):
+        with pytest.raises(ValueError, match=r"^out\[0\]: expected memory of its own"):
+            hk.truncate(bank, layout, dense=dense, out=buffer[at : at + count].view(size))
+    assert torch.equal(hk.truncate(bank, layout, dense=dense, out=buffer[high : high + count].view(size)), expected)

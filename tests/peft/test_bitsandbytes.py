@@ -6,18 +6,20 @@ import copy
 
 import pytest
 import torch
-from model_cases import tiny_llama, token_batch
+from model_cases import VOCAB, tiny_llama, token_batch
 from peft import LoraConfig, get_peft_model
 from peft_cases import TARGETS, filled, outcome
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from hetlora_kernels.peft import client_segments, enable, fuse, unfuse
+import hetlora_kernels as hk
+from hetlora_kernels.peft import attach, client_losses, client_segments, detach, enable, fuse, unfuse
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: quantised bases are not tested here")
 
 
-def quantised(kind, device, enabled=False):
-    """A tiny Llama whose adapted layers are quantised, with two adapters."""
-    base = tiny_llama(torch.float32, device).requires_grad_(False)
+def quantised_base(kind, device, base=None):
+    """A tiny Llama whose adapted layers are quantised."""
+    base = (tiny_llama(torch.float32, device) if base is None else base).requires_grad_(False)
     for block in base.model.layers:
         for parent, name in ((block.self_attn, "q_proj"), (block.self_attn, "v_proj"), (block.mlp, "down_proj")):
             old = getattr(parent, name)
@@ -29,6 +31,12 @@ def quantised(kind, device, enabled=False):
                 new.weight = bnb.nn.Int8Params(old.weight.data, requires_grad=False, has_fp16_weights=False)
             setattr(parent, name, new.to(device))
     setattr(base, f"is_loaded_in_{kind}", True)
+    return base
+
+
+def quantised(kind, device, enabled=False):
+    """The same with two adapters."""
+    base = quantised_base(kind, device)
     config = LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS)
     report = enable(config) if enabled else None
     model = get_peft_model(base, config)
@@ -65,3 +73,44 @@ def test_a_quantised_base_keeps_its_product(kind, enabled, calls, device):
     # An 8-bit base rounds its input to integers, so that a last bit may become a step: as much as 8 bits give.
     error = float((mixed - torch.stack(alone)).norm() / mixed.norm())
     assert error < (1e-4 if kind == "4bit" else 2**-8)
+
+
+def wide_llama():
+    """Widths of 64: what bitsandbytes packs for inference on a CPU."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, use_cache=False, **sizes)).float()
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_a_bank_trains_on_a_base_in_eval_mode(kind, device):
+    """Gradients of a bank after an evaluation, the base in eval mode, are stock PEFT's in training mode: nothing was packed for inference."""
+    base, tokens = quantised_base(kind, device, wide_llama()), token_batch(3, 7, device)
+    stock = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS))
+    filled(stock).train()
+    logits = stock(tokens).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    expected = {name.removeprefix("base_model.model.").replace(".default", ""): p.grad for name, p in stock.named_parameters() if p.grad is not None}
+    shapes = {name: (m.out_features, m.in_features) for name, m in base.named_modules() if name.endswith(tuple(TARGETS))}
+    bank = hk.AdapterBank(shapes, ranks=[4], device=device)
+    bank.load_adapter(0, {key.replace(".default", ""): p.detach() for key, p in stock.state_dict().items() if "lora_" in key})
+    attach(base.eval(), bank)
+    with torch.no_grad():
+        base(tokens)
+    with client_segments(base, [0, 0, 0]):
+        client_losses(base.eval()(tokens).logits, tokens, [0, 0, 0], 1).sum().backward()
+    for name in shapes:
+        for mine, theirs in ((bank.a[name].grad, expected[f"{name}.lora_A.weight"]), (bank.bt[name].grad.t(), expected[f"{name}.lora_B.weight"])):
+            assert float((mine - theirs).norm() / theirs.norm()) < (1e-4 if kind == "4bit" else 2**-5), name
+    detach(base)
+
+
+def test_a_base_that_was_packed_for_inference_is_refused(device):
+    base = quantised_base("4bit", device, wide_llama()).eval()
+    with torch.no_grad():
+        base(token_batch(2, 5, device))
+    if not base.model.layers[0].self_attn.q_proj.weight.quant_state.__dict__.get("packing_format_for_cpu"):
+        pytest.skip("bitsandbytes packs 4-bit weights on a CPU with AVX512-BF16 only")
+    bank = hk.AdapterBank({"model.layers.1.self_attn.v_proj": (32, 64)}, ranks=[4], device=device)
+    with pytest.raises(ValueError, match=r"^model: bitsandbytes has packed .*q_proj' for inference"):
+        attach(base, bank)

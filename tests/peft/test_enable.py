@@ -98,3 +98,11 @@ def test_peft_is_loaded_at_first_use_only():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         hetlora_kernels.peft.nothing  # noqa: B018
     assert torch.is_tensor(hetlora_kernels.peft.layer_seeds(torch.tensor([1]), 0, 0))
+
+
+def test_the_report_says_what_runs_once_the_base_is_frozen(device):
+    """PEFT freezes the base after the layers are made; a hook that comes later shows too."""
+    model, report, _ = enabled_model(tiny_llama(device=device), target_modules=["q_proj"])
+    assert set(report.fused.values()) == {"lora_linear"} and "lora_linear: 2" in str(report)
+    model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.register_forward_hook(lambda module, args, out: None)
+    assert sorted(report.fused.values()) == ["lora_add: the base layer has hooks or a patched forward", "lora_linear"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -232,6 +233,8 @@ BAD = [
     ({"ids": ["b", "nobody"]}, ValueError, r"^ids: expected one of the adapters \['default', 'b', 'c'\] or '__base__', got 'nobody'"),
     ({"ids": [0, 3]}, ValueError, r"^ids: expected -1 \(base only\) or a client below 3"),
     ({"ids": [0.5, 1]}, TypeError, "^ids: expected integers"),
+    ({"ids": None}, TypeError, "^ids: expected the client of each sequence.*got None"),
+    ({"ids": [0, 1], "seeds": [1, 2, 3]}, TypeError, r"^seeds: expected an int64 tensor of shape \(3,\), got a list"),
     ({"ids": [0, 1], "seeds": torch.zeros(2, dtype=torch.int64)}, ValueError, r"^seeds: .*\(3,\)"),
     ({"ids": [0, 1], "step": torch.zeros(2, dtype=torch.int64)}, ValueError, r"^step: "),
     ({"ids": [0, 1], "sequence_index": torch.zeros(3, dtype=torch.int64)}, ValueError, r"^sequence_index: "),
@@ -274,3 +277,56 @@ def test_models_that_cannot_share_a_batch(device):
     merged.merge_adapter(["b"])
     with pytest.raises(RuntimeError, match=r"adapters \['b'\] are merged"), client_segments(merged, ["b", "c"]):
         merged(token_batch(2, 5, device))
+
+
+def test_a_block_is_one_threads(device):
+    model, tokens, told = several_adapters(device), token_batch(2, 5, device), []
+    fuse(model)
+
+    def other():
+        try:
+            with client_segments(model, [0, 1]):
+                model(tokens)
+        except RuntimeError as error:
+            told.append(str(error))
+
+    with client_segments(model, [1, 0]):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        with client_segments(model, [1, 1]):  # within one thread they may be nested
+            model(tokens)
+    assert told == ["client_segments: another thread is inside a block of this model; give each thread a model of its own"]
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert len(told) == 1
+
+
+def test_wrappers_that_divide_a_model(device):
+    model = several_adapters(device)
+    fuse(model)
+
+    class DistributedDataParallel(nn.Module):
+        find_unused_parameters = False
+
+        def __init__(self):
+            super().__init__()
+            self.module = model
+
+        def forward(self, *args, **kwargs):
+            return self.module(*args, **kwargs)
+
+    class FSDPLlama(DistributedDataParallel):
+        pass
+
+    wrapped, tokens = DistributedDataParallel(), token_batch(2, 5, device)
+    with pytest.raises(ValueError, match=r"^model: .*find_unused_parameters=True"), client_segments(wrapped, [0, 1]):
+        pass
+    with pytest.raises(ValueError, match=r"^model: FSDPLlama divides weights"), client_segments(FSDPLlama(), [0, 1]):
+        pass
+    wrapped.find_unused_parameters = True
+    with client_segments(wrapped, [0, 1]):
+        out = wrapped(tokens).logits
+    with client_segments(model, [0, 1]):
+        torch.testing.assert_close(out, model(tokens).logits, **TIGHT)

@@ -1,0 +1,344 @@
+"""What torch functions do to the owners of their tensors: a rule for each kind of function, (entry of a tensor, func, out, args, kwargs) -> entry of out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hetlora_kernels.peft.owners import LOST, NOBODY, Entry, Look, Owners, aligned, compact, join, plainer, reshaped, tensors
+from hetlora_kernels.peft.writes import masked_scatter, widths, write, write_along
+
+
+def _dims(given: Any, count: int) -> list[int]:
+    given = range(count) if given is None else [given] if isinstance(given, int) else given
+    return [dim % count for dim in given]
+
+
+def _pointwise(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    return join([look(tensor) for tensor in tensors((*args, *kwargs.values()))], out.dim())
+
+
+def _overwrite(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    return join([look(args[1])], out.dim())
+
+
+def _nothing(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    return None
+
+
+def _shape(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    own = look(args[0])
+    if not isinstance(own, Owners):
+        return own
+    return own.like(reshaped(own.table, args[0].shape, out.shape))
+
+
+def _view(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Any:
+    """Functions that only choose among elements by position."""
+    own = look(args[0])
+    if not isinstance(own, Owners):
+        return own
+    moved = func(own.table.expand(args[0].shape), *args[1:], **kwargs)
+    if isinstance(moved, Tensor):
+        return own.like(compact(moved) if moved._is_view() else plainer(moved))
+    return [own.like(compact(part)) for part in moved]
+
+
+def _along(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    """Functions that mix elements along `dim` and keep the shape up to the size of that dimension."""
+    own = look(args[0])
+    dim = kwargs.get("dim", args[1] if len(args) > 1 and isinstance(args[1], int) else -1)
+    if not isinstance(own, Owners):
+        return own
+    return LOST if own.varies(dim) else own
+
+
+def _top(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    own = look(args[0])
+    dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
+    return own if not isinstance(own, Owners) or not own.varies(dim) else LOST
+
+
+def _reduce(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    own = look(args[0])
+    if not isinstance(own, Owners):
+        return own
+    at = 2 if func.__name__ == "norm" else 1
+    given = kwargs.get("dim", kwargs.get("axis", args[at] if len(args) > at and not isinstance(args[at], (bool, Tensor)) else None))
+    if len(args) > 1 and isinstance(args[1], Tensor):  # maximum of two
+        return _pointwise(look, func, out, args, kwargs)
+    dims = _dims(given, own.table.dim())
+    if any(own.varies(dim) for dim in dims):
+        return LOST
+    first = out if isinstance(out, Tensor) else out[0]
+    table = own.table if first.dim() == own.table.dim() else own.table.reshape([size for dim, size in enumerate(own.table.shape) if dim not in dims])
+    return own.like(table)
+
+
+def _normalised(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    own, shape = look(args[0]), kwargs.get("normalized_shape", args[1] if len(args) > 1 else None)
+    if not isinstance(own, Owners):
+        return own
+    return LOST if any(own.varies(-1 - d) for d in range(len(shape))) else own
+
+
+def _pad(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    own, sizes = look(args[0]), kwargs.get("pad", args[1] if len(args) > 1 else ())
+    if not isinstance(own, Owners):
+        return own
+    return LOST if any(own.varies(-1 - d) for d in range(len(sizes) // 2)) else own
+
+
+def _per_sample(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    """Functions that treat the first dimension sample by sample: convolutions, pooling, group norms."""
+    own = look(args[0] if args else kwargs["input"])
+    first = out if isinstance(out, Tensor) else out[0]
+    if not isinstance(own, Owners) or any(own.varies(d) for d in range(1, own.table.dim())) or first.dim() != own.table.dim():
+        return own if not isinstance(own, Owners) else LOST
+    return own
+
+
+def _linear(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    own = look(args[0])
+    if any(look(other) is not None for other in (*args[1:], *kwargs.values())):
+        return LOST
+    return LOST if isinstance(own, Owners) and own.varies(-1) else own
+
+
+def _grouped(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    """Rows times the weights of their groups."""
+    own = look(args[0])
+    return LOST if isinstance(own, Owners) and own.varies(-1) else own
+
+
+def _product(one: Entry, two: Entry, a: Tensor, b: Tensor, dims: int) -> Entry:
+    """a [..., i, k] times b [..., k, j]."""
+    parts: list[Entry] = []
+    for entry, tensor, inner in ((one, a, -1), (two, b, -2)):
+        if not isinstance(entry, Owners):
+            parts.append(entry)
+        elif tensor.dim() < 2 or entry.varies(inner):
+            return LOST
+        else:
+            parts.append(entry)
+    return join(parts, dims)
+
+
+def _matmul(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    a, b = (args[1], args[0]) if func.__name__ == "__rmatmul__" else args[:2]
+    return _product(look(a), look(b), a, b, out.dim())
+
+
+def _add_product(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    one, two = (kwargs.get(f"batch{at}", kwargs.get(f"mat{at}", args[at] if len(args) > at else None)) for at in (1, 2))
+    return join([look(args[0]), _product(look(one), look(two), one, two, out.dim())], out.dim())
+
+
+def _attention(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    """Rows of a query see the keys of their own sequence only: so all vary in the leading dimensions alone."""
+    given = [tensor for tensor in tensors((*args, *kwargs.values()))]
+    entries = [look(tensor) for tensor in given]
+    if any(isinstance(entry, Owners) and (entry.varies(-1) or entry.varies(-2)) for entry in entries):
+        return LOST
+    return join(entries, out.dim())
+
+
+def _einsum(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    equation, operands = args[0].replace(" ", ""), tensors(args[1:])
+    terms, result = equation.split("->")
+    parts: list[Entry] = []
+    for letters, tensor in zip(terms.split(","), operands, strict=True):
+        own = look(tensor)
+        if isinstance(own, Owners):
+            if "." in equation or any(own.varies(d) and letter not in result for d, letter in enumerate(letters)):
+                return LOST
+            order = [letters.index(letter) for letter in result if letter in letters]
+            kept = own.table.reshape([s for d, s in enumerate(own.table.shape) if d in order]) if len(order) < len(letters) else own.table
+            left = [letter for letter in letters if letter in result]
+            kept = kept.permute([left.index(letter) for letter in result if letter in left])
+            sizes = iter(kept.shape)
+            own = own.like(kept.reshape([next(sizes) if letter in letters else 1 for letter in result]))
+        parts.append(own)
+    return join(parts, out.dim())
+
+
+def _cat(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    tensors, dim = args[0], kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0)) % out.dim()
+    tensors = [tensor for tensor in tensors if tensor.numel()]
+    entries = [look(tensor) for tensor in tensors]
+    if any(entry is LOST for entry in entries):
+        return LOST
+    owners = [entry for entry in entries if isinstance(entry, Owners)]
+    whole = LOST if any(own.varies(dim) for own in owners) else join(entries, out.dim())
+    if whole is not LOST:
+        return whole
+    parts = [(own.table if isinstance(own, Owners) else out.new_full((1,) * out.dim(), NOBODY, dtype=torch.int64)) for own in entries]
+    sizes = [max(part.shape[d] for part in parts) for d in range(out.dim())]
+    table = torch.cat([part.expand([*sizes[:dim], tensor.shape[dim], *sizes[dim + 1 :]]) for part, tensor in zip(parts, tensors, strict=True)], dim)
+    return Owners(table, all(own.fixed for own in owners), all(own.sure for own in owners))
+
+
+def _stack(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % out.dim()
+    parts: list[Entry] = [own.like(own.table.unsqueeze(dim)) if isinstance(own := look(tensor), Owners) else own for tensor in args[0]]
+    return join(parts, out.dim())
+
+
+def _embedding(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    own = next((look(tensor) for tensor in tensors((*args, *kwargs.values())) if not tensor.is_floating_point()), LOST)
+    return own.like(own.table.unsqueeze(-1)) if isinstance(own, Owners) else own
+
+
+def _repeat(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    own = look(args[0])
+    if not isinstance(own, Owners):
+        return own
+    sizes = list(args[1]) if isinstance(args[1], (tuple, list)) else list(args[1:])
+    table = aligned(own.table, out.dim())
+    return own.like(table.repeat([times if size > 1 else 1 for times, size in zip(sizes, table.shape, strict=True)]))
+
+
+def _repeat_interleave(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    own, dim = look(args[0]), kwargs.get("dim", args[2] if len(args) > 2 else None)
+    if not isinstance(own, Owners):
+        return own
+    if dim is None:
+        return LOST
+    by_data = isinstance(kwargs.get("repeats", args[1] if len(args) > 1 else None), Tensor)
+    if not own.varies(dim):
+        return own
+    own = own.like(own.table, not by_data)
+    return own.like(own.table.repeat_interleave(kwargs.get("repeats", args[1] if len(args) > 1 else None), dim=dim))
+
+
+def _chosen(own: Owners, tensor: Tensor, index: Any) -> Owners:
+    """Owners of tensor[index]."""
+    index = index if isinstance(index, tuple) else (index,)
+    by_data, dim, last = False, 0, tensor.dim() - 1
+    taken = widths(index)
+    consumed: set[int] = set()
+    for one, width in zip(index, taken, strict=True):
+        if one is ...:
+            dim += tensor.dim() - sum(taken)
+        consumed |= set(range(dim, dim + width))
+        if isinstance(one, (Tensor, list)):
+            by_data |= any(own.varies(d) for d in range(dim, dim + width))
+        dim += width
+    table = own.table.expand(tensor.shape if last in consumed or own.varies(-1) else (*tensor.shape[:-1], 1))
+    chosen = table[index]
+    return own.like(plainer(chosen) if any(isinstance(one, (Tensor, list)) for one in index) else compact(chosen), not by_data)
+
+
+def _index(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    own = look(args[0])
+    return _chosen(own, args[0], args[1]) if isinstance(own, Owners) else own
+
+
+def _index_select(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    own = look(args[0])
+    dim, index = kwargs.get("dim", args[1] if len(args) > 1 else 0), kwargs.get("index", args[2] if len(args) > 2 else None)
+    if not isinstance(own, Owners) or not own.varies(dim):
+        return own
+    return own.like(own.table.index_select(dim, index), False)
+
+
+def _sorted(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    own, order = look(args[0]), out if isinstance(out, Tensor) else out[1]
+    dim = kwargs.get("dim", args[1] if len(args) > 1 and type(args[1]) is int else -1)
+    if not isinstance(own, Owners) or not own.varies(dim):
+        return own
+    return own.like(plainer(own.table.expand(args[0].shape).gather(dim, order)), False)
+
+
+def _strided(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    """Any other look at the same memory."""
+    own, tensor = look(args[0]), args[0]
+    if not isinstance(own, Owners):
+        return own
+    memory = torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.int64, device=tensor.device).copy_(own.table.expand(tensor.shape))
+    return own.like(plainer(memory.as_strided(out.shape, out.stride(), out.storage_offset() - tensor.storage_offset())))
+
+
+def _transformed(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    """Fourier transforms along `dim`."""
+    own = look(args[0])
+    if not isinstance(own, Owners):
+        return own
+    return LOST if any(own.varies(dim) for dim in _dims(kwargs.get("dim"), own.table.dim())) else own
+
+
+def _multi_head(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Any:
+    """torch's own attention: query, key and value are [length, sequences, n]."""
+    entries = [look(tensor) for tensor in args[:3]]
+    if args[0].dim() != 3 or any(isinstance(entry, Owners) and (entry.varies(0) or entry.varies(2)) for entry in entries):
+        return LOST
+    return [join(entries, 3), LOST]
+
+
+def _gather(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    own, tensor = look(args[0]), args[0]
+    dim, index = kwargs.get("dim", args[1] if len(args) > 1 else 0) % tensor.dim(), kwargs.get("index", args[2] if len(args) > 2 else None)
+    if not isinstance(own, Owners):
+        return own
+    if not own.varies(dim):
+        return own if all(index.shape[d] == tensor.shape[d] for d in range(tensor.dim()) if own.varies(d)) else LOST
+    return own.like(plainer(own.table.expand(tensor.shape).gather(dim, index)), False)
+
+
+_NAMES: dict[Callable[..., Any], str] = {
+    _pointwise: "abs add addcdiv addcmul alpha_dropout and bfloat16 bitwise_and bitwise_not bitwise_or bool ceil celu clamp clamp_max clamp_min clip clone "
+    "contiguous copysign cos cpu cuda detach div double dropout dropout1d dropout2d dropout3d elu eq erf exp expm1 feature_dropout float floor floor_divide "
+    "floordiv fmod ge gelu gt half hardsigmoid hardswish hardtanh int invert isfinite isinf isnan le leaky_relu lerp log log1p log2 logical_and logical_not "
+    "logical_or logical_xor logsigmoid long lt masked_fill maximum minimum mish mod mul nan_to_num native_dropout ne neg or pin_memory pow prelu reciprocal "
+    "relu relu6 remainder round rpow rsqrt rsub selu sigmoid sign silu sin softplus softsign sqrt square sub tanh tanhshrink threshold to true_divide truediv "
+    "type type_as where xor .data .real",
+    _overwrite: "copy",
+    _nothing: "bernoulli empty_like fill full_like new_empty new_full new_ones new_tensor new_zeros normal ones_like rand_like randn_like random uniform zero "
+    "zeros_like",
+    _shape: "_unsafe_view flatten reshape reshape_as unflatten view view_as",
+    _view: "broadcast_to chunk diagonal expand expand_as flip hsplit moveaxis movedim narrow permute roll rot90 select split split_with_sizes squeeze swapaxes "
+    "swapdims t tensor_split tile transpose unbind unfold unsqueeze vsplit .H .T .mT",
+    _along: "cumprod cumsum glu log_softmax logcumsumexp softmax",
+    _sorted: "argsort sort",
+    _strided: "as_strided",
+    _transformed: "fft_fft fft_fft2 fft_fftn fft_ifft fft_irfft fft_rfft fft_rfftn",
+    _multi_head: "multi_head_attention_forward",
+    _pad: "pad",
+    _top: "topk",
+    _reduce: "all amax amin any argmax argmin count_nonzero logsumexp max mean median min norm prod std sum var",
+    _normalised: "layer_norm rms_norm",
+    _per_sample: "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d avg_pool1d avg_pool2d avg_pool3d batch_norm boolean_dispatch conv1d conv2d "
+    "conv3d conv_transpose1d conv_transpose2d conv_transpose3d grid_sample group_norm instance_norm interpolate max_pool1d max_pool2d max_pool3d "
+    "native_multi_head_attention pixel_shuffle pixel_unshuffle transformer_encoder_layer_fwd",
+    _linear: "linear",
+    _grouped: "grouped_mm",
+    _matmul: "bmm matmul mm rmatmul",
+    _add_product: "addmm baddbmm",
+    _attention: "scaled_dot_product_attention",
+    _einsum: "einsum",
+    _cat: "cat concat concatenate",
+    _stack: "stack",
+    _embedding: "embedding one_hot",
+    _repeat: "repeat",
+    _repeat_interleave: "repeat_interleave",
+    _index: "getitem",
+    _index_select: "index_select",
+    _gather: "gather take_along_dim",
+    write: "index_put setitem",
+    write_along: "index_add index_copy scatter scatter_add",
+    masked_scatter: "masked_scatter",
+}
+_RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
+
+
+def rule_of(name: str) -> Callable[..., Any] | None:
+    """The rule of a function, of its in-place form and of its operators (`__add__`, `__radd__`, `__iadd__`)."""
+    if name in _RULES:
+        return _RULES[name]
+    plain = name[2:-2] if name.startswith("__") and name.endswith("__") else name.rstrip("_").lstrip("_")
+    if plain in _RULES:
+        return _RULES[plain]
+    return _RULES.get(plain[1:]) if name.startswith("__") and plain[:1] in ("r", "i") else None

@@ -1,0 +1,376 @@
+"""Whose rows a layer gets: followed through models that move rows about, right where they can be followed, else refused by the layer's name."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import hetlora_kernels as hk
+from hetlora_kernels.peft import SEQUENCE_STRIDE, attach, client_segments, detach
+from hetlora_kernels.peft.batch import known_forms
+
+WIDTH = 8
+
+
+def filled(shapes, ranks, seed=0, device="cpu"):
+    bank = hk.AdapterBank(shapes, ranks, dtype=torch.float64, device=device)
+    g = torch.Generator().manual_seed(seed)
+    for factor in bank.parameters():
+        factor.data.copy_(torch.randn(factor.shape, generator=g, dtype=torch.float64))
+    return bank
+
+
+def linear():
+    return nn.Linear(WIDTH, WIDTH, bias=False)
+
+
+class Model(nn.Module):
+    """`layer`, the adapted one, inside some movement of rows: `way(layer, x)` with x [batch, seq, n]."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.layer, self.way = linear(), way
+
+    def forward(self, x):
+        return self.way(self.layer, x)
+
+
+def order_of(x):
+    """An order of all rows that the data decide, as a router's: [rows] indices."""
+    return x.reshape(-1, WIDTH)[:, 0].argsort()
+
+
+def through_sorted(layer, x):
+    flat, order = x.reshape(-1, WIDTH), order_of(x)
+    out = torch.zeros_like(flat)
+    out[order] = layer(flat[order])
+    return out.view_as(x)
+
+
+def through_index_add(layer, x):
+    flat, order = x.reshape(-1, WIDTH), order_of(x)
+    half = order[: len(order) // 2]  # as many as batch and length may divide
+    return torch.zeros_like(flat).index_add_(0, half, layer(flat.index_select(0, half))).view_as(x)
+
+
+def through_gather(layer, x):
+    flat, order = x.reshape(-1, WIDTH), order_of(x)
+    where = order[:, None].expand(-1, WIDTH)
+    return torch.zeros_like(flat).scatter_(0, where, layer(F.gelu(flat.gather(0, where)))).view_as(x)
+
+
+def through_buffers(layer, x):
+    """Experts with a fixed capacity: [experts, capacity, n], all written."""
+    flat, order = x.reshape(-1, WIDTH), order_of(x)
+    slots = torch.zeros(len(x), len(order) // len(x), WIDTH, dtype=x.dtype, device=x.device)
+    slots[torch.arange(len(order), device=x.device) % len(x), torch.arange(len(order), device=x.device) // len(x)] = flat[order]
+    out = layer(slots).transpose(0, 1).reshape(-1, WIDTH)
+    return torch.empty_like(flat).index_copy_(0, order, out).view_as(x)
+
+
+def mask_of(x):
+    return x[..., 0] > 0
+
+
+def through_mask(layer, x):
+    out = x.clone()
+    out[mask_of(x)] = layer(x[mask_of(x)])
+    return out
+
+
+FOLLOWED = {
+    "batch first": lambda layer, x: layer(x),
+    "sequence first": lambda layer, x: layer(x.transpose(0, 1).contiguous()).transpose(0, 1),
+    "flattened": lambda layer, x: layer(torch.relu(x.reshape(-1, WIDTH))).view_as(x),
+    "flattened sequence first": lambda layer, x: layer(x.transpose(0, 1).reshape(-1, WIDTH)).view(x.shape[1], x.shape[0], WIDTH).transpose(0, 1),
+    "pooled": lambda layer, x: layer(x[:, 0])[:, None] + x,
+    "mean": lambda layer, x: layer(x.mean(1)).unsqueeze(1).expand_as(x),
+    "reversed batch": lambda layer, x: layer(x.flip(0)).flip(0),
+    "heads": lambda layer, x: layer(torch.stack([x, 2 * x], 1)).sum(1),
+    "repeated": lambda layer, x: layer(x.repeat_interleave(2, 0)).view(len(x), 2, *x.shape[1:]).sum(1),
+    "tiled": lambda layer, x: layer(x.repeat(2, 1, 1)).view(2, *x.shape).sum(0),
+    "joined": lambda layer, x: layer(torch.cat([x[1:], x[:1]])).roll(1, 0),
+    "packed": lambda layer, x: torch.stack(layer(torch.cat(list(x))).split(x.shape[1])),
+    "last of each": lambda layer, x: layer(x[torch.arange(len(x)), -1])[:, None] + x,
+    "sorted": through_sorted,
+    "index_add": through_index_add,
+    "gather and scatter": through_gather,
+    "buffers": through_buffers,
+    "mask": through_mask,
+}
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (4, 4), (2, 6), (1, 4)])
+@pytest.mark.parametrize("way", FOLLOWED)
+def test_rows_that_move_keep_their_client(way, shape, device):
+    """Output and gradients are those of each sequence alone, several times over and at another batch size; the order may depend on the data."""
+    torch.manual_seed(0)
+    model = Model(FOLLOWED[way]).double().to(device)
+    bank = filled({"layer": (WIDTH, WIDTH)}, [3, 2], device=device)
+    attach(model, bank)
+    for count, seed in ((shape[0], 0), (shape[0], 1), (shape[0] + 1, 2)):
+        x = torch.randn(count, shape[1], WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(device)
+        ids = [0, 1, 1, 0, 1][:count]
+        alone = [Model(FOLLOWED[way]).double().to(device) for _ in range(2)]
+        for client, single in enumerate(alone):
+            rows = bank.layouts["layer"].rows(client)
+            single.layer.weight.data = model.layer.weight + bank.bt["layer"].detach()[rows].t() @ bank.a["layer"].detach()[rows]
+        bank.a["layer"].grad = None
+        with client_segments(model, ids):
+            out = model(x)
+            out[0].square().sum().backward()  # a loss of client 0 alone
+        if way != "index_add":  # there half of all rows, whosever they are
+            expected = torch.stack([alone[client](x[row : row + 1])[0] for row, client in enumerate(ids)])
+            torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+        else:
+            both = torch.stack([alone[client](x)[row] for row, client in enumerate(ids)])
+            torch.testing.assert_close(out, both, rtol=1e-10, atol=1e-10)
+        assert not bool(bank.a["layer"].grad[bank.layouts["layer"].rows(1)].any())
+
+
+def test_known_layers_are_followed_no_more(device):
+    """What moves in a fixed order is learnt at the first call; what the data move is followed at every call."""
+    for way, known in (("batch first", {2: 0}), ("sequence first", {2: 1}), ("flattened", {1: "flat"}), ("sorted", {})):
+        model = Model(FOLLOWED[way]).double().to(device)
+        attach(model, filled({"layer": (WIDTH, WIDTH)}, [3, 2], device=device))
+        for _ in range(2):
+            with client_segments(model, [0, 1, 1]):
+                model(torch.randn(3, 5, WIDTH, dtype=torch.float64, device=device))
+        assert {key: form for key, form in known_forms(model.layer).items() if key >= 0} == known
+
+
+def half_filled(x):
+    return torch.zeros(len(x), 7, WIDTH, dtype=x.dtype).index_put_((torch.tensor([1, 0]), torch.tensor([2, 3])), x[:2, 0])
+
+
+def put_somewhere(x):
+    return torch.zeros(len(x), 7, WIDTH, dtype=x.dtype).view(-1).put_(torch.arange(WIDTH), x[0, 0]).view(len(x), 7, WIDTH)
+
+
+REFUSED = {
+    "unknown function, then flattened": lambda layer, x: layer(torch.special.i0(x).reshape(-1, WIDTH)),
+    "unknown function, a square": lambda layer, x: layer(torch.special.i0(x[:, : len(x)])),
+    "rows of several sequences added": lambda layer, x: layer(x.sum(0)),
+    "constants beside data": lambda layer, x: layer(torch.cat([torch.zeros(len(x), WIDTH, dtype=x.dtype), x[:, 0]])),
+    "buffers half filled": lambda layer, x: layer(half_filled(x)),
+    "written by an unknown function": lambda layer, x: layer(put_somewhere(x)),
+}
+
+
+@pytest.mark.parametrize("way", REFUSED)
+def test_what_cannot_be_followed_is_refused_by_name(way):
+    model = Model(REFUSED[way]).double()
+    attach(model, filled({"layer": (WIDTH, WIDTH)}, [3, 2]))
+    with (
+        client_segments(model, [0, 1, 1]),
+        pytest.raises(ValueError, match=r"^ids: expected one client per sequence.*whose the rows of layer 'layer' are; name them"),
+    ):
+        model(torch.randn(3, 5, WIDTH, dtype=torch.float64))
+
+
+def test_a_layer_called_without_its_model(device):
+    """No input names the sequences: only a shape that leaves no choice is taken."""
+    model = Model(FOLLOWED["batch first"]).double().to(device)
+    attach(model, filled({"layer": (WIDTH, WIDTH)}, [3, 2], device=device))
+    with client_segments(model, [0, 1, 1]):
+        model.layer(torch.randn(3, 5, WIDTH, dtype=torch.float64, device=device))
+        for shape in ((3, 3), (3,), (6,), (5, 3)):
+            with pytest.raises(ValueError, match="layer 'layer'"):
+                model.layer(torch.randn(*shape, WIDTH, dtype=torch.float64, device=device))
+
+
+def test_rows_are_named_by_the_user(device):
+    """For a part of the model, the longest name first; -1 = base only; ids of its own shape or of all its rows."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tower = nn.ModuleDict({"first": linear(), "second": linear()})
+
+        def forward(self, x, patches):
+            return self.tower["second"](self.tower["first"](patches)).sum() + x.sum()
+
+    model = Two().double().to(device)
+    bank = filled({"tower.first": (WIDTH, WIDTH), "tower.second": (WIDTH, WIDTH)}, [3, 2], device=device)
+    x, patches = torch.randn(2, 3, WIDTH, dtype=torch.float64, device=device), torch.randn(5, WIDTH, dtype=torch.float64, device=device)
+    seen = []
+    attach(model, bank)
+    for layer in model.tower.values():
+        layer.register_forward_hook(lambda module, args, out: seen.append((args[0].detach(), out.detach(), module)))
+    owners = {"tower": [0, 1, 1, -1, 0], "tower.second": [1, 1, 0, 0, -1]}
+    with client_segments(model, [0, 1], rows=owners):
+        model(x, patches)
+    for (given, out, module), (name, own) in zip(seen, (("tower.first", owners["tower"]), ("tower.second", owners["tower.second"])), strict=True):
+        for row, client in enumerate(own):
+            rows = bank.layouts[name].rows(client) if client >= 0 else slice(0, 0)
+            weight = module.weight + bank.bt[name].detach()[rows].t() @ bank.a[name].detach()[rows]
+            torch.testing.assert_close(out[row], given[row] @ weight.t(), rtol=1e-10, atol=1e-10)
+    for bad, error, text in (
+        ({"tower": [0, 1]}, ValueError, r"^rows: expected shape \(5,\), the rows of layer 'tower\.first', got \(2,\)"),
+        ({"tower": [0, 1, 2, 0, 0]}, ValueError, r"^rows: expected -1 \(base only\) or a client below 2 for 'tower', got values 0 \.\. 2"),
+        ({"nowhere": [0]}, ValueError, r"^rows: no adapted layer is in a part 'nowhere'"),
+        ({"tower": [0.5] * 5}, TypeError, r"^rows: expected integers, the clients of the rows of 'tower'"),
+    ):
+        with pytest.raises(error, match=text), client_segments(model, [0, 1], rows=bad):
+            model(x, patches)
+
+
+def test_masks_of_routed_rows_do_not_depend_on_the_batch(device):
+    """A row's mask is that of its sequence and its place among the sequence's rows in this call."""
+    model = Model(through_sorted).double().to(device)
+    attach(model, filled({"layer": (WIDTH, WIDTH)}, [3, 2], device=device), dropout=0.5)
+    x = torch.randn(3, 4, WIDTH, dtype=torch.float64, device=device)
+    seeds = torch.tensor([5, -6])
+
+    def run(rows, ids):
+        with client_segments(model, ids, seeds=seeds):
+            return model(x[rows])
+
+    whole = run([0, 1, 2], [1, 0, 1])
+    torch.testing.assert_close(run([0, 2], [1, 1]), whole[[0, 2]], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(run([1], [0]), whole[[1]], rtol=1e-10, atol=1e-10)
+    assert SEQUENCE_STRIDE > 4
+
+
+# ---------------------------------------------------------------- backward outside, checkpointing by hand
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.layer, self.reentrant = linear(), reentrant
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("clients", [1, 2])
+def test_recomputation_after_the_block_is_refused(clients, reentrant, device):
+    model = Checkpointed(reentrant).double().to(device)
+    attach(model, filled({"layer": (WIDTH, WIDTH)}, [3] * clients, device=device), dropout=0.5)
+    with client_segments(model, [0, clients - 1], seeds=torch.arange(clients)):
+        loss = model(torch.randn(2, 5, WIDTH, dtype=torch.float64, device=device, requires_grad=True)).sum()
+    with pytest.raises(RuntimeError, match=r"client_segments"):
+        loss.backward()
+    with client_segments(model, [0, clients - 1], seeds=torch.arange(clients)):
+        model(torch.randn(2, 5, WIDTH, dtype=torch.float64, device=device, requires_grad=True)).sum().backward()
+
+
+# ---------------------------------------------------------------- what attach takes
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Router(nn.Linear):
+    def forward(self, x):
+        out = super().forward(x)
+        return out, out.softmax(-1)
+
+
+class Mixer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.A_log, self.out_proj, self.in_proj = nn.Parameter(torch.zeros(WIDTH)), linear(), linear()
+
+
+class Zoo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.good, self.scaled, self.router, self.mixer = linear(), Scaled(WIDTH, WIDTH), Router(WIDTH, 4), Mixer()
+        self.table, self.attention = nn.Embedding(WIDTH, WIDTH), nn.MultiheadAttention(WIDTH, 2)
+
+
+CANNOT = {
+    "router": (r"'router' is a Router, which returns a tuple", (4, WIDTH)),
+    "table": (r"'table' is a Embedding, no linear layer", (WIDTH, WIDTH)),
+    "mixer.out_proj": (r"'mixer\.out_proj' is the Linear of a Mixer, which reads its weight past the layer", (WIDTH, WIDTH)),
+    "attention.out_proj": (r"'attention\.out_proj' is the NonDynamicallyQuantizableLinear of a MultiheadAttention, which reads", (WIDTH, WIDTH)),
+}
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_what_cannot_carry_adapters_is_refused_and_nothing_attached(name):
+    model, (text, shape) = Zoo().double(), CANNOT[name]
+    before = [(type(module), dict(module.__dict__)) for module in model.modules()]
+    with pytest.raises(ValueError, match=rf"^bank: module {text}.*; leave it out"):
+        attach(model, hk.AdapterBank({"good": (WIDTH, WIDTH), name: shape}, [2], dtype=torch.float64))
+    assert [(type(module), module.__dict__) for module in model.modules()] == before and all(p.requires_grad for p in model.parameters())
+    attach(model, hk.AdapterBank({"good": (WIDTH, WIDTH), "scaled": (WIDTH, WIDTH), "mixer.in_proj": (WIDTH, WIDTH)}, [2], dtype=torch.float64))
+
+
+def test_a_failure_half_way_changes_nothing(monkeypatch):
+    """Of layers whose class cannot be swapped."""
+    from hetlora_kernels.peft import attached
+
+    model, own = Zoo().double(), attached._attached_class
+
+    def failing(layer):
+        if type(layer) is Scaled:
+            raise TypeError("__class__ assignment: layouts differ")
+        return own(layer)
+
+    monkeypatch.setattr(attached, "_attached_class", failing)
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(TypeError, match="layouts differ"):
+        attach(model, hk.AdapterBank({"good": (WIDTH, WIDTH), "scaled": (WIDTH, WIDTH)}, [2], dtype=torch.float64))
+    assert [type(module) for module in model.modules()] == before and all(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="no bank is attached"):
+        detach(model)
+
+
+def test_a_patched_forward_is_wrapped(device):
+    """Python calls the instance's forward, whatever the class says; `detach` gives it back."""
+    model = nn.Sequential(linear(), linear()).double().to(device)
+    own = model[0].forward
+    model[0].forward = lambda x: own(x) + 1
+    patched, bank = model[0].__dict__["forward"], filled({"0": (WIDTH, WIDTH), "1": (WIDTH, WIDTH)}, [2, 3], device=device)
+    x, first = torch.randn(3, 5, WIDTH, dtype=torch.float64, device=device), model[0]
+    base = model(x)
+    attach(model, bank)
+    with client_segments(model, [1, 0, 1]):
+        out = model(x)
+        out.sum().backward()
+    for row, client in enumerate((1, 0, 1)):
+        h = x[row]
+        for name, module, shift in (("0", first, 1), ("1", model[1], 0)):
+            rows = bank.layouts[name].rows(client)
+            h = h @ (module.weight + bank.bt[name][rows].t() @ bank.a[name][rows]).t() + shift
+        torch.testing.assert_close(out[row], h, rtol=1e-10, atol=1e-10)
+    assert all(bool(factor.grad.any()) for factor in bank.parameters())
+    detach(model)
+    assert model[0].__dict__["forward"] is patched and torch.equal(model(x), base) and not any("hetlora" in key for m in model.modules() for key in vars(m))
+
+
+def test_a_weight_read_past_its_layer_is_refused(device):
+    class Past(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.other = linear(), linear()
+
+        def forward(self, x):
+            return self.other(x) @ self.layer.weight.t()
+
+    model = Past().double().to(device)
+    attach(model, filled({"layer": (WIDTH, WIDTH), "other": (WIDTH, WIDTH)}, [2, 3], device=device))
+    with (
+        client_segments(model, [0, 1]),
+        pytest.raises(ValueError, match=r"^model: it reads the weight of layer 'layer' past the layer .* leave this layer out"),
+    ):
+        model(torch.randn(2, 5, WIDTH, dtype=torch.float64, device=device))
+
+
+def test_attached_models_are_copied_not_pickled(device):
+    model = attach(nn.Sequential(linear()).double().to(device), filled({"0": (WIDTH, WIDTH)}, [2], device=device))
+    x = torch.randn(3, WIDTH, dtype=torch.float64, device=device)
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    with pytest.raises(TypeError, match=r"^model: a bank is attached.*detach\(model\)"):
+        pickle.dumps(model)
