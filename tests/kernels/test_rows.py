@@ -391,7 +391,7 @@ def test_a_weight_that_an_embedding_shares(device):
 
 
 def test_inputs_of_torchs_own_layers(device):
-    """Sequence-first, as they are by default: where length and batch are the same, the shape does not tell; else the ids do not fit, or what is mixed is refused."""
+    """Sequence-first, as they are by default: of as many as the batch the shape does not tell; else the ids do not fit, or rows are mixed."""
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0), 1, enable_nested_tensor=False).double().to(device)
     attach(encoder, filled({"layers.0.linear1": (16, WIDTH), "layers.0.linear2": (WIDTH, 16)}, [2, 3], device=device))
     for shape in ((2, 2), (5, 2), (2, 5)):
