@@ -58,7 +58,6 @@ class Batch:
         self.follower: Follower | None = None  # while one is on
         self.kept_follower: Follower | None = None
         self.size = 0 if ids is None else ids.shape[0]  # sequences in what the model was called with: other than the ids where generation repeats them
-        self.lengths: set[int] = set()
         self.fits = False  # whether the ids are known to fit what the model was called with
         self.calls: set[str] = set()  # layers, since the model was called
         self.ran: set[str] = set()

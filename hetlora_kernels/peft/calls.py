@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -56,7 +57,6 @@ class ModelCalls:
         if size != batch.size:
             batch.resize(size)
         batch.fits = main is not None and batch.sequences(size) is not None and not self._either_way(main)
-        batch.lengths = {tensor.shape[1] for tensor in _inside(given.values()) if tensor.dim() > 1 and tensor.shape[0] == size}
         batch.calls.clear()
         if batch.fits and size > 1 and batch.to_follow() and not self._compiled():
             self.follow(given, size)
@@ -72,7 +72,7 @@ class ModelCalls:
 
     def follow(self, given: Mapping[str, Any], size: int) -> None:
         batch = self.batch
-        follower = batch.follower = batch.kept_follower = batch.kept_follower or Follower(_weights(self.layers))
+        follower = batch.follower = batch.kept_follower = batch.kept_follower or Follower(_weights(self.layers, self.modules))
         owners = batch.sequences(size)
         assert owners is not None
         text = any(isinstance(given.get(name), Tensor) for name in _TEXT[:2])
@@ -104,13 +104,11 @@ class ModelCalls:
         self.depth = 0
 
 
-def _weights(layers: Mapping[str, nn.Module]) -> dict[int, str]:
-    """{id of the weight: name} of adapted layers whose weight nobody else has."""
-    found: dict[int, list[str]] = {}
-    for name, layer in layers.items():
-        weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
-        found.setdefault(id(weight), []).append(name)
-    return {key: names[0] for key, names in found.items()}
+def _weights(layers: Mapping[str, nn.Module], modules: Sequence[nn.Module]) -> dict[int, str]:
+    """{id of the weight: name} of the adapted layers whose weight no other module has (as an embedding that is tied to the head)."""
+    holders = Counter(id(weight) for module in modules for weight in module._parameters.values() if weight is not None)
+    weights = {id(getattr(getattr(layer, "base_layer", layer), "weight", None)): name for name, layer in layers.items()}
+    return {key: name for key, name in weights.items() if holders[key] == 1}
 
 
 def _named(root: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -21,6 +21,10 @@ def _pointwise(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry
     return join([look(tensor) for tensor in tensors((*args, *kwargs.values()))], out.dim())
 
 
+def _first(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    return look(args[0])
+
+
 def _overwrite(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
     return join([look(args[1])], out.dim())
 
@@ -47,6 +51,14 @@ def _view(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Any:
     return [own.like(compact(part)) for part in moved]
 
 
+def _unfold(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Any:
+    """`Tensor.unfold`, or the patches of each picture."""
+    own = look(args[0])
+    if not isinstance(own, Owners) or (len(args) > 1 and isinstance(args[1], int) and out.dim() == args[0].dim() + 1):
+        return _view(look, func, out, args, kwargs)
+    return LOST if any(own.varies(d) for d in range(1, own.table.dim())) else own.like(own.table.reshape(-1, 1, 1))
+
+
 def _along(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
     """Functions that mix elements along `dim` and keep the shape up to the size of that dimension."""
     own = look(args[0])
@@ -59,6 +71,12 @@ def _along(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
 def _top(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
     own = look(args[0])
     dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
+    return own if not isinstance(own, Owners) or not own.varies(dim) else LOST
+
+
+def _unit(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    own = look(args[0])
+    dim = kwargs.get("dim", args[2] if len(args) > 2 else 1)
     return own if not isinstance(own, Owners) or not own.varies(dim) else LOST
 
 
@@ -89,7 +107,7 @@ def _pad(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
     own, sizes = look(args[0]), kwargs.get("pad", args[1] if len(args) > 1 else ())
     if not isinstance(own, Owners):
         return own
-    return LOST if any(own.varies(-1 - d) for d in range(len(sizes) // 2)) else own
+    return LOST if any(own.varies(-1 - d) and any(sizes[2 * d : 2 * d + 2]) for d in range(len(sizes) // 2)) else own
 
 
 def _per_sample(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
@@ -149,11 +167,14 @@ def _attention(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry
 def _einsum(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
     equation, operands = args[0].replace(" ", ""), tensors(args[1:])
     terms, result = equation.split("->")
+    free = [tensor.dim() - len(term.replace("...", "")) if "..." in term else 0 for term, tensor in zip(terms.split(","), operands, strict=True)]
+    spelt = "ABCDEFGH"  # for the dimensions that dots stand for, counted from the last
+    result = result.replace("...", spelt[len(spelt) - max(free) :])
     parts: list[Entry] = []
-    for letters, tensor in zip(terms.split(","), operands, strict=True):
-        own = look(tensor)
+    for term, dots, tensor in zip(terms.split(","), free, operands, strict=True):
+        own, letters = look(tensor), term.replace("...", spelt[len(spelt) - dots :])
         if isinstance(own, Owners):
-            if "." in equation or any(own.varies(d) and letter not in result for d, letter in enumerate(letters)):
+            if any(own.varies(d) and letter not in result for d, letter in enumerate(letters)):
                 return LOST
             order = [letters.index(letter) for letter in result if letter in letters]
             kept = own.table.reshape([s for d, s in enumerate(own.table.shape) if d in order]) if len(order) < len(letters) else own.table
@@ -289,18 +310,21 @@ def _gather(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
 
 
 _NAMES: dict[Callable[..., Any], str] = {
-    _pointwise: "abs add addcdiv addcmul alpha_dropout and bfloat16 bitwise_and bitwise_not bitwise_or bool ceil celu clamp clamp_max clamp_min clip clone "
-    "contiguous copysign cos cpu cuda detach div double dropout dropout1d dropout2d dropout3d elu eq erf exp expm1 feature_dropout float floor floor_divide "
-    "floordiv fmod ge gelu gt half hardsigmoid hardswish hardtanh int invert isfinite isinf isnan le leaky_relu lerp log log1p log2 logical_and logical_not "
-    "logical_or logical_xor logsigmoid long lt masked_fill maximum minimum mish mod mul nan_to_num native_dropout ne neg or pin_memory pow prelu reciprocal "
-    "relu relu6 remainder round rpow rsqrt rsub selu sigmoid sign silu sin softplus softsign sqrt square sub tanh tanhshrink threshold to true_divide truediv "
-    "type type_as where xor .data .real",
+    _pointwise: "abs absolute acos add addcdiv addcmul alpha_dropout and asin atan atan2 bfloat16 bitwise_and bitwise_not bitwise_or bool ceil celu clamp "
+    "clamp_max clamp_min clip clone contiguous copysign cos cosh cpu cuda detach div divide double dropout dropout1d dropout2d dropout3d elu eq "
+    "erf erfc erfinv exp exp2 expm1 feature_dropout float floor floor_divide floordiv fmod ge gelu gt half hardsigmoid hardswish hardtanh hypot "
+    "int invert isfinite isinf isnan le leaky_relu lerp log log10 log1p log2 logaddexp logical_and logical_not logical_or logical_xor "
+    "logsigmoid long lt masked_fill maximum minimum mish mod mul multiply nan_to_num native_dropout ne neg negative or pin_memory pow prelu "
+    "reciprocal relu relu6 remainder round rpow rsqrt rsub selu sigmoid sign silu sin sinh softplus softsign sqrt square sub subtract tanh "
+    "tanhshrink threshold true_divide truediv type where xor .data .real",
+    _first: "to type_as",
     _overwrite: "copy",
     _nothing: "bernoulli empty_like fill full_like new_empty new_full new_ones new_tensor new_zeros normal ones_like rand_like randn_like random uniform zero "
     "zeros_like",
     _shape: "_unsafe_view flatten reshape reshape_as unflatten view view_as",
     _view: "broadcast_to chunk diagonal expand expand_as flip hsplit moveaxis movedim narrow permute roll rot90 select split split_with_sizes squeeze swapaxes "
-    "swapdims t tensor_split tile transpose unbind unfold unsqueeze vsplit .H .T .mT",
+    "swapdims t tensor_split tile transpose unbind unsqueeze vsplit .H .T .mT",
+    _unfold: "unfold",
     _along: "cumprod cumsum glu log_softmax logcumsumexp softmax",
     _sorted: "argsort sort",
     _strided: "as_strided",
@@ -308,6 +332,7 @@ _NAMES: dict[Callable[..., Any], str] = {
     _multi_head: "multi_head_attention_forward",
     _pad: "pad",
     _top: "topk",
+    _unit: "normalize",
     _reduce: "all amax amin any argmax argmin count_nonzero logsumexp max mean median min norm prod std sum var",
     _normalised: "layer_norm rms_norm",
     _per_sample: "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d avg_pool1d avg_pool2d avg_pool3d batch_norm boolean_dispatch conv1d conv2d "

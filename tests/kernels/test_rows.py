@@ -368,6 +368,37 @@ def test_a_weight_read_past_its_layer_is_refused(device):
         model(torch.randn(2, 5, WIDTH, dtype=torch.float64, device=device))
 
 
+def test_a_weight_that_an_embedding_shares(device):
+    """The embedding's own look-up is no read past the head, which carries adapters all the same."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 11, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids):
+            return self.head(self.table(ids))
+
+    model, tokens = Tied().double().to(device), torch.arange(8, device=device).view(2, 4)
+    bank = filled({"head": (11, WIDTH)}, [2, 3], device=device)
+    hidden, attached = model.table(tokens), attach(model, bank)
+    with client_segments(attached, [1, 0]):
+        out = model(tokens)
+    for row, client in enumerate((1, 0)):
+        rows = bank.layouts["head"].rows(client)
+        torch.testing.assert_close(out[row], hidden[row] @ (model.head.weight + bank.bt["head"][rows].t() @ bank.a["head"][rows]).t(), rtol=1e-10, atol=1e-10)
+
+
+def test_inputs_of_torchs_own_layers(device):
+    """Sequence-first, as they are by default: of as many as the batch the shape does not tell; else the ids do not fit, or rows are mixed."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0), 1, enable_nested_tensor=False).double().to(device)
+    attach(encoder, filled({"layers.0.linear1": (16, WIDTH), "layers.0.linear2": (WIDTH, 16)}, [2, 3], device=device))
+    for shape in ((2, 2), (5, 2), (2, 5)):
+        with client_segments(encoder, [0, 1]), pytest.raises(ValueError, match=r"layer 'layers\.0\.linear1'"):
+            encoder(torch.randn(*shape, WIDTH, dtype=torch.float64, device=device))
+
+
 def test_attached_models_are_copied_not_pickled(device):
     model = attach(nn.Sequential(linear()).double().to(device), filled({"0": (WIDTH, WIDTH)}, [2], device=device))
     x = torch.randn(3, WIDTH, dtype=torch.float64, device=device)
