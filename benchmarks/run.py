@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -16,10 +16,9 @@ from typing import Any
 import torch
 
 import hetlora_kernels as hk
-from benchmarks import lora, peft_suite, server
+from benchmarks import lora, peft_suite, saved, server
 from hetlora_kernels import _library
 
-SCHEMA = 1
 SUITES = {"server": server, "lora": lora, "peft": peft_suite}
 LINE = "{op:32s} {shape:34.34s} K={clients:<5d}{dtype:9s} t={threads} {provider:26s} {median_s:10.5f} s {gb_per_s:7.1f} GB/s {ratio:6.2f} x {yardstick}"
 
@@ -75,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(options.device)
     counts = options.threads or ([1] if device.type == "cuda" else sorted({1, os.cpu_count() or 1}))
     result: dict[str, Any] = {
-        "schema": SCHEMA,
+        "date": f"measured {datetime.date.today()}",
         "suite": options.suite,
         "command": "python -m benchmarks.run " + shlex.join(argv if argv is not None else sys.argv[1:]),
         "device": device_facts(device),
@@ -111,8 +110,7 @@ def write(result: dict[str, Any], path: Path | None) -> None:
     """After every case, so that a run that is stopped leaves what it measured."""
     result["load_average"]["after"] = os.getloadavg()[0]
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        saved.write(result, path)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,20 @@
-"""`python -m benchmarks.tables [--check]`: write the tables of docs/ from the JSON files, between markers that name file and table."""
+"""`python -m benchmarks.tables [--check]`: write the tables of the pages from benchmarks/results, between markers that name file and table.
+
+The table `conditions` is the processor, threads, versions, date and command of a file: a page that shows a file's figures shows these once.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import re
 import statistics
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from benchmarks import saved
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- benchmarks: (?P<file>\S+) (?P<kind>\w+) -->\n).*?(?P<end><!-- benchmarks end -->)", re.DOTALL)
@@ -100,26 +106,140 @@ def peft_table(data: dict[str, Any]) -> list[str]:
     return lines
 
 
-TABLES = {"server": server_table, "summary": summary_table, "lora": lora_table, "layers": lora_summary, "peft": peft_table}
+def _verdict(value: float, limit: float) -> str:
+    return f"{'met' if value <= limit else '**missed**'}, {value:.2f}"
 
 
-def facts(data: dict[str, Any], file: str) -> list[str]:
+SERVER_TARGETS = [  # name, operations, types, limit of the time over the yardstick
+    ("aggregate", "aggregate", "float32", 1.15),
+    ("aggregate", "aggregate", "bfloat16", 1.6),
+    ("truncate", "truncate", "float32", 1.15),
+    ("truncate", "truncate", "bfloat16", 1.6),
+    ("Gram", "gram", "float32", 2.0),
+    ("Gram", "gram", "bfloat16", 2.0),
+    ("AdamW", "adamw", "float32", 1.3),
+    ("AdamW, clipped and regularised", "adamw, clipped and regularised", "float32", 1.3),
+    ("AdamW", "adamw", "bfloat16", 1.3),
+    ("AdamW, clipped and regularised", "adamw, clipped and regularised", "bfloat16", 1.3),
+]
+
+
+def server_targets(data: dict[str, Any]) -> list[str]:
+    """The server's targets, with `out=` where an operation takes it, at up to 100 clients."""
+    own = [r for r in data["results"] if r["provider"] in ("hetlora", "hetlora out=") and r["clients"] <= 100]
+    columns = list(dict.fromkeys((r["shape"], r["threads"]) for r in own))
+    names = [f"{shape}, {threads} thread{'s' * (threads > 1)}" for shape, threads in columns]
+    lines = [_row(["target", *names]), "|---|" + "---|" * len(columns)]
+    for label, op, dtype, limit in SERVER_TARGETS:
+        found = {(r["shape"], r["threads"]): r for r in own if (r["op"], r["dtype"]) == (op, dtype)}
+        unit = next(iter(found.values()))["yardstick"]
+        cells = [_verdict(r["ratio"], limit) + ("" if r["clients"] == 100 else f" ({r['clients']} clients)") for r in map(found.__getitem__, columns)]
+        lines.append(_row([f"{label}, {dtype}: {limit:g} x {unit}", *cells]))
+    return lines
+
+
+def _over_peft(data: dict[str, Any], wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    return [r for r in data["results"] if r["provider"] == "hetlora cpu" and wanted(r)]
+
+
+def _rows_of(r: dict[str, Any]) -> int:
+    return int(r["shape"].split(" T=")[1].split(" ")[0])
+
+
+def _elements_of(r: dict[str, Any]) -> int:
+    n, m = r["shape"].split(" ")[0].split("->")
+    return int(n) * int(m)
+
+
+def layer_targets(data: dict[str, Any]) -> list[str]:
+    """The layer's time over stock PEFT's: a line for each target, and for what has none."""
+    layer = "lora_linear p="
+    lines = [_row(["time / stock PEFT", "target", "type", "cases", "median", "range", ""]), "|---|---|---|--:|--:|--:|---|"]
+
+    def add(what: str, limit: float | None, worst: bool, dtype: str, records: list[dict[str, Any]]) -> None:
+        ratios = sorted(r["ratio_to_peft"] for r in records)
+        value = ratios[-1] if worst else statistics.median(ratios)
+        target = "" if limit is None else f"{'every case' if worst else 'median'} <= {limit:g}"
+        verdict = "" if limit is None else "met" if value <= limit else "**missed**"
+        span = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+        lines.append(_row([what, target, dtype, str(len(ratios)), f"{statistics.median(ratios):.2f}", span, verdict]))
+
+    for dtype in ("float32", "bfloat16"):
+        for p in ("0.0", "0.1"):
+            for threads in (1, 2):
+                same = {"dtype": dtype, "threads": threads, "op": layer + p, "clients": 1}
+                own = _over_peft(data, lambda r, same=same: same.items() <= r.items() and _rows_of(r) >= 256)
+                add(f"one client, 256 rows or more, dropout {p}, {threads} thread{'s' * (threads > 1)}", 1.0 if p == "0.0" else None, False, dtype, own)
+    for dtype in ("float32", "bfloat16"):
+        plain = _over_peft(data, lambda r, d=dtype: r["op"] == layer + "0.0" and r["dtype"] == d and r["clients"] == 1 and _rows_of(r) >= 256)
+        add("one client, 256 rows or more, no dropout", 1.05, True, dtype, plain)
+        add("four or eight clients in one batch", 1.0, True, dtype, _over_peft(data, lambda r, d=dtype: r["dtype"] == d and r["clients"] > 1))
+        smallest = _over_peft(data, lambda r, d=dtype: r["op"].startswith("smallest") and r["dtype"] == d)
+        add("smallest call, with and without dropout", 0.6, True, dtype, smallest)
+        four = _over_peft(data, lambda r, d=dtype: r["op"].startswith(layer) and r["dtype"] == d and _rows_of(r) == 4)
+        add("four rows, weights of up to 2^18 elements", None, True, dtype, [r for r in four if _elements_of(r) <= 1 << 18])
+        add("four rows, larger weights", None, True, dtype, [r for r in four if _elements_of(r) > 1 << 18])
+    return lines
+
+
+def peft_summary(data: dict[str, Any]) -> list[str]:
+    """Fused layers over stock PEFT in a few lines: ranges over the shapes of a layer, and each model."""
+    lines = [_row(["float32, time / stock PEFT", "no dropout", "dropout 0.1"]), "|---|--:|--:|"]
+    own = [r for r in data["results"] if r["provider"] == "hetlora"]
+
+    def cell(records: Iterable[dict[str, Any]]) -> str:
+        ratios = sorted(r["ratio"] for r in records)
+        ends = dict.fromkeys(f"{ratio:.2f}" for ratio in (ratios[:1] + ratios[-1:]))
+        return " to ".join(ends)
+
+    for text, few in (("one fused layer, one row", True), ("one fused layer, 256 and 1024 rows", False)):
+        layers = [r for r in own if r["op"].startswith("layer") and (_rows_of(r) == 1) == few]
+        lines.append(_row([text, *(cell(r for r in layers if r["op"].endswith(f"p={p}")) for p in ("0.0", "0.1"))]))
+    for shape, clients in dict.fromkeys((r["shape"], r["clients"]) for r in own if r["op"].startswith("training")):
+        steps = [r for r in own if (r["shape"], r["clients"]) == (shape, clients)]
+        what = "one adapter" if clients == 1 else f"{clients} adapters in one batch / one after another"
+        lines.append(_row([f"training step, {shape}, {what}", *(cell(r for r in steps if r["op"].endswith(f"p={p}")) for p in ("0.0", "0.1"))]))
+    return lines
+
+
+TABLES = {
+    "server": server_table,
+    "summary": summary_table,
+    "server_targets": server_targets,
+    "lora": lora_table,
+    "layers": lora_summary,
+    "layer_targets": layer_targets,
+    "peft": peft_table,
+    "peft_summary": peft_summary,
+}
+
+
+def facts(data: dict[str, Any], file: Path, page: Path) -> list[str]:
     device, load = data["device"], data["load_average"]
     name = device.get("gpu") or f"{device['cpu']}, {device['cores']} cores"
+    threads = " and ".join(str(count) for count in sorted({r["threads"] for r in data["results"]}))
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    link = Path(os.path.relpath(file, page.parent)).as_posix()
     return [
-        f"{name}; {versions}; `{data['command']}`",
-        f"([{file}](../benchmarks/results/{file}); load average of the machine {load['before']:.1f} before, {load['after']:.1f} after).",
-        "",
+        f"{name}; threads: {threads}; {versions}; figures {data['date']}; `{data['command']}`",
+        f"([{file.name}]({link}); load average of the machine {load['before']:.1f} before, {load['after']:.1f} after).",
     ]
 
 
-def render(text: str, results: Path) -> str:
+def render(text: str, results: Path, page: Path) -> str:
+    """The text of `page` with every marked table written anew from the files in `results`."""
+
     def fill(match: re.Match[str]) -> str:
-        data = json.loads((results / match["file"]).read_text(encoding="utf-8"))
-        return match[1] + "\n".join([*facts(data, match["file"]), *TABLES[match["kind"]](data)]) + "\n" + match["end"]
+        file = results / match["file"]
+        data = saved.read(file)
+        lines = facts(data, file, page) if match["kind"] == "conditions" else TABLES[match["kind"]](data)
+        return match[1] + "\n".join(lines) + "\n" + match["end"]
 
     return MARKED.sub(fill, text)
+
+
+def pages() -> list[Path]:
+    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,11 +247,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="only say whether the tables are those of the JSON files")
     options = parser.parse_args(argv)
     stale = []
-    for path in sorted((ROOT / "docs").glob("*.md")):
+    for path in pages():
         text = path.read_text(encoding="utf-8")
-        new = render(text, ROOT / "benchmarks" / "results")
+        new = render(text, ROOT / "benchmarks" / "results", path)
         if new != text:
-            stale.append(path.name)
+            stale.append(path.relative_to(ROOT).as_posix())
             if not options.check:
                 path.write_text(new, encoding="utf-8")
     print(f"{'stale' if options.check else 'written'}: {', '.join(stale) or 'nothing'}")

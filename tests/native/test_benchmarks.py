@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 
 import pytest
 import torch
 
-from benchmarks import providers, run, server, tables, timing
+from benchmarks import plots, providers, run, saved, server, tables, timing
 from benchmarks.shapes import power_law_ranks
 
 OPTIONS = argparse.Namespace(quick=True, only=["aggregate"], memory_gb=1.0, seconds=0.01)
@@ -22,8 +23,9 @@ def test_a_quick_run_writes_every_figure(tmp_path):
         assert run.main(["--suite", "server", "--quick", "--device", "cpu", "--seconds", "0.01", "--threads", "1", "--json", str(file)]) == 0
     finally:
         torch.set_num_threads(before)
-    data = json.loads(file.read_text())
-    assert data["schema"] == run.SCHEMA and data["device"]["cpu"] and data["versions"]["torch"] == torch.__version__ and "--quick" in data["command"]
+    data = saved.read(file)
+    assert data["schema"] == saved.SCHEMA and data["date"].startswith("measured 20") and data["device"]["cpu"]
+    assert data["versions"]["torch"] == torch.__version__ and "--quick" in data["command"]
     assert {record["op"] for record in data["results"]} == {*providers.PROVIDERS, "adamw", "adamw, clipped and regularised"}
     for record in data["results"]:
         assert 0 < record["p20_s"] <= record["median_s"] <= record["p80_s"] and record["ratio"] > 0 and record["bytes"] > 0 and record["rounds"] >= 3
@@ -45,11 +47,11 @@ def test_a_limit_of_time_is_kept_and_what_it_leaves_out_is_said(tmp_path, monkey
     monkeypatch.setattr(server, "measure", measure)
     command = ["--suite", "server", "--device", "cpu", "--threads", "1", "--json", str(file)]
     assert run.main([*command, "--minutes", "2.5"]) == 0
-    data = json.loads(file.read_text())
+    data = saved.read(file)
     assert [one["op"] for one in data["results"]] == ["a", "b"]
     assert data["left_out"] == "for the limit of 2.5 minutes, the cases after: b, s, float32" and data["left_out"] in capsys.readouterr().err
     assert run.main(command) == 0
-    data = json.loads(file.read_text())
+    data = saved.read(file)
     assert len(data["results"]) == 4 and data["left_out"] is None
 
 
@@ -97,9 +99,63 @@ def test_documented_tables_are_those_of_the_json_files(capsys):
     assert tables.main(["--check"]) == 0, capsys.readouterr().out
 
 
+RESULTS = sorted((tables.ROOT / "benchmarks" / "results").glob("*.json"))
+
+
+def test_what_is_read_is_what_was_written_to_six_digits(tmp_path):
+    case = {"op": "gram", "shape": "s", "clients": 2, "dtype": "float32", "threads": 1, "yardstick": "read", "bytes": 3 * 10**6, "note": ""}
+    own = {"rounds": 3, "median_s": 0.0012345678, "p20_s": 1e-3, "p80_s": 2e-3, "gb_per_s": 2.43, "ratio": 1.5, "peak_extra_bytes": None}
+    records = [{**case, "provider": name, **own} for name in ("read", "hetlora")] + [{**case, "threads": 2, "provider": "hetlora", **own}]
+    saved.write({"suite": "server", "date": "measured 2026-01-02", "results": records}, tmp_path / "a.json")
+    back = saved.read(tmp_path / "a.json")
+    expected = [{**record, "median_s": 0.00123457, "gb_per_s": 3 * 10**6 / 0.00123457 / 1e9} for record in records]
+    assert back == {"schema": saved.SCHEMA, "suite": "server", "date": "measured 2026-01-02", "results": expected}
+    lines = (tmp_path / "a.json").read_text().splitlines()
+    assert [line.count("median_s") for line in lines if "median_s" in line] == [1, 1, 1], "a line for each case and provider"
+
+
+def test_files_of_the_first_form_are_read_and_written_anew(tmp_path, capsys):
+    record = {"op": "a", "shape": "s", "clients": 1, "dtype": "float32", "threads": 1, "provider": "x", "yardstick": "y", "bytes": 1, "median_s": 2.0}
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps({"schema": 1, "date": "committed 2026-01-02", "results": [record]}, indent=1))
+    assert saved.main([str(old)]) == 0 and "1 figures of 1 cases" in capsys.readouterr().out
+    assert json.loads(old.read_text())["schema"] == saved.SCHEMA and saved.read(old)["results"][0]["median_s"] == 2.0
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_committed_files_keep_medians_and_spreads_alone(path):
+    data = json.loads(path.read_text())
+    assert data["schema"] == saved.SCHEMA, f"python -m benchmarks.saved {path}"
+    figures = [own for case in data["cases"] for own in case["providers"].values()]
+    assert figures and all(not isinstance(value, (list, dict)) for own in figures for value in own.values())
+
+
+def test_a_page_with_figures_says_once_how_they_were_measured():
+    shown = 0
+    for page in tables.pages():
+        text = page.read_text(encoding="utf-8")
+        pictured = {"cpu-peft.json"} if plots.PICTURE.name in text else set()
+        for file in pictured | {match["file"] for match in tables.MARKED.finditer(text)}:
+            assert len(re.findall(f"<!-- benchmarks: {file} conditions -->", text)) == 1, f"{page.name}: the conditions of {file}"
+            shown += 1
+    assert shown >= len(RESULTS)
+
+
+def test_the_picture_is_that_of_the_json_file(capsys):
+    assert plots.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_the_picture_has_a_bar_for_every_step_of_a_whole_model():
+    record = {"op": "training step p=0.0", "shape": "X 30 layers 8x32", "clients": 8, "ratio": 0.5}
+    results = [{**record, "provider": name} for name in ("PEFT", "hetlora")] + [{**record, "shape": "X 2 layers 8x32", "provider": "PEFT"}]
+    ((text, stock, own),) = plots.bars({"results": results})
+    assert "X shape" in text and "8 adapters" in text and "no dropout" in text and (stock["provider"], own["provider"]) == ("PEFT", "hetlora")
+
+
 def test_a_table_is_written_again_where_it_is_stale():
-    files = sorted((tables.ROOT / "benchmarks" / "results").glob("amd-epyc-zen4.json"))
-    text = f"before\n<!-- benchmarks: {files[0].name} summary -->\nold\n<!-- benchmarks end -->\nafter\n"
-    once = tables.render(text, files[0].parent)
+    folder, page = tables.ROOT / "benchmarks" / "results", tables.ROOT / "docs" / "x.md"
+    marks = "".join(f"<!-- benchmarks: amd-epyc-zen4.json {kind} -->\nold\n<!-- benchmarks end -->\n" for kind in ("conditions", "summary"))
+    once = tables.render(f"before\n{marks}after\n", folder, page)
+    assert "(../benchmarks/results/amd-epyc-zen4.json)" in once and "torch" in once
     assert "old" not in once and "| gram |" in once and once.endswith("<!-- benchmarks end -->\nafter\n")
-    assert tables.render(once, files[0].parent) == once == tables.render(once.replace("| gram |", "| other |"), files[0].parent)
+    assert tables.render(once, folder, page) == once == tables.render(once.replace("| gram |", "| other |"), folder, page)
