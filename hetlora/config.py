@@ -34,6 +34,15 @@ class Config(BaseModel):
     """Settings of one federated run. Units are in the descriptions; every default is what the paper uses where it says so.
 
     Raises `ConfigError` (from `Config.create` and `Config.from_file`) naming the setting, what was expected and what came.
+
+    >>> import hetlora
+    >>> cfg = hetlora.Config(data="stdlib:email,json", ranks="powerlaw:5:50", rounds=3)
+    >>> cfg.rounds, cfg.gamma, cfg.merge
+    (3, 0.99, 'factors')
+    >>> hetlora.Config.create("my settings", round=3)
+    Traceback (most recent call last):
+        ...
+    hetlora.errors.ConfigError: my settings: unknown setting 'round' (did you mean 'rounds'?)
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, frozen=True, allow_inf_nan=False)

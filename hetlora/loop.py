@@ -63,6 +63,18 @@ def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = N
     observer: receives progress.   federation: model and data loaded before by `prepare`, to share them between runs.
 
     Raises `ConfigError` for settings, data or a folder that cannot be used; nothing that exists is overwritten.
+
+    >>> import tempfile
+    >>> import hetlora
+    >>> from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+    >>> folder = tempfile.mkdtemp()
+    >>> sizes = LlamaConfig(vocab_size=384, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    >>> LlamaForCausalLM(sizes).save_pretrained(folder + "/model")
+    >>> files = ByT5Tokenizer().save_pretrained(folder + "/model")
+    >>> cfg = hetlora.Config(model=folder + "/model", data="unicode:GREEK,HEBREW", ranks="4,8", rounds=1, seq_len=32, device="cpu", output=folder + "/run")
+    >>> result = hetlora.simulate(cfg)
+    >>> result.ranks, result.bank.ranks, len(result.history)
+    ({'GREEK': 4, 'HEBREW': 8}, (8,), 2)
     """
     observer = observer or Observer()
     cfg.check()

@@ -172,6 +172,12 @@ def use_backend(rung: str) -> Iterator[None]:
     """Run every op of the process on one rung inside the block: for tests and benchmarks. `ValueError` for an unknown or absent rung.
 
     Ops that the rung has no kernel for run on the reference; `backends` says which.
+
+    >>> import torch
+    >>> import hetlora_kernels as hk
+    >>> with hk.use_backend("reference"):
+    ...     hk.backends("cpu")["gram"]
+    ('reference', "forced to 'reference'")
     """
     global _forced
     before, _forced = _forced, _check_rung(rung, "use_backend")
@@ -200,6 +206,11 @@ def backends(device: str | None = None) -> dict[str, tuple[str, str]]:
     """Which rung serves each op on tensors of `device` in this process, and why: {op: (rung, reason)}.
 
     device: "cpu" or "cuda"; default: "cuda" where there is a CUDA device.
+
+    >>> import hetlora_kernels as hk
+    >>> rung, reason = hk.backends("cpu")["aggregate_"]  # ('cpu', 'C++ kernels for CPU tensors') where they are built
+    >>> rung in ("cpu", "reference")
+    True
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return {name: _chosen(name, device) for name in SCHEMAS}

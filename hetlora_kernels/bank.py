@@ -33,6 +33,16 @@ class AdapterBank:
     Attributes
       a, bt: {module: Parameter};  layouts: {module: RankLayout};  shapes;  num_clients;  device, dtype;
       ranks: tuple of K ints where all modules agree, else {module: tuple}.
+
+    >>> import hetlora_kernels as hk
+    >>> server = hk.AdapterBank({"layer.q_proj": (6, 4)}, ranks=[8])
+    >>> clients = server.truncate([2, 8, 3])
+    >>> clients.ranks, tuple(clients.a["layer.q_proj"].shape), tuple(clients.bt["layer.q_proj"].shape)
+    ((2, 8, 3), (13, 4), (13, 6))
+    >>> [(key, tuple(value.shape)) for key, value in clients.adapter(2).items()]
+    [('base_model.model.layer.q_proj.lora_A.weight', (3, 4)), ('base_model.model.layer.q_proj.lora_B.weight', (6, 3))]
+    >>> clients.aggregate([0.5, 0.25, 0.25], max_rank=8).ranks
+    (8,)
     """
 
     def __init__(

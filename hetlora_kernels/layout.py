@@ -45,6 +45,13 @@ class RankLayout:
       ranks: tuple of K ints;  offsets: tuple of K + 1 ints, offsets[0] = 0;  total: S = sum of the ranks;  max_rank: R, 0 when there are no clients.
 
     Immutable and hashable; equal when the ranks are equal. `ValueError` on a negative rank, `TypeError` on anything but integers.
+
+    >>> import hetlora_kernels as hk
+    >>> layout = hk.RankLayout([2, 0, 3])
+    >>> layout.offsets, layout.total, layout.max_rank
+    ((0, 2, 2, 5), 5, 3)
+    >>> layout.rows(2)
+    slice(2, 5, None)
     """
 
     __slots__ = ("_device_offsets", "max_rank", "offsets", "ranks", "total")
@@ -146,6 +153,13 @@ class Segments:
       row_keys: int64 [T] or None; None means the default keys 0, 1, 2, ... within each client.
 
     Rows that no client owns are base only: their output is the frozen layer's, their gradient flows through it alone.
+
+    >>> import hetlora_kernels as hk
+    >>> hk.Segments.from_lengths([3, 0, 2])
+    Segments(num_rows=5, lengths=[3, 0, 2], gathered=False)
+    >>> seg = hk.Segments.from_ids([1, 0, -1, 1])
+    >>> seg.lengths, seg.index.tolist()
+    ([1, 2], [1, 0, 3])
     """
 
     __slots__ = ("_key_cache", "_plans", "index", "lengths", "num_rows", "row_keys", "starts")

@@ -63,6 +63,14 @@ def aggregate(
 
     Sums in float32 (float64 for float64) in client order, so the result is bitwise repeatable. Not differentiable.
     Returns [R, d], a list when a list came in. `ValueError` for shapes that do not fit, and for weights that are negative or not finite.
+
+    >>> import torch
+    >>> import hetlora_kernels as hk
+    >>> rows = torch.tensor([[1.0, 1.0], [2.0, 2.0], [4.0, 4.0]])  # client 0 has one rank row, client 1 two
+    >>> hk.aggregate(rows, hk.RankLayout([1, 2]), weights=[0.25, 0.75], max_rank=2).tolist()
+    [[1.75, 1.75], [3.0, 3.0]]
+    >>> hk.aggregate(rows, hk.RankLayout([1, 2]), weights=[0.25, 0.75], max_rank=2, normalize="owners").tolist()
+    [[1.75, 1.75], [4.0, 4.0]]
     """
     listed, many, layouts = prepare("rows", rows, layout)
     owners = _check_normalize(normalize)
@@ -87,6 +95,14 @@ class Accumulator:
     like: tensors [*, d], one per module, that give width, type and device.   max_rank: R.
 
     `add(rows, weight)` then `result(...)` equals `aggregate` of the same uploads in the same order. Sums in float32 (float64 for float64).
+
+    >>> import torch
+    >>> import hetlora_kernels as hk
+    >>> sums = hk.Accumulator(like=[torch.empty(0, 2)], max_rank=2)
+    >>> sums.add([torch.tensor([[1.0, 1.0]])], weight=0.25)
+    >>> sums.add([torch.tensor([[2.0, 2.0], [4.0, 4.0]])], weight=0.75)
+    >>> sums.count, sums.result()[0].tolist()
+    (2, [[1.75, 1.75], [3.0, 3.0]])
     """
 
     def __init__(self, like: Sequence[Tensor], max_rank: int) -> None:

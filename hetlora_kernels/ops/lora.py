@@ -51,6 +51,19 @@ def lora_linear(
     once, in x, a, bt and bias; the mask is regenerated in backward from the seeds (Philox4x32-7, see `reference.keep_mask`), so what is kept
     is x, S (not of a small call on the CPU) and the seeds. Given the same x and dY rows, a client's gradients do not depend on the other clients in the batch.
     Raises `ValueError` or `TypeError` naming the argument. Source: HETLORA section 2; LoRA, Hu et al. 2022, equation 3.
+
+    >>> import torch
+    >>> import hetlora_kernels as hk
+    >>> layout, seg = hk.RankLayout([1, 2]), hk.Segments.from_lengths([2, 1])  # two rows of client 0, one of client 1
+    >>> x, weight = torch.randn(3, 4), torch.randn(5, 4)
+    >>> a, bt = torch.randn(3, 4, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    >>> y = hk.lora_linear(x, weight, None, a, bt, layout, seg, scale=2.0)
+    >>> expected = x @ weight.T + torch.cat([2 * x[:2] @ a[:1].T @ bt[:1], 2 * x[2:] @ a[1:].T @ bt[1:]])
+    >>> torch.allclose(y, expected, atol=1e-5)
+    True
+    >>> y.sum().backward()
+    >>> a.grad.shape, bt.grad.shape
+    (torch.Size([3, 4]), torch.Size([3, 5]))
     """
     if _checked_by_the_small_op(x, weight, bias, a, bt, layout, seg):
         try:
@@ -96,6 +109,15 @@ def lora_add(
 
     base_out: [..., m] the base layer's output; its type is the result's.   x: [..., n] the base layer's input.
     The other arguments, gradients and errors are those of `lora_linear`; the gradient of base_out is that of the result.
+
+    >>> import torch
+    >>> import hetlora_kernels as hk
+    >>> layout, seg = hk.RankLayout([1, 2]), hk.Segments.from_ids([1, -1])  # the second row belongs to no client
+    >>> base = torch.nn.Linear(4, 5)  # stands for any base layer
+    >>> x, a, bt = torch.randn(2, 4), torch.randn(3, 4), torch.randn(3, 5)
+    >>> y = hk.lora_add(base(x), x, a, bt, layout, seg)
+    >>> torch.allclose(y[0], base(x)[0] + x[0] @ a[1:].T @ bt[1:], atol=1e-5), torch.equal(y[1], base(x)[1])
+    (True, True)
     """
     _check_input(x, None)
     if not isinstance(base_out, Tensor) or base_out.dtype not in FLOATS:

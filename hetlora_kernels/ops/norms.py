@@ -19,6 +19,12 @@ def gram(rows: Tensor | Sequence[Tensor], layout: Layouts, exact: bool = False) 
     exact: products and result in float64 instead of float32 (float64 input is always exact).
 
     Returns the r_k x r_k matrices packed one after another, [sum r_k^2], a list when a list came in; `unpack_gram` views them. Not differentiable.
+
+    >>> import torch
+    >>> import hetlora_kernels as hk
+    >>> rows = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]])
+    >>> hk.gram(rows, hk.RankLayout([1, 2])).tolist()
+    [5.0, 9.0, 0.0, 0.0, 1.0]
     """
     listed, many, layouts = prepare("rows", rows, layout)
     result = call("gram")(listed, flat_ranks(layouts), exact)
@@ -26,7 +32,15 @@ def gram(rows: Tensor | Sequence[Tensor], layout: Layouts, exact: bool = False) 
 
 
 def unpack_gram(packed: Tensor, layout) -> list[Tensor]:
-    """Views [r_k, r_k] into the packed result of `gram`, one per client."""
+    """Views [r_k, r_k] into the packed result of `gram`, one per client.
+
+    >>> import torch
+    >>> import hetlora_kernels as hk
+    >>> layout = hk.RankLayout([1, 2])
+    >>> packed = hk.gram(torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]]), layout)
+    >>> [own.tolist() for own in hk.unpack_gram(packed, layout)]
+    [[[5.0]], [[9.0, 0.0], [0.0, 1.0]]]
+    """
     blocks = packed.split([rank * rank for rank in layout.ranks])
     return [block.view(rank, rank) for block, rank in zip(blocks, layout.ranks, strict=True)]
 
@@ -39,6 +53,12 @@ def delta_norms(a: Tensor | Sequence[Tensor], bt: Tensor | Sequence[Tensor], lay
     (two rows a, a + 1e-3 e against b, -b: about 1e-2; exact: 1e-9).
 
     Returns float32 [K] for tensors, [K, modules] for lists; float64 when the input is, or `exact`. Not differentiable.
+
+    >>> import torch
+    >>> import hetlora_kernels as hk
+    >>> a, bt = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[2.0], [1.0]])
+    >>> hk.delta_norms(a, bt, hk.RankLayout([1, 1])).tolist()  # ||2 (3, 4)|| and ||1 (1, 0)||
+    [10.0, 1.0]
     """
     a_list, many, layouts = prepare("a", a, layout)
     bt_list, many_bt, _ = prepare("bt", bt, layouts)
@@ -58,6 +78,12 @@ def tail_norms(rows: Tensor | Sequence[Tensor], layout: Layouts, keep: Sequence[
 
     Returns float32 [K] for a tensor, [K, modules] for a list; float64 when the input is. Not differentiable: `AdamW` and `SGD` carry the
     regulariser's gradient.
+
+    >>> import torch
+    >>> import hetlora_kernels as hk
+    >>> rows = torch.tensor([[9.0, 9.0], [3.0, 4.0], [7.0, 7.0]])
+    >>> hk.tail_norms(rows, hk.RankLayout([2, 1]), keep=[1, 1]).tolist()
+    [5.0, 0.0]
     """
     listed, many, layouts = prepare("rows", rows, layout)
     result = call("tail_norms")(listed, flat_ranks(layouts), client_integers("keep", keep, layouts))

@@ -84,6 +84,17 @@ class AdamW(_BankOptimizer):
 
     m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2;  w = w (1 - lr wd) - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps),
     t = the client's own step count. See `_BankOptimizer` for lr, clip_norm and tail_penalty. Moments are kept in the factors' type.
+
+    >>> import torch
+    >>> import hetlora_kernels as hk
+    >>> bank = hk.AdapterBank({"layer": (6, 4)}, ranks=[2, 3])
+    >>> opt = hk.AdamW(bank, lr=[1e-3, 1e-2], clip_norm=1.0, tail_penalty=(0.1, [1, 2]))
+    >>> loss = sum((p**2).sum() for p in bank.parameters())
+    >>> loss.backward()
+    >>> opt.step(active=[True, False])  # the second client has no data in this step
+    >>> opt.step_count.tolist()
+    [1, 0]
+    >>> opt.zero_grad()
     """
 
     def __init__(
@@ -121,6 +132,16 @@ class SGD(_BankOptimizer):
     """SGD for every client of a bank in one fused step: d = g + wd w;  buf = momentum buf + d;  w = w - lr buf (`torch.optim.SGD` per client).
 
     See `_BankOptimizer` for lr, clip_norm and tail_penalty.
+
+    >>> import torch
+    >>> import hetlora_kernels as hk
+    >>> bank = hk.AdapterBank({"layer": (6, 4)}, ranks=[2, 3])
+    >>> before = bank.a["layer"].detach().clone()
+    >>> opt = hk.SGD(bank, lr=0.25)
+    >>> (bank.a["layer"] ** 2).sum().backward()  # the gradient is twice the factor
+    >>> opt.step()
+    >>> torch.allclose(bank.a["layer"], before / 2)
+    True
     """
 
     def __init__(

@@ -43,6 +43,12 @@ def quantize_rows(
     A row of zeros has scale 0, and so has one whose scale would lie below 2^-126, the smallest normal number: its codes are zero.
     Division, rounding and maximum are exact or correctly rounded in one order, so that every rung gives the same bits. Arithmetic is float32, float64 for
     float64 rows. Not differentiable. `ValueError` on other bits, and on a row with a NaN, an infinity or a scale beyond float32.
+
+    >>> import torch
+    >>> import hetlora_kernels as hk
+    >>> codes, scales = hk.quantize_rows(torch.tensor([[127.0, -1.0, 2.4]]))
+    >>> codes.tolist(), scales.tolist()
+    ([[127, -1, 2]], [1.0])
     """
     listed, many = module_list("rows", rows)
     if bits not in CODES:
@@ -83,6 +89,12 @@ def dequantize_rows(
     dtype: of the result.   out: tensor(s) to write instead of fresh ones; every element is written.
 
     Returns rows [R, d], a list when a list came in; products are made in float32 (float64 for a float64 result) and rounded once. Not differentiable.
+
+    >>> import torch
+    >>> import hetlora_kernels as hk
+    >>> codes, scales = hk.quantize_rows(torch.tensor([[127.0, -1.0, 2.4]]))
+    >>> hk.dequantize_rows(codes, scales).tolist()
+    [[127.0, -1.0, 2.0]]
     """
     many = not isinstance(codes, Tensor)
     listed, bits = _codes([codes] if isinstance(codes, Tensor) else list(codes))

@@ -37,6 +37,14 @@ def truncate(
     out: tensor(s) to write instead of fresh ones; every element is written. Memory shared with `bank_rows` is refused.
 
     Returns packed rows [S, d] (or [K, R, d]), a list when a list came in. Not differentiable. `ValueError` on a rank above R.
+
+    >>> import torch
+    >>> import hetlora_kernels as hk
+    >>> bank_rows = torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
+    >>> hk.truncate(bank_rows, hk.RankLayout([1, 2])).tolist()
+    [[1.0, 1.0], [1.0, 1.0], [2.0, 2.0]]
+    >>> hk.truncate(bank_rows, hk.RankLayout([1, 2]), dense=True).shape
+    torch.Size([2, 3, 2])
     """
     banks, many = module_list("bank_rows", bank_rows)
     layouts = module_layouts(layout, len(banks))

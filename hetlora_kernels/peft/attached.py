@@ -137,6 +137,18 @@ def attach(model: nn.Module, bank: AdapterBank, scale: float | Sequence[float] |
     Returns `model`. `ValueError` by the name of the module, and nothing is attached, when one is missing, has other widths, is on another device, is no
     linear layer (an embedding, a router that returns several tensors) or has a weight that the model reads past the layer (Mamba's `out_proj`); or
     when a bank is attached already.
+
+    >>> import torch
+    >>> import hetlora_kernels as hk
+    >>> from hetlora_kernels.peft import attach, client_segments, detach
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 6))
+    >>> bank = hk.AdapterBank({"0": (6, 4)}, ranks=[2, 3])
+    >>> model = attach(model, bank, scale=2.0)
+    >>> with client_segments(model, [1, 0, -1]):  # the client of each row of the batch
+    ...     model(torch.randn(3, 4)).sum().backward()
+    >>> bank.a["0"].grad.shape, model[0].weight.grad
+    (torch.Size([5, 4]), None)
+    >>> model = detach(model)
     """
     if attachment(model) is not None:
         raise ValueError("model: a bank is attached already; call detach(model) first")
@@ -179,7 +191,17 @@ def attach(model: nn.Module, bank: AdapterBank, scale: float | Sequence[float] |
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Undo `attach`: the layers' own classes and the parameters' requires_grad come back. `ValueError` when nothing is attached."""
+    """Undo `attach`: the layers' own classes and the parameters' requires_grad come back. `ValueError` when nothing is attached.
+
+    >>> import torch
+    >>> import hetlora_kernels as hk
+    >>> from hetlora_kernels.peft import attach, detach
+    >>> model = attach(torch.nn.Sequential(torch.nn.Linear(4, 6)), hk.AdapterBank({"0": (6, 4)}, ranks=[2]))
+    >>> type(model[0]).__name__, model[0].weight.requires_grad
+    ('AttachedLinear', False)
+    >>> type(detach(model)[0]).__name__, model[0].weight.requires_grad
+    ('Linear', True)
+    """
     shared = attachment(model)
     if shared is None:
         raise ValueError("model: no bank is attached; call attach(model, bank) first")

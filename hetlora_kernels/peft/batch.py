@@ -300,7 +300,15 @@ def _sequence_index(ids: Tensor) -> Tensor:
 
 
 def layer_seeds(seeds: Tensor, step: int | Tensor, module: int) -> Tensor:
-    """int64 [K]: each client's dropout seed for one step and one module, mixed from (client seed, step, module index) by SplitMix64's finaliser."""
+    """int64 [K]: each client's dropout seed for one step and one module, mixed from (client seed, step, module index) by SplitMix64's finaliser.
+
+    >>> import torch
+    >>> from hetlora_kernels.peft import layer_seeds
+    >>> seeds = torch.tensor([7, 8])  # one of each client
+    >>> first, second = layer_seeds(seeds, step=0, module=0), layer_seeds(seeds, step=0, module=1)
+    >>> first.dtype, first.shape, torch.equal(first, second)
+    (torch.int64, torch.Size([2]), False)
+    """
     state = seeds + torch.as_tensor(step, dtype=torch.int64, device=seeds.device) * _signed(0x9E3779B97F4A7C15)
     state = _mix64(state)
     return _mix64(state + _signed((module + 1) * 0x632BE59BD9B4E019))

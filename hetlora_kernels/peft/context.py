@@ -47,6 +47,19 @@ def client_segments(
 
     `ValueError` where neither is there, and for a PEFT model with adapters in a layer that is not fused or with `modules_to_save`: these know one adapter
     for the whole batch. `RuntimeError` from a layer whose adapter is a variant (DoRA, ...) or merged.
+
+    >>> import torch
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from torch import nn
+    >>> from hetlora_kernels.peft import client_segments, fuse
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 6)), LoraConfig(r=2, target_modules=["0"]), adapter_name="alice")
+    >>> model.add_adapter("bob", LoraConfig(r=3, target_modules=["0"]))
+    >>> report = fuse(model)
+    >>> model.base_model.set_adapter(["alice", "bob"])  # both are trained
+    >>> with client_segments(model, ["bob", "alice", "__base__"]) as ids:  # the adapter of each row of the batch
+    ...     model(torch.randn(3, 4)).sum().backward()
+    >>> ids.tolist(), model.base_model.model[0].lora_B["bob"].weight.grad.shape
+    ([1, 0, -1], torch.Size([6, 3]))
     """
     shared = attachment(model)
     _check_alone(model, shared)

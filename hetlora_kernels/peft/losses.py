@@ -26,6 +26,14 @@ def client_losses(
     reduction: 'mean' over the client's tokens, or 'sum' (micro-batches divide by the step's own count).
 
     Differentiable. In float32 (float64 for float64). A non-finite loss of one client does not touch another's.
+
+    >>> import torch
+    >>> from hetlora_kernels.peft import client_losses
+    >>> logits, labels = torch.randn(3, 5, 7, requires_grad=True), torch.randint(0, 7, (3, 5))
+    >>> losses = client_losses(logits, labels, ids=[0, 1, 0], num_clients=2)
+    >>> losses.shape
+    torch.Size([2])
+    >>> losses.sum().backward()  # each client gets the gradient of its own mean: never take one mean over the batch
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")

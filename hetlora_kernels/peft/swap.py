@@ -17,7 +17,16 @@ from hetlora_kernels.peft.fused import FusedLayer, tell
 
 
 class FusedLinear(FusedLayer, Linear):
-    """`peft.tuners.lora.Linear` with the fused forward."""
+    """`peft.tuners.lora.Linear` with the fused forward.
+
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from torch import nn
+    >>> from hetlora_kernels.peft import FusedLinear, fuse
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 6)), LoraConfig(r=2, target_modules=["0"]))
+    >>> report = fuse(model)
+    >>> isinstance(model.base_model.model[0], FusedLinear)
+    True
+    """
 
 
 @dataclass
@@ -26,6 +35,14 @@ class FuseReport:
 
     fused: {layer: "lora_linear", the frozen product and the adapters in one op, or "lora_add: why", the adapters added to the base layer's output};
     left: {layer: why PEFT's own forward runs}.
+
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from torch import nn
+    >>> from hetlora_kernels.peft import fuse
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 6)), LoraConfig(r=2, target_modules=["0"]))
+    >>> report = fuse(model)
+    >>> report.fused, report.left
+    ({'base_model.model.0': 'lora_linear'}, {})
     """
 
     fused: dict[str, str] = field(default_factory=dict)
@@ -129,6 +146,14 @@ def fuse(model: nn.Module) -> FuseReport:
     Returns a report of what is fused and what is left to PEFT, with the reason; a `UserWarning` says so too where anything is left. `ValueError` where the
     model has no LoRA layer. Second derivatives are refused by the fused layers: `unfuse` for them. Dropout masks are this project's own: same distribution
     as PEFT's, other draws.
+
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from torch import nn
+    >>> from hetlora_kernels.peft import fuse
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 6)), LoraConfig(r=2, target_modules=["0"]))
+    >>> print(fuse(model))
+    fused 1 of 1 LoRA layers
+      fused, lora_linear: 1 (base_model.model.0)
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not layers:
@@ -142,7 +167,16 @@ def fuse(model: nn.Module) -> FuseReport:
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Give every fused layer of `model` its PEFT class back, in place; returns `model`. `ValueError` where none is fused."""
+    """Give every fused layer of `model` its PEFT class back, in place; returns `model`. `ValueError` where none is fused.
+
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from torch import nn
+    >>> from hetlora_kernels.peft import fuse, unfuse
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 6)), LoraConfig(r=2, target_modules=["0"]))
+    >>> report = fuse(model)
+    >>> type(model.base_model.model[0]).__module__, type(unfuse(model).base_model.model[0]).__module__
+    ('hetlora_kernels.peft.swap', 'peft.tuners.lora.layer')
+    """
     layers = [module for module in model.modules() if isinstance(module, FusedLayer)]
     if not layers:
         raise ValueError("model: expected a model with fused layers, found none")
@@ -181,6 +215,15 @@ def enable(config: LoraConfig) -> FuseReport:
 
     Returns a report that fills as layers are made and says what runs when it is asked: print it after `get_peft_model`. A warning says once for each reason
     what is left. `TypeError` where `config` is not a `LoraConfig`.
+
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from torch import nn
+    >>> from hetlora_kernels.peft import enable
+    >>> config = LoraConfig(r=2, target_modules=["0"])
+    >>> report = enable(config)
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 6)), config)
+    >>> len(report.fused), report.left
+    (1, {})
     """
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config: expected a peft.LoraConfig, got {type(config).__name__}")
