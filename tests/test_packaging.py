@@ -160,15 +160,3 @@ def test_public_names_load_at_first_use(tmp_path: Path) -> None:
     assert callable(hetlora.simulate) and issubclass(hetlora.ConfigError, ValueError)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = hetlora.nothing
-
-
-def test_readme_names_the_two_commands() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "make demo" in text and "make test" in text
-
-
-def test_ci_runs_the_make_targets() -> None:
-    assert os.access(ROOT / ".ci" / "run", os.X_OK)
-    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert {"demo", "test", "test-fast", "lint", "clean", "venv"} <= set(targets)
