@@ -20,6 +20,7 @@ JOBS   ?= 2
 ARGS   ?=
 
 BIN := .venv/bin
+CXX_SOURCES := $(wildcard csrc/*/* tests/gpu/emulator/*)
 CHOICE := $(foreach word,$(TORCH) $(TRITON),'$(word)')
 # Its name carries the choice of Python and torch, so that asking for another one makes the environment anew rather than being ignored.
 BASE := .venv/.base-$(shell printf '%s\n' '$(PYTHON)' $(CHOICE) | cksum | cut -d ' ' -f 1)
@@ -44,6 +45,8 @@ test-fast: venv
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/mypy hetlora_kernels hetlora
+	@if [ -x $(BIN)/clang-format ]; then set -x; $(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES); \
+	    else echo "clang-format is not in .venv: the layout of the C++ sources is not checked (pip install clang-format==23.1.5)"; fi
 
 venv: .venv/.installed
 
