@@ -107,7 +107,7 @@ def entry(name: str, value: Any) -> list[str]:
     if isinstance(value, type):
         for base in _own(value)[1:]:
             if base.__doc__ and base.__name__.startswith("_"):
-                lines += _docstring(base)
+                lines += ["", f"From `{base.__name__}`:", *_docstring(base)]
         for method, attribute in methods(value):
             signature = _signature(method, attribute)
             lines += ["", f"**`{method}`**", "", "```python", signature, "```"] if "\n" in signature else ["", f"**`{signature}`**"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -45,6 +46,23 @@ def test_the_doors_train_every_adapter_as_if_it_were_alone(page, peft_model, cap
         for name, grad in gradients(peft_model, adapter).items():
             assert together[adapter][name].norm() > 0, name
             torch.testing.assert_close(together[adapter][name], grad, msg=name)
+
+
+@pytest.mark.slow
+def test_the_federation_of_your_own_runs(tmp_path, monkeypatch):
+    """The Python of docs/federation.md on a tiny model, for one round."""
+    monkeypatch.chdir(tmp_path)
+    spec = importlib.util.spec_from_file_location("tiny_model", ROOT / "examples" / "tiny_model.py")
+    examples = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(examples)
+    examples.write_tiny_model("llama", "my-model")
+    for client in ("alice", "bob"):
+        (tmp_path / "texts" / client).mkdir(parents=True)
+        (tmp_path / "texts" / client / "a.txt").write_text(f"{client} writes a line. " * 100)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "federation.md").read_text(encoding="utf-8"), re.DOTALL)
+    namespace = {}
+    exec(code.replace("rounds=20", "rounds=1"), namespace)
+    assert set(namespace["result"].ranks) == {"alice", "bob"} and (tmp_path / "runs" / "mine" / "summary.json").is_file()
 
 
 @pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]), ids=lambda page: page.relative_to(ROOT).as_posix())
