@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks.run --suite server --json FILE`, then `python -m benchmarks.tables` to renew the tables of docs/."""
+"""Benchmarks: `python -m benchmarks.run --suite server --json FILE`, then `benchmarks.tables` and `benchmarks.plots` to renew docs/."""

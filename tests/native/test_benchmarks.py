@@ -152,6 +152,21 @@ def test_the_picture_has_a_bar_for_every_step_of_a_whole_model():
     assert "X shape" in text and "8 adapters" in text and "no dropout" in text and (stock["provider"], own["provider"]) == ("PEFT", "hetlora")
 
 
+def test_summaries_take_the_records_they_name():
+    """Ranges over the shapes of a layer, by rows and dropout; a target is met up to its limit."""
+    layer = {"provider": "hetlora", "op": "layer, forward and backward p=0.0", "clients": 1}
+    ratios = {"1->1 T=1 r=16": 0.5, "2->2 T=1 r=16": 0.7, "1->1 T=256 r=16": 0.9}
+    results = [{**layer, "shape": shape, "ratio": ratio} for shape, ratio in ratios.items()]
+    results += [{**layer, "provider": "PEFT", "shape": "1->1 T=1 r=16", "ratio": 1.0}, {**results[2], "op": "layer, forward and backward p=0.1", "ratio": 0.8}]
+    results.append({**layer, "op": "training step p=0.0", "shape": "X", "clients": 8, "ratio": 0.4})
+    assert tables.peft_summary({"results": results})[2:] == [
+        "| one fused layer, one row | 0.50 to 0.70 |  |",
+        "| one fused layer, 256 and 1024 rows | 0.90 | 0.80 |",
+        "| training step, X, 8 adapters in one batch / one after another | 0.40 |  |",
+    ]
+    assert (tables._verdict(1.15, 1.15), tables._verdict(1.16, 1.15)) == ("met, 1.15", "**missed**, 1.16")
+
+
 def test_a_table_is_written_again_where_it_is_stale():
     folder, page = tables.ROOT / "benchmarks" / "results", tables.ROOT / "docs" / "x.md"
     marks = "".join(f"<!-- benchmarks: amd-epyc-zen4.json {kind} -->\nold\n<!-- benchmarks end -->\n" for kind in ("conditions", "summary"))
