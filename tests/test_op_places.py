@@ -22,6 +22,8 @@ LACKING = {
     "lora_small_forward": ONLY_ON_CPUS,
     "lora_small_backward": ONLY_ON_CPUS,
     "sgd_": {"benchmark row"},  # not measured: AdamW's pass with one state less
+    "quantize_rows_": {"benchmark row"},  # not measured
+    "dequantize_rows_": {"benchmark row"},
     "shrink": {"benchmark row"},  # the layer's three steps: the layer is measured
     "expand_": {"benchmark row"},
     "grouped_gram": {"benchmark row"},
