@@ -1,4 +1,4 @@
-"""docs/results.md shows what the committed files of its two studies say, and those are of the recipes as they stand."""
+"""The committed figures of the two studies of docs/results.md are those of their single runs, and of the recipes as they stand."""
 
 from __future__ import annotations
 
@@ -14,16 +14,6 @@ from hetlora.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
-
-
-@pytest.mark.parametrize("study", ["stdlib", "unicode"])
-def test_tables_are_the_committed_ones(study):
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    saved = (RESULTS / study / "comparison.md").read_text(encoding="utf-8")
-    for table in (part for part in saved.split("\n\n") if part.startswith("|")):
-        assert table.strip() in page
-    assert f"hetlora compare --config examples/compare-{study}.yaml" in page
-    assert (RESULTS / study / "comparison.png").is_file() and f"results/{study}/comparison.png" in page
 
 
 @pytest.mark.parametrize("study", ["stdlib", "unicode"])
