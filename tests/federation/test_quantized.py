@@ -21,12 +21,13 @@ KINDS = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen2": (Qwen2ForCausalLM, Q
 @pytest.mark.parametrize("quantize", ["4bit", "8bit"])
 @pytest.mark.parametrize("name", KINDS)
 def test_a_quantised_base_trains(name, quantize, tmp_path):
-    """The frozen base is in eval mode and evaluated before; the factors are those of a base in training mode, where bitsandbytes packs nothing for inference."""
+    """The frozen base is in eval mode and evaluated before. The factors are those of a base in training mode, for which bitsandbytes packs nothing."""
     make, config = KINDS[name]
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     make(config(vocab_size=64, **sizes)).save_pretrained(tmp_path)
-    cfg = Config.create("test", model=str(tmp_path), quantize=quantize, dtype="float32", device="cpu", local_steps=1, batch_size=2, optimizer="sgd", output=str(tmp_path / "run"))
+    settings = {"model": str(tmp_path), "quantize": quantize, "dtype": "float32", "device": "cpu", "local_steps": 1, "batch_size": 2, "optimizer": "sgd"}
+    cfg = Config.create("test", **settings, output=str(tmp_path / "run"))
     data, trained = tiny_clients([4])[0], []
     for training in (True, False):
         model = load_model(cfg, str(tmp_path))
