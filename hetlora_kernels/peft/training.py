@@ -34,7 +34,8 @@ class Training:
                     f"client_segments: {who} owns rows and is not trained, its factors require no gradient; model.base_model.set_adapter([names]) trains all",
                     stacklevel=4,
                 )
-        self.factors = [(who, layer, factor, factor.grad, _version(factor.grad)) for who, layer, factor in listed if who in trained - self.known]
+        ours = [each for each in listed if each[0] in trained - self.known and each[2].requires_grad]  # A may be frozen, and B trained
+        self.factors = [(who, layer, factor, factor.grad, _version(factor.grad)) for who, layer, factor in ours]
         new = any(who in trained - self.known for who in owners)
         self.others = [(p, p.grad, _version(p.grad)) for p in model.parameters() if p.requires_grad] if new else []
 
