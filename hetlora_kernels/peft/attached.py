@@ -51,10 +51,10 @@ def _forward(layer: Any, base: Callable[..., Any] | None, x: Tensor, args: Any, 
     batch = shared.batch
     if shared.left and batch.ids is None:
         shared.left = left_is_over(shared.left, name)
-    rows = batch.rows(x, name)
     if batch.follower is None:
-        return _compute(layer, base, rows, x, args, kwargs)
+        return _compute(layer, base, batch.rows(x, name), x, args, kwargs)
     with batch.follower.paused():
+        rows = batch.rows(x, name)
         out = _compute(layer, base, rows, x, args, kwargs)
     batch.follower.set(out, rows.entry)
     return out

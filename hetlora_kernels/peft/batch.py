@@ -127,7 +127,7 @@ class Batch:
                 seen = self._form(entry, leading)
                 if seen is None:
                     return self._as_followed(entry, leading, name)
-                if entry.sure and self.size > 1:
+                if entry.sure and self.size > 1 and not self.follower.numbers:
                     self.forms[name][len(leading)] = form = seen
                 else:
                     return self._in_form(seen, leading, name)

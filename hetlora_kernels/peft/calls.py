@@ -73,6 +73,7 @@ class ModelCalls:
     def follow(self, given: Mapping[str, Any], size: int) -> None:
         batch = self.batch
         follower = batch.follower = batch.kept_follower = batch.kept_follower or Follower(_weights(self.layers, self.modules))
+        follower.numbers = False
         owners = batch.sequences(size)
         assert owners is not None
         text = any(isinstance(given.get(name), Tensor) for name in _TEXT[:2])

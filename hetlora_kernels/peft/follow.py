@@ -26,6 +26,8 @@ _SILENT = frozenset(
     ".is_sparse .is_vulkan .is_xpu .itemsize .layout .names .nbytes .ndim .requires_grad .shape".split()
 )
 
+_NUMBERS = frozenset(("__index__", "__int__", "__iter__", "item", "tolist", "numpy"))
+
 
 class Follower(TorchFunctionMode):
     """While it is on, `entry(tensor)` says whose data a tensor is."""
@@ -35,6 +37,7 @@ class Follower(TorchFunctionMode):
         super().__init__()
         self.weights = weights
         self._entries: Any = WeakTensorKeyDictionary()
+        self.numbers = False  # whether the model has read numbers of its data: what it slices by them looks like slicing by shapes
         self.idle = False  # while an adapted layer computes
         self.unsure = ""  # a layer whose rows are no text, so that whose they are shows only where they meet the text
 
@@ -62,6 +65,8 @@ class Follower(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":
             name = f".{getattr(func.__self__, '__name__', '')}"
+        if name in _NUMBERS and not (self.numbers or self.idle):
+            self.numbers = self.entry(args[0]) is not None or (args[0].dim() == 0 and not args[0].is_floating_point())
         if name not in _SILENT and not self.idle:
             self._follow(name, func, out, args, kwargs)
         return out

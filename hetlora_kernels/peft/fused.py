@@ -247,10 +247,11 @@ class FusedLayer(nn.Module):
             if isinstance(term, str):
                 raise RuntimeError(f"client_segments: {term}; such an adapter cannot share a batch")
         own = cast("list[Term | None]", terms)
-        rows = batch.rows(x, batch.layers[position])
+        name = batch.layers[position]
         if batch.follower is None:
-            return self._mixed_rows(own, rows, given, x, args, kwargs)
+            return self._mixed_rows(own, batch.rows(x, name), given, x, args, kwargs)
         with batch.follower.paused():
+            rows = batch.rows(x, name)
             out = self._mixed_rows(own, rows, given, x, args, kwargs)
         batch.follower.set(out, rows.entry)
         return out

@@ -144,6 +144,30 @@ def test_known_layers_are_followed_no_more(device):
         assert {key: form for key, form in known_forms(model.layer).items() if key >= 0} == known
 
 
+def packed_by_length(layer, x):
+    """Rows beyond a length that the data give are left out: as many as in a batch without padding, or others."""
+    lengths = (x[..., 0] > -9).sum(1).tolist()
+    out = layer(torch.cat([row[:length] for row, length in zip(x, lengths, strict=True)]))
+    return [part.sum(0) for part in out.split(lengths)]
+
+
+def test_a_length_that_is_data_is_not_taken_for_a_shape(device):
+    """The first batch is full, so that its rows are in the order of a flattened one; in the second it is the same number of rows divided otherwise."""
+    model = Model(packed_by_length).double().to(device)
+    bank = filled({"layer": (WIDTH, WIDTH)}, [3, 2], device=device)
+    attach(model, bank)
+    for lengths in ([4, 4], [2, 6], [6, 2]):
+        x = torch.randn(2, 4 if lengths == [4, 4] else 6, WIDTH, dtype=torch.float64, device=device)
+        for row, length in enumerate(lengths):
+            x[row, length:, 0] = -10
+        with client_segments(model, [1, 0]):
+            out = model(x)
+        for row, client in enumerate((1, 0)):
+            rows = bank.layouts["layer"].rows(client)
+            weight = model.layer.weight + bank.bt["layer"][rows].t() @ bank.a["layer"][rows]
+            torch.testing.assert_close(out[row], (x[row, : lengths[row]] @ weight.t()).sum(0), rtol=1e-10, atol=1e-10)
+
+
 def half_filled(x):
     return torch.zeros(len(x), 7, WIDTH, dtype=x.dtype).index_put_((torch.tensor([1, 0]), torch.tensor([2, 3])), x[:2, 0])
 
