@@ -141,16 +141,6 @@ def test_autocast(dtype):
         assert leaves[name].grad.dtype == torch.float32 and torch.equal(leaves[name].grad, casted[name].grad.float())
 
 
-@pytest.mark.parametrize("name", ["weight", "bias", "a", "bt"])
-def test_an_argument_left_on_the_meta_device_is_refused(name):
-    """Whatever device the dispatcher would choose, no result is made of memory that nobody wrote."""
-    layer = make_layer([2], [0] * 4, 5, 3)
-    leaves = leaf_tensors(layer, torch.float32, None, "cpu")
-    leaves[name] = leaves[name].detach().to("meta")
-    with pytest.raises(ValueError, match=rf"^{name}: expected .*device.*meta"):
-        hk.lora_linear(*(leaves[key] for key in ("x", "weight", "bias", "a", "bt")), layer.layout(), layer.segments())
-
-
 def test_another_rung_may_be_forced_in_the_backward_pass():
     layer = make_layer([2, 3], [0, 1, 1, 0], 9, 7, p=0.3)
     expected = run_fused(layer, torch.float32)
