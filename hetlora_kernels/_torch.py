@@ -8,7 +8,7 @@ import torch
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable:
-    """`function.apply` past its wrapper in Python, which serves torch.func and costs 4 us a call, a tenth of a small layer; without the base class: as it is."""
+    """`function.apply` past its wrapper in Python, which serves torch.func and costs 4 us a call, a tenth of a small layer; without that name: the wrapper."""
     return getattr(super(torch.autograd.Function, function), "apply", function.apply)
 
 

@@ -124,7 +124,7 @@ class Plan(NamedTuple):
     """What stays the same over the calls of a layer on one batch."""
 
     scale: Tensor  # [K] on the device, in the type of the arithmetic
-    index: Tensor | None  # int64 on the device, as in `Segments`
+    gathered: Tensor | None  # the index of the `Segments`, on the device
     segments: list[int]  # the rows of x, the layout's K ranks, then K starts and K lengths as in `Segments`, 0 for clients without a segment
 
 
@@ -161,9 +161,7 @@ class Segments:
     def num_clients(self) -> int:
         return len(self.lengths)
 
-    def plan(
-        self, layout: RankLayout, scale: float | Sequence[float] | Tensor, device: torch.device, dtype: torch.dtype, tracing: bool = False
-    ) -> Plan:
+    def plan(self, layout: RankLayout, scale: float | Sequence[float] | Tensor, device: torch.device, dtype: torch.dtype, tracing: bool = False) -> Plan:
         """The `Plan` of these segments beside `layout`, for an x of `dtype` on `device`; the plans of plain numbers, or tuples of them, are kept.
 
         tracing: make one that is not kept: a graph has its plan as constants, and torch 2.10 refuses to trace what several kept ones share.

@@ -10,7 +10,8 @@ from hetlora_kernels.ops._lists import FLOATS
 def check_layer(x: Tensor, a: Tensor, bt: Tensor, total: int, rows: int, transposed: bool, **base: Tensor | None) -> None:
     """`ValueError` or `TypeError` naming the argument, unless the tensors of one call fit together.
 
-    total: S, the sum of the ranks.   rows: T of the segments.   transposed: bt is B [m, S].   base: weight= and bias= of the frozen layer, or its output base_out=, or nothing.
+    total: S, the sum of the ranks.   rows: T of the segments.   transposed: bt is B [m, S].
+    base: weight= and bias= of the frozen layer, or its output base_out=, or nothing.
     """
     m = n = None
     if "weight" in base:

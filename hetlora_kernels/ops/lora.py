@@ -1,6 +1,6 @@
 """The multi-rank LoRA layer: many clients of different ranks in one batch on one frozen weight, with exact gradients.
 
-A call goes through `_run` to one op, `lora_forward`; its backward pass is `lora_backward`. The op refuses what does not fit; `_explain` then names the argument.
+A call goes through `_run` to one op, `lora_forward`. Its backward pass is `lora_backward`. An op refuses what does not fit, and `_explain` names the argument.
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ def lora_linear(
     """
     try:
         if is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+            x, weight, bias = _cast(x, weight, bias)
             with torch.autocast(x.device.type, enabled=False):
-                return lora_linear(*_cast(x, weight, bias), a, bt, layout, seg, scale, dropout, seeds, training, transposed=transposed)
+                return lora_linear(x, weight, bias, a, bt, layout, seg, scale, dropout, seeds, training, transposed=transposed)
         if weight.requires_grad and is_grad_enabled():
             raise ValueError("weight: expected a frozen weight, got one that requires a gradient; call weight.requires_grad_(False)")
         return _run(x, weight, bias, None, a, bt, layout, seg, scale, dropout if training else 0.0, seeds, transposed)
@@ -104,17 +105,18 @@ def lora_add(
     """
     try:
         if is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+            (x,) = _cast(x)
             with torch.autocast(x.device.type, enabled=False):
-                return lora_add(base_out, *_cast(x), a, bt, layout, seg, scale, dropout, seeds, training, transposed=transposed)
+                return lora_add(base_out, x, a, bt, layout, seg, scale, dropout, seeds, training, transposed=transposed)
         return _run(x, None, None, base_out, a, bt, layout, seg, scale, dropout if training else 0.0, seeds, transposed)
     except Exception as error:
         raise _explain(error, x, a, bt, layout, seg, transposed, base_out=base_out) from None
 
 
-def _cast(x: Tensor, *others: Tensor | None) -> list[Any]:
+def _cast(x: Tensor, *others: Tensor | None) -> Sequence[Any]:
     """In the autocast type, unless x is float64 or no float at all."""
     if x.dtype == torch.float64 or x.dtype not in FLOATS:
-        return [x, *others]
+        return x, *others
     dtype = torch.get_autocast_dtype(x.device.type)
     return [tensor.to(dtype) if isinstance(tensor, Tensor) else tensor for tensor in (x, *others)]
 
@@ -127,11 +129,14 @@ def _run(x, weight, bias, base, a, bt, layout, seg, scale, dropout, seeds, trans
     if dropout == 0:
         seeds, dropout = None, 0.0
     else:
-        if seeds is None and not tracing:  # a refused call draws none; the state of a GPU's generator cannot be read while a CUDA graph is recorded
-            state = torch.get_rng_state() if x.is_cpu else check_layer(x, a, bt, layout.total, seg.num_rows, transposed, **of_base(weight, bias, base))
+        if seeds is None and not tracing:  # a refused call draws none
+            if x.is_cpu:
+                state = torch.get_rng_state()
+            else:  # the state of a GPU's generator cannot be read while a CUDA graph is recorded
+                check_layer(x, a, bt, layout.total, seg.num_rows, transposed, **of_base(weight, bias, base))
         seeds = _check_seeds(dropout, seeds, layout.num_clients, x.device)
         keys = None if seeds is None else seg.keys_on(x.device)
-    batch = plan.scale, seeds, keys, plan.index, plan.segments, dropout, transposed  # the arguments that end both ops
+    batch = plan.scale, seeds, keys, plan.gathered, plan.segments, dropout, transposed  # the arguments that end both ops
     try:
         return (_Lora.apply if tracing else _direct)(x, weight, bias, base, a, bt, batch)
     except Exception:
@@ -142,8 +147,6 @@ def _run(x, weight, bias, base, a, bt, layout, seg, scale, dropout, seeds, trans
 
 def _explain(error: Exception, x, a, bt, layout, seg, transposed, **base) -> Exception:
     """What a refused call gets: an error that names the wrong argument, or `error` itself where none is wrong."""
-    if isinstance(error, ValueError):
-        return error
     if _torch.inside_torch_func():
         return RuntimeError("lora_linear, lora_add: expected no transform of torch.func (vmap, grad, jvp, ...) around the call, they are not made for them")
     try:

@@ -100,7 +100,7 @@ def grouped_gram(shape: Mapping[str, Any], gathered: bool, drop: bool, result: t
 
 
 def forward(shape: Mapping[str, Any], gathered: bool, drop: bool, kind: str, dtype: torch.dtype) -> tuple[str, list[Any]]:
-    """kind: "bias", "no-bias" or "base" (the output of another layer, in float32). Where rows are gathered B goes in as PEFT keeps it, else as its transpose."""
+    """kind: "bias", "no-bias" or "base" (the output of another layer, in float32). Where rows are gathered B goes in as PEFT keeps it, else its transpose."""
     rows, n, m, total = _rows_of_x(shape), shape["width"], shape["width"] + 13, sum(shape["ranks"])
     scale = torch.linspace(0.5, 2.0, len(shape["ranks"]), dtype=torch.float64).to(compute_dtype(dtype))
     base = _draw(48, rows, m, torch.float32) if kind == "base" else None

@@ -270,7 +270,7 @@ def test_nothing_beside_the_results_is_written(dtype, p, gathered):
         checks.append(check)
     before = {name: t.clone() for name, t in held.items()}
     drawn = (torch.tensor(layer.seeds), layer.segments().keys_on(torch.device("cpu"))) if p else (None, None)
-    factors, batch = (held["a"], held["bt"]), (plan.scale, *drawn, plan.index, plan.segments, p, False)
+    factors, batch = (held["a"], held["bt"]), (plan.scale, *drawn, plan.gathered, plan.segments, p, False)
     y, s = torch.ops.hetlora.lora_forward(held["x"], held["weight"], held["bias"], None, *factors, *batch)
     d_x, d_a, d_bt = torch.ops.hetlora.lora_backward(held["grad"], held["x"], held["weight"], *factors, s, *batch, True, True, True)
     made = run_fused(layer, dtype)
