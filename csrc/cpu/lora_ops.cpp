@@ -75,7 +75,7 @@ Tensor view(const Tensor& tensor, std::array<int64_t, 2> sizes, std::array<int64
 Tensor as_matrix(const Tensor& dense, int64_t rows, int64_t width) { return dense.dim() == 2 ? dense : view(dense, {rows, width}, {width, 1}); }
 
 // The framework's own product, with the bits of its F.linear and mm: out = left right (+ bias), in memory given. Past the dispatcher: a call of 16 rows of 64
-// columns takes 0.91 of the time that it takes with F.linear and mm called from Python.
+// columns takes 0.87 to 0.91 of the time that it takes with F.linear and mm called from Python.
 void product(const Tensor& out, const Tensor& left, const Tensor& right, const MaybeTensor& bias) {
     const AOTITorchError error = bias ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), left.get(), right.get(), 1.0, 1.0)
                                       : aoti_torch_cpu_mm_out(out.get(), left.get(), right.get());
