@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
+from kernel_cases import FRAMEWORK, going
 
 import hetlora_kernels as hk
 from hetlora_kernels import _library
@@ -24,7 +25,6 @@ def backends_here() -> list[str]:
     return [rung for rung in _library.available() if COMPILED_FOR.get(rung, DEVICE.type) == DEVICE.type]
 
 
-BY_SIZE, SMALL, FRAMEWORK = range(3)  # which way a call of the layer goes in the CPU library (csrc/cpu/lora_ops.cpp)
 OF_THE_LAYER = ("test_lora", "test_lora_calls", "test_lora_tiles", "test_dropout")
 
 
@@ -35,16 +35,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "cpu" in ways and metafunc.module.__name__ in OF_THE_LAYER:
         ways.append(pytest.param("cpu framework's way"))
     metafunc.parametrize("backend", ways, indirect=True)
-
-
-@contextmanager
-def going(way: int) -> Iterator[None]:
-    """Every call of the layer on the CPU kernels goes this way inside the block."""
-    before = torch.ops.hetlora._lora_way(way)
-    try:
-        yield
-    finally:
-        torch.ops.hetlora._lora_way(before)
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_exact
-from conftest import BY_SIZE, FRAMEWORK, SMALL, going
-from kernel_cases import FLOATS, estimated, guarded, leaf_tensors, make_layer, results, rounded, run_fused, same_bits, scattered
+from kernel_cases import (
+    BY_SIZE,
+    FLOATS,
+    FRAMEWORK,
+    SMALL,
+    estimated,
+    going,
+    guarded,
+    leaf_tensors,
+    make_layer,
+    results,
+    rounded,
+    run_fused,
+    same_bits,
+    scattered,
+)
 
 import hetlora_kernels as hk
 from hetlora_kernels import _library, reference
