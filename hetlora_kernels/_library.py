@@ -13,27 +13,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from hetlora_kernels import _native, reference
 from hetlora_kernels._native import build_info as build_info
+from hetlora_kernels._torch import entry_of, has_kernel
 
 _SEGMENT_ARGS = "Tensor? seeds, Tensor? row_keys, Tensor? index, int[] ranks, int[] starts, int[] lengths, float dropout"
-_LAYER_ARGS = "Tensor? seeds, Tensor? row_keys, Tensor? index, Tensor plan"
+# segments: the rows of x, then ranks, starts and lengths of the K clients; transposed: bt is B [m, S], as PEFT keeps its lora_B.
+_LAYER_ARGS = "Tensor scale, Tensor? seeds, Tensor? row_keys, Tensor? index, int[] segments, float dropout, bool transposed"
 _STEP_ARGS = "Tensor lr, {step}Tensor active, Tensor? clip, Tensor? lam, int[] ranks, int[] keep"
 
 SCHEMAS = {
     "shrink": f"(Tensor x, Tensor rows, Tensor scale, {_SEGMENT_ARGS}) -> Tensor",
     "expand_": f"(Tensor(a!) out, Tensor s, Tensor rows, {_SEGMENT_ARGS}) -> ()",
     "grouped_gram": f"(Tensor s, Tensor x, {_SEGMENT_ARGS}, ScalarType dtype) -> Tensor",
-    "lora_forward": f"(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor a, Tensor bt, Tensor scale, {_SEGMENT_ARGS}) -> (Tensor, Tensor)",
-    "lora_backward": "(Tensor d_y, Tensor x, Tensor? weight, Tensor a, Tensor bt, Tensor s, Tensor scale, "
-    f"{_SEGMENT_ARGS}, bool need_x, bool need_a, bool need_bt) -> Tensor[]",
-    "lora_add_": f"(Tensor(a!) out, Tensor x, Tensor a, Tensor bt, {_LAYER_ARGS}, int elements, float dropout) -> Tensor",
-    "lora_grads_": f"(Tensor(a!)? d_x, Tensor d_y, Tensor x, Tensor a, Tensor bt, Tensor s, {_LAYER_ARGS}, float dropout, bool need_a, bool need_bt, "
-    "bool as_b) -> (Tensor, Tensor)",
-    "lora_small_forward": f"(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor a, Tensor b, {_LAYER_ARGS}, float dropout, bool own_b) -> Tensor",
-    "lora_small_backward": f"(Tensor d_y, Tensor x, Tensor? weight, Tensor a, Tensor b, {_LAYER_ARGS}, float dropout, bool own_b, bool need_x, bool need_a, "
-    "bool need_b) -> (Tensor, Tensor, Tensor)",
+    "lora_forward": f"(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor a, Tensor bt, {_LAYER_ARGS}) -> (Tensor, Tensor)",
+    "lora_backward": f"(Tensor d_y, Tensor x, Tensor? weight, Tensor a, Tensor bt, Tensor s, {_LAYER_ARGS}, bool need_x, bool need_a, bool need_bt) "
+    "-> (Tensor, Tensor, Tensor)",
     "truncate_": "(Tensor(a!)[] out, Tensor[] bank, int[] ranks, bool dense) -> ()",
     "aggregate_": "(Tensor(a!)[] out, Tensor[] rows, Tensor weights, Tensor[] keep, int[] ranks, bool owners) -> ()",
     "accumulate_": "(Tensor(a!)[] total, Tensor[] rows, Tensor weights) -> ()",
@@ -48,12 +45,7 @@ SCHEMAS = {
     "sgd_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, " + _STEP_ARGS.format(step="") + ", float momentum, float weight_decay) -> ()",
 }
 
-# Two forms of the layer, with its base product inside or beside it; a rung has one of them. Small calls have ops of their own on the CPU alone.
-_TWINS = {"lora_forward": "lora_add_", "lora_backward": "lora_grads_", "lora_add_": "lora_forward", "lora_grads_": "lora_backward"}
-_TWINS |= {"lora_small_forward": "lora_forward", "lora_small_backward": "lora_backward"}
-
-# Called by the layer's own autograd.Function alone: the dispatcher's look at what requires gradients is 1 us of a call's 70.
-_PAST_AUTOGRAD = {"lora_add_", "lora_grads_", "lora_small_forward", "lora_small_backward", "lora_forward", "lora_backward"}
+LAYER = ("lora_forward", "lora_backward")  # the others of the layer's ops are its steps, called by tests and by `hetlora tune`
 
 RUNGS = ("reference", "cpu", "cuda", "triton")
 
@@ -61,22 +53,26 @@ _library = torch.library.Library("hetlora", "DEF")
 _forced: str | None = None  # one per process, not per thread: the backward pass runs on autograd's own threads
 _compiled: dict[str, frozenset[str]] = {}  # rung whose library is loaded -> its ops
 _absent: dict[str, str] = {}  # rung whose library is not loaded -> why
+_overloads: dict[str, Callable] = {}  # op -> the dispatcher's choice, as a traced call has to see it
+_entries: dict[str, Callable] = {}  # op -> the same, nearer
 
 
 def _define() -> None:
     for name, schema in SCHEMAS.items():
         _library.define(name + schema)
         _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+        _overloads[name] = getattr(torch.ops.hetlora, name).default
+        _entries[name] = entry_of(_overloads[name])
+    for name in LAYER:  # called by the layer's own autograd.Function: the dispatcher's look at what requires gradients is 1 us of a call's 50
+        for device in ("CPU", "CUDA"):
+            _library.impl(name, torch.library.fallthrough_kernel, f"Autograd{device}")
 
 
 def _load() -> None:
     for rung in ("cpu", "cuda"):
         reason = _native.load(rung)
         if reason is None:
-            has = torch._C._dispatch_has_kernel_for_dispatch_key
-            _compiled[rung] = frozenset(name for name in SCHEMAS if has(f"hetlora::{name}", rung.upper()))
-            for name in _PAST_AUTOGRAD & _compiled[rung]:
-                _library.impl(name, torch.library.fallthrough_kernel, f"Autograd{rung.upper()}")
+            _compiled[rung] = frozenset(name for name in SCHEMAS if has_kernel(f"hetlora::{name}", rung.upper()))
         else:
             _absent[rung] = reason
     if torch.cuda.is_available():
@@ -142,29 +138,16 @@ def _has(name: str, rung: str) -> bool:
     return rung == "reference" or name in _compiled.get(rung, ())
 
 
-def layer_ops(on_cpu: bool) -> tuple[Callable, Callable, bool] | None:
-    """The two ops that are a layer's forward and backward pass, and whether its base product is inside them; None where it runs as three ops of its own.
-
-    With the base: `lora_forward` and `lora_backward`, on CUDA tensors with the CUDA or Triton rung, or with such a rung forced. Beside it: `lora_add_` and
-    `lora_grads_`, on CPU tensors with the C++ rung, unless another is forced.
-    """
-    if _forced is None:
-        return _beside_base if on_cpu else _with_base
-    if _forced == "cpu":
-        return _beside_base if on_cpu else None
-    return (call("lora_forward"), call("lora_backward"), True) if _forced != "reference" and _has("lora_forward", _forced) else None
-
-
 def call(name: str) -> Callable:
     """The callable that runs op `name` now: the dispatcher's choice, or the rung that `use_backend` or HETLORA_BACKEND forces.
 
     A forced rung that has no kernel for the op leaves it to the reference, which `backends` reports.
     """
-    if _forced is not None and (_forced == "reference" or not _has(name, _forced)):
+    if _forced is None:
+        return _overloads[name] if is_dynamo_compiling() else _entries[name]
+    if _forced == "reference" or not _has(name, _forced):
         return getattr(reference, name)
-    if _forced == "triton":
-        return _triton_ops()[name]
-    return getattr(torch.ops.hetlora, name).default
+    return _triton_ops()[name] if _forced == "triton" else _overloads[name]
 
 
 @contextmanager
@@ -189,16 +172,12 @@ def use_backend(rung: str) -> Iterator[None]:
 
 def _chosen(name: str, device: str) -> tuple[str, str]:
     if _forced is not None:
-        if not _has(name, _forced) and _has(_TWINS.get(name, name), _forced):
-            return _forced, f"forced to {_forced!r}, through {_TWINS[name]}"
         return (_forced, f"forced to {_forced!r}") if _has(name, _forced) else ("reference", f"forced to {_forced!r}, which has no kernel for this op")
     ladder = ("cuda", "triton") if device == "cuda" else ("cpu",)
     missing = absent()
     for rung in ladder:
         if _has(name, rung):
             return rung, available()[rung]
-        if _has(_TWINS.get(name, name), rung):
-            return rung, f"{available()[rung]}, through {_TWINS[name]}"
     return "reference", "; ".join(f"{rung}: {missing.get(rung, 'no kernel for this op')}" for rung in ladder)
 
 
@@ -216,21 +195,7 @@ def backends(device: str | None = None) -> dict[str, tuple[str, str]]:
     return {name: _chosen(name, device) for name in SCHEMAS}
 
 
-def small_ops() -> tuple[Callable, Callable] | None:
-    """The two ops that are the forward and backward pass of a small call on CPU tensors, base product and all; None where another rung serves the layer."""
-    return _small if _forced is None or _forced == "cpu" else None
-
-
 _define()
 _load()
-_small: tuple[Callable, Callable] | None = None
-if _has("lora_small_forward", "cpu"):
-    _small = torch.ops.hetlora.lora_small_forward.default, torch.ops.hetlora.lora_small_backward.default
-_beside_base: tuple[Callable, Callable, bool] | None = None
-if _has("lora_add_", "cpu"):
-    _beside_base = torch.ops.hetlora.lora_add_.default, torch.ops.hetlora.lora_grads_.default, False
-_with_base: tuple[Callable, Callable, bool] | None = None
-if torch.cuda.is_available() and any(_has("lora_forward", rung) for rung in ("cuda", "triton")):
-    _with_base = torch.ops.hetlora.lora_forward.default, torch.ops.hetlora.lora_backward.default, True
 if os.environ.get("HETLORA_BACKEND", "").strip():
     _forced = _check_rung(os.environ["HETLORA_BACKEND"].strip(), "environment variable HETLORA_BACKEND")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -120,25 +120,12 @@ class RankLayout:
         return f"RankLayout({list(self.ranks)})"
 
 
-class Plan:
-    """What stays the same over the calls of a layer on one batch: the ranks of a layout and their scales beside the segments.
+class Plan(NamedTuple):
+    """What stays the same over the calls of a layer on one batch."""
 
-    rows: T;  ranks: K ints;  starts, lengths: at most K ints each, as in `Segments`;  elements: sum of rank * length, those of the packed S;
-    scale: [K] on the device, in the type of the arithmetic;  index: int64 on the device or None, as in `Segments`;
-    table: where scale is on the CPU, float64 [4, K] of the three lists (absent segments have length 0) and the scales: one tensor passes the dispatcher
-    faster than four; else None.
-    """
-
-    __slots__ = ("elements", "index", "lengths", "ranks", "rows", "scale", "starts", "table")
-
-    def __init__(self, rows: int, ranks: Sequence[int], starts: list[int], lengths: list[int], scale: Tensor, index: Tensor | None) -> None:
-        self.rows, self.ranks, self.starts, self.lengths, self.scale, self.index = rows, list(ranks), starts, lengths, scale, index
-        self.elements = sum(rank * length for rank, length in zip(ranks, lengths, strict=False))
-        absent = [0] * (len(self.ranks) - len(lengths))
-        self.table: Tensor | None = None
-        if scale.is_cpu:
-            lists = torch.tensor([self.ranks, starts + absent, lengths + absent], dtype=torch.float64, device="cpu")  # whatever the default device
-            self.table = torch.cat([lists, scale.double().unsqueeze(0)])
+    scale: Tensor  # [K] on the device, in the type of the arithmetic
+    gathered: Tensor | None  # the index of the `Segments`, on the device
+    segments: list[int]  # the rows of x, the layout's K ranks, then K starts and K lengths as in `Segments`, 0 for clients without a segment
 
 
 class Segments:
@@ -174,14 +161,15 @@ class Segments:
     def num_clients(self) -> int:
         return len(self.lengths)
 
-    def plan(self, layout: RankLayout, scale: float | Sequence[float] | Tensor, device: torch.device, dtype: torch.dtype) -> Plan:
+    def plan(self, layout: RankLayout, scale: float | Sequence[float] | Tensor, device: torch.device, dtype: torch.dtype, tracing: bool = False) -> Plan:
         """The `Plan` of these segments beside `layout`, for an x of `dtype` on `device`; the plans of plain numbers, or tuples of them, are kept.
+
+        tracing: make one that is not kept: a graph has its plan as constants, and torch 2.10 refuses to trace what several kept ones share.
 
         scale: number or [K].   `ValueError` where the layout has fewer clients than the segments, or `scale` another number of them.
         """
         plain = type(scale) in (float, int) or (type(scale) is tuple and all(type(value) in (float, int) for value in scale))
         key = (layout.ranks, scale, device, dtype) if plain else None
-        tracing = torch.compiler.is_compiling()  # a graph has its plan as constants: torch 2.10 refuses to trace what several kept ones share
         plan = None if tracing else self._plans.get(key)
         if plan is not None:
             return plan
@@ -189,7 +177,8 @@ class Segments:
             raise ValueError(f"seg: expected at most the layout's {layout.num_clients} clients, got {self.num_clients}")
         with _lasting():
             scales = layout.scales(scale, device, torch.float64 if dtype == torch.float64 else torch.float32)
-            plan = Plan(self.num_rows, layout.ranks, self.starts, self.lengths, scales, self.index_on(device))
+            absent = [0] * (layout.num_clients - self.num_clients)
+            plan = Plan(scales, self.index_on(device), [self.num_rows, *layout.ranks, *self.starts, *absent, *self.lengths, *absent])
         if plain and not tracing and type(plan.scale) is Tensor:  # not a tracer's
             if len(self._plans) >= _KEPT_PLANS:
                 self._plans.clear()

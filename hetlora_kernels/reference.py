@@ -6,11 +6,15 @@ schemas in `_library.py`, already checked by `ops/`. K clients, M modules; `rank
 
 from __future__ import annotations
 
+from functools import wraps
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from hetlora_kernels._torch import unsafe_view
+from hetlora_kernels.ops._layer import check_layer, of_base
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -136,76 +140,62 @@ def grouped_gram(s, x, seeds, row_keys, index, ranks, starts, lengths, dropout, 
     return out
 
 
-def lora_forward(x, weight, bias, base, a, bt, scale, seeds, row_keys, index, ranks, starts, lengths, dropout):
-    """(base + scale_k * drop(x) A_k^T B_k^T, S) where base = x W^T + bias, or the given tensor [T, m] when `weight` is None."""
-    s = shrink(x, a, scale, seeds, row_keys, index, ranks, starts, lengths, dropout)
-    out = F.linear(x, weight, bias) if base is None else base.clone(memory_format=torch.contiguous_format)
-    expand_(out, s, bt, None, None, index, ranks, starts, lengths, 0.0)
-    return out, s
+def thirds(segments: list[int]) -> tuple[list[int], list[int], list[int]]:
+    """(ranks, starts, lengths) of the clients, from the one list of the layer's ops, which the rows of x begin."""
+    count = len(segments) // 3
+    return segments[1 : 1 + count], segments[1 + count : 1 + 2 * count], segments[1 + 2 * count :]
 
 
-def lora_backward(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, ranks, starts, lengths, dropout, need_x, need_a, need_bt):
-    """Those needed of [d_x, d_a, d_bt]; without `weight` d_x is that of the LoRA term alone. `d_y` is in x's type."""
-    segments = (seeds, row_keys, index, ranks, starts, lengths, dropout)
-    plain = (None, None, index, ranks, starts, lengths, 0.0)
-    d_s = shrink(d_y, bt, scale, *plain) if need_x or need_a else None
-    out = []
+def matrix(x: Tensor) -> Tensor:
+    """x [..., n] as [T, n]."""
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def lying_as(bt: Tensor, gradient: Tensor, transposed: bool) -> Tensor:
+    """A gradient [S, m] in the shape and the memory layout of the `bt` that came in: as it is, or as PEFT keeps its lora_B [m, S]."""
+    if transposed:
+        return gradient.t().contiguous()
+    return gradient.t().contiguous().t() if not bt.is_contiguous() and bt.stride() == (1, bt.shape[0]) else gradient
+
+
+def lora_forward(x, weight, bias, base, a, bt, scale, seeds, row_keys, index, segments, dropout, transposed):
+    """(base + scale_k * drop(x) A_k^T B_k^T, S) where base = x W^T + bias, or the given tensor [..., m]; x of any leading shape. S as `shrink` packs it."""
+    check_layer(x, a, bt, sum(thirds(segments)[0]), segments[0], transposed, **of_base(weight, bias, base))
+    flat, lists = matrix(x), thirds(segments)
+    s = shrink(flat, a, scale, seeds, row_keys, index, *lists, dropout)
+    out = F.linear(flat, weight, bias) if base is None else matrix(base).clone(memory_format=torch.contiguous_format)
+    expand_(out, s, bt.t() if transposed else bt, None, None, index, *lists, 0.0)
+    return out if x.dim() == 2 else unsafe_view(out, (*x.shape[:-1], out.shape[1])), s
+
+
+def in_types_given(run):
+    """Decorator of a backward pass: autocast, which may be on around it, would make its float32 products in half precision."""
+
+    @wraps(run)
+    def without_autocast(d_y, *arguments):
+        with torch.autocast(d_y.device.type, enabled=False):
+            return run(d_y, *arguments)
+
+    return without_autocast
+
+
+@in_types_given
+def lora_backward(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, segments, dropout, transposed, need_x, need_a, need_bt):
+    """(d_x, d_a, d_bt), without elements where not needed; without `weight` d_x is that of the LoRA term alone."""
+    check_layer(x, a, bt, sum(thirds(segments)[0]), segments[0], transposed, **({} if weight is None else {"weight": weight}))
+    flat, flat_dy, rows = matrix(x), matrix(d_y).to(x.dtype), bt.t() if transposed else bt
+    masked, plain = (seeds, row_keys, index, *thirds(segments), dropout), (None, None, index, *thirds(segments), 0.0)
+    d_s = shrink(flat_dy, rows, scale, *plain) if need_x or need_a else None
+    d_x, d_a, d_bt = x.new_empty(0), a.new_empty(0), bt.new_empty(0)
     if need_x:
-        out.append(torch.zeros_like(x) if weight is None else d_y @ weight)
-        expand_(out[0], d_s, a, *segments)
+        d_x = torch.zeros_like(flat, memory_format=torch.contiguous_format) if weight is None else flat_dy @ weight
+        expand_(d_x, d_s, a, *masked)
+        d_x = d_x.view(x.shape)
     if need_a:
-        out.append(grouped_gram(d_s, x, *segments, a.dtype))
+        d_a = grouped_gram(d_s, flat, *masked, a.dtype)
     if need_bt:
-        out.append(grouped_gram(s, d_y, *plain, bt.dtype))
-    return out
-
-
-def _lists(plan: Tensor, x: Tensor) -> tuple[list[list[int]], Tensor]:
-    """A plan [4, K] as ranks, first rows and rows of the clients, and their scales in the type of x's arithmetic."""
-    return plan[:3].long().tolist(), plan[3].to(compute_dtype(x.dtype))
-
-
-def lora_add_(out, x, a, bt, seeds, row_keys, index, plan, elements, dropout):
-    """out += scale_k * drop(x) A_k^T B_k^T; returns the packed S. `plan` [4, K]: ranks, first rows, rows and scales of the clients; `elements` those of S."""
-    lists, scale = _lists(plan, x)
-    s = shrink(x, a, scale, seeds, row_keys, index, *lists, dropout)
-    expand_(out, s, bt, None, None, index, *lists, 0.0)
-    return s
-
-
-def lora_grads_(d_x, d_y, x, a, bt, s, seeds, row_keys, index, plan, dropout, need_a, need_bt, as_b):
-    """Adds the LoRA term's part to `d_x`, if given; returns (d_a, d_bt), without elements where not needed. `d_y` is in x's type.
-
-    as_b: the gradient of B [m, S] in d_bt's place, as PEFT keeps its lora_B.
-    """
-    lists, scale = _lists(plan, x)
-    d_s = shrink(d_y, bt, scale, None, None, index, *lists, 0.0) if need_a or d_x is not None else None
-    if d_x is not None:
-        expand_(d_x, d_s, a, seeds, row_keys, index, *lists, dropout)
-    d_a = grouped_gram(d_s, x, seeds, row_keys, index, *lists, dropout, a.dtype) if need_a else a.new_empty(0)
-    d_bt = grouped_gram(s, d_y, None, None, index, *lists, 0.0, bt.dtype) if need_bt else bt.new_empty(0)
-    return d_a, d_bt.t().contiguous() if as_b and need_bt else d_bt
-
-
-def lora_small_forward(x, weight, bias, base, a, b, seeds, row_keys, index, plan, dropout, own_b):
-    """`lora_forward` for an x of any leading shape, without S. own_b: `b` is B [m, S] as PEFT keeps it, else its transpose."""
-    lists, scale = _lists(plan, x)
-    flat_base = None if base is None else base.reshape(-1, base.shape[-1])
-    out, _ = lora_forward(x.reshape(-1, x.shape[-1]), weight, bias, flat_base, a, b.t() if own_b else b, scale, seeds, row_keys, index, *lists, dropout)
-    return out.reshape(*x.shape[:-1], out.shape[1])
-
-
-def lora_small_backward(d_y, x, weight, a, b, seeds, row_keys, index, plan, dropout, own_b, need_x, need_a, need_b):
-    """(d_x, d_a, d_b), without elements where not needed; S is made again. The arguments are those of `lora_small_forward`."""
-    lists, scale = _lists(plan, x)
-    segments = (seeds, row_keys, index, *lists, dropout)
-    flat, flat_dy, bt = x.reshape(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1]).to(x.dtype), b.t() if own_b else b
-    s = shrink(flat, a, scale, *segments)
-    made = iter(lora_backward(flat_dy, flat, weight, a, bt, s, scale, *segments, need_x, need_a, need_b))
-    d_x = next(made).reshape(x.shape) if need_x else x.new_empty(0)
-    d_a = next(made) if need_a else a.new_empty(0)
-    d_b = next(made) if need_b else b.new_empty(0)
-    return d_x, d_a, d_b.t().contiguous() if own_b and need_b else d_b
+        d_bt = lying_as(bt, grouped_gram(s, flat_dy, *plain, bt.dtype), transposed)
+    return d_x, d_a, d_bt
 
 
 # ---------------------------------------------------------------- server: truncate, aggregate, norms, rows in few bits

@@ -1,4 +1,7 @@
 // What the LoRA ops share: the arguments of a call checked for memory safety, and panels of rows in the type of the arithmetic.
+//
+// A call goes one of two ways. The framework's way is its own base product beside the kernels of lora.cpp (lora_ops.cpp). The small way does everything in
+// one pass (lora_small.cpp); up to eight rows it is the faster one.
 #pragma once
 
 #include "lora_kernels.h"
@@ -6,26 +9,28 @@
 
 namespace hetlora {
 
+using MaybeTensor = std::optional<Tensor>;
+using Integers = std::vector<int64_t>;
+
 struct Segment {
     int64_t client, row, rank, start, length, flat;  // first rank row; first of the client's rows in x (or in the index); first element of its S
 };
 
-// The arguments that every LoRA op takes (`_SEGMENT_ARGS` of the schemas).
-struct Segments {
-    std::optional<Tensor> seeds, row_keys, index;
-    const std::vector<int64_t>& ranks;
-    const std::vector<int64_t>& starts;
-    const std::vector<int64_t>& lengths;
-    double dropout;
+// Integers that lie elsewhere.
+struct Span {
+    Span(const Integers& all) : data(all.data()), size(all.size()) {}
+    Span(const int64_t* data, size_t size) : data(data), size(size) {}
+    int64_t operator[](size_t i) const { return data[i]; }
 
-    Segments without_dropout() const { return {std::nullopt, std::nullopt, index, ranks, starts, lengths, 0.0}; }
+    const int64_t* data;
+    size_t size;
 };
 
-// A plan [4, K] as the layer's ops take it: ranks, first rows, rows and scales of the clients.
-struct Lists {
-    explicit Lists(const Tensor& plan);
-    std::vector<int64_t> ranks, starts, lengths;
-    std::vector<double> scale;
+// The arguments that every LoRA op takes.
+struct Segments {
+    MaybeTensor seeds, row_keys, index;
+    Span ranks, starts, lengths;
+    double dropout;
 };
 
 // `Segments` against x with `rows` rows and packed factors with `factor_rows`.
@@ -41,14 +46,19 @@ class Plan {
         return {static_cast<uint64_t>(seeds_[segment.client]), static_cast<uint64_t>(keys_[segment.start + t]), column, threshold_};
     }
     double inverse() const { return inverse_; }
+    Plan without_dropout() const {
+        Plan out(*this);
+        out.seeds_ = nullptr;
+        return out;
+    }
 
     std::vector<Segment> segments;  // those with work
     int64_t flat = 0, active_rows = 0;
 
   private:
-    const int64_t* integers(const char* name, const std::optional<Tensor>& tensor, int64_t at_least, std::optional<Tensor>* held);
+    const int64_t* integers(const char* name, const MaybeTensor& tensor, int64_t at_least, MaybeTensor* held);
 
-    std::optional<Tensor> seeds_held_, keys_held_, index_held_;
+    MaybeTensor seeds_held_, keys_held_, index_held_;
     const int64_t *seeds_ = nullptr, *keys_ = nullptr, *index_ = nullptr;
     uint32_t threshold_ = 0;
     double inverse_ = 1;
@@ -109,12 +119,35 @@ struct Shrunk {
     int64_t count;
 };
 
+// A call of `lora_forward` or `lora_backward`. What is unsafe is refused here; Python explains it (`_explain` in ops/lora.py).
+struct Layer {
+    Layer(const Tensor& x_tensor, const MaybeTensor& weight, const Tensor& a_tensor, const Tensor& bt_tensor, const Tensor& scales, const MaybeTensor& seeds,
+          const MaybeTensor& row_keys, const MaybeTensor& index, const Integers& segments, double dropout, bool as_b);
+
+    // bt [S, m], dense.
+    Tensor rank_rows() const;
+
+    Matrix x, a;
+    bool transposed;  // bt lies in memory as [m, S], as PEFT keeps its lora_B
+    Matrix bt;        // as it lies
+    int64_t total, m;
+    Span ranks;
+    std::vector<double> scale;
+    Plan plan;
+    const MaybeTensor& weight;
+    int64_t longest = 0, widest = 0;  // rows and ranks of a client
+};
+
+// The small way. `base`: what y starts from instead of x W^T; y, s and the gradients are filled; null: not wanted.
+void small_forward(const Layer& layer, const Matrix* base, const MaybeTensor& bias, const Tensor& y, const Tensor& s);
+void small_backward(const Layer& layer, const Matrix& d_y, const Shrunk& s, const Tensor* d_x, const Tensor* d_a, const Tensor* d_bt);
+
 // Type of S beside an x of `type`: that of the arithmetic.
 inline Type shrunk_type(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }
 
 // scale [K] -> S in `shrunk_type`, plan.flat elements at `out`.
 void shrink(const Plan& plan, const Matrix& x, const Matrix& rows, const std::vector<double>& scale, void* out);
 void expand(const Plan& plan, const Matrix& out, const Shrunk& s, const Matrix& rows);
-Tensor grouped_gram(const Plan& plan, const std::vector<int64_t>& ranks, const Shrunk& s, const Matrix& x, ScalarType dtype);
+Tensor grouped_gram(const Plan& plan, Span ranks, const Shrunk& s, const Matrix& x, ScalarType dtype);
 
 }  // namespace hetlora

@@ -1,77 +1,20 @@
-// The whole layer of a small call, one op each way: the base product too, and S made again in the backward pass. Up to eight rows the framework's products and
-// the way to and from them cost more than the arithmetic.
+// The small way of a call: base product and all in one pass. Up to eight rows the framework's products and the way to and from them cost more than the
+// arithmetic.
 //
-// base, x W^T: a task is 16 rows of W, its dot products with every row of x; d_y W: a task is so many columns that its part of the result stays in L1, to which
-// eight rows of W at a time are added, as eight streams from memory. Long sums are made in parts, added in order (`kSumOfRows`, `kChain`). What LoRA adds has the sums of lora.cpp in
-// their order, so a client's gradients have the same bits either way. Bytes: W once a pass, in its own type; everything else stays in L1 or L2.
+// base, x W^T: a task is 16 rows of W, its dot products with every row of x. d_y W: a task is so many columns that its part of the result stays in L1, to
+// which eight rows of W at a time are added, as eight streams from memory. Long sums are made in parts, added in order (`kSumOfRows`, `kChain`). What LoRA
+// adds has the sums of lora.cpp in their order, so a client's gradients have the same bits either way. Bytes: W once a pass, in its own type; everything else
+// stays in L1 or L2.
 #include "lora.h"
 
 namespace hetlora {
 namespace {
-
-using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kWeightRows = 16, kSpan = 64, kDepth = 8, kInL1 = 4096;
 
 // Sums over more rows of W are made in such parts, for exactness (`dots` does the like over columns).
 constexpr int64_t kSumOfRows = 256;
 constexpr int64_t kWeightBytesPerThread = 128 * 1024;
-
-// The arguments of a call, checked.
-struct SmallLayer {
-    SmallLayer(const Tensor& x_tensor, const MaybeTensor& weight_tensor, const Tensor& a_tensor, const Tensor& b_tensor, const MaybeTensor& seeds,
-               const MaybeTensor& row_keys, const MaybeTensor& index, const Tensor& plan_tensor, double dropout, bool own_b)
-        : x(Matrix::flat("x", x_tensor)),
-          a("a", a_tensor),
-          b_as_it_lies(own_b || is_transposed(b_tensor)),
-          b("b", b_tensor, b_as_it_lies && !own_b),
-          total(a.rows),
-          m(b_as_it_lies ? b.rows : b.width),
-          lists(plan_tensor),
-          plan({seeds, row_keys, index, lists.ranks, lists.starts, lists.lengths, dropout}, x.rows, total) {
-        STD_TORCH_CHECK(a_tensor.dim() == 2 && a.width == x.width, "a: expected a width of ", x.width, ", got ", a.width);
-        STD_TORCH_CHECK(b_tensor.dim() == 2 && (b_as_it_lies ? b.width : b.rows) == total, "b: expected ", total, " rank rows");
-        if (weight_tensor) {
-            weight.emplace("weight", *weight_tensor);
-            STD_TORCH_CHECK(weight_tensor->dim() == 2 && weight->rows == m && weight->width == x.width && weight->type == x.type, "weight: expected [", m, ", ",
-                            x.width, "] of the type of x");
-        }
-        for (const Segment& segment : plan.segments) {
-            longest = std::max(longest, segment.length);
-            widest = std::max(widest, segment.rank);
-        }
-    }
-
-    Matrix x, a;
-    bool b_as_it_lies;  // [m, total], as PEFT keeps it
-    Matrix b;
-    int64_t total, m;
-    Lists lists;
-    Plan plan;
-    std::optional<Matrix> weight;
-    int64_t longest = 0, widest = 0;  // rows and ranks of a client
-};
-
-// Packed rank rows [total, m] as E.
-template <class E>
-class Rows {
-  public:
-    explicit Rows(const SmallLayer& layer) : turned_(turned(layer)), operand_(layer.b.type, data(layer), layer.total * layer.m) {}
-    const E* operator+(int64_t i) const { return operand_ + i; }
-
-  private:
-    static std::vector<char> turned(const SmallLayer& layer) {
-        std::vector<char> out(static_cast<size_t>(layer.b_as_it_lies ? layer.total * layer.m * size_of(layer.b.type) : 0));
-        if (layer.b_as_it_lies) {
-            transpose_block(size_of(layer.b.type), layer.b.data, layer.m, layer.total, out.data());
-        }
-        return out;
-    }
-    const void* data(const SmallLayer& layer) const { return layer.b_as_it_lies ? turned_.data() : layer.b.data; }
-
-    std::vector<char> turned_;
-    Operand<E> operand_;
-};
 
 // A result of any type, made as E.
 template <class E>
@@ -191,8 +134,8 @@ const E* dropped_rows(const Plan& plan, const Segment& segment, const E* from, i
 
 // scale * rows F^T of one client, in `room`.
 template <class E>
-const E* shrunk(const SmallLayer& layer, const Segment& segment, const E* rows, const E* factor, int64_t width, E* room) {
-    const E scale = static_cast<E>(layer.lists.scale[segment.client]);
+const E* shrunk(const Layer& layer, const Segment& segment, const E* rows, const E* factor, int64_t width, E* room) {
+    const E scale = static_cast<E>(layer.scale[segment.client]);
     lora_kernels<E>().dots(rows, width, segment.length, factor + segment.row * width, width, segment.rank, width, scale, room, segment.rank);
     return room;
 }
@@ -217,15 +160,16 @@ void expand(const Plan& plan, const Segment& segment, const E* s, const E* facto
 }
 
 template <class E>
-void forward(const SmallLayer& layer, const Matrix* base, const MaybeTensor& bias, const Tensor& y) {
+void forward(const Layer& layer, const Matrix* base, const MaybeTensor& bias, const Tensor& y, const Tensor& s_tensor) {
     const int64_t n = layer.x.width, m = layer.m, rows = layer.x.rows;
+    const Tensor factor = layer.rank_rows();
     const Operand<E> x(layer.x.type, layer.x.data, rows * n), a(layer.a.type, layer.a.data, layer.total * n);
-    const Rows<E> bt(layer);
+    const Operand<E> bt(layer.bt.type, factor.const_data_ptr(), layer.total * m);
     Result<E> out(y, false);
     if (base != nullptr) {
         load_block(base->type, base->data, out + 0, rows * m);
     } else {
-        base_product(x + 0, rows, *layer.weight, out + 0);
+        base_product(x + 0, rows, Matrix("weight", *layer.weight), out + 0);
     }
     if (bias) {
         const Tensor dense = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
@@ -234,41 +178,40 @@ void forward(const SmallLayer& layer, const Matrix* base, const MaybeTensor& bia
             add_block(type_for<E>(), out + t * m, shift + 0, m);
         }
     }
-    std::vector<E> room(static_cast<size_t>(layer.longest * (std::max(n, m) + layer.widest)));
-    E* s_room = room.data() + layer.longest * std::max(n, m);
+    E* shrunk_rows = static_cast<E*>(const_cast<void*>(s_tensor.const_data_ptr()));
+    std::vector<E> room(static_cast<size_t>(layer.longest * std::max(n, m)));
     for (const Segment& segment : layer.plan.segments) {
-        const E* s = shrunk(layer, segment, dropped_rows(layer.plan, segment, x + 0, n, room.data()), a + 0, n, s_room);
+        const E* s = shrunk(layer, segment, dropped_rows(layer.plan, segment, x + 0, n, room.data()), a + 0, n, shrunk_rows + segment.flat);
         expand(layer.plan, segment, s, bt + 0, m, false, room.data(), out + 0);
     }
     out.store();
 }
 
 template <class E>
-void backward(const SmallLayer& layer, const Matrix& d_y_matrix, const Tensor* d_x_tensor, const Tensor* d_a_tensor, const Tensor* d_b_tensor) {
+void backward(const Layer& layer, const Matrix& d_y_matrix, const Shrunk& s_given, const Tensor* d_x_tensor, const Tensor* d_a_tensor,
+              const Tensor* d_bt_tensor) {
     const int64_t n = layer.x.width, m = layer.m, rows = layer.x.rows, total = layer.total;
     const Plan& plan = layer.plan;
+    const Tensor factor = layer.rank_rows();
     const Operand<E> x(layer.x.type, layer.x.data, rows * n), a(layer.a.type, layer.a.data, total * n);
-    const Operand<E> d_y(d_y_matrix.type, d_y_matrix.data, rows * m);
+    const Operand<E> bt(layer.bt.type, factor.const_data_ptr(), total * m);
+    const Operand<E> d_y(d_y_matrix.type, d_y_matrix.data, rows * m), s(s_given.type, s_given.data, s_given.count);
     int64_t filled = 0;
     for (const Segment& segment : plan.segments) {
         filled += segment.rank;
     }
-    std::optional<Result<E>> d_x, d_a, d_b;
-    std::optional<Rows<E>> bt;
+    std::optional<Result<E>> d_x, d_a, d_bt;
     if (d_x_tensor != nullptr) {
         d_x.emplace(*d_x_tensor, !layer.weight);
         if (layer.weight) {
-            base_gradient(d_y + 0, rows, *layer.weight, *d_x + 0);
+            base_gradient(d_y + 0, rows, Matrix("weight", *layer.weight), *d_x + 0);
         }
     }
     if (d_a_tensor != nullptr) {
         d_a.emplace(*d_a_tensor, filled != total);
     }
-    if (d_b_tensor != nullptr) {
-        d_b.emplace(*d_b_tensor, filled != total);
-    }
-    if (d_x || d_a) {
-        bt.emplace(layer);
+    if (d_bt_tensor != nullptr) {
+        d_bt.emplace(*d_bt_tensor, filled != total);
     }
     const LoraKernels<E>& kernels = lora_kernels<E>();
     std::vector<E> room(static_cast<size_t>(layer.longest * (2 * std::max(n, m) + layer.widest)));
@@ -276,77 +219,39 @@ void backward(const SmallLayer& layer, const Matrix& d_y_matrix, const Tensor* d
     for (const Segment& segment : plan.segments) {
         const int64_t rank = segment.rank, length = segment.length;
         const E* own_y = own_rows(plan, segment, d_y + 0, m, y_room);
-        const E* own_x = d_a || d_b ? dropped_rows(plan, segment, x + 0, n, x_room) : nullptr;
-        if (d_b) {
-            const E* s = shrunk(layer, segment, own_x, a + 0, n, s_room);
-            if (layer.b_as_it_lies) {
-                kernels.outer(own_y, 1, m, s, rank, length, m, rank, *d_b + segment.row, total, false);
+        if (d_bt) {
+            const E* own_s = s + segment.flat;
+            if (layer.transposed) {
+                kernels.outer(own_y, 1, m, own_s, rank, length, m, rank, *d_bt + segment.row, total, false);
             } else {
-                kernels.outer(s, 1, rank, own_y, m, length, rank, m, *d_b + segment.row * m, m, false);
+                kernels.outer(own_s, 1, rank, own_y, m, length, rank, m, *d_bt + segment.row * m, m, false);
             }
         }
         if (d_x || d_a) {
-            const E* d_s = shrunk(layer, segment, own_y, *bt + 0, m, s_room);
+            const E* d_s = shrunk(layer, segment, own_y, bt + 0, m, s_room);
             if (d_a) {
-                kernels.outer(d_s, 1, rank, own_x, n, length, rank, n, *d_a + segment.row * n, n, false);
+                kernels.outer(d_s, 1, rank, dropped_rows(plan, segment, x + 0, n, x_room), n, length, rank, n, *d_a + segment.row * n, n, false);
             }
             if (d_x) {
                 expand(plan, segment, d_s, a + 0, n, plan.drops(), x_room, *d_x + 0);
             }
         }
     }
-    for (std::optional<Result<E>>* result : {&d_x, &d_a, &d_b}) {
+    for (std::optional<Result<E>>* result : {&d_x, &d_a, &d_bt}) {
         if (*result) {
             (*result)->store();
         }
     }
 }
 
-std::vector<int64_t> sizes_of(const Tensor& tensor, int64_t last) {
-    std::vector<int64_t> out;
-    for (int64_t i = 0; i + 1 < tensor.dim(); ++i) {
-        out.push_back(tensor.size(i));
-    }
-    out.push_back(last);
-    return out;
-}
-
-Tensor lora_small_forward(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& base, const Tensor& a, const Tensor& b,
-                          const MaybeTensor& seeds, const MaybeTensor& row_keys, const MaybeTensor& index, const Tensor& plan, double dropout, bool own_b) {
-    const SmallLayer layer(x, weight, a, b, seeds, row_keys, index, plan, dropout, own_b);
-    STD_TORCH_CHECK(weight.has_value() != base.has_value(), "weight, base: expected one of them");
-    std::optional<Matrix> given;
-    if (base) {
-        given.emplace(Matrix::flat("base", *base));
-        STD_TORCH_CHECK(given->rows == layer.x.rows && given->width == layer.m && given->type == layer.x.type, "base: expected the rows and type of x");
-    }
-    STD_TORCH_CHECK(!bias || (bias->is_cpu() && bias->dim() == 1 && bias->numel() == layer.m && type_of("bias", *bias) == layer.x.type), "bias: expected [",
-                    layer.m, "] of the type of x");
-    const Tensor y = empty(sizes_of(x, layer.m), x.scalar_type());
-    const Matrix* over = given ? &*given : nullptr;
-    layer.x.type == Type::f64 ? forward<double>(layer, over, bias, y) : forward<float>(layer, over, bias, y);
-    return y;
-}
-
-std::tuple<Tensor, Tensor, Tensor> lora_small_backward(const Tensor& d_y_tensor, const Tensor& x, const MaybeTensor& weight, const Tensor& a, const Tensor& b,
-                                                       const MaybeTensor& seeds, const MaybeTensor& row_keys, const MaybeTensor& index, const Tensor& plan,
-                                                       double dropout, bool own_b, bool need_x, bool need_a, bool need_b) {
-    const SmallLayer layer(x, weight, a, b, seeds, row_keys, index, plan, dropout, own_b);
-    const Matrix d_y = Matrix::flat("d_y", d_y_tensor);
-    STD_TORCH_CHECK(d_y.rows == layer.x.rows && d_y.width == layer.m, "d_y: expected [", layer.x.rows, ", ", layer.m, "]");
-    const bool turned = layer.b_as_it_lies && !own_b;
-    const Tensor d_x = need_x ? empty(sizes_of(x, layer.x.width), x.scalar_type()) : empty({0}, x.scalar_type());
-    const Tensor d_a = need_a ? empty({layer.total, layer.x.width}, a.scalar_type()) : empty({0}, a.scalar_type());
-    const Tensor d_b = need_b ? empty({b.size(0), b.size(1)}, b.scalar_type(), turned) : empty({0}, b.scalar_type());
-    const auto run = layer.x.type == Type::f64 ? backward<double> : backward<float>;
-    run(layer, d_y, need_x ? &d_x : nullptr, need_a ? &d_a : nullptr, need_b ? &d_b : nullptr);
-    return {d_x, d_a, d_b};
-}
-
 }  // namespace
-}  // namespace hetlora
 
-STABLE_TORCH_LIBRARY_IMPL(hetlora, CPU, library) {
-    library.impl("lora_small_forward", TORCH_BOX(&hetlora::lora_small_forward));
-    library.impl("lora_small_backward", TORCH_BOX(&hetlora::lora_small_backward));
+void small_forward(const Layer& layer, const Matrix* base, const MaybeTensor& bias, const Tensor& y, const Tensor& s) {
+    layer.x.type == Type::f64 ? forward<double>(layer, base, bias, y, s) : forward<float>(layer, base, bias, y, s);
 }
+
+void small_backward(const Layer& layer, const Matrix& d_y, const Shrunk& s, const Tensor* d_x, const Tensor* d_a, const Tensor* d_bt) {
+    layer.x.type == Type::f64 ? backward<double>(layer, d_y, s, d_x, d_a, d_bt) : backward<float>(layer, d_y, s, d_x, d_a, d_bt);
+}
+
+}  // namespace hetlora

@@ -36,13 +36,17 @@ inline Type type_of(const char* name, const Tensor& tensor) {
 }
 
 // Uninitialised, on the CPU; `transposed`: a matrix that lies column by column. Not through the dispatcher, as torch::stable::new_empty goes: 1 us less.
-inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, bool transposed = false) {
-    std::vector<int64_t> strides(sizes.size(), 1);
-    for (size_t i = sizes.size(); i-- > 1;) {
-        strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes[i]);
+inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, bool transposed = false) {
+    std::array<int64_t, 64> strides;
+    STD_TORCH_CHECK(sizes.size() <= strides.size(), "hetlora: expected at most 64 dimensions, got ", sizes.size());
+    int64_t stride = 1;
+    for (size_t i = sizes.size(); i-- > 0;) {
+        strides[i] = stride;
+        stride *= std::max<int64_t>(1, sizes[i]);
     }
     if (transposed) {
-        strides = {1, std::max<int64_t>(1, sizes[0])};
+        strides[0] = 1;
+        strides[1] = std::max<int64_t>(1, sizes[0]);
     }
     AtenTensorHandle handle = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), static_cast<int32_t>(dtype),
@@ -99,6 +103,7 @@ class Matrix {
             torch::stable::copy_(tensor_, dense_);
         }
     }
+    const Tensor& tensor() const { return dense_; }
     int64_t planes() const { return tensor_.dim() == 3 ? tensor_.size(0) : 1; }
     int64_t dim() const { return tensor_.dim(); }
 

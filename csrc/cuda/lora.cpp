@@ -1,16 +1,18 @@
 // The LoRA layer on CUDA tensors: shrink, expand_ and grouped_gram by themselves, and the whole layer, base product included, in one op each way.
 // Meaning is checked in hetlora_kernels/ops; here what memory safety needs and the host can know: an index on the device is not read.
-#include <array>
 #include <cmath>
+#include <initializer_list>
 
 #include "calls.h"
 
 #ifdef HETLORA_EMULATOR
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #define HETLORA_ADDMM_OUT aoti_torch_cpu_addmm_out
+#define HETLORA_MM_OUT aoti_torch_cpu_mm_out
 #else
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #define HETLORA_ADDMM_OUT aoti_torch_cuda_addmm_out
+#define HETLORA_MM_OUT aoti_torch_cuda_mm_out
 #endif
 
 namespace {
@@ -211,16 +213,45 @@ class Layer {
     LoraCall call_{};
 };
 
-template <size_t N>
-Tensor call_aten(const char* name, std::array<StableIValue, N> stack) {
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-    return torch::stable::detail::to<Tensor>(stack[0]);
+// out = left right + beta out, in the product's own epilogue. Not through the dispatcher: its stable form has no Scalar for beta, and autocast, which may be on
+// around a backward pass, would change the types.
+void product(const Tensor& out, const Tensor& left, const Tensor& right, bool add) {
+    const AOTITorchError error =
+        add ? HETLORA_ADDMM_OUT(out.get(), out.get(), left.get(), right.get(), 1.0, 1.0) : HETLORA_MM_OUT(out.get(), left.get(), right.get());
+    STD_TORCH_CHECK(error == 0, "hetlora: the base product failed");
 }
 
-// out += left right, in the product's own epilogue. Not through the dispatcher, whose stable form has no Scalar for beta.
-void add_product(const Tensor& out, const Tensor& left, const Tensor& right) {
-    STD_TORCH_CHECK(HETLORA_ADDMM_OUT(out.get(), out.get(), left.get(), right.get(), 1.0, 1.0) == 0, "hetlora: addmm failed");
+// [T, n] of x [..., n].
+Tensor matrix(const Tensor& t) {
+    STD_TORCH_CHECK(t.dim() >= 1, "x: expected a last dimension");
+    const int64_t width = t.size(t.dim() - 1);
+    int64_t rows = 1;
+    for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
+    return t.dim() == 2 ? t : torch::stable::reshape(t, {rows, width});
 }
+
+// Sizes of x with another last one.
+Ints sizes_of(const Tensor& x, int64_t last) {
+    Ints out(static_cast<size_t>(x.dim()), last);
+    for (size_t i = 0; i + 1 < out.size(); ++i) out[i] = x.size(static_cast<int64_t>(i));
+    return out;
+}
+
+Tensor transpose(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+
+// The lists of the segments, from the one that the layer's ops take: the rows of x, then ranks, starts and lengths of the clients.
+struct Lists {
+    explicit Lists(const Ints& all) {
+        STD_TORCH_CHECK(all.size() % 3 == 1, "segments: expected the rows of x and three integers for each client, got ", all.size());
+        const auto third = static_cast<std::ptrdiff_t>(all.size() / 3);
+        rows = all[0];
+        ranks.assign(all.begin() + 1, all.begin() + 1 + third);
+        starts.assign(all.begin() + 1 + third, all.end() - third);
+        lengths.assign(all.end() - third, all.end());
+    }
+    int64_t rows;
+    Ints ranks, starts, lengths;
+};
 
 Tensor shrink(const Tensor& x_in, const Tensor& rows, const Tensor& scale, const MaybeTensor& seeds, const MaybeTensor& row_keys, const MaybeTensor& index,
               const Ints& ranks, const Ints& starts, const Ints& lengths, double dropout) {
@@ -244,57 +275,97 @@ Tensor grouped_gram(const Tensor& s, const Tensor& x_in, const MaybeTensor& seed
     return Layer(x.dense, segments, x.rows(), "grouped_gram").grouped_gram(s, x, true, dtype);
 }
 
+// One of the layer's ops, checked: all on one device, and shapes that fit together.
+void check_layer(const Tensor& x, const MaybeTensor& weight, const Tensor& a, const Tensor& bt, int64_t width, const Lists& lists,
+                 std::initializer_list<const MaybeTensor*> others) {
+    const auto beside_x = [&](const char* name, const Tensor& t) {
+        STD_TORCH_CHECK(t.is_cpu() == x.is_cpu() && t.get_device_index() == x.get_device_index(), name, ": expected the device of x");
+    };
+    beside_x("a", a);
+    beside_x("bt", bt);
+    if (weight) {
+        beside_x("weight", *weight);
+        STD_TORCH_CHECK(weight->dim() == 2 && weight->size(0) == width && weight->size(1) == x.size(1) && weight->scalar_type() == x.scalar_type(),
+                        "weight: expected [", width, ", ", x.size(1), "] in the type of x");
+    }
+    for (const MaybeTensor* other : others) {
+        if (*other) beside_x("bias, base, d_y, s, scale, seeds, row_keys, index", **other);
+    }
+    STD_TORCH_CHECK(lists.rows == (x.size(1) ? x.size(0) : 0), "segments: expected the ", x.size(0), " rows of x, got ", lists.rows);
+}
+
 // Where every row has a LoRA term the layer starts from it, bias + S B, and the base product adds itself: its epilogue reads what expand wrote while other
 // tiles are multiplied. Otherwise expand adds to the base product. A given base is read once, or copied where some row has no client.
 std::tuple<Tensor, Tensor> lora_forward(const Tensor& x_in, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& base, const Tensor& a,
-                                        const Tensor& bt, const Tensor& scale, const MaybeTensor& seeds, const MaybeTensor& row_keys,
-                                        const MaybeTensor& index, const Ints& ranks, const Ints& starts, const Ints& lengths, double dropout) {
+                                        const Tensor& bt_in, const Tensor& scale, const MaybeTensor& seeds, const MaybeTensor& row_keys,
+                                        const MaybeTensor& index, const Ints& all, double dropout, bool transposed) {
     STD_TORCH_CHECK(weight.has_value() != base.has_value(), "weight, base: expected exactly one");
-    using torch::stable::detail::from;
-    const Rows x("x", x_in);
-    const Segments segments{seeds, row_keys, index, ranks, starts, lengths, dropout};
+    STD_TORCH_CHECK(bt_in.dim() == 2, "bt: expected a matrix");
+    const Rows x("x", matrix(x_in));
+    const Tensor bt = transposed ? transpose(bt_in) : bt_in;
+    const Lists lists(all);
+    const int64_t width = bt.size(1);
+    const MaybeTensor scales = scale;
+    check_layer(x.dense, weight, a, bt, width, lists, {&bias, &base, &scales, &seeds, &row_keys, &index});
+    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == width && bias->scalar_type() == x.dense.scalar_type()), "bias: expected [", width,
+                    "] in the type of x");
+    const Segments segments{seeds, row_keys, index, lists.ranks, lists.starts, lists.lengths, dropout};
     const Layer layer(x.dense, segments, x.rows(), "lora_forward");
     const Tensor s = layer.shrink(x, a, scale, true);
-    if (weight && layer.covers_all()) {
-        STD_TORCH_CHECK(weight->dim() == 2 && weight->scalar_type() == x.dense.scalar_type(), "weight: expected a matrix in the type of x");
-        const Tensor out = torch::stable::new_empty(x.dense, {x.rows(), weight->size(0)});
-        layer.expand(Rows("out", out), s, bt, false, bias ? MaybeTensor(torch::stable::contiguous(*bias)) : std::nullopt);
-        add_product(out, x.dense, torch::stable::transpose(*weight, 0, 1));
+    const Ints sizes = sizes_of(x_in, width);
+    if (base) {
+        STD_TORCH_CHECK(base->dim() == x_in.dim(), "base: expected the leading shape of x");
+        for (size_t i = 0; i < sizes.size(); ++i) STD_TORCH_CHECK(base->size(static_cast<int64_t>(i)) == sizes[i], "base: expected the leading shape of x");
+        const Tensor dense = torch::stable::contiguous(*base), out = layer.covers_all() ? torch::stable::empty_like(dense) : torch::stable::clone(dense);
+        layer.expand(Rows("base", matrix(out)), s, bt, false, matrix(dense));
         return {out, s};
     }
-    if (weight) {
-        const Tensor out = call_aten("aten::linear", std::array{from(x.dense), from(*weight), from(bias)});
-        layer.expand(Rows("out", out), s, bt, false, out);
-        return {out, s};
+    const Tensor out = torch::stable::new_empty(x.dense, sizes);
+    const Rows rows("out", matrix(out));
+    const MaybeTensor shift = bias ? MaybeTensor(torch::stable::contiguous(*bias)) : std::nullopt;
+    if (layer.covers_all()) {
+        layer.expand(rows, s, bt, false, shift);
+        product(rows.dense, x.dense, transpose(*weight), true);
+    } else {
+        if (shift) torch::stable::copy_(const_cast<Tensor&>(rows.dense), *shift);
+        product(rows.dense, x.dense, transpose(*weight), shift.has_value());
+        layer.expand(rows, s, bt, false, rows.dense);
     }
-    const Tensor dense = torch::stable::contiguous(*base), out = layer.covers_all() ? torch::stable::empty_like(dense) : torch::stable::clone(dense);
-    layer.expand(Rows("base", out), s, bt, false, dense);
     return {out, s};
 }
 
-std::vector<Tensor> lora_backward(const Tensor& d_y_in, const Tensor& x_in, const MaybeTensor& weight, const Tensor& a, const Tensor& bt, const Tensor& s,
-                                  const Tensor& scale, const MaybeTensor& seeds, const MaybeTensor& row_keys, const MaybeTensor& index, const Ints& ranks,
-                                  const Ints& starts, const Ints& lengths, double dropout, bool need_x, bool need_a, bool need_bt) {
-    using torch::stable::detail::from;
-    const Rows d_y("d_y", d_y_in), x("x", x_in);
-    STD_TORCH_CHECK(d_y.type == x.type, "d_y: expected the type of x");
-    const Segments segments{seeds, row_keys, index, ranks, starts, lengths, dropout};
+// (d_x, d_a, d_bt), without elements where not needed; d_bt lies as bt does.
+std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& d_y_in, const Tensor& x_in, const MaybeTensor& weight, const Tensor& a, const Tensor& bt_in,
+                                                 const Tensor& s, const Tensor& scale, const MaybeTensor& seeds, const MaybeTensor& row_keys,
+                                                 const MaybeTensor& index, const Ints& all, double dropout, bool transposed, bool need_x, bool need_a,
+                                                 bool need_bt) {
+    STD_TORCH_CHECK(bt_in.dim() == 2, "bt: expected a matrix");
+    const Rows x("x", matrix(x_in));
+    const Rows d_y("d_y", matrix(d_y_in.scalar_type() == x_in.scalar_type() ? d_y_in : torch::stable::to(d_y_in, x_in.scalar_type())));
+    const Tensor bt = transposed ? transpose(bt_in) : bt_in;
+    const Lists lists(all);
+    const MaybeTensor scales = scale, own_s = s, out_gradient = d_y.dense;
+    check_layer(x.dense, weight, a, bt, bt.size(1), lists, {&own_s, &scales, &seeds, &row_keys, &index, &out_gradient});
+    STD_TORCH_CHECK(d_y.rows() == x.rows() && d_y.width() == bt.size(1), "d_y: expected [", x.rows(), ", ", bt.size(1), "]");
+    const Segments segments{seeds, row_keys, index, lists.ranks, lists.starts, lists.lengths, dropout};
     const Layer layer(x.dense, segments, x.rows(), "lora_backward");
     MaybeTensor d_s;
     if (need_x || need_a) d_s = layer.shrink(d_y, bt, scale, false);
-    Tensors out;
+    Tensor d_x = torch::stable::new_empty(x.dense, need_x ? sizes_of(x_in, x.width()) : Ints{0});
     if (need_x) {
+        const Rows rows("d_x", matrix(d_x));
         const bool first = layer.covers_all();
-        const Tensor d_x = first    ? torch::stable::new_empty(x.dense, {x.rows(), x.width()})
-                           : weight ? call_aten("aten::mm", std::array{from(d_y.dense), from(*weight)})
-                                    : torch::stable::new_zeros(x.dense, {x.rows(), x.width()});
-        layer.expand(Rows("d_x", d_x), *d_s, a, true, first ? std::nullopt : MaybeTensor(d_x));
-        if (first && weight) add_product(d_x, d_y.dense, *weight);
-        out.push_back(d_x);
+        if (!first && weight) product(rows.dense, d_y.dense, *weight, false);
+        if (!first && !weight) torch::stable::zero_(d_x);
+        layer.expand(rows, *d_s, a, true, first ? std::nullopt : MaybeTensor(rows.dense));
+        if (first && weight) product(rows.dense, d_y.dense, *weight, true);
     }
-    if (need_a) out.push_back(layer.grouped_gram(*d_s, x, true, a.scalar_type()));
-    if (need_bt) out.push_back(layer.grouped_gram(s, d_y, false, bt.scalar_type()));
-    return out;
+    const Tensor d_a = need_a ? layer.grouped_gram(*d_s, x, true, a.scalar_type()) : torch::stable::new_empty(a, {0});
+    if (!need_bt) return {d_x, d_a, torch::stable::new_empty(bt, {0})};
+    const Tensor d_bt = layer.grouped_gram(s, d_y, false, bt.scalar_type());
+    if (transposed) return {d_x, d_a, torch::stable::contiguous(transpose(d_bt))};
+    const bool lies_transposed = !bt.is_contiguous() && bt.stride(0) == 1 && bt.stride(1) == bt.size(0);
+    return {d_x, d_a, lies_transposed ? transpose(torch::stable::contiguous(transpose(d_bt))) : d_bt};
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hetlora_kernels.layout import RankLayout, Segments
 from hetlora_kernels.ops._lists import FLOATS
-from hetlora_kernels.ops.lora import checked_by_the_op, linear_of_one, lora_add, lora_linear
+from hetlora_kernels.ops.lora import lora_add, lora_linear
 from hetlora_kernels.peft.batch import Batch, Rows, left_is_over
 
 BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
@@ -211,14 +211,11 @@ class FusedLayer(nn.Module):
         rows = x.numel() // x.shape[-1]
         for a, b, p, scaling in terms:
             factor_a, factor_b = _parameter(a, "weight"), _parameter(b, "weight")
-            layout, segments = _sole(factor_a.shape[0], rows)
+            one = _sole(factor_a.shape[0], rows)
             if isinstance(base, Tensor):
-                base = lora_add(base, x, factor_a, factor_b.t(), layout, segments, scaling, p)
-            elif checked_by_the_op(x, *base, factor_a, factor_b):  # on few rows the checks of `lora_linear` are a tenth of the time
-                plan = segments.plan(layout, scaling, x.device, x.dtype)
-                base = linear_of_one(x, *base, factor_a, factor_b, plan, segments, p)
+                base = lora_add(base, x, factor_a, factor_b, *one, scaling, p, transposed=True)
             else:
-                base = lora_linear(x, *base, factor_a, factor_b.t(), layout, segments, scaling, p)
+                base = lora_linear(x, *base, factor_a, factor_b, *one, scaling, p, transposed=True)
         assert isinstance(base, Tensor)
         return base
 

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hetlora_kernels._torch import unsafe_view
+from hetlora_kernels.ops._layer import check_layer, of_base
+from hetlora_kernels.reference import in_types_given, lying_as, matrix, thirds
 from hetlora_kernels.triton._common import device_params
 from hetlora_kernels.triton.expand import covers, expand_, expanded
 from hetlora_kernels.triton.fused import fused
@@ -69,23 +72,33 @@ def _beside(base: Tensor | None, shape: torch.Size, s: Tensor, rows: Tensor, *se
     return out
 
 
-def lora_forward(x, weight, bias, base, a, bt, scale, seeds, row_keys, index, ranks, starts, lengths, dropout):
+def lora_forward(x, weight, bias, base, a, bt, scale, seeds, row_keys, index, segments, dropout, transposed):
     """See `reference.lora_forward`."""
-    s = shrink(x, a, scale, seeds, row_keys, index, ranks, starts, lengths, dropout)
-    plain = (None, None, index, ranks, starts, lengths, 0.0)
-    return _beside(base, base.shape, s, bt, *plain) if weight is None else _with_base(x, weight.t(), bias, s, bt, *plain), s
+    check_layer(x, a, bt, sum(thirds(segments)[0]), segments[0], transposed, **of_base(weight, bias, base))
+    flat, rows = matrix(x), bt.t() if transposed else bt
+    masked, plain = (seeds, row_keys, index, *thirds(segments), dropout), (None, None, index, *thirds(segments), 0.0)
+    s = shrink(flat, a, scale, *masked)
+    if weight is None:
+        given = matrix(base)
+        out = _beside(given, given.shape, s, rows, *plain)
+    else:
+        out = _with_base(flat, weight.t(), bias, s, rows, *plain)
+    return out if x.dim() == 2 else unsafe_view(out, (*x.shape[:-1], out.shape[1])), s
 
 
-def lora_backward(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, ranks, starts, lengths, dropout, need_x, need_a, need_bt):
+@in_types_given
+def lora_backward(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, segments, dropout, transposed, need_x, need_a, need_bt):
     """See `reference.lora_backward`."""
-    segments = (seeds, row_keys, index, ranks, starts, lengths, dropout)
-    plain = (None, None, index, ranks, starts, lengths, 0.0)
-    d_s = shrink(d_y, bt, scale, *plain) if need_x or need_a else None
-    out = []
+    check_layer(x, a, bt, sum(thirds(segments)[0]), segments[0], transposed, **({} if weight is None else {"weight": weight}))
+    flat, flat_dy, rows = matrix(x), matrix(d_y).to(x.dtype), bt.t() if transposed else bt
+    masked, plain = (seeds, row_keys, index, *thirds(segments), dropout), (None, None, index, *thirds(segments), 0.0)
+    d_s = shrink(flat_dy, rows, scale, *plain) if need_x or need_a else None
+    d_x, d_a, d_bt = x.new_empty(0), a.new_empty(0), bt.new_empty(0)
     if need_x:
-        out.append(_beside(None, x.shape, d_s, a, *segments) if weight is None else _with_base(d_y, weight, None, d_s, a, *segments))
+        made = _beside(None, flat.shape, d_s, a, *masked) if weight is None else _with_base(flat_dy, weight, None, d_s, a, *masked)
+        d_x = made.view(x.shape)
     if need_a:
-        out.append(grouped_gram(d_s, x, *segments, a.dtype))
+        d_a = grouped_gram(d_s, flat, *masked, a.dtype)
     if need_bt:
-        out.append(grouped_gram(s, d_y, *plain, bt.dtype))
-    return out
+        d_bt = lying_as(bt, grouped_gram(s, flat_dy, *plain, bt.dtype), transposed)
+    return d_x, d_a, d_bt

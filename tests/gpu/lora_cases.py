@@ -63,6 +63,13 @@ def _segment_args(shape: Mapping[str, Any], gathered: bool, drop: bool) -> list[
     return [*drawn, seg.index_on(device), shape["ranks"], seg.starts, seg.lengths, DROP if drop else 0.0]
 
 
+def _layer_args(shape: Mapping[str, Any], gathered: bool, drop: bool) -> list[Any]:
+    """The same as the layer's two ops take them, without `transposed`."""
+    *own, ranks, starts, lengths, p = _segment_args(shape, gathered, drop)
+    absent = [0] * (len(ranks) - len(lengths))
+    return [*own, [_rows_of_x(shape), *ranks, *starts, *absent, *lengths, *absent], p]
+
+
 def _rows_of_x(shape: Mapping[str, Any]) -> int:
     return sum(shape["lengths"]) + shape["base"]
 
@@ -93,13 +100,15 @@ def grouped_gram(shape: Mapping[str, Any], gathered: bool, drop: bool, result: t
 
 
 def forward(shape: Mapping[str, Any], gathered: bool, drop: bool, kind: str, dtype: torch.dtype) -> tuple[str, list[Any]]:
-    """kind: "bias", "no-bias" or "base" (the output of another layer, in float32)."""
+    """kind: "bias", "no-bias" or "base" (the output of another layer, in float32). Where rows are gathered B goes in as PEFT keeps it, else its transpose."""
     rows, n, m, total = _rows_of_x(shape), shape["width"], shape["width"] + 13, sum(shape["ranks"])
     scale = torch.linspace(0.5, 2.0, len(shape["ranks"]), dtype=torch.float64).to(compute_dtype(dtype))
     base = _draw(48, rows, m, torch.float32) if kind == "base" else None
     weight, bias = (_draw(49, m, n, dtype, n**-0.5), _draw(50, 1, m, dtype)[0]) if base is None else (None, None)
-    factors = (_draw(51, total, n, torch.float32, n**-0.5), _transposed(_draw(52, total, m, dtype, 0.5)), scale)
-    return "lora_forward", [_draw(53, rows, n, dtype), weight, None if kind == "no-bias" else bias, base, *factors, *_segment_args(shape, gathered, drop)]
+    bt = _transposed(_draw(52, total, m, dtype, 0.5))
+    factors = (_draw(51, total, n, torch.float32, n**-0.5), bt.t() if gathered else bt, scale)
+    call = [_draw(53, rows, n, dtype), weight, None if kind == "no-bias" else bias, base, *factors, *_layer_args(shape, gathered, drop)]
+    return "lora_forward", [*call, gathered]
 
 
 def backward(shape: Mapping[str, Any], gathered: bool, drop: bool, frozen: bool, dtype: torch.dtype) -> tuple[str, list[Any]]:
@@ -107,8 +116,10 @@ def backward(shape: Mapping[str, Any], gathered: bool, drop: bool, frozen: bool,
     rows, n, m, total = _rows_of_x(shape), shape["width"], shape["width"] + 13, sum(shape["ranks"])
     scale = torch.linspace(0.5, 2.0, len(shape["ranks"]), dtype=torch.float64).to(compute_dtype(dtype))
     weight = _draw(54, m, n, dtype, m**-0.5) if frozen else None
-    factors = (_draw(55, total, n, torch.float32, n**-0.5), _transposed(_draw(56, total, m, dtype, 0.5)), _draw(57, 1, _packed(shape), dtype)[0], scale)
-    return "lora_backward", [_draw(58, rows, m, dtype), _draw(59, rows, n, dtype), weight, *factors, *_segment_args(shape, gathered, drop), True, True, True]
+    bt = _transposed(_draw(56, total, m, dtype, 0.5))
+    factors = (_draw(55, total, n, torch.float32, n**-0.5), bt.t() if gathered else bt, _draw(57, 1, _packed(shape), dtype)[0], scale)
+    call = [_draw(58, rows, m, dtype), _draw(59, rows, n, dtype), weight, *factors, *_layer_args(shape, gathered, drop)]
+    return "lora_backward", [*call, gathered, True, True, True]
 
 
 def layer_cases(shape: Mapping[str, Any]) -> dict[str, Case]:

@@ -1,6 +1,6 @@
 """Every kernel test runs once per backend of this process, on the device of HETLORA_TEST_DEVICE (default cpu), with fresh memory full of NaN.
 
-Those of the layer run on the CPU kernels twice: as they are, and with the ops for small calls off, which most of their calls would take.
+Those of the layer run on the CPU kernels twice: as they are, and with every call on the framework's way, for most of theirs are small.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from kernel_cases import FRAMEWORK, going
 
 import hetlora_kernels as hk
 from hetlora_kernels import _library
-from hetlora_kernels.ops import lora
 
 DEVICE = torch.device(os.environ.get("HETLORA_TEST_DEVICE", "cpu"))
 COMPILED_FOR = {"cpu": "cpu", "cuda": "cuda"}  # a compiled library serves one kind of device; the other rungs go where torch goes
@@ -33,17 +33,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     ways: list = backends_here()
     if "cpu" in ways and metafunc.module.__name__ in OF_THE_LAYER:
-        ways.append(pytest.param("cpu no small calls"))
+        ways.append(pytest.param("cpu framework's way"))
     metafunc.parametrize("backend", ways, indirect=True)
 
 
 @pytest.fixture(autouse=True)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The rung forced on every op of the test; 'auto' = the dispatcher's own choice."""
-    rung, _, small_off = request.param.partition(" ")
-    if small_off:
-        monkeypatch.setattr(lora, "_FEW_ROWS", 0)
-    with nullcontext() if rung == "auto" else hk.use_backend(rung):
+    rung, _, way = request.param.partition(" ")
+    with nullcontext() if rung == "auto" else hk.use_backend(rung), going(FRAMEWORK) if way else nullcontext():
         yield rung
 
 

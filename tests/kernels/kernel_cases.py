@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
@@ -236,6 +237,22 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
         return False
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[left.element_size()]
     return bool((left.detach().contiguous().view(integers) == right.detach().contiguous().view(integers)).all())
+
+
+# ---------------------------------------------------------------- the two ways of the CPU library
+
+
+BY_SIZE, SMALL, FRAMEWORK = range(3)  # csrc/cpu/lora_ops.cpp
+
+
+@contextmanager
+def going(way: int) -> Iterator[None]:
+    """Every call of the layer on the CPU kernels goes this way inside the block."""
+    before = torch.ops.hetlora._lora_way(way)
+    try:
+        yield
+    finally:
+        torch.ops.hetlora._lora_way(before)
 
 
 # ---------------------------------------------------------------- memory

@@ -26,12 +26,6 @@ def layer_arguments(device, gathered, seeds):
     return drawn, keys if seeds else None, index, [2, 0, 3], [0, 2, 3], [2, 1, 2], 0.25 if seeds else 0.0
 
 
-def planned_arguments(device):
-    """The same as (seeds, row_keys, index, plan, dropout), with scales."""
-    for seeds, keys, index, *lists, dropout in [layer_arguments(device, gathered, seeds) for gathered in (False, True) for seeds in (False, True)]:
-        yield seeds, keys, index, torch.tensor([*lists, [0.5, 1.0, 0.7]], dtype=torch.float64), dropout
-
-
 def samples(name: str, device) -> list[tuple]:
     """Arguments for the op `name` that use every optional argument, and none."""
     lr, flags = torch.rand(2, dtype=torch.float64, device=device), torch.tensor([True, False], device=device)
@@ -46,38 +40,17 @@ def samples(name: str, device) -> list[tuple]:
         return [(out, s, rows, *case) for case in cases] if name == "expand_" else [(s, x, *case, torch.float32) for case in cases]
     if name in ("lora_forward", "lora_backward"):
         x, weight, bias, base, a, bt, s, d_y = factors(device, (7, 5), (4, 5), (4,), (7, 4), (5, 5), (5, 4), (10,), (7, 4))
-        scale = torch.rand(3, device=device)
-        cases = [layer_arguments(device, gathered, seeds) for gathered in (False, True) for seeds in (False, True)]
+        drawn = [layer_arguments(device, gathered, seeds) for gathered in (False, True) for seeds in (False, True)]
+        cases = [(torch.rand(3, device=device), *own, [7, *ranks, *starts, *lengths], p) for *own, ranks, starts, lengths, p in drawn]
+        given = [(bt, False), (bt.t().contiguous(), True), (bt.t().contiguous().t(), False)]
         if name == "lora_forward":
-            return [(x, *own, a, bt, scale, *case) for case in cases for own in ((weight, bias, None), (weight, None, None), (None, None, base))]
+            ends = [(factor, *case, transposed) for case in cases for factor, transposed in given]
+            kinds = [(x, weight, bias, None), (x, weight, None, None), (x, None, None, base), (x.view(7, 1, 5), weight, bias, None)]
+            return [(*kind, a, *end) for end in ends for kind in kinds]
         needs = [(True, True, True), (False, True, False), (True, False, False), (False, False, True)]
-        return [(d_y, x, own, a, bt, s, scale, *case, *need) for case, need in zip(cases, needs, strict=True) for own in (weight, None)]
-    if name in ("lora_add_", "lora_grads_"):
-        x, out, a, bt, s, d_x, d_y = factors(device, (7, 5), (7, 4), (5, 5), (5, 4), (10,), (7, 5), (7, 4))
-        cases = []
-        for *call, dropout in planned_arguments(device):
-            if name == "lora_add_":
-                cases.append((out, x, a, bt, *call, 10, dropout))
-            else:
-                needs = ((d_x, True, True, False), (None, True, False, True), (d_x, False, False, False), (None, False, True, True))
-                cases += [(target, d_y, x, a, bt, s, *call, dropout, *need) for target, *need in needs]
-        return cases
-    if name in ("lora_small_forward", "lora_small_backward"):
-        x, weight, bias, base, a, bt, d_y = factors(device, (7, 5), (4, 5), (4,), (7, 4), (5, 5), (5, 4), (7, 4))
-        b = bt.t().contiguous()
-        cases = []
-        for *call, dropout in planned_arguments(device):
-            for factor, own in ((bt, False), (b, True), (b.t(), False)):
-                if name == "lora_small_forward":
-                    cases += [(x, *held, a, factor, *call, dropout, own) for held in ((weight, bias, None), (weight, None, None), (None, None, base))]
-                else:
-                    needs = ((True, True, True), (False, True, False), (True, False, False), (False, False, True))
-                    cases += [(d_y, x, held, a, factor, *call, dropout, own, *need) for need, held in zip(needs, (weight, None) * 2, strict=True)]
-        if name == "lora_small_forward":
-            cases.append((x.view(7, 1, 5), weight, bias, None, a, bt, *call, dropout, False))
-        else:
-            cases.append((d_y.view(7, 1, 4), x.view(7, 1, 5), weight, a, bt, *call, dropout, False, True, True, True))
-        return cases
+        ends = [(factor, s, *case, transposed, *need) for case, need in zip(cases, needs, strict=True) for factor, transposed in given]
+        kinds = [(d_y, x, weight), (d_y, x, None), (d_y.view(7, 1, 4), x.view(7, 1, 5), weight)]
+        return [(*kind, a, *end) for end in ends for kind in kinds]
     if name == "truncate_":
         banks = factors(device, (4, 5), (4, 7))
         return [

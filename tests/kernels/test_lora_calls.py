@@ -91,6 +91,28 @@ def test_factors_as_transposed_views(dtype, ranks, m, ids, p, backend, device):
     assert all(same_bits(plain[name].grad, viewed[name].grad) for name in ("x", "a"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 5])
+@pytest.mark.parametrize("rows", [5, 11])
+def test_b_as_peft_keeps_it(dtype, rank, rows, backend, device):
+    """transposed=True takes B [m, r] itself: the bits of its transpose, and a gradient that lies as B does."""
+    layer = make_layer([rank, 2], [0, 1, 0, -1, 1] + [0] * (rows - 5), 70, 53, p=0.3)
+    outcomes = []
+    for transposed in (False, True):
+        leaves = leaf_tensors(layer, dtype, torch.float32, device)
+        b = leaves["bt"].detach().t().contiguous().requires_grad_()
+        leaves["bt"] = b if transposed else b.t()
+        options = {"dropout": 0.3, "seeds": torch.tensor(layer.seeds, device=device), "transposed": transposed}
+        y = call_simple(layer, leaves, **options)
+        added = hk.lora_add(y.detach(), leaves["x"], leaves["a"], leaves["bt"], layer.layout(), layer.segments(), **options)
+        (y + added).backward(layer.grad.to(y))
+        assert b.grad.shape == b.shape and b.grad.is_contiguous()
+        outcomes.append([y, added, b.grad, *(leaves[name].grad for name in ("x", "a", "bias"))])
+    assert all(same_bits(one, other) for one, other in zip(*outcomes, strict=True))
+    with pytest.raises(ValueError, match=rf"^bt: expected a floating-point tensor of shape \(53, {rank + 2}\)"):
+        call_simple(layer, {**leaves, "bt": b[1:]}, transposed=True)
+
+
 @pytest.mark.parametrize("rows", [3, 11])
 @pytest.mark.parametrize("wanted", [("x",), ("a",), ("b",), ("x", "b"), ("a", "b")], ids="".join)
 def test_gradients_of_some_of_peft_shaped_factors(rows, wanted, backend, device):
@@ -301,6 +323,37 @@ def test_lora_add_names_the_argument(name, spoil, error, text, device):
     message = refusal(hk.lora_add, ADD_ORDER, name, spoil, error, device)
     blamed = "a" if name == "x" and text == r"\(4, 7\)" else name  # without a weight, the width of x is the one a is refused for
     assert message.startswith(f"{blamed}: ") and (blamed != name or re.search(text, message)), message
+
+
+@pytest.mark.parametrize("name", ["a", "bias", "seg"])
+def test_a_refused_call_draws_no_seeds(name, device):
+    arguments = good_arguments(device)
+    arguments[name] = hk.Segments.from_lengths([1, 1]) if name == "seg" else arguments[name][:-1]
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        hk.lora_linear(*(arguments[key] for key in LINEAR_ORDER), dropout=0.5)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert device.type != "cuda" or torch.equal(states[1], torch.cuda.get_rng_state(device))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "a", "bt", "base_out"])
+@pytest.mark.parametrize("rows", [4, 40])
+def test_an_argument_left_on_the_meta_device_is_refused(name, rows, device):
+    """Whatever device the dispatcher would choose, no result is made of memory that nobody wrote."""
+    layer = make_layer([2], [0] * rows, 5, 3)
+    own = {**leaf_tensors(layer, torch.float32, None, device), "base_out": torch.zeros(rows, 3, device=device)}
+    own[name] = own[name].detach().to("meta")
+    keys = ("base_out", "x", "a", "bt") if name == "base_out" else ("x", "weight", "bias", "a", "bt")
+    with pytest.raises(ValueError, match=rf"^{name}: expected .*device.*meta"):
+        (hk.lora_add if name == "base_out" else hk.lora_linear)(*(own[key] for key in keys), layer.layout(), layer.segments())
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+def test_transforms_of_torch_func_are_refused(transform, device):
+    layer = make_layer([2], [0] * 4, 5, 3)
+    leaves = {name: leaf.detach() for name, leaf in leaf_tensors(layer, torch.float32, None, device).items()}
+    with pytest.raises(RuntimeError, match=r"torch\.func"):
+        transform(lambda x: call_simple(layer, {**leaves, "x": x}).sum())(leaves["x"] if transform is torch.func.grad else leaves["x"][None])
 
 
 def test_a_frozen_weight_is_only_asked_for_where_gradients_are_recorded(device):

@@ -1,0 +1,35 @@
+"""PyTorch's private names, each with what is done where a version lacks it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable:
+    """`function.apply` past its wrapper in Python, which serves torch.func and costs 4 us a call, a tenth of a small layer; without that name: the wrapper."""
+    return getattr(super(torch.autograd.Function, function), "apply", function.apply)
+
+
+def entry_of(op: Callable) -> Callable:
+    """What an op's overload calls, past its method in Python (0.7 us a call); without the name: the overload."""
+    return getattr(op, "_op", op)
+
+
+def inside_torch_func() -> bool:
+    """Whether a transform of torch.func runs (vmap, grad, ...); without the name: not known, False."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active is not None and active()
+
+
+def has_kernel(op: str, key: str) -> bool:
+    """Whether `op` ("namespace::name") has a kernel of its own under the dispatch key; without the name: True, a compiled library has every op."""
+    has = getattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", None)
+    return has is None or has(op, key)
+
+
+def unsafe_view(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """`tensor.view(shape)` that is no view to autograd, which forbids in-place changes of a view that a Function returns; without the op: a copy."""
+    view = getattr(torch.ops.aten, "_unsafe_view", None)
+    return tensor.reshape(shape).clone() if view is None else view(tensor, shape)
