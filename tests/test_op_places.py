@@ -13,14 +13,7 @@ from hetlora_kernels import _library, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 OF_THE_LORA_SUITE = {"lora_forward", "lora_backward", "lora_add_", "lora_grads_", "lora_small_forward", "lora_small_backward"}  # through `lora_linear`
-ONLY_ON_CPUS = {"CUDA kernel", "Triton kernel", "emulator case"}
 LACKING = {
-    "lora_forward": {"CPU kernel"},  # there the layer is lora_add_ and lora_grads_, and the small ops
-    "lora_backward": {"CPU kernel"},
-    "lora_add_": ONLY_ON_CPUS,
-    "lora_grads_": ONLY_ON_CPUS,
-    "lora_small_forward": ONLY_ON_CPUS,
-    "lora_small_backward": ONLY_ON_CPUS,
     "sgd_": {"benchmark row"},  # not measured: AdamW's pass with one state less
     "quantize_rows_": {"benchmark row"},  # not measured
     "dequantize_rows_": {"benchmark row"},
