@@ -12,7 +12,7 @@ from benchmarks.steps import STEPS
 from hetlora_kernels import _library, reference
 
 ROOT = Path(__file__).resolve().parent.parent
-OF_THE_LORA_SUITE = {"lora_forward", "lora_backward", "lora_add_", "lora_grads_", "lora_small_forward", "lora_small_backward"}  # through `lora_linear`
+OF_THE_LORA_SUITE = {"lora_forward", "lora_backward"}  # through `lora_linear`
 LACKING = {
     "sgd_": {"benchmark row"},  # not measured: AdamW's pass with one state less
     "quantize_rows_": {"benchmark row"},  # not measured
