@@ -279,11 +279,11 @@ def test_damaged_checkpoints_are_named(stopped):
         path.write_bytes(damaged)
         refuse(cfg, folder, r"checkpoint\.safetensors: not a readable checkpoint")
     path.write_bytes(good)
-    for tensors, metadata in (({"x": torch.ones(2)}, None), (load_file(path), {"format": "pt"}), (load_file(path), {"format": "2", "state": "{}"})):
+    for tensors, metadata in (({"x": torch.ones(2)}, None), (load_file(path), {"format": "pt"}), (load_file(path), {"hetlora": '{"format": 3}'})):
         save_file(tensors, path, metadata=metadata)
         refuse(cfg, folder, r"not a checkpoint of this version \(format")
-    for state in ("[", "{}"):
-        save_file({"x": torch.ones(2)}, path, metadata={"format": "1", "state": state})
+    for own in ("[", "{}", "[]", '{"format": 2}'):
+        save_file({"x": torch.ones(2)}, path, metadata={"hetlora": own})
         refuse(cfg, folder, r"checkpoint\.safetensors: not a readable checkpoint")
 
 
