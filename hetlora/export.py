@@ -84,7 +84,10 @@ def _check_written(folder: Path, tensors: Mapping[str, Tensor], scale: float) ->
 
 
 def _check_loads(folder: Path, tensors: Mapping[str, Tensor], scale: float, model: str) -> None:
-    """`ConfigError` where PEFT loads another adapter than was written, on the base's architecture without weights; not tried where the base is not here or has code of its own."""
+    """`ConfigError` where PEFT loads another adapter than was written, on the base's architecture without weights.
+
+    Not tried where the base is not here, or has code of its own.
+    """
     config = read_json(Path(model) / "config.json", []) if model else None
     if config is None or "model_type" not in config or "auto_map" in config:  # not here, or with code of its own, which an export does not run
         return
