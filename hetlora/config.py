@@ -105,6 +105,12 @@ class Config(BaseModel):
     weight_scope: Literal["module", "client"] = _setting("module", "federation", "Scope of ||B_k A_k||: one weight per client and module, or one per client.")
     weight_cap: float = _setting(0.0, "federation", "Clip ||B_k A_k|| at this multiple of the round's median; 0 = no cap.", ge=0)
     clip_update: float = _setting(0.0, "federation", "Scale a client's update (upload - download) to at most this Frobenius norm; 0 = no clip.", ge=0)
+    clip_median: float = _setting(
+        3.0,
+        "federation",
+        "Scale a client's update to at most this multiple of the round's median, per root of the rank; 0 = no clip. Ordinary updates keep their bits.",
+        ge=0,
+    )
     shared_rows: Literal["none", "owners"] = _setting(
         "none", "federation", "A row that only some uploads own: zero-padded as published, or divided by its owners' weight."
     )
@@ -112,6 +118,7 @@ class Config(BaseModel):
     download: Literal["8bit", "4bit", "exact"] = _setting(
         "8bit", "federation", "With train = 'fold': how the rows of the bank travel, quantised with one scale a row or in the adapters' own type."
     )
+    trim: float = _setting(0.3, "federation", "Share of a rank row's owners that merge = 'trimmed' leaves out at either end.", ge=0, lt=0.5)
     merge: Merge = _setting("factors", "federation", "What the server does with the uploads: " + _choices(MERGES[name] for name in MERGE_CHOICES))
 
     # local training

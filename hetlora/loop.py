@@ -315,6 +315,9 @@ def _round(run: _Run, number: int) -> dict[str, Any]:
     merged = aggregate(state, trained.uploads, trained.received, [len(work.clients[k].train) for k in arrived], cfg, model, trained.weighed)
     for i, k in enumerate(arrived):
         lines[i] |= _upload_line(merged, trained, i, k)
+        if "clip" in lines[i]:
+            scaled = f"scaled by {lines[i]['clip']:.3g}, to the limit of --clip-median or --clip-update"
+            run.observer.message(f"round {number}: the update of {names[k]} is {scaled}")
         state.ranks[names[k]] = trained.ranks[k]
         state.rounds_trained[names[k]] = state.rounds_trained.get(names[k], 0) + 1
         if cfg.save_clients and "clients" in cfg.training_kind.saves:
@@ -347,7 +350,8 @@ def _client_line(work: Work, trained: Trained, k: int) -> dict[str, Any]:
 
 def _upload_line(merged: Aggregate, trained: Trained, i: int, k: int) -> dict[str, Any]:
     moved = {"bytes_down": trained.bytes_down[k], "bytes_up": trained.bytes_up[i]}
-    return {"norm": float(merged.norms[i]), "weight": float(merged.weights[i].mean()), **moved}
+    clip = {"clip": merged.clips[i]} if merged.clips and merged.clips[i] < 1 else {}
+    return {"norm": float(merged.norms[i]), "weight": float(merged.weights[i].mean()), **moved, **clip}
 
 
 def _rank_shown(ranks: ClientRanks, scope: Scope) -> float:
