@@ -190,7 +190,8 @@ def check_recorded_config(folder: Path, state: Mapping[str, Any], cfg: Config) -
     saved = state["settings"]
     different = different_settings(saved, cfg)
     if method := [name for name in different if name not in BITS_ONLY]:
-        raise ConfigError(f"{folder / CONFIG}: changed since the checkpoint was written ({_changes(saved, cfg, method)}); put it back, or start a new run")
+        changes = _changes(saved, cfg, method)
+        raise ConfigError(f"{folder / CONFIG}: not what the checkpoint was made with ({changes}); put back the one that was changed, or start a new run")
     return [f"{_changes(saved, cfg, different)}: the result may differ in the last bits from that of an uninterrupted run"] if different else []
 
 

@@ -244,13 +244,13 @@ def test_a_flipped_bit_stops_a_resume_and_an_export_before_anything_is_read(stop
 def test_settings_edited_between_stop_and_resume_are_refused_by_name(stopped, name, value):
     before = json.loads((stopped / "config.json").read_text())[name]
     edit(stopped / "config.json", **{name: value})
-    refused(stopped, f"{stopped / 'config.json'}: changed since the checkpoint was written ({name} was {before!r}, now {value!r})", **{name: value})
+    refused(stopped, f"{stopped / 'config.json'}: not what the checkpoint was made with ({name} was {before!r}, now {value!r})", **{name: value})
     assert resume_by_command(stopped) == (2, True)
 
 
 def resume_by_command(folder: Path) -> tuple[int, bool]:
     result = CliRunner().invoke(cli, ["run", "--resume", "--output", str(folder)])
-    return result.exit_code, "changed since the checkpoint was written" in result.stderr and result.stderr.count("\n") == 1
+    return result.exit_code, "not what the checkpoint was made with" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_settings_that_change_only_bits_are_said_and_obeyed(stopped):
