@@ -244,6 +244,7 @@ def test_such_expressions_end_on_a_model(spec):
         target_shapes(tiny_model(), spec)
 
 
+@pytest.mark.slow
 def test_folders_a_thousand_deep_are_read(tmp_path):
     here = os.getcwd()
     try:

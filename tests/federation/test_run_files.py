@@ -210,6 +210,7 @@ def test_a_full_disk_names_the_file_and_how_to_go_on(stopped, monkeypatch, name)
 # ---------------------------------------------------------------- checkpoints
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_of_a_checkpoint_is_noticed(stopped):
     """All of the header and the checksum, and 200 places of the rest."""
     path = stopped / CHECKPOINT
@@ -278,6 +279,7 @@ simulate(tiny_config(Path(sys.argv[1]), rounds=1), federation=tiny_federation(SI
 """
 
 
+@pytest.mark.slow
 def test_equal_runs_give_equal_files(tmp_path):
     """In two processes, whose hash seeds differ."""
     files = []
