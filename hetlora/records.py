@@ -71,7 +71,7 @@ class Round(_Record):
     seconds: _Number = None
     cpu_seconds: _Number = None
     evaluation: _Evaluation | None = None
-    diagnostics: _Diagnostics | None = None
+    diagnostics: _Diagnostics | Annotated[dict[str, Any], Field(max_length=0)] | None = None  # {} of a merge that keeps no bank
 
 
 class _Client(_Record):

@@ -15,11 +15,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from synthetic_run import write_run
+from test_kinds import RUN_IDS, RUNS
 from test_messages import Recorder
 from tiny import SIZES, Interrupt, Stop, contents, tiny_config, tiny_federation
 
 import hetlora_kernels as hk
-from hetlora import checkpoint, checkpoint_file, lock, run_folder
+from hetlora import checkpoint, checkpoint_file, lock, records, run_folder
 from hetlora.cli import cli
 from hetlora.config import ConfigError
 from hetlora.loop import simulate
@@ -382,6 +383,17 @@ def test_no_damage_of_a_small_file_ends_in_a_traceback_or_hangs(stopped, monkeyp
     others = stopped.parent
     for arguments in (("run", "--resume", "--output", stopped), ("report", stopped, "-o", others / "report"), ("export", stopped, "-o", others / "out")):
         command(*arguments)
+
+
+@pytest.mark.parametrize("settings", RUNS, ids=RUN_IDS)
+def test_what_every_kind_of_run_writes_is_what_the_readers_expect(tmp_path, settings):
+    folder = tmp_path / "run"
+    options = {"rounds": 1, "diagnostics": True, "evaluate": "all", "prune_scope": "module" if settings.get("train") is None else "client"}
+    result = simulate(tiny_config(folder, **{**options, **settings}), federation=tiny_federation(SIZES, held_out=1))
+    written = (folder / "rounds.jsonl").read_text().splitlines()
+    assert [records.fault(records.Round, json.loads(line)) for line in written] == ["", ""]
+    assert records.fault(records.Summary, json.loads((folder / "summary.json").read_text())) == ""
+    assert run_folder.read_run(folder).problems == [] and len(result.history) == 2
 
 
 # ---------------------------------------------------------------- names
