@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 __all__ = ["Config", "ConfigError", "__version__", "simulate"]
 
 _EXPORTS = {"Config": "hetlora.config", "ConfigError": "hetlora.config", "simulate": "hetlora.loop"}
-_FED_MODULES = ("transformers", "peft", "safetensors", "pydantic", "yaml", "rich", "click", "matplotlib", "jinja2", "platformdirs")
+_FED_MODULES = ("transformers", "peft", "safetensors", "regex", "pydantic", "yaml", "rich", "click", "matplotlib", "jinja2", "platformdirs")
 if sys.version_info < (3, 11):
     _FED_MODULES += ("tomli",)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from hetlora import _missing_extra
+from hetlora import _missing_extra, signals
 
 
 def main() -> int | None:
@@ -13,7 +13,8 @@ def main() -> int | None:
     if message is not None:
         print(message, file=sys.stderr)
         return 2
-    from hetlora.cli import main as command_line
+    with signals.quiet():
+        from hetlora.cli import main as command_line
 
     return command_line()
 

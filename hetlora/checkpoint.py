@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import json
 import os
 import platform
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -20,17 +23,19 @@ from safetensors.torch import save
 from torch import Tensor
 
 import hetlora_kernels as hk
+from hetlora import checkpoint_file
 from hetlora.config import Config, ConfigError
 from hetlora.data import FederatedData
-from hetlora.run_folder import ADAPTER_FILE, CHECKPOINT, CONFIG, VERSIONS, WEIGHTS_FILE, refuse_existing, write_atomic
+from hetlora.lock import LOCK, FolderLock
+from hetlora.run_folder import ADAPTER_FILE, CHECKPOINT, CONFIG, VERSIONS, WEIGHTS_FILE, refuse_existing, sync_folder, write_atomic
+from hetlora.text_files import parse_json, read_text
 
-FORMAT = 1
 RESUME_INSTEAD = "choose another folder, or continue that run with --resume"
 STATE = ("round", "ranks", "r_min", "r_max", "ranks_start", "rounds_trained", "perplexity_before", "stacked_bytes")  # of `ServerState`, besides the bank
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """What a repeat of the run needs to match: packages, Python, platform, device, threads."""
+    """What a repeat of the run needs to match: packages, Python, platform, device, instruction set, threads."""
     packages = {}
     for name in ("hetlora", "torch", "transformers", "peft", "safetensors"):
         try:
@@ -40,18 +45,42 @@ def versions(device: torch.device) -> dict[str, str]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     machine = {"platform": platform.platform(), "device": f"{device} ({name})", "threads": str(torch.get_num_threads())}
     kernels = ", ".join(sorted({rung for rung, _ in hk.backends().values()}))
-    return {**packages, "python": sys.version.split()[0], **machine, "kernels": kernels}
+    limit = os.environ.get("HETLORA_INSTRUCTION_SET")
+    instructions = torch.backends.cpu.get_cpu_capability() + (f", kernels limited to {limit}" if limit else "")
+    return {**packages, "python": sys.version.split()[0], **machine, "kernels": kernels, "instruction set": instructions}
+
+
+_MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))
+"""More threads than this are not started, whatever a file says: the runtimes of some platforms end the process."""
+
+
+def saved_versions(run: Path) -> tuple[dict[str, Any], int]:
+    """(versions.json, its number of threads). Raises `ConfigError` naming the file where it is missing or damaged."""
+    path = run / VERSIONS
+    advice = "restore it from a copy; a run without it cannot be continued to the same bits"
+    text = read_text(path)
+    try:
+        saved = parse_json(text)
+        threads = int(saved["threads"])
+        if threads < 1:
+            raise ValueError(f"threads: expected a number from 1 on, got {threads}")
+    except KeyError as error:
+        raise ConfigError(f"{path}: damaged (no {error}); {advice}") from None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: damaged ({error}); {advice}") from None
+    return saved, threads
 
 
 def match_versions(run: Path, device: torch.device) -> list[str]:
-    """Use as many threads as the run began with, since sums of another split round otherwise; returns what else differs, as lines for the user."""
-    try:
-        saved = json.loads((run / VERSIONS).read_text(encoding="utf-8"))
-        threads = int(saved["threads"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return [f"{run / 'versions.json'} cannot be read: the result may differ in the last bits from that of an uninterrupted run"]
+    """Use as many threads as the run began with, since sums of another split round otherwise; returns what else differs, as lines for the user.
+
+    Raises as `saved_versions`.
+    """
+    saved, threads = saved_versions(run)
     lines = []
-    if threads != torch.get_num_threads():
+    if threads > _MOST_THREADS:
+        lines.append(f"{run / VERSIONS}: {threads} threads are more than this machine can run; going on with {torch.get_num_threads()}")
+    elif threads != torch.get_num_threads():
         lines.append(f"using {threads} threads, as the run began with, instead of {torch.get_num_threads()}")
         torch.set_num_threads(threads)
     now = versions(device)
@@ -59,47 +88,77 @@ def match_versions(run: Path, device: torch.device) -> list[str]:
     return lines + ([f"the result may differ in the last bits from that of an uninterrupted run: {'; '.join(different)}"] if different else [])
 
 
-def create_run(cfg: Config, device: torch.device) -> Path:
-    """The run's new folder with config.json and versions.json, created in one rename; `ConfigError` when it exists and is not empty."""
+def create_run(cfg: Config, device: torch.device, lock: FolderLock | None = None) -> Path:
+    """The run's new folder with config.json and versions.json, created in one rename; `ConfigError` when it exists and is not empty.
+
+    lock: taken on the folder before anybody else can see it.
+    """
     run = Path(cfg.output)
     refuse_existing(run, RESUME_INSTEAD)
     try:
         run.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=run.parent, prefix=f".{run.name}."))
+        _clean_stagings(run)
+        staging = Path(tempfile.mkdtemp(dir=run.parent, prefix=f".{run.name}.staging-"))
         staging.chmod(0o755)
+        if lock is not None:
+            lock.take(staging)
         write_atomic(staging / CONFIG, cfg.to_json())
         write_atomic(staging / VERSIONS, json.dumps(versions(device), indent=2) + "\n")
         os.replace(staging, run)
+        sync_folder(run.parent)
     except OSError as error:
         raise ConfigError(f"output: cannot create {run} ({error.strerror}); choose a folder that can be written") from None
+    if lock is not None:
+        lock.moved(run)
     return run
 
 
+def _clean_stagings(run: Path) -> None:
+    """Remove what a kill inside `create_run` left beside the run: folders of its making that no living process holds."""
+    for staging in run.parent.glob(f".{glob.escape(run.name)}.staging-*"):
+        names = {path.name for path in staging.iterdir()}
+        if LOCK not in names or any(name not in (CONFIG, VERSIONS, LOCK) and not name.endswith(".tmp") for name in names):
+            continue
+        with FolderLock() as lock, contextlib.suppress(ConfigError):
+            lock.take(staging)
+            if not lock.note:
+                shutil.rmtree(staging)
+
+
 def save_checkpoint(run: Path, state: Mapping[str, Any], bank: hk.AdapterBank, base: Mapping[str, Tensor]) -> None:
-    """The whole state after a round as one file: bank and folded base weights as tensors, the rest as JSON in the header."""
+    """The whole state after a round as one file: bank, folded base weights and the state's tables as tensors, the rest as JSON, all under a checksum."""
     tensors = {f"bank.{key}": value.cpu().contiguous() for key, value in bank.state_dict().items()}
     tensors |= {f"base.{key}": value.detach().cpu().contiguous() for key, value in base.items()}
-    write_atomic(run / CHECKPOINT, save(tensors, metadata={"format": str(FORMAT), "state": json.dumps(state)}))
+    for name, (dtype, shape, data) in checkpoint_file.pack(state).items():
+        tensors[name] = torch.frombuffer(bytearray(data), dtype=_DTYPES[dtype]).view(shape)
+    tensors[checkpoint_file.CHECKSUM] = torch.zeros(hashlib.sha256().digest_size, dtype=torch.uint8)
+    write_atomic(run / CHECKPOINT, checkpoint_file.sealed(save(tensors, metadata=checkpoint_file.metadata())))
 
 
-def load_checkpoint(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """(state, tensors) of the newest checkpoint, None before the first; `ConfigError` when the file is not one of ours."""
+_DTYPES = {"U8": torch.uint8, "I32": torch.int32, "F64": torch.float64}
+
+
+def load_state(run: Path) -> dict[str, Any] | None:
+    """The state in the newest checkpoint, None before the first; `ConfigError` when the file is damaged or not one of ours."""
     path = run / CHECKPOINT
     if not path.is_file():
         return None
+    state = checkpoint_file.read_state(path)
+    if missing := [name for name in (*STATE, "data", "settings") if name not in state]:
+        raise ConfigError(f"{path}: not a readable checkpoint (its state lacks {missing[0]}); restore it from a copy, or start a new run in another folder")
+    return state
+
+
+def load_checkpoint(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """(state, tensors of the bank and the base) of the newest checkpoint; else as `load_state`."""
+    state = load_state(run)
+    if state is None:
+        return None
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != str(FORMAT):
-                raise ConfigError(f"{path}: not a checkpoint of this version (format {header.get('format')}, expected {FORMAT}); use the hetlora that wrote it")
-            state = json.loads(header["state"])
-            if missing := [name for name in (*STATE, "data") if name not in state]:
-                raise ValueError(f"its state lacks {missing[0]}")
-            return state, {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path}: not a readable checkpoint ({error}); restore it from a copy, or start a new run in another folder") from None
+        with safe_open(run / CHECKPOINT, framework="pt") as file:
+            return state, {key: file.get_tensor(key) for key in file.keys() if key.startswith(("bank.", "base."))}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ConfigError(f"{run / CHECKPOINT}: not a readable checkpoint ({error}); restore it from a copy, or start a new run") from None
 
 
 def fingerprint(data: FederatedData) -> str:

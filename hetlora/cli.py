@@ -5,7 +5,9 @@ A command loads what it needs when it runs: torch, transformers and matplotlib t
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import importlib
 import json
 import os
 import sys
@@ -20,17 +22,23 @@ from typing import Any, NoReturn
 
 import click
 
-from hetlora import __version__, processor
+from hetlora import __version__, processor, signals
 from hetlora.compare.methods import METHODS, OWNED, Plan, make_plan, method_settings
 from hetlora.config import Config, ConfigError
+from hetlora.report.text import printable
 from hetlora.run_folder import is_run, read_config
 
-_INTERRUPTED = 130
 _OF_OWN_RANKS = [name for name, method in METHODS.items() if method.ranks == "own"]
 
 
 def _one_line(text: object) -> str:
     return " ".join(str(text).split())
+
+
+def _say(text: object, err: bool = False) -> None:
+    """One line. What closed the terminal (SIGHUP) must not become the command's error."""
+    with contextlib.suppress(OSError):
+        click.echo(printable(text), err=err)
 
 
 def _describe(error: BaseException) -> str:
@@ -56,12 +64,12 @@ def _usage_text(error: click.ClickException) -> str:
 def _fail(error: BaseException) -> NoReturn:
     if os.environ.get("HETLORA_DEBUG") == "1":
         traceback.print_exception(error)
-    click.echo(f"hetlora: error: {_describe(error)}", err=True)
+    _say(f"hetlora: error: {_describe(error)}", err=True)
     sys.exit(2)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None) -> None:
-    click.echo(f"hetlora: warning: {_one_line(message)}", err=True)
+    _say(f"hetlora: warning: {_one_line(message)}", err=True)
 
 
 class _Commands(click.Group):
@@ -75,6 +83,13 @@ class _Commands(click.Group):
             )
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:  # here, as click's own handling writes an empty line first
+            _say(f"hetlora: {signals.how(error)}", err=True)
+            sys.exit(signals.exit_status(error))
+
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         run_command: Callable[..., Any] = super().main
         if not standalone_mode:
@@ -83,13 +98,10 @@ class _Commands(click.Group):
             # A client's name must not stop a run because the terminal cannot show it.
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), signals.as_interrupts():
             warnings.showwarning = _show_warning
             try:
                 sys.exit(run_command(*args, standalone_mode=False, **extra) or 0)
-            except click.Abort:
-                click.echo("hetlora: interrupted", err=True)
-                sys.exit(_INTERRUPTED)
             except (click.ClickException, ValueError, OSError, ImportError) as error:
                 _fail(error)
 
@@ -165,7 +177,7 @@ def _saved_settings(config_file: str | None, flags: dict[str, Any]) -> Config:
 
 def _choose_threads(ctx: click.Context, parameter: click.Parameter, value: int | None) -> None:
     if not ctx.resilient_parsing:
-        click.echo(processor.prepare(value))
+        _say(processor.prepare(value))
 
 
 threads_option = click.option(
@@ -178,7 +190,7 @@ threads_option = click.option(
 
 
 class _Watched(AbstractContextManager["_Watched"]):
-    """A run under a console observer; an interrupt becomes one line that says how to continue, and exit status 130."""
+    """A run under a console observer; an interrupt becomes one line that says how to continue, and exit status 130 (143 for SIGTERM, 129 for SIGHUP)."""
 
     def __init__(self, output: str | None, comparison: bool = False) -> None:
         from hetlora.report.terminal import ComparisonObserver, ConsoleObserver
@@ -191,26 +203,34 @@ class _Watched(AbstractContextManager["_Watched"]):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None) -> None:
-        self.observer.__exit__(kind, error, trace)
-        if kind is None or not issubclass(kind, KeyboardInterrupt):
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            self.observer.__exit__(kind, error, trace)
+        if not isinstance(error, KeyboardInterrupt):
             return
+        how = signals.how(error)
         output = self.observer.cfg.output if self.observer.cfg else self._output
         if self._comparison:
-            click.echo(f"interrupted; the same command continues the comparison in {self._output}", err=True)
+            _say(f"{how}; the same command continues the comparison in {self._output}", err=True)
         elif output and is_run(Path(output)):
-            click.echo(f"interrupted; continue with hetlora run --resume --output {output}", err=True)
+            _say(f"{how}; continue with hetlora run --resume --output {output}", err=True)
         else:
-            click.echo("interrupted before the first round; nothing was written that could be continued", err=True)
-        raise SystemExit(_INTERRUPTED)
+            _say(f"{how} before the first round; nothing was written that could be continued", err=True)
+        raise SystemExit(signals.exit_status(error))
+
+
+def _loaded(module: str) -> Any:
+    """A module that takes seconds to import; an interrupt meanwhile is quiet."""
+    with signals.quiet():
+        return importlib.import_module(module)
 
 
 def _finish(watched: _Watched, result: Any) -> None:
-    from hetlora.report.page import write_report
     from hetlora.report.terminal import print_summary
 
     print_summary(watched.observer.console, result.summary)
-    page = write_report(result.run_dir)
-    click.echo(f"run folder: {result.run_dir}\nreport: {page}")
+    page = _loaded("hetlora.report.page").write_report(result.run_dir)
+    _say(f"run folder: {result.run_dir}")
+    _say(f"report: {page}")
 
 
 @click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -236,10 +256,9 @@ def demo(fast: bool, **given: Any) -> None:
     Makes a small byte-level model from text of Python's own library, then adapts it over packages of that library: one package is one client.
     """
     overrides = {name: value for name, value in given.items() if value is not None}
+    demo_module = _loaded("hetlora.demo")
     with _Watched(overrides.get("output")) as watched:
-        from hetlora.demo import run_demo
-
-        result = run_demo(watched.observer, **overrides, **({"fast": True} if fast else {}))
+        result = demo_module.run_demo(watched.observer, **overrides, **({"fast": True} if fast else {}))
     _finish(watched, result)
 
 
@@ -253,10 +272,9 @@ def run(config_file: str | None, resume: bool, **options: Any) -> None:
     """A federation of your own: your model, your data."""
     flags = {name: value for name, value in options.items() if value is not None}
     cfg = _saved_settings(config_file, flags) if resume else _settings(config_file, flags)
+    loop = _loaded("hetlora.loop")
     with _Watched(cfg.output) as watched:
-        from hetlora.loop import simulate
-
-        result = simulate(cfg, resume=resume, observer=watched.observer)
+        result = loop.simulate(cfg, resume=resume, observer=watched.observer)
     _finish(watched, result)
 
 
@@ -287,21 +305,19 @@ def compare(config_file: str | None, **options: Any) -> None:
 
     Each method and seed is a run of its own under --output. The same command continues a comparison that was stopped, and runs nothing twice.
     """
-    given = {**(Config.read(config_file) if config_file else {}), **{name: value for name, value in options.items() if value is not None}}
-    plan = make_plan("comparison", **{name: given.pop(name) for name in Plan.model_fields if name in given})
+    source, given = _given(config_file, {name: value for name, value in options.items() if value is not None})
+    plan = make_plan(source, **{name: given.pop(name) for name in Plan.model_fields if name in given})
     given.setdefault("output", "runs/comparison")
-    common = Config.create(f"config file {config_file}" if config_file else "command line", **given)
+    common = Config.create(source, **given)
+    runs = _loaded("hetlora.compare.run")
     with _Watched(common.output, comparison=True) as watched:
-        from hetlora.compare.run import run_comparison
-
-        comparison = run_comparison(common, plan, watched.observer)
-    from hetlora.compare.figures import tabulate
-    from hetlora.compare.page import print_comparison, write_comparison
-
-    table = tabulate(comparison)
-    page = write_comparison(table)
-    print_comparison(watched.observer.console, table)
-    click.echo(f"folder: {comparison.folder}\nreport: {page}")
+        comparison = runs.run_comparison(common, plan, watched.observer)
+    pages = _loaded("hetlora.compare.page")
+    table = _loaded("hetlora.compare.figures").tabulate(comparison)
+    page = pages.write_comparison(table)
+    pages.print_comparison(watched.observer.console, table)
+    _say(f"folder: {comparison.folder}")
+    _say(f"report: {page}")
 
 
 @cli.command()
@@ -309,9 +325,7 @@ def compare(config_file: str | None, **options: Any) -> None:
 @click.option("-o", "--output", "out_dir", metavar="DIR", help="Folder for the report. [default: RUN]")
 def report(run_dir: str, out_dir: str | None) -> None:
     """Write report.html and its pictures for the run folder RUN, finished or not."""
-    from hetlora.report.page import write_report
-
-    click.echo(f"report: {write_report(run_dir, out_dir)}")
+    _say(f"report: {_loaded('hetlora.report.page').write_report(run_dir, out_dir)}")
 
 
 @cli.command()
@@ -321,32 +335,27 @@ def report(run_dir: str, out_dir: str | None) -> None:
 @click.option("-o", "--output", "out_dir", metavar="DIR", required=True, help="Folder to write; it must not exist or be empty.")
 def export(run_dir: str, rank: int | None, client: str | None, out_dir: str) -> None:
     """Write an adapter of the run folder RUN in PEFT's format, for PeftModel.from_pretrained."""
-    from hetlora.export import base_model_of, export_adapter
-
-    folder = export_adapter(run_dir, out_dir, rank=rank, client=client)
+    exports = _loaded("hetlora.export")
+    folder = exports.export_adapter(run_dir, out_dir, rank=rank, client=client)
     saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     ranks = {saved["r"], *saved["rank_pattern"].values()}
     shown = f"rank {saved['r']}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}, by module"
-    click.echo(f"adapter: {folder} ({shown})")
-    base = base_model_of(run_dir)
+    _say(f"adapter: {folder} ({shown})")
+    base = exports.base_model_of(run_dir)
     if base:
-        click.echo(f"base model: {base}")
+        _say(f"base model: {base}")
 
 
 @cli.command()
 def info() -> None:
     """Versions, devices, packages, and which backend serves each operation."""
-    from hetlora.info import print_info
-
-    print_info()
+    _loaded("hetlora.info").print_info()
 
 
 @cli.command()
 def tune() -> None:
     """Measure the launch parameters of the Triton kernels on this machine's CUDA device, and keep them for it."""
-    from hetlora_kernels.triton.tune import tune as run_tune
-
-    click.echo(f"written: {run_tune(click.echo)}")
+    _say(f"written: {_loaded('hetlora_kernels.triton.tune').tune(click.echo)}")
 
 
 def main() -> int | None:

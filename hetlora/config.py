@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from hetlora.errors import ConfigError
 from hetlora.kinds import MERGE_CHOICES, MERGES, TRAININGS, MergeKind, TrainingKind, merge_kind, own_settings
 from hetlora.ranks import RankRule, parse_ranks
+from hetlora.text_files import parse_json, read_text
 
 __all__ = ["Config", "ConfigError"]
 
@@ -48,15 +49,19 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, frozen=True, allow_inf_nan=False)
 
     # model
-    model: str = _setting("demo", "model", "Causal language model: a local folder, a hub id, or 'demo' (a small byte-level decoder made on this machine).")
+    model: str = _setting(
+        "demo", "model", "Causal language model: a local folder, a hub id, or 'demo' (a small byte-level decoder made on this machine).", min_length=1
+    )
+    trust_remote_code: bool = _setting(False, "model", "Run the Python code that a model or its tokenizer brings along. Read it first.")
     dtype: Literal["float32", "bfloat16", "float64"] = _setting("float32", "model", "Data type of the frozen base model.")
     adapter_dtype: Literal["float32", "bfloat16", "float64"] = _setting("float32", "model", "Data type of the adapters and their optimiser.")
-    device: str = _setting("auto", "model", "Torch device: 'auto', 'cpu', 'cuda', 'cuda:1', ...")
+    device: str = _setting("auto", "model", "Torch device: 'auto', 'cpu', 'cuda', 'cuda:1', ...", min_length=1)
     target_modules: str = _setting(
         "attention",
         "model",
         "Modules that carry adapters: 'attention' (all linear layers of self-attention, as in the paper), 'all-linear', 'peft' (PEFT's default for "
         "the architecture), a comma-separated list of name suffixes, or a regular expression over full module names.",
+        min_length=1,
     )
     quantize: Literal["none", "8bit", "4bit"] = _setting("none", "model", "Load the frozen base through bitsandbytes in 8 or 4 bits.")
     train: Train = _setting("adapters", "model", "What clients train: " + _choices(TRAININGS.values()))
@@ -69,21 +74,23 @@ class Config(BaseModel):
         "data",
         "Folder (each sub-folder, or else each file, is a client), a .jsonl file, 'hub:ORG/NAME', 'stdlib' (packages of Python's "
         "library) or 'unicode' (names of letters, by script); ':NAME,NAME' takes some packages or scripts, ':-NAME,NAME' all others.",
+        min_length=1,
     )
-    text_field: str = _setting("text", "data", "JSONL key or hub column that holds the text.")
+    text_field: str = _setting("text", "data", "JSONL key or hub column that holds the text.", min_length=1)
     prompt_field: str = _setting(
         "", "data", "JSONL key or hub column of a prompt: each row is then one example, prompt and then the text as its response; '' = running text."
     )
-    client_field: str = _setting("client", "data", "JSONL key or hub column that names the client.")
-    split: str = _setting("train", "data", "Split of a hub data set.")
-    seq_len: int = _setting(256, "data", "Tokens per sequence.", ge=2)
+    client_field: str = _setting("client", "data", "JSONL key or hub column that names the client.", min_length=1)
+    split: str = _setting("train", "data", "Split of a hub data set.", min_length=1)
+    seq_len: int = _setting(256, "data", "Tokens per sequence.", ge=2, le=2**24)
     max_tokens_per_client: int = _setting(0, "data", "Use at most this many tokens of each client; 0 = all.", ge=0)
     test_fraction: float = _setting(0.2, "data", "Share of each client's own text kept for evaluation.", gt=0, lt=1)
     held_out_clients: int = _setting(0, "data", "Clients that never train and only evaluate the global adapter.", ge=0)
     skip_empty: bool = _setting(False, "data", "Leave out clients with too little text instead of stopping.")
+    skip_bad_rows: bool = _setting(False, "data", "Leave out rows of a .jsonl file or hub data set that cannot be used instead of stopping.")
 
     # federation
-    rounds: int = _setting(20, "federation", "Rounds.", ge=1)
+    rounds: int = _setting(20, "federation", "Rounds.", ge=1, le=1_000_000)
     clients_per_round: int = _setting(8, "federation", "Clients sampled per round, uniformly without replacement.", ge=1)
     ranks: str = _setting(
         "powerlaw:5:50",
@@ -98,6 +105,12 @@ class Config(BaseModel):
     weight_scope: Literal["module", "client"] = _setting("module", "federation", "Scope of ||B_k A_k||: one weight per client and module, or one per client.")
     weight_cap: float = _setting(0.0, "federation", "Clip ||B_k A_k|| at this multiple of the round's median; 0 = no cap.", ge=0)
     clip_update: float = _setting(0.0, "federation", "Scale a client's update (upload - download) to at most this Frobenius norm; 0 = no clip.", ge=0)
+    clip_median: float = _setting(
+        3.0,
+        "federation",
+        "Scale a client's update to at most this multiple of the round's median, per root of the rank; 0 = no clip. Ordinary updates keep their bits.",
+        ge=0,
+    )
     shared_rows: Literal["none", "owners"] = _setting(
         "none", "federation", "A row that only some uploads own: zero-padded as published, or divided by its owners' weight."
     )
@@ -105,12 +118,13 @@ class Config(BaseModel):
     download: Literal["8bit", "4bit", "exact"] = _setting(
         "8bit", "federation", "With train = 'fold': how the rows of the bank travel, quantised with one scale a row or in the adapters' own type."
     )
+    trim: float = _setting(0.3, "federation", "Share of a rank row's owners that merge = 'trimmed' leaves out at either end.", ge=0, lt=0.5)
     merge: Merge = _setting("factors", "federation", "What the server does with the uploads: " + _choices(MERGES[name] for name in MERGE_CHOICES))
 
     # local training
-    local_steps: int = _setting(5, "training", "Optimiser steps per client and round (a client without that much data repeats it).", ge=1)
-    local_epochs: int = _setting(0, "training", "Passes over the client's own data per round instead of local_steps; 0 = use local_steps.", ge=0)
-    batch_size: int = _setting(8, "training", "Sequences per client and step.", ge=1)
+    local_steps: int = _setting(5, "training", "Optimiser steps per client and round (a client without that much data repeats it).", ge=1, le=100_000)
+    local_epochs: int = _setting(0, "training", "Passes over the client's own data per round instead of local_steps; 0 = use local_steps.", ge=0, le=10_000)
+    batch_size: int = _setting(8, "training", "Sequences per client and step.", ge=1, le=1_000_000)
     lr: float = _setting(3e-3, "training", "Learning rate.", gt=0)
     lr_schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "training", "Learning rate over the rounds.")
     optimizer: Literal["adamw", "sgd"] = _setting("adamw", "training", "Local optimiser; its state starts fresh each round.")
@@ -127,12 +141,12 @@ class Config(BaseModel):
     rouge_examples: int = _setting(
         0, "run", "With prompt_field: answer this many held-out prompts before the first and after the last round, scored by ROUGE-L; 0 = none.", ge=0
     )
-    rouge_tokens: int = _setting(64, "run", "Tokens of an answer that ROUGE-L scores, at most.", ge=1)
+    rouge_tokens: int = _setting(64, "run", "Tokens of an answer that ROUGE-L scores, at most.", ge=1, le=2**20)
     evaluate: Literal["global", "all"] = _setting(
         "global", "run", "'all' also evaluates, each time, every client's own held-out and training text under the rank rows it receives."
     )
     diagnostics: bool = _setting(False, "run", "Record each round the energy of every rank row, the effective rank and the error of averaging A and B apart.")
-    output: str = _setting("runs/hetlora", "run", "Folder of the run; it must not exist unless --resume is given.")
+    output: str = _setting("runs/hetlora", "run", "Folder of the run; it must not exist unless --resume is given.", min_length=1)
     save_clients: bool = _setting(True, "run", "Keep each client's last trained adapter in the run folder.")
 
     @model_validator(mode="before")
@@ -156,6 +170,8 @@ class Config(BaseModel):
 
         `Config(...)` and `Config.create` call it; `model_copy` does not.
         """
+        if zero := [name for name, value in self.model_dump().items() if isinstance(value, str) and "\0" in value]:
+            raise ConfigError(f"{', '.join(zero)}: expected text without a zero byte")
         _ = self.rank_rule
         for kind in (self.training_kind, self.merge_kind):
             for refusal in kind.refuses:
@@ -204,23 +220,26 @@ class Config(BaseModel):
                 elif fault["type"] == "extra_forbidden":
                     faults.append(f"unknown setting '{name}'{_nearest(name, cls.model_fields)}")
                 else:
-                    faults.append(f"{name}: {fault['msg'].lower()}, got {fault['input']!r}")
+                    faults.append(f"{name}: {fault['msg'].lower()}, got {_shortened(repr(fault['input']))}")
             raise ConfigError(f"{source}: " + "; ".join(faults)) from None
 
     @classmethod
     def read(cls, path: str | Path) -> dict[str, Any]:
-        """Settings of a YAML, TOML or JSON file as a dict, not yet validated."""
+        """Settings of a YAML, TOML or JSON file (UTF-8, at most 256 KiB) as a dict, not yet validated.
+
+        Raises `ConfigError` naming the file: it cannot be read or parsed, a name comes twice, a name is no text.
+        """
         path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"config file {path}: cannot be read ({getattr(error, 'strerror', None) or error}); give a YAML, TOML or JSON file") from None
+        text = read_text(path, "config file", most=2**18)
         try:
             values = _parse(path.suffix.lower(), text)
         except Exception as error:  # the three parsers raise unrelated types
-            raise ConfigError(f"config file {path}: not valid {path.suffix or 'YAML'} ({str(error).splitlines()[0]})") from None
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"config file {path}: not valid {path.suffix or 'YAML'} ({reason})") from None
         if not isinstance(values, dict):
             raise ConfigError(f"config file {path}: expected settings as 'name: value', got {type(values).__name__}")
+        if odd := [name for name in values if not isinstance(name, str)]:
+            raise ConfigError(f"config file {path}: expected the name of a setting, got {_shortened(repr(odd[0]))}")
         return values
 
     @classmethod
@@ -251,7 +270,29 @@ def _parse(suffix: str, text: str) -> Any:
             import tomli as tomllib  # type: ignore[no-redef]
         return tomllib.loads(text)
     if suffix == ".json":
-        return json.loads(text)
+        return parse_json(text)
+    return _parse_yaml(text)
+
+
+def _parse_yaml(text: str) -> Any:
+    """YAML without references, which a few lines can expand to more than any memory holds, and without a name that comes twice."""
     import yaml
 
-    return yaml.safe_load(text) or {}
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.events.AliasEvent):
+                raise ValueError(f"line {self.peek_event().start_mark.line + 1}: references (*name) are not allowed, write the value out")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"line {node.start_mark.line + 1}: the key {twice[0]!r} comes twice")
+            return super().construct_mapping(node, deep)
+
+    found = yaml.load(text, Loader)
+    return {} if found is None else found
+
+
+def _shortened(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."

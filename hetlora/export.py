@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -22,10 +21,12 @@ from hetlora.run_folder import (
     ADAPTER,
     ADAPTER_FILE,
     CLIENTS,
-    SUMMARY,
     WEIGHTS_FILE,
     client_folder,
+    mean_rank,
     read_config,
+    read_json,
+    read_summary,
     recorded_ranks,
     refuse_existing,
 )
@@ -83,11 +84,14 @@ def _check_written(folder: Path, tensors: Mapping[str, Tensor], scale: float) ->
 
 
 def _check_loads(folder: Path, tensors: Mapping[str, Tensor], scale: float, model: str) -> None:
-    """`ConfigError` where PEFT loads another adapter than was written, on the base's architecture without weights; not tried where the base is not here."""
-    try:
-        kind = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
+    """`ConfigError` where PEFT loads another adapter than was written, on the base's architecture without weights.
+
+    Not tried where the base is not here, or has code of its own.
+    """
+    config = read_json(Path(model) / "config.json", []) if model else None
+    if config is None or "model_type" not in config or "auto_map" in config:  # not here, or with code of its own, which an export does not run
         return
+    kind = config["model_type"]
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -126,11 +130,7 @@ def _is_loaded(module: Any, key: str, tensors: Mapping[str, Tensor], scale: floa
 
 def base_model_of(run_dir: str | Path) -> str:
     """Folder or hub id of the base model that the run's adapters belong to; '' if the run does not say."""
-    try:
-        config = json.loads((Path(run_dir) / ADAPTER / ADAPTER_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ""
-    return config.get("base_model_name_or_path") or ""
+    return str((read_json(Path(run_dir) / ADAPTER / ADAPTER_FILE, []) or {}).get("base_model_name_or_path") or "")
 
 
 def _read_adapter(folder: Path) -> tuple[Factors, float, str]:
@@ -139,8 +139,8 @@ def _read_adapter(folder: Path) -> tuple[Factors, float, str]:
     for file in (weights, settings):
         if not file.is_file():
             raise ConfigError(f"{file}: missing; the run has not written this adapter, finish it with 'hetlora run --resume --output {folder.parent}'")
+    scale, model = _read_settings(settings)
     try:
-        config = json.loads(settings.read_text(encoding="utf-8"))
         with safe_open(weights, "pt") as file:
             names = list(file.keys())
         tensors = load_file(weights)
@@ -152,7 +152,23 @@ def _read_adapter(folder: Path) -> tuple[Factors, float, str]:
         odd = sorted(wanted.symmetric_difference(names))[:1]
         raise ConfigError(f"{weights}: expected pairs '{_PREFIX}<module>{_A}' and '...{_B}'{f', {odd[0]!r} does not fit' if odd else ', got none'}")
     factors = {name: (tensors[_PREFIX + name + _A], tensors[_PREFIX + name + _B]) for name in modules}
-    return factors, config["lora_alpha"] / config["r"], config.get("base_model_name_or_path") or ""
+    return factors, scale, model
+
+
+def _read_settings(file: Path) -> tuple[float, str]:
+    """(scale, base model) of an adapter_config.json; `ConfigError` naming the file and the value that cannot be."""
+    problems: list[str] = []
+    config = read_json(file, problems)
+    if config is None:
+        raise ConfigError(f"{file}: not a readable adapter ({problems[0]})")
+    rank, alpha, model = (config.get(name) for name in ("r", "lora_alpha", "base_model_name_or_path"))
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ConfigError(f"{file}: damaged: r: expected a whole number from 1 on, got {rank!r:.40}")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < float("inf"):
+        raise ConfigError(f"{file}: damaged: lora_alpha: expected a number > 0, got {alpha!r:.40}")
+    if model is not None and not isinstance(model, str):
+        raise ConfigError(f"{file}: damaged: base_model_name_or_path: expected text, got {model!r:.40}")
+    return alpha / rank, model or ""
 
 
 def _uniform_ranks(factors: Factors, rank: int | None, run: Path) -> dict[str, int]:
@@ -191,8 +207,5 @@ def _client_ranks(run: Path) -> dict[str, Any]:
     known = recorded_ranks(run)
     if known:
         return known
-    try:
-        clients = json.loads((run / SUMMARY).read_text(encoding="utf-8"))["clients"]
-    except (OSError, ValueError, KeyError):
-        return {}
-    return {client["name"]: int(client["rank_end"]) for client in clients if float(client["rank_end"]).is_integer()}
+    clients = (read_summary(run, []) or {}).get("clients", [])
+    return {client["name"]: int(mean_rank(client["rank_end"])) for client in clients if float(mean_rank(client["rank_end"])).is_integer()}

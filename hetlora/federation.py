@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from hetlora.demo_model import DemoModel, Progress, demo_folder
 from hetlora.models import load_model, load_tokenizer, target_shapes
 from hetlora.observer import Observer
 from hetlora.ranks import RankFile, RankPlan
+from hetlora.text_files import kind_of
 
 
 @dataclass
@@ -39,12 +41,16 @@ def prepare(cfg: Config, observer: Observer | None = None) -> Federation:
     if isinstance(cfg.rank_rule, RankFile):
         cfg.rank_rule.table()  # a file that cannot be read is told now, before the model is made or loaded
     path = resolve_model(cfg, progress=observer.pretrain)
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, cfg.trust_remote_code)
     data = load_data(cfg, tokenizer)
     starting_ranks(cfg, data)  # likewise ranks that do not fit the clients
     model = load_model(cfg, path)
     vocabulary = model.get_input_embeddings().num_embeddings
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     for client in (*data.clients, *data.held_out):
+        longest = max(len(s) for s in (*client.train, *client.test))
+        if longest > context > 0:
+            raise ConfigError(f"seq_len: {longest} tokens of client {client.name!r} in one sequence, but model {cfg.model!r} sees {context}; lower --seq-len")
         highest = max(int(s.max()) for s in (*client.train, *client.test))
         if highest >= vocabulary:
             raise ConfigError(f"data: client {client.name!r} has token id {highest}, but model {cfg.model!r} knows {vocabulary}; use the model's own tokenizer")
@@ -60,6 +66,9 @@ def resolve_model(cfg: Config, progress: Progress | None = None, demo: DemoModel
         return str(demo_folder(demo or DemoModel(), progress))
     path = os.path.expanduser(cfg.model)
     if os.path.isdir(path):
+        for entry in sorted(Path(path).iterdir()):
+            if entry.exists() and not entry.is_dir() and (kind := kind_of(entry)):
+                raise ConfigError(f"model {cfg.model!r}: {entry} is {kind}; expected files alone")
         return path
     if cfg.model.startswith((".", "/", "~")) or cfg.model.count("/") > 1 or os.path.exists(path):
         raise ConfigError(f"model {cfg.model!r}: no such folder; give a folder with config.json and weights, a hub id (ORG/NAME) or 'demo'")

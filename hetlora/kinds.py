@@ -89,7 +89,7 @@ class TrainingKind:
 
 _OF_ADAPTERS = (
     *("adapter_dtype", "target_modules", "quantize", "scale", "dropout", "ranks", "gamma", "prune_lambda", "prune_scope"),
-    *("weight_scope", "weight_cap", "clip_update", "shared_rows", "unowned_rows", "merge"),
+    *("weight_scope", "weight_cap", "clip_update", "clip_median", "shared_rows", "unowned_rows", "merge"),
 )
 
 TRAININGS = {
@@ -123,11 +123,23 @@ TRAININGS = {
     )
 }
 
+_UNWEIGHTED = Refusal(
+    ("weights",), "this merge counts all clients the same, as weights are what an attacker inflates; use weights = 'uniform'", ("sparsity", "samples")
+)
+
 MERGES = {
     kind.name: kind
     for kind in (
         MergeKind("factors", "average the factors (as published)", "hetlora.merge:merge_factors", settings=("shared_rows", "unowned_rows")),
         MergeKind("svd", "truncate the SVD of the exact sum", "hetlora.merge:merge_svd"),
+        MergeKind(
+            "trimmed",
+            "mean of each rank row's owners without the extremes",
+            "hetlora.robust:merge_trimmed",
+            settings=("trim",),
+            refuses=(_UNWEIGHTED,),
+        ),
+        MergeKind("median", "median of each rank row's owners", "hetlora.robust:merge_median", refuses=(_UNWEIGHTED,)),
         MergeKind(
             "stack",
             "fold the exact sum into the base (for comparisons)",

@@ -17,6 +17,7 @@ from hetlora.config import Config, ConfigError
 from hetlora.data import ClientData
 from hetlora.evaluate import Part, evaluate_bank, evaluate_clients, mean_over_clients, pool_text
 from hetlora.federation import Federation, base_weights, prepare, starting_ranks
+from hetlora.lock import FolderLock
 from hetlora.merge import Aggregate, aggregate
 from hetlora.observer import Observer
 from hetlora.ranks import ClientRanks, Scope, check_width, from_record, mean_rank, to_record
@@ -79,8 +80,18 @@ def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = N
     observer = observer or Observer()
     cfg.check()
     folder = Path(cfg.output)
+    with FolderLock() as lock:
+        try:
+            return _simulate(cfg, folder, lock, resume, observer, federation)
+        except run_folder.WriteError as error:
+            go_on = f"make room there, then continue with hetlora run --resume --output {folder}"
+            raise run_folder.WriteError(error.path, error.error, go_on) from None
+
+
+def _simulate(cfg: Config, folder: Path, lock: FolderLock, resume: bool, observer: Observer, federation: Federation | None) -> Result:
+    said: list[str] = []
     if resume:
-        run_folder.check_same_config(folder, cfg)
+        said = _check_resumable(cfg, folder, lock)
     else:
         run_folder.refuse_existing(folder, checkpoint.RESUME_INSTEAD)
     federation = federation or prepare(cfg, observer)
@@ -88,9 +99,9 @@ def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = N
         raise ConfigError(f"federation: its base model holds the folded updates of {federation.folded_by}; load it again with prepare()")
     state = _initial_state(cfg, federation)
     if not resume:
-        checkpoint.create_run(cfg, federation.device)
+        checkpoint.create_run(cfg, federation.device, lock)
     run = _Run(cfg, federation, state, folder, observer)
-    for line in checkpoint.match_versions(folder, federation.device) if resume else ():
+    for line in [*([lock.note] if lock.note else []), *said, *(checkpoint.match_versions(folder, federation.device) if resume else ())]:
         observer.message(line)
     observer.start(cfg, _describe(run))
     if cfg.clients_per_round > len(run.clients):
@@ -103,6 +114,17 @@ def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = N
     for number in range(state.round + 1, cfg.rounds + 1):
         history.append(_round(run, number))
     return _finish(run, history)
+
+
+def _check_resumable(cfg: Config, folder: Path, lock: FolderLock) -> list[str]:
+    """Lock the folder, and make sure before hours of loading that its files are whole and belong to `cfg`; returns what differs in the last bits only."""
+    run_folder.require_run(folder)
+    lock.take(folder)
+    run_folder.clean_leftovers(folder)
+    run_folder.check_same_config(folder, cfg)
+    checkpoint.saved_versions(folder)
+    recorded = checkpoint.load_state(folder)
+    return run_folder.check_recorded_config(folder, recorded, cfg) if recorded else []
 
 
 def _initial_state(cfg: Config, federation: Federation) -> server.ServerState:
@@ -138,6 +160,7 @@ def _mean_rank(state: server.ServerState) -> float:
 def _save(run: _Run) -> None:
     state = run.state
     content = {name: getattr(state, name) for name in checkpoint.STATE} | {"data": run.fingerprint, "ranks": _ranks_on_record(run)}
+    content["settings"] = run_folder.method_settings(run.cfg)
     checkpoint.save_checkpoint(run.folder, content, state.bank, base_weights(run.cfg, run.federation))
     _write_adapter(run)
 
@@ -292,6 +315,9 @@ def _round(run: _Run, number: int) -> dict[str, Any]:
     merged = aggregate(state, trained.uploads, trained.received, [len(work.clients[k].train) for k in arrived], cfg, model, trained.weighed)
     for i, k in enumerate(arrived):
         lines[i] |= _upload_line(merged, trained, i, k)
+        if "clip" in lines[i]:
+            scaled = f"scaled by {lines[i]['clip']:.3g}, to the limit of --clip-median or --clip-update"
+            run.observer.message(f"round {number}: the update of {names[k]} is {scaled}")
         state.ranks[names[k]] = trained.ranks[k]
         state.rounds_trained[names[k]] = state.rounds_trained.get(names[k], 0) + 1
         if cfg.save_clients and "clients" in cfg.training_kind.saves:
@@ -324,7 +350,8 @@ def _client_line(work: Work, trained: Trained, k: int) -> dict[str, Any]:
 
 def _upload_line(merged: Aggregate, trained: Trained, i: int, k: int) -> dict[str, Any]:
     moved = {"bytes_down": trained.bytes_down[k], "bytes_up": trained.bytes_up[i]}
-    return {"norm": float(merged.norms[i]), "weight": float(merged.weights[i].mean()), **moved}
+    clip = {"clip": merged.clips[i]} if merged.clips and merged.clips[i] < 1 else {}
+    return {"norm": float(merged.norms[i]), "weight": float(merged.weights[i].mean()), **moved, **clip}
 
 
 def _rank_shown(ranks: ClientRanks, scope: Scope) -> float:

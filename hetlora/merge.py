@@ -48,10 +48,14 @@ class Merged:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """A merged round. weights: p [K, modules or 1] float64.   norms: S [K] float64, over all modules."""
+    """A merged round. weights: p [K, modules or 1] float64.   norms: S [K] float64, over all modules, of what was merged.
+
+    clips: the factor that each update was scaled by, [K], 1 where it was not; empty where clients train no adapters.
+    """
 
     weights: Tensor
     norms: Tensor
+    clips: list[float] = field(default_factory=list)
     diagnostics: dict[str, Any] = field(default_factory=dict)
 
 
@@ -66,27 +70,45 @@ def aggregate(
 ) -> Aggregate:
     """Merge the uploads that arrived into `state`, and into `model` where the merge changes the base.
 
-    received: what the same clients had received, as `uploads` (for cfg.clip_update).   samples: training sequences of each.
+    received: what the same clients had received, as `uploads`, by which their updates are measured (`usual_limits`).   samples: training sequences of each.
     weighed: (p, S) where training weighed the uploads already; else they are `client_weights`.
     """
-    if cfg.clip_update:
-        uploads = uploads.select(range(uploads.num_clients))  # the caller's are the clients' own adapters
-        clip_updates(uploads, received, cfg.clip_update)
-    weights, norms = weighed or client_weights(uploads, samples, cfg)
+    clips: list[float] = []
+    suspects = None
+    if weighed is None and (cfg.clip_update or cfg.clip_median):
+        sizes = update_norms(uploads, received)
+        usual = usual_limits(sizes, uploads, cfg.clip_median)
+        limits = usual.clamp_max(cfg.clip_update or torch.inf)
+        if bool((sizes > limits).any()):
+            suspects = Suspects(sizes > usual, uploads.delta_norms().cpu() == 0)
+            uploads = uploads.select(range(uploads.num_clients))  # the caller's are the clients' own adapters
+        clips = clip_updates(uploads, received, limits, sizes)
+    weights, norms = weighed or client_weights(uploads, samples, cfg, suspects)
     merged = cfg.merge_kind.load()(MergeCall(state.bank, uploads, weights, state.r_max, cfg, model))
     state.stacked_bytes = merged.follow_bytes
     if merged.bank is None:
         state.bank = fresh_bank(state.bank.shapes, state.r_max, cfg, state.bank.device, state.round + 1)
-        return Aggregate(weights, norms)
+        return Aggregate(weights, norms, clips)
     state.bank = merged.bank
-    return Aggregate(weights, norms, diagnostics.describe(state.bank, uploads, weights, merged.rows, merged.added_to) if cfg.diagnostics else {})
+    return Aggregate(weights, norms, clips, diagnostics.describe(state.bank, uploads, weights, merged.rows, merged.added_to) if cfg.diagnostics else {})
 
 
-def client_weights(uploads: hk.AdapterBank, samples: Sequence[int], cfg: Config) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Suspects:
+    """What was seen of the uploads before they were clipped. large: [K], updates above `usual_limits`.   silent: [K, modules], where ||B A|| was 0."""
+
+    large: Tensor
+    silent: Tensor
+
+
+def client_weights(uploads: hk.AdapterBank, samples: Sequence[int], cfg: Config, suspects: Suspects | None = None) -> tuple[Tensor, Tensor]:
     """(p, S): p [K, modules] float64, columns sum to 1 over the uploads that arrived; S [K] float64 = ||B_k A_k||_F over all modules.
 
     'sparsity': p_k = S_k / sum S per module, or with S over all modules for cfg.weight_scope = 'client' (HETLORA section 3.3); S is clipped at
-    cfg.weight_cap times the median of the round's S where that is given. All S = 0: uniform. 'uniform': 1 / K. 'samples': by sequences.
+    cfg.weight_cap times the median of the round's S > 0 where that is given. S = 0 gives p = 0; all S = 0: uniform. 'uniform': 1 / K. 'samples': by
+    sequences.
+
+    suspects: under 'sparsity', the S of one that was too large counts as at most the median, and an S that was 0 before the clip stays 0.
     """
     norms = uploads.delta_norms().double().cpu()
     total = norms.square().sum(1).sqrt()
@@ -97,25 +119,62 @@ def client_weights(uploads: hk.AdapterBank, samples: Sequence[int], cfg: Config)
         scores = torch.tensor(samples, dtype=torch.float64)[:, None].expand(clients, modules)
     else:
         scores = norms if cfg.weight_scope == "module" else total[:, None].expand(clients, modules)
+        if suspects is not None:
+            silent = suspects.silent if cfg.weight_scope == "module" else suspects.silent.all(1, keepdim=True)
+            scores = scores.where(~silent, 0.0)
+            scores = scores.where(~suspects.large[:, None], scores.minimum(_median_above_zero(scores)))
         if cfg.weight_cap:
-            scores = scores.minimum(cfg.weight_cap * scores.median(0, keepdim=True).values)
+            scores = scores.minimum(cfg.weight_cap * _median_above_zero(scores))
     sums = scores.sum(0, keepdim=True)
     return torch.where(sums > 0, scores / sums.clamp_min(torch.finfo(torch.float64).tiny), 1 / clients), total
 
 
-def clip_updates(uploads: hk.AdapterBank, received: hk.AdapterBank, limit: float) -> list[float]:
-    """Scale each client's update, upload - received over all factors, in place to Frobenius norm <= limit; the factors used, [K].
+def _median_above_zero(values: Tensor) -> Tensor:
+    """Lower median of the positive values of each column of [K, columns], [1, columns]; 0 where there is none. Half of the round cannot make it 0."""
+    return values.where(values > 0, torch.nan).nanmedian(0, keepdim=True).values.nan_to_num(0.0)
 
-    received: what the client downloaded, cut to the rank of its upload.
+
+@torch.no_grad()
+def update_norms(uploads: hk.AdapterBank, received: hk.AdapterBank) -> Tensor:
+    """||upload - received||_F of each client over all its factors, [K] float64.   received: what it downloaded, cut to the rank of its upload."""
+    change = uploads.select(range(uploads.num_clients))
+    for new, old in zip(change.parameters(), received.parameters(), strict=True):
+        new.sub_(old)
+    norms_a, norms_b = change.tail_norms([0] * change.num_clients)
+    return (norms_a.double().square() + norms_b.double().square()).sum(1).sqrt().cpu()
+
+
+MEDIAN_OF = 3
+"""Uploads that a median needs to say anything."""
+
+
+def usual_limits(sizes: Tensor, uploads: hk.AdapterBank, multiple: float) -> Tensor:
+    """The largest update that passes for usual, of each client, [K] float64, for `sizes` = ||upload - received||_F, [K].
+
+    L_k = multiple * sqrt(r_k) * median_j (sizes_j / sqrt(r_j)), r_k the client's mean rank over modules: under Adam an update grows with the root of the
+    number of its entries, so that a large rank is no offence. The median is the lower one, of updates that are not 0, and counts from three uploads on.
+    Without a median, or with multiple = 0, L = inf.
     """
+    if multiple and len(sizes) >= MEDIAN_OF:
+        ranks = torch.tensor([layout.ranks for layout in uploads.layouts.values()], dtype=torch.float64).mean(0)  # [K]
+        roots = ranks.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+        if median := float(_median_above_zero((sizes / roots)[:, None])):
+            return multiple * median * roots
+    return torch.full_like(sizes, torch.inf)
+
+
+def clip_updates(uploads: hk.AdapterBank, received: hk.AdapterBank, limits: Tensor | float, sizes: Tensor | None = None) -> list[float]:
+    """Scale each client's update, upload - received over all factors, in place to Frobenius norm <= its limit; the factors used, [K].
+
+    received: what the client downloaded, cut to the rank of its upload.   sizes: `update_norms`, where known.
+    An upload within its limit keeps its bits.
+    """
+    sizes = update_norms(uploads, received) if sizes is None else sizes
+    factors: list[float] = (limits / sizes.clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1).tolist()
+    if min(factors, default=1) == 1:
+        return factors
     with torch.no_grad():
-        squares = torch.zeros(uploads.num_clients, dtype=torch.float64)
-        pairs = list(zip(uploads.parameters(), received.parameters(), [*uploads.layouts.values()] * 2, strict=True))
-        for new, old, layout in pairs:
-            for k in range(layout.num_clients):
-                squares[k] += (new[layout.rows(k)].double() - old[layout.rows(k)].double()).square().sum().cpu()
-        factors = (limit / squares.sqrt().clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1).tolist()
-        for new, old, layout in pairs:
+        for new, old, layout in zip(uploads.parameters(), received.parameters(), [*uploads.layouts.values()] * 2, strict=True):
             for k, factor in enumerate(factors):
                 if factor < 1:
                     rows = layout.rows(k)

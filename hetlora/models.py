@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
 from torch import nn
 
@@ -18,14 +20,15 @@ from hetlora.config import Config, ConfigError
 from hetlora_kernels.linear import linear_shape
 
 
-def load_tokenizer(path: str) -> Any:
-    """The model's tokenizer. Raises `ConfigError` when there is none."""
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer. Raises `ConfigError` when there is none, or when it brings code of its own that is not trusted."""
     from transformers import AutoTokenizer
 
     with quiet(path):
         try:
-            return AutoTokenizer.from_pretrained(path)
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         except Exception as error:  # transformers raises unrelated types for missing, malformed and unreachable models
+            _refuse_code(path, error)
             raise ConfigError(f"model {path!r}: tokenizer cannot be loaded ({first_line(error)}); {_advice(path)}") from None
 
 
@@ -42,13 +45,14 @@ def load_model(cfg: Config, path: str) -> Any:
     options = _quantization(cfg, device) if cfg.quantize != "none" else {}
     with quiet(path):
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, trust_remote_code=cfg.trust_remote_code, **options)
             model, info = loaded
             if not options:
                 model = model.to(device=device, dtype=dtype)
         except torch.OutOfMemoryError:
             raise ConfigError(f"model {path!r}: does not fit on {device}; use --dtype bfloat16, --quantize 4bit or a smaller model") from None
         except Exception as error:  # as above
+            _refuse_code(path, error)
             reason = first_line(error)
             if "Unrecognized configuration class" in reason:
                 reason = "not a causal language model of transformers"
@@ -67,6 +71,12 @@ def load_model(cfg: Config, path: str) -> Any:
     _check_causal(model, path)
     _warn_dropout(model)
     return model
+
+
+def _refuse_code(path: str, error: Exception) -> None:
+    """transformers asks on the terminal whether to run a model's own code, unless it is told; then it raises this."""
+    if "custom code" in str(error) and "trust_remote_code" in str(error):
+        raise ConfigError(f"model {path!r}: brings Python code of its own, which would run with your rights; read it, then give --trust-remote-code") from None
 
 
 def resolve_device(device: str) -> torch.device:
@@ -147,20 +157,39 @@ def _match(linear: dict[str, tuple[int, int]], spec: str, model: nn.Module) -> l
         kind = getattr(getattr(model, "config", None), "model_type", None)
         if kind not in defaults:
             raise ConfigError(f"target_modules 'peft': PEFT has no default for model type {kind!r}; use 'attention', 'all-linear' or names of {_kinds(linear)}")
-        targets: str | list[str] = list(defaults[kind])
+        targets = list(defaults[kind])
     elif all(re.fullmatch(r"[\w.-]+", part) for part in parts):
         targets = parts
         for part in parts:
             if not any(name == part or name.endswith(f".{part}") for name in linear):
                 raise ConfigError(f"target_modules: {part!r} matches no linear layer of the model; it has {_kinds(linear)}")
     else:
-        try:
-            re.compile(spec)
-        except re.error as error:
-            raise ConfigError(f"target_modules {spec!r}: neither a list of names nor a regular expression ({error})") from None
-        targets = spec
+        return _match_expression(linear, spec)
     config = LoraConfig(target_modules=targets)
     return [name for name in linear if check_target_module_exists(config, name)]
+
+
+_MATCH_SECONDS = 5.0
+
+
+def _match_expression(linear: dict[str, tuple[int, int]], spec: str) -> list[str]:
+    """The layers whose whole name matches, as PEFT has it, in bounded time: the matcher of `re` can backtrack without end and cannot be stopped."""
+    try:
+        re.compile(spec)  # the language is that of `re`
+        pattern = regex.compile(spec)
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
+        raise ConfigError(f"target_modules {spec!r}: neither a list of names nor a regular expression ({error})") from None
+    end = time.monotonic() + _MATCH_SECONDS
+    found = []
+    for name in linear:
+        try:
+            if pattern.fullmatch(name, timeout=max(end - time.monotonic(), 0.001)):
+                found.append(name)
+        except TimeoutError:
+            raise ConfigError(
+                f"target_modules {spec!r}: not matched against {name!r} within {_MATCH_SECONDS:g} s; a repeat within a repeat, as in (a+)+, does that"
+            ) from None
+    return found
 
 
 def _kinds(linear: dict[str, tuple[int, int]]) -> str:

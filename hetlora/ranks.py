@@ -6,6 +6,7 @@ Inside the package the ranks of a client have one shape, {module: rank}. A run t
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 from hetlora.errors import ConfigError
 from hetlora.seeds import host_generator
+from hetlora.text_files import read_text
 
 POWER_LAW_EXPONENT = 0.1
 ClientRanks = dict[str, int]  # {module: rank} of one client, in the order of the model
@@ -105,17 +107,15 @@ class RankFile:
         """What the file says, as text or numbers; `ConfigError` where it cannot be read."""
         path = self.path
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path, "ranks file")
             if path.suffix.lower() == ".json":
                 table = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
             else:
-                rows = [row for row in csv.reader(text.splitlines()) if row]
+                rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
                 table = _unique([(row[0].strip(), row[1].strip()) for row in rows if row[:2] != ["client", "rank"]], path)
         except ConfigError:
             raise
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"ranks file {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-        except (ValueError, IndexError):
+        except (ValueError, IndexError, RecursionError, csv.Error):
             raise ConfigError(f"ranks file {path}: expected JSON {{client: rank}} or CSV lines 'client,rank'") from None
         if not isinstance(table, dict):
             raise ConfigError(f"ranks file {path}: expected {{client: rank}}, got {type(table).__name__}")

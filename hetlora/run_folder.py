@@ -2,26 +2,30 @@
 
 config.json  versions.json     settings and what a repeat needs (`checkpoint.create_run`)
 rounds.jsonl                   one line a round
-checkpoint.safetensors         the whole state after the newest round (`checkpoint`)
+checkpoint.safetensors         the whole state after the newest round (`checkpoint_file`)
 adapter/  clients/<name>/      adapters in PEFT's format, of the server and of each client
 summary.json                   when the run is complete
 report.html and its pictures   (`report.page`)
+.lock                          while a process writes to the folder (`lock`)
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+import secrets
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from safetensors import SafetensorError, safe_open
-
+from hetlora import checkpoint_file, records
 from hetlora.config import Config, ConfigError
+from hetlora.text_files import parse_json, read_bytes, read_text
 
 CONFIG, VERSIONS, ROUNDS, SUMMARY = "config.json", "versions.json", "rounds.jsonl", "summary.json"
 CHECKPOINT = "checkpoint.safetensors"
@@ -54,34 +58,95 @@ def refuse_existing(folder: Path, instead: str) -> None:
 # ---------------------------------------------------------------- writing
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write a whole file or nothing: a temporary file in the same folder, flushed to disk, then renamed over `path`."""
-    data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that what a kill leaves behind goes with the next write
+class WriteError(ConfigError):
+    """A file that could not be written; whatever stood there before stands whole."""
+
+    def __init__(self, path: Path, error: OSError, then: str = "make room there or mend it, then give the command again") -> None:
+        super().__init__(f"{path}: cannot be written ({(error.strerror or str(error)).lower()}); {then}")
+        self.path, self.error = path, error
+
+
+_TEMPORARY = re.compile(r"\.(?P<name>.+?)(?:\.[0-9a-f]{16})?\.tmp")
+
+
+def write_atomic(path: Path, content: bytes | str | Iterable[bytes | memoryview]) -> None:
+    """Write a whole file or nothing: a new file in the same folder, flushed to disk, renamed over `path`, and the folder flushed.
+
+    content: text (UTF-8), bytes, or the parts of the file. Raises `WriteError`.
+    """
+    parts = [content.encode()] if isinstance(content, str) else [content] if isinstance(content, bytes) else content
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
+        # exclusive, and never through a link that somebody laid there
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0), 0o666)
+        with open(descriptor, "wb") as file:
+            for part in parts:
+                file.write(part)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(descriptor)
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise WriteError(path, error) from None
         raise
 
 
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk, so that a file created or renamed there survives a power cut. Not on Windows, which cannot."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def clean_leftovers(run: Path) -> None:
+    """Remove the temporary files that a kill left in a run folder. For the owner of its lock alone."""
+    own = {CONFIG, VERSIONS, ROUNDS, SUMMARY, CHECKPOINT, WEIGHTS_FILE, ADAPTER_FILE, REPORT, *PICTURES, DIAGNOSTICS}
+    for folder in (run, run / ADAPTER, *(run / CLIENTS).glob("*")):
+        for path in folder.glob(".*.tmp") if folder.is_dir() else ():
+            found = _TEMPORARY.fullmatch(path.name)
+            if found and found["name"] in own:
+                path.unlink(missing_ok=True)
+
+
 def append_round(folder: Path, record: Mapping[str, Any]) -> None:
-    with open(folder / ROUNDS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Add a line to rounds.jsonl, flushed to disk. Raises `WriteError`."""
+    path = folder / ROUNDS
+    new = not path.exists()
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if new:
+            sync_folder(folder)
+    except OSError as error:
+        raise WriteError(path, error) from None
+
+
+def folder_name(name: str, safe: str = "") -> str:
+    """A name for a folder that differs from that of every other `name`, also where a file system ignores case, and never leads elsewhere.
+
+    Capitals, dots at the end and all but ASCII letters, digits, '_', '-', '~', '.' and `safe` are percent-encoded, so that Unicode forms differ too;
+    very long names end in a digest.
+    """
+    quoted = re.sub(r"(?<!%)(?<!%[0-9A-F])[A-Z]", lambda letter: f"%{ord(letter[0]):02X}", quote(name, safe=safe))
+    body = quoted.rstrip(".")
+    quoted = body + "%2E" * (len(quoted) - len(body))
+    if len(quoted) > 200:
+        quoted = f"{quoted[:160]}-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
+    return quoted
 
 
 def client_folder(folder: Path, name: str) -> Path:
-    """Folder of one client's adapter. Names are quoted so that none can leave `clients`; very long ones end in a digest."""
-    quoted = quote(name, safe="").replace(".", "%2E") if set(name) <= {"."} else quote(name, safe="")
-    if len(quoted) > 200:
-        quoted = f"{quoted[:160]}-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
-    return folder / CLIENTS / quoted
+    """Folder of one client's adapter."""
+    return folder / CLIENTS / folder_name(name)
 
 
 # ---------------------------------------------------------------- reading
@@ -93,21 +158,56 @@ def read_config(folder: Path) -> Config:
     return Config.from_file(folder / CONFIG)
 
 
+BITS_ONLY = ("device", "cobatch", "max_tokens_per_step")
+"""Settings that change the order of sums and no more: a run may go on with another value, which is said."""
+
+
+def method_settings(cfg: Config) -> dict[str, Any]:
+    """What a run's result follows from: all settings but the folder's name."""
+    return cfg.model_dump(exclude={"output"})
+
+
+def different_settings(saved: Mapping[str, Any], cfg: Config) -> list[str]:
+    """The settings in which `cfg` differs from `saved`. One that `saved` does not know yet had its default, one that `cfg` does not know differs."""
+    now = method_settings(cfg)
+    defaults = {name: saved.get(name, Config.model_fields[name].default) for name in now}
+    return [name for name in now if defaults[name] != now[name]] + [name for name in saved if name not in now]
+
+
 def check_same_config(folder: Path, cfg: Config) -> None:
     """`ConfigError` naming the settings in which `cfg` differs from the run it is to continue."""
-    saved = read_config(folder)
-    different = [name for name in Config.model_fields if name != "output" and getattr(saved, name) != getattr(cfg, name)]
-    if different:
-        pairs = ", ".join(f"{name} was {getattr(saved, name)!r}, now {getattr(cfg, name)!r}" for name in different[:5])
+    saved = method_settings(read_config(folder))
+    if different := different_settings(saved, cfg):
+        pairs = _changes(saved, cfg, different)
         raise ConfigError(f"{folder}: cannot resume with other settings ({pairs}); leave them out, or start a new run in another folder")
+
+
+def check_recorded_config(folder: Path, state: Mapping[str, Any], cfg: Config) -> list[str]:
+    """Compare `cfg` with the settings that the checkpoint was made with; returns what differs in `BITS_ONLY`, as lines for the user.
+
+    Raises `ConfigError` naming the settings that differ otherwise: config.json was changed after the run began.
+    """
+    saved = state["settings"]
+    different = different_settings(saved, cfg)
+    if method := [name for name in different if name not in BITS_ONLY]:
+        changes = _changes(saved, cfg, method)
+        raise ConfigError(f"{folder / CONFIG}: not what the checkpoint was made with ({changes}); put back the one that was changed, or start a new run")
+    return [f"{_changes(saved, cfg, different)}: the result may differ in the last bits from that of an uninterrupted run"] if different else []
+
+
+def _changes(saved: Mapping[str, Any], cfg: Config, names: list[str]) -> str:
+    return ", ".join(f"{name} was {saved.get(name)!r}, now {getattr(cfg, name, 'unknown')!r}" for name in names[:5])
 
 
 def read_json(file: Path, problems: list[str]) -> dict[str, Any] | None:
     """An object; None where the file holds none, which is then added to `problems`."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        problems.append(f"{file.name} cannot be read ({getattr(error, 'strerror', None) or 'not valid JSON'}); what it holds is missing here.")
+        value = parse_json(read_text(file))
+    except ConfigError as error:
+        problems.append(f"{file.name} cannot be read{str(error).partition('cannot be read')[2]}; what it holds is missing here.")
+        return None
+    except ValueError:
+        problems.append(f"{file.name} cannot be read (not valid JSON); what it holds is missing here.")
         return None
     if isinstance(value, dict):
         return value
@@ -115,33 +215,44 @@ def read_json(file: Path, problems: list[str]) -> dict[str, Any] | None:
     return None
 
 
+def read_summary(folder: Path, problems: list[str]) -> dict[str, Any] | None:
+    """summary.json; None where it cannot be read, which is added to `problems`. `ConfigError` where it holds what no run writes."""
+    summary = read_json(folder / SUMMARY, problems)
+    if summary is not None and (what := records.fault(records.Summary, summary)):
+        raise ConfigError(f"{folder / SUMMARY}: damaged ({what}); restore it from a copy, or remove it and finish the run again with --resume")
+    return summary
+
+
 def read_rounds(folder: Path, last: int | None = None, problems: list[str] | None = None) -> list[dict[str, Any]]:
-    """Lines of rounds.jsonl in their order, up to round `last`. A line that a kill cut short is left out, and added to `problems`."""
+    """Lines of rounds.jsonl in their order, up to round `last`. A line that is not a whole round is left out, and added to `problems`."""
     path = folder / ROUNDS
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    records: list[dict[str, Any]] = []
+    try:
+        lines = read_bytes(path).decode("utf-8", errors="replace").split("\n") if path.exists() else []
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    lines = lines if not lines or lines[-1] else lines[:-1]
+    found: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-            counts = last is None or record["round"] <= last
-            int(record["round"])
-        except (ValueError, TypeError, KeyError):
+            record = parse_json(line)
+            reason = records.fault(records.Round, record)
+        except ValueError:
+            record, reason = None, "not JSON"
+        if reason:
             if problems is not None:
-                what = "is cut off" if number == len(lines) else "is not valid"
+                what = "is cut off" if number == len(lines) and reason == "not JSON" else f"is not valid ({reason})"
                 problems.append(f"Line {number} of {ROUNDS} {what} and was left out.")
-            continue
-        if counts:
-            records.append(record)
-    return records
+        elif last is None or record["round"] <= last:
+            found.append(record)
+    return found
 
 
 def recorded_ranks(folder: Path) -> dict[str, Any]:
-    """Client -> rank (or {module: rank}) as of the newest checkpoint; {} without a readable one. Reads its header alone."""
-    try:
-        with safe_open(folder / CHECKPOINT, "np") as file:
-            return dict(json.loads((file.metadata() or {})["state"])["ranks"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+    """Client -> rank (or {module: rank}) as of the newest checkpoint; {} where there is none. `ConfigError` where it is damaged."""
+    if not (folder / CHECKPOINT).is_file():
         return {}
+    ranks = checkpoint_file.read_state(folder / CHECKPOINT).get("ranks")
+    return dict(ranks) if isinstance(ranks, dict) else {}
 
 
 @dataclass
@@ -185,7 +296,7 @@ def read_run(run_dir: str | Path) -> Run:
     records = [by_round[number] for number in sorted(by_round)]
     if not records:
         raise ConfigError(f"{folder}: the run has no round on record yet; continue it with 'hetlora run --resume --output {folder}'")
-    summary = read_json(folder / SUMMARY, problems) if (folder / SUMMARY).exists() else None
+    summary = read_summary(folder, problems) if (folder / SUMMARY).exists() else None
     if summary is None:
         done, planned = records[-1]["round"], config.get("rounds", "?")
         problems.insert(0, f"This run is not complete: {done} of {planned} rounds are on record. Continue it with: hetlora run --resume --output {folder}")

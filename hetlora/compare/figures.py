@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hetlora.compare.run import Cell, Comparison
+from hetlora.config import ConfigError
 from hetlora.report.text import number, perplexity_of
-from hetlora.run_folder import Run, read_run
+from hetlora.run_folder import SUMMARY, Run, read_run
 
 GLOBAL, OWN, UNSEEN = "client_text", "own_text", "held_out_clients"
 
@@ -49,14 +50,16 @@ def rounds_to(outcome: Outcome, target: float) -> float | None:
 
 def _share(outcome: Outcome) -> float:
     """Parameters that a client trains in a round, mean over clients and rounds, in percent of all weights of the model."""
-    assert outcome.run.summary is not None
-    visits = sum(len(record["clients"]) + len(record["dropped"]) for record in outcome.run.trained)
-    return 100 * outcome.run.summary["trained_parameters"] / visits / outcome.run.summary["parameters"]
+    visits = sum(len(record.get("clients") or []) + len(record.get("dropped") or []) for record in outcome.run.trained)
+    return 100 * _total(outcome, "trained_parameters") / max(visits, 1) / max(_total(outcome, "parameters"), 1)
 
 
 def _total(outcome: Outcome, key: str) -> float:
-    assert outcome.run.summary is not None
-    return float(outcome.run.summary[key])
+    """A number of summary.json. Raises `ConfigError` naming the file where it is not there."""
+    value = (outcome.run.summary or {}).get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{outcome.run.folder / SUMMARY}: damaged ({key}: expected a number, got {value!r:.40}); restore it from a copy")
+    return float(value)
 
 
 def _gap(outcome: Outcome) -> float | None:

@@ -16,7 +16,7 @@ from rich.text import Text
 from hetlora.compare.figures import GLOBAL, METRICS, OWN, UNSEEN, Outcome, Table, gaps
 from hetlora.compare.pictures import draw_all
 from hetlora.report.page import environment, picture_data
-from hetlora.report.text import number
+from hetlora.report.text import number, printable
 from hetlora.run_folder import write_atomic
 
 
@@ -109,7 +109,7 @@ def print_comparison(console: Console, table: Table) -> None:
     for metric in shown:
         grid.add_column(metric.title, justify="right")
     for name, tallies in table.tallies.items():
-        grid.add_row(Text(name), *(tallies[m.key].text(m.digits) for m in shown))
+        grid.add_row(Text(printable(name)), *(tallies[m.key].text(m.digits) for m in shown))
     console.print()
     console.print(grid)
 

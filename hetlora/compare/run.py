@@ -11,13 +11,13 @@ import dataclasses
 import json
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from hetlora import run_folder
 from hetlora.compare.methods import METHODS, OWNED, Method, Plan, method_config, parse_methods
 from hetlora.config import Config, ConfigError
 from hetlora.data import load_data
 from hetlora.federation import Federation, prepare, starting_ranks
+from hetlora.lock import FolderLock
 from hetlora.loop import simulate
 from hetlora.observer import Observer
 
@@ -93,8 +93,17 @@ def run_comparison(
     observer = observer or Observer()
     methods = parse_methods(plan.methods)
     common = _with_defaults(common)
-    setting, values = _parse_search(plan.search)
+    _parse_search(plan.search)
     folder = _open_folder(common, plan)
+    with FolderLock() as lock:  # each run locks its own folder too: this one keeps two comparisons from dividing the runs between them
+        lock.take(folder)
+        if lock.note:
+            observer.message(lock.note)
+        return _run_cells(common, plan, methods, folder, observer, federation)
+
+
+def _run_cells(common: Config, plan: Plan, methods: list[Method], folder: Path, observer: Observer, federation: Federation | None) -> Comparison:
+    setting, values = _parse_search(plan.search)
     bench = _Bench(common, observer, federation)
     for method in methods:  # so that a method that cannot run is refused before hours of others
         _cell(method, common, bench, folder / "cells", {}, False)
@@ -145,9 +154,8 @@ def _open_folder(common: Config, plan: Plan) -> Path:
     """Create the folder, or make sure that the comparison it holds has the same common settings; methods, seeds and searched values may be added."""
     folder = Path(common.output)
     wanted = {"config": common.model_dump(exclude={"output"}), "plan": plan.model_dump(include={"search_data", "search_rounds"})}
-    if (folder / PLAN).is_file():
-        saved = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        saved["config"] = Config.create(str(folder / PLAN), **saved["config"]).model_dump()  # settings that came later have their defaults
+    if (folder / PLAN).exists():
+        saved = _read_plan(folder / PLAN)
         pairs = [(key, saved[part].get(key), value) for part in wanted for key, value in wanted[part].items()]
         different = [f"{key} was {old!r}, now {new!r}" for key, old, new in pairs if old != new]
         if different:
@@ -159,9 +167,18 @@ def _open_folder(common: Config, plan: Plan) -> Path:
     return folder
 
 
+def _read_plan(file: Path) -> dict[str, Any]:
+    problems: list[str] = []
+    saved = run_folder.read_json(file, problems)
+    if saved is None or not all(isinstance(saved.get(part), dict) for part in ("config", "plan")):
+        raise ConfigError(f"{file}: damaged ({problems[0] if problems else 'no settings in it'}); restore it from a copy, or give another folder")
+    saved["config"] = Config.create(str(file), **saved["config"]).model_dump()  # settings that came later have their defaults
+    return saved
+
+
 def _cell(method: Method, common: Config, bench: _Bench, folder: Path, values: dict[str, str], search: bool) -> Cell:
     value = next(iter(values.values()), "")
-    name = f"{quote(method.name, safe='+=')}{f'-{value}' if value else ''}"  # a search that takes another value leaves the old runs alone
+    name = f"{run_folder.folder_name(method.name, safe='+=')}{f'-{value}' if value else ''}"  # a search that takes another value leaves the old runs alone
     r_min, r_max = bench.bounds(common)
     cfg = method_config(method, common, r_min, r_max, **values, output=str(folder / name / f"seed-{common.seed}"))
     return Cell(method.name, common.seed, cfg, value, search)
@@ -180,5 +197,9 @@ def _run_cell(cell: Cell, bench: _Bench, observer: Observer, done: int, total: i
 
 def _final_loss(cell: Cell) -> float:
     """Held-out loss of the global adapter at the end of a finished cell."""
-    summary = json.loads((Path(cell.cfg.output) / run_folder.SUMMARY).read_text(encoding="utf-8"))
-    return float(summary["evaluation_after"]["client_text"]["loss"])
+    problems: list[str] = []
+    summary = run_folder.read_summary(Path(cell.cfg.output), problems)
+    try:
+        return float((summary or {})["evaluation_after"]["client_text"]["loss"])
+    except (KeyError, TypeError, ValueError):
+        raise ConfigError(f"{Path(cell.cfg.output) / run_folder.SUMMARY}: damaged ({problems[0] if problems else 'no loss in it'}); restore it") from None

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from hetlora.config import Config
 from hetlora.observer import Observer
-from hetlora.report.text import number, perplexity_of, rank_text, round_line, size_text
+from hetlora.report.text import number, perplexity_of, printable, rank_text, round_line, size_text
 
 MOST_CLIENTS = 40
 SHOWN_CLIENTS = 20
@@ -60,7 +60,7 @@ class ConsoleObserver(Observer):
         self._bars.stop()
 
     def _print(self, text: str) -> None:
-        self._bars.console.print(Text(text), soft_wrap=True)
+        self._bars.console.print(Text(printable(text)), soft_wrap=True)
 
     def _step(self, name: str, done: int, total: int) -> None:
         """Move the inner bar; a new `name` starts a new one, so that its time left is that of its own work."""
@@ -178,7 +178,7 @@ def client_table(summary: dict[str, Any]) -> tuple[Table, str]:
         before, after = c.get("perplexity_before"), c.get("perplexity_after")
         change = f"{100 * (after / before - 1):+.1f} %" if before and after and math.isfinite(before) and math.isfinite(after) else "-"
         table.add_row(
-            Text(c["name"]),
+            Text(printable(c["name"])),
             f"{rank_text(c['rank_start'])} -> {rank_text(c['rank_end'])}",
             str(c["rounds"]),
             str(c["sequences"]),
@@ -210,4 +210,4 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     console.print(Text("Clients; perplexity is that of the global adapter at the client's rank, on the client's own held-out text"), soft_wrap=True)
     console.print(table)
     for line in ([note] if note else []) + total_lines(summary) + [f"note: {text}" for text in summary.get("notes") or []]:
-        console.print(Text(line), soft_wrap=True)
+        console.print(Text(printable(line)), soft_wrap=True)

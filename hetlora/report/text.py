@@ -6,6 +6,14 @@ import math
 from typing import Any
 
 
+def printable(text: object) -> str:
+    """`text` in one line that no terminal obeys: whatever is not printable (control characters, line ends, marks of direction) as Python would write it.
+
+    Names come with the data, from whoever made it.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
+
+
 def number(value: Any, digits: int = 2) -> str:
     """`value` with `digits` decimals; '-' if it is missing, 'inf' or 'nan' if it is that."""
     if value is None:

@@ -62,6 +62,9 @@ def test_a_folder_that_cannot_be_made(tmp_path, federation):
         ({"merge": "svd", "shared_rows": "owners"}, "shared_rows = 'owners': only for merge = 'factors', got merge = 'svd'"),
         ({"merge": "stack", "unowned_rows": "zero"}, "unowned_rows = 'zero': only for merge = 'factors', got merge = 'stack'"),
         ({"merge": "stack", "quantize": "4bit"}, "quantised base cannot take; use quantize = 'none'"),
+        ({"merge": "median"}, "weights = 'sparsity': this merge counts all clients the same, .*use weights = 'uniform'"),
+        ({"weights": "uniform", "trim": 0.1}, "trim = 0.1: only for merge = 'trimmed', got merge = 'factors'"),
+        ({"train": "full", "weights": "uniform", "clip_median": 1.0}, "clip_median = 1.0.*of adapters, and train = 'full' trains none"),
         ({"weights": "uniform", "weight_cap": 2.0}, "weight_cap = 2.0: only for weights = 'sparsity', got weights = 'uniform'"),
         ({"weights": "samples", "weight_scope": "client"}, "weight_scope = 'client': only for weights = 'sparsity', got weights = 'samples'"),
         ({"momentum": 0.9}, "momentum = 0.9: only for optimizer = 'sgd'"),
@@ -83,7 +86,7 @@ def test_settings_that_do_not_go_together(tmp_path, federation, settings, messag
     ("settings", "message"),
     [
         ({"gama": 0.9}, r"unknown setting 'gama' \(did you mean 'gamma'\?\)"),
-        ({"merge": "mean"}, "merge: .*'factors', 'svd' or 'stack', got 'mean'"),
+        ({"merge": "mean"}, "merge: .*'factors', 'svd', 'trimmed', 'median' or 'stack', got 'mean'"),
         ({"gamma": 0}, "gamma: .*greater than 0, got 0"),
         ({"gamma": 1.1}, "gamma: .*less than or equal to 1, got 1.1"),
         ({"clients_per_round": 0}, "clients_per_round: .*greater than or equal to 1, got 0"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer
 
-from hetlora import Config, ConfigError
+from hetlora import Config, ConfigError, sources
 from hetlora.data import FederatedData, load_data, stdlib_packages
 from hetlora.python_text import public_text
 
@@ -265,10 +265,10 @@ def test_unreadable_file_is_an_error(tmp_path):
 def test_read_errors_are_one_line(tmp_path, monkeypatch):
     fill(tmp_path, ann="x" * 100)
 
-    def refuse(self, *args, **kwargs):
-        raise PermissionError(13, "Permission denied", str(self))
+    def refuse(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(type(tmp_path), "read_text", refuse)
+    monkeypatch.setattr(sources, "read_bytes", refuse)
     fails(tmp_path, "a.txt", "Permission denied")
     monkeypatch.setattr(type(tmp_path), "iterdir", refuse)
     fails(tmp_path, str(tmp_path), "Permission denied")

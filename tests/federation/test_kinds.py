@@ -22,14 +22,15 @@ from hetlora.kinds import MERGE_CHOICES, MERGES, TRAININGS, own_settings
 from hetlora.loop import simulate
 
 PACKAGE = Path(__file__).resolve().parents[2] / "hetlora"
-RUNS = [{"merge": name} for name in MERGE_CHOICES]
+UNWEIGHTED = [name for name, kind in MERGES.items() if any("weights" in refusal.settings for refusal in kind.refuses)]
+RUNS = [{"merge": name, **({"weights": "uniform"} if name in UNWEIGHTED else {})} for name in MERGE_CHOICES]
 RUNS += [
     {"train": name, "weights": "samples", "gamma": 0.99, **({"ranks": "powerlaw:5:50"} if kind.no_ranks else {})}
     for name, kind in TRAININGS.items()
     if kind.merge
 ]
 RUN_IDS = [settings.get("train") or settings["merge"] for settings in RUNS]
-OTHER_VALUES = {"shared_rows": "owners", "unowned_rows": "zero", "download": "4bit"}  # of the settings that one kind alone reads
+OTHER_VALUES = {"shared_rows": "owners", "unowned_rows": "zero", "download": "4bit", "trim": 0.1}  # of the settings that one kind alone reads
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_settings_of_one_kind_are_refused_with_the_others(settings, setting):
     if settings.get(chooser, Config.model_fields[chooser].default) == owner and (chooser == "train" or merge_is_a_choice):
         assert getattr(Config.create("here", **values), setting) == OTHER_VALUES[setting]
     else:
-        with pytest.raises(ConfigError, match=f"here: {setting} = '{OTHER_VALUES[setting]}': "):
+        with pytest.raises(ConfigError, match=f"{setting} = {OTHER_VALUES[setting]!r}: "):
             Config.create("here", **values)
 
 

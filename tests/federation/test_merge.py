@@ -121,7 +121,7 @@ def test_clip_update_bounds_the_step_and_touches_no_small_one(tmp_path, uploads,
         pairs = zip(bank.select([k]).parameters(), received.select([k]).parameters(), strict=True)
         return torch.cat([(new - start).detach().flatten() for new, start in pairs])
 
-    cfg = tiny_config(tmp_path, clip_update=0.5, weights="uniform")
+    cfg = tiny_config(tmp_path, clip_update=0.5, clip_median=0, weights="uniform")
     bank, _ = aggregate(cfg, uploads, old, received)
     assert same_bits(uploads, before), "the clients' own adapters stay"
     clipped = uploads.select(range(3))
@@ -137,9 +137,23 @@ def test_clip_update_in_a_run_uses_what_each_client_received(tmp_path, federatio
     """A client that prunes is compared with its download cut to its new rank; no update in this run is above the bound."""
     clips = []
     clip = merge.clip_updates
-    monkeypatch.setattr(merge, "clip_updates", lambda uploads, received, limit: clips.append((uploads, received, clip(uploads, received, limit))))
+
+    def watched(uploads, received, *limits):
+        clips.append((uploads, received, clip(uploads, received, *limits)))
+        return clips[-1][2]
+
+    monkeypatch.setattr(merge, "clip_updates", watched)
     cfg = tiny_config(
-        tmp_path / "run", clip_update=0.3, lr=0.05, ranks="2,8,4,6", clients_per_round=4, gamma=0.5, prune_lambda=50.0, local_steps=4, shared_rows="owners"
+        tmp_path / "run",
+        clip_update=0.3,
+        clip_median=0,
+        lr=0.05,
+        ranks="2,8,4,6",
+        clients_per_round=4,
+        gamma=0.5,
+        prune_lambda=50.0,
+        local_steps=4,
+        shared_rows="owners",
     )
     history = simulate(cfg, federation=federation).history
     assert any(client["rank"] < client["rank_before"] for record in history for client in record["clients"])

@@ -189,7 +189,7 @@ def test_ranks_that_do_not_fit_are_told_before_the_model_is_loaded(tmp_path, mon
         monkeypatch.setattr(federation, function, lambda *_, function=function, **__: pytest.fail(f"{function} came first"))
     if not spec.endswith("json"):
         monkeypatch.setattr(federation, "resolve_model", lambda *_, **__: "nowhere")
-        monkeypatch.setattr(federation, "load_tokenizer", lambda _: ByT5Tokenizer())
+        monkeypatch.setattr(federation, "load_tokenizer", lambda *_: ByT5Tokenizer())
     with pytest.raises(ConfigError, match=message):
         federation.prepare(Config.create("here", ranks=spec, data=str(tmp_path)))
 

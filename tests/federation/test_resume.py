@@ -279,11 +279,11 @@ def test_damaged_checkpoints_are_named(stopped):
         path.write_bytes(damaged)
         refuse(cfg, folder, r"checkpoint\.safetensors: not a readable checkpoint")
     path.write_bytes(good)
-    for tensors, metadata in (({"x": torch.ones(2)}, None), (load_file(path), {"format": "pt"}), (load_file(path), {"format": "2", "state": "{}"})):
+    for tensors, metadata in (({"x": torch.ones(2)}, None), (load_file(path), {"format": "pt"}), (load_file(path), {"hetlora": '{"format": 3}'})):
         save_file(tensors, path, metadata=metadata)
         refuse(cfg, folder, r"not a checkpoint of this version \(format")
-    for state in ("[", "{}"):
-        save_file({"x": torch.ones(2)}, path, metadata={"format": "1", "state": state})
+    for own in ("[", "{}", "[]", '{"format": 2}'):
+        save_file({"x": torch.ones(2)}, path, metadata={"hetlora": own})
         refuse(cfg, folder, r"checkpoint\.safetensors: not a readable checkpoint")
 
 
@@ -292,7 +292,7 @@ def test_checkpoint_of_another_run_is_named(stopped, tmp_path):
     other = config(tmp_path / "other", ranks="2,2,2,3", **SETTINGS["default"])
     simulate(other, federation=fresh())
     (folder / run_folder.CHECKPOINT).write_bytes((tmp_path / "other" / run_folder.CHECKPOINT).read_bytes())
-    refuse(cfg, folder, "not the ranks that the run in .* began with")
+    refuse(cfg, folder, r"not what the checkpoint was made with \(ranks was '2,2,2,3', now '2,8,4,6'")
 
 
 def test_lost_files_are_named(stopped):

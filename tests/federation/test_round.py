@@ -370,10 +370,12 @@ def test_trap_11_a_huge_upload_takes_over_unless_capped(tmp_path, federation, mo
             multiply(bank, 1, 1e3)  # in A and in B: 1e6 in the product
 
     for name, choice in {
-        "published": {},
-        "cap": {"weight_cap": 2.0},
-        "clip": {"clip_update": 1.0},
-        "client cap": {"weight_cap": 2.0, "weight_scope": "client"},
+        "published": {"clip_median": 0},
+        "cap": {"clip_median": 0, "weight_cap": 2.0},
+        "clip": {"clip_median": 0, "clip_update": 1.0},
+        "client cap": {"clip_median": 0, "weight_cap": 2.0, "weight_scope": "client"},
+        "default": {},
+        "default, client": {"weight_scope": "client"},
     }.items():
         with monkeypatch.context() as patch:
             watch_training(patch, attack)
@@ -385,3 +387,4 @@ def test_trap_11_a_huge_upload_takes_over_unless_capped(tmp_path, federation, mo
     assert weights["published"][1] > 0.9999
     assert weights["cap"][1] < 0.6 and weights["client cap"][1] < 0.6
     assert weights["clip"][1] < 0.6
+    assert weights["default"][1] < 0.3 and weights["default, client"][1] < 0.3, "a fair share is a quarter"
