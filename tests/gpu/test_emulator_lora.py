@@ -49,45 +49,45 @@ def test_published_vectors_of_philox(tmp_path: Path) -> None:
 
 STAGED = "            __syncthreads();  // the stage is whole, and the one before it is free\n"
 MUTANTS = {
-    "shrink: no barrier between staging and use": Mutant("shrink.cuh", "shrink", STAGED, "", "lora-small", "shrink"),
-    "shrink: no wait for the copies": Mutant("shrink.cuh", "shrink", "ring.await();", "", "lora-aligned", "shrink"),
+    "shrink: no barrier between staging and use": Mutant("shrink.cu", "shrink", STAGED, "", "lora-small", "shrink"),
+    "shrink: no wait for the copies": Mutant("shrink.cu", "shrink", "ring.await();", "", "lora-aligned", "shrink"),
     "shrink: dropped columns of the first stage again": Mutant(
-        "shrink.cuh", "shrink", "key[part], step * DEPTH<T> + column", "key[part], column", "lora-small", "shrink-drop"
+        "shrink.cu", "shrink", "key[part], step * DEPTH<T> + column", "key[part], column", "lora-small", "shrink-drop"
     ),
     "shrink: columns past the width": Mutant(
-        "shrink.cuh", "shrink", "source[part] ? call.width - k - column : 0", "source[part] ? DRAWS : 0", "lora-small", "shrink"
+        "shrink.cu", "shrink", "source[part] ? call.width - k - column : 0", "source[part] ? DRAWS : 0", "lora-small", "shrink"
     ),
-    "shrink: rows past the client's": Mutant("shrink.cuh", "shrink", "if (t < client.length && rank", "if (rank", "lora-small", "shrink"),
+    "shrink: rows past the client's": Mutant("shrink.cu", "shrink", "if (t < client.length && rank", "if (rank", "lora-small", "shrink"),
     "shrink: elements counted in 32 bits": Mutant(
-        "shrink.cuh",
+        "shrink.cu",
         "shrink",
         "row_of(call, client, t) * call.width + column",
         "static_cast<int>(row_of(call, client, t) * call.width) + column",
         "checks",
         "far rows",
     ),
-    "shrink: no barrier between passes": Mutant("shrink.cuh", "shrink", "if (first) __syncthreads();", "", "checks", "alone"),
+    "shrink: no barrier between passes": Mutant("shrink.cu", "shrink", "if (first) __syncthreads();", "", "checks", "alone"),
     "a wait for one copy too few": Mutant("lora.cuh", "grouped_gram", "await_copies<1>();", "await_copies<2>();", "checks", "alone", "bf16"),
     "fragments of the wrong columns": Mutant(
         "lora.cuh", "shrink", "row + middle + low, k + high)", "row + high + low, k + middle)", "lora-small", "shrink", "bf16"
     ),
     "a neighbour's rank row": Mutant("lora.cuh", "expand", "first + row < client.rank ?", "first + row <= client.rank ?", "checks", "poisoned neighbours"),
     "expand: no barrier before the product": Mutant(
-        "expand.cuh", "expand", "    __syncthreads();  // the product takes the stages' place\n", "", "lora-small", "expand", "bf16"
+        "expand.cu", "expand", "    __syncthreads();  // the product takes the stages' place\n", "", "lora-small", "expand", "bf16"
     ),
-    "expand: no wait for the copies": Mutant("expand.cuh", "expand", "await_copies<0>();", "", "lora-aligned", "expand"),
-    "expand: a warp that does not wait for its lanes": Mutant("expand.cuh", "expand", "    __syncwarp();\n", "", "lora-small", "expand", "bf16"),
-    "expand: a store past the row": Mutant("expand.cuh", "expand", "        if (column + e >= call.width) return;\n", "", "lora-small", "expand"),
+    "expand: no wait for the copies": Mutant("expand.cu", "expand", "await_copies<0>();", "", "lora-aligned", "expand"),
+    "expand: a warp that does not wait for its lanes": Mutant("expand.cu", "expand", "    __syncwarp();\n", "", "lora-small", "expand", "bf16"),
+    "expand: a store past the row": Mutant("expand.cu", "expand", "        if (column + e >= call.width) return;\n", "", "lora-small", "expand"),
     "expand: the mask of the next row": Mutant(
-        "expand.cuh", "expand", "call.keys[client.start + top + local]", "call.keys[client.start + top + local / 2]", "lora-small", "expand-drop"
+        "expand.cu", "expand", "call.keys[client.start + top + local]", "call.keys[client.start + top + local / 2]", "lora-small", "expand-drop"
     ),
-    "grouped_gram: no barrier between staging and use": Mutant("grouped_gram.cuh", "grouped_gram", STAGED, "", "lora-small", "grouped_gram"),
+    "grouped_gram: no barrier between staging and use": Mutant("grouped_gram.cu", "grouped_gram", STAGED, "", "lora-small", "grouped_gram"),
     "grouped_gram: the mask of the step before": Mutant(
-        "grouped_gram.cuh", "grouped_gram", "(step + 1) * DEPTH<T> + row", "step * DEPTH<T> + row", "lora-aligned", "grouped_gram-drop"
+        "grouped_gram.cu", "grouped_gram", "(step + 1) * DEPTH<T> + row", "step * DEPTH<T> + row", "lora-aligned", "grouped_gram-drop"
     ),
-    "grouped_gram: rows of the next client": Mutant("grouped_gram.cuh", "grouped_gram", "at < end ? static_cast", "true ? static_cast", "checks", "alone"),
+    "grouped_gram: rows of the next client": Mutant("grouped_gram.cu", "grouped_gram", "at < end ? static_cast", "true ? static_cast", "checks", "alone"),
     "grouped_gram: splits added without the last": Mutant(
-        "grouped_gram.cuh", "grouped_gram", "chunk < chunks; ++chunk", "chunk + 1 < chunks; ++chunk", "lora-long", "grouped_gram"
+        "grouped_gram.cu", "grouped_gram", "chunk < chunks; ++chunk", "chunk + 1 < chunks; ++chunk", "lora-long", "grouped_gram"
     ),
 }
 
@@ -100,4 +100,4 @@ def test_a_planted_bug_is_noticed(name: str, objects: list[Path], tmp_path: Path
 
 def test_the_same_build_without_a_bug_passes(objects: list[Path], tmp_path: Path) -> None:
     line = "await_copies<0>();\n            __sync"
-    assert not wrong(run_changed(Mutant("expand.cuh", "expand", line, line, "lora-small", "expand", "bf16"), objects, tmp_path))
+    assert not wrong(run_changed(Mutant("expand.cu", "expand", line, line, "lora-small", "expand", "bf16"), objects, tmp_path))
