@@ -1,5 +1,5 @@
 """The CUDA library built by setup.py for every architecture, with the CPU build of torch and no GPU: no spills, tensor cores where the layer's types have
-them, and no torch symbol it could lack."""
+them, and no torch symbol it could lack. HETLORA_TEST_CUDA_ARCHS=9.0 builds one architecture, for a look while a kernel is written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """(folder of the libraries, what the compilers said)."""
     folder = tmp_path_factory.mktemp("cuda_build")
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")]
-    environment = {k: v for k, v in os.environ.items() if k != "HETLORA_CUDA_ARCHS"} | {"HETLORA_CUDA": "1"}
+    environment = os.environ | {"HETLORA_CUDA": "1", "HETLORA_CUDA_ARCHS": os.environ.get("HETLORA_TEST_CUDA_ARCHS", "all")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder / "lib" / "hetlora_kernels", done.stdout
