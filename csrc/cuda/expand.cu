@@ -42,6 +42,7 @@ __device__ __forceinline__ void add_product(const LoraCall& call, const LoraClie
                                             const Pack<T, DRAWS> (&before)[EXPAND_PARTS], const typename Accumulator<T>::type* product) {
     using Acc = typename Accumulator<T>::type;
     const int64_t seed = DROP ? call.seeds[client.client] : 0;
+    const uint32_t limit = drop_limit(call.threshold);
 #pragma unroll
     for (int part = 0; part < EXPAND_PARTS; ++part) {
         if (place.row[part] < 0 || place.column >= call.width) continue;
@@ -53,7 +54,7 @@ __device__ __forceinline__ void add_product(const LoraCall& call, const LoraClie
         if (DROP) {
             const Counter drawn = draws(seed, call.keys[client.start + top + local], place.column);
 #pragma unroll
-            for (int e = 0; e < DRAWS; ++e) value[e] = drawn.draw(e) < call.threshold ? Acc(0) : value[e] * static_cast<Acc>(call.inverse);
+            for (int e = 0; e < DRAWS; ++e) value[e] = drawn.drops(e, limit) ? Acc(0) : value[e] * static_cast<Acc>(call.inverse);
         }
         if (call.aligned && place.column + DRAWS <= call.width) {
             Pack<T, DRAWS> sum;

@@ -45,6 +45,7 @@ __device__ __forceinline__ void gram_rows(const LoraCall& call, const LoraClient
     const int row = threadIdx.x / UNITS, column = threadIdx.x % UNITS * DRAWS, own = threadIdx.x / WARP * WARP_ROWS;
     const int ranks = min(PASS, round_up(client.rank - place.first, SLICE)), pitch = round_up(ranks, DEPTH<T>);
     const int64_t seed = DROP ? call.seeds[client.client] : 0;
+    const uint32_t limit = drop_limit(call.threshold);
     int64_t key[PARTS];
     Acc c[PASS / 8][4] = {};
     Ring ring = Ring::of<T>(DEPTH<T> * (LORA_COLUMNS + pitch));
@@ -56,7 +57,7 @@ __device__ __forceinline__ void gram_rows(const LoraCall& call, const LoraClient
             if (DROP) {
 #pragma unroll
                 for (int part = 0; part < PARTS; ++part)
-                    drop_unit(stage, LORA_COLUMNS, row + part * STRIDE, column, draws(seed, key[part], place.left + column), call.threshold);
+                    drop_unit(stage, LORA_COLUMNS, row + part * STRIDE, column, draws(seed, key[part], place.left + column), limit);
             }
             __syncthreads();  // the stage is whole, and the one before it is free
         }

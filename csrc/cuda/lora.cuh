@@ -58,16 +58,28 @@ __device__ __forceinline__ void copy_unit(T* tile, int pitch, int row, int colum
 
 // Zeros what is dropped of eight columns. Called by the thread that copied them, after its own wait: no barrier between.
 template <class T>
-__device__ __forceinline__ void drop_unit(T* tile, int pitch, int row, int column, const Counter& drawn, unsigned threshold) {
+__device__ __forceinline__ void drop_unit(T* tile, int pitch, int row, int column, const Counter& drawn, uint32_t limit) {
     constexpr int V = VECTOR<T>;
 #pragma unroll
     for (int at = 0; at < DRAWS; at += V) {
-        auto* piece = reinterpret_cast<Pack<T, V>*>(cell(tile, pitch, row, column + at));
-        Pack<T, V> pack = *piece;
+        T* piece = cell(tile, pitch, row, column + at);
+        if constexpr (sizeof(T) == 2) {  // two elements and two draws in a word
+            auto* words = reinterpret_cast<Pack<uint32_t, 4>*>(piece);
+            Pack<uint32_t, 4> pack = *words;
 #pragma unroll
-        for (int e = 0; e < V; ++e)
-            if (drawn.draw(at + e) < threshold) pack.v[e] = T{};
-        *piece = pack;
+            for (int w = 0; w < 4; ++w) {
+                if (drawn.drops(2 * w, limit)) pack.v[w] &= 0xffff0000u;
+                if (drawn.drops(2 * w + 1, limit)) pack.v[w] &= 0xffffu;
+            }
+            *words = pack;
+        } else {
+            auto* elements = reinterpret_cast<Pack<T, V>*>(piece);
+            Pack<T, V> pack = *elements;
+#pragma unroll
+            for (int e = 0; e < V; ++e)
+                if (drawn.drops(at + e, limit)) pack.v[e] = T{};
+            *elements = pack;
+        }
     }
 }
 

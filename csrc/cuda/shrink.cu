@@ -26,6 +26,7 @@ __device__ __forceinline__ void shrink_tile(const LoraCall& call, const LoraClie
         if (DROP) key[part] = t < client.length ? call.keys[client.start + t] : 0;
     }
     const int64_t seed = DROP ? call.seeds[client.client] : 0;
+    const uint32_t limit = drop_limit(call.threshold);
     Acc c[PASS / 8][4] = {};
     Ring ring = Ring::of<T>((LORA_ROWS + ranks) * DEPTH<T>);
 #pragma unroll 1
@@ -36,7 +37,7 @@ __device__ __forceinline__ void shrink_tile(const LoraCall& call, const LoraClie
             if (DROP) {
 #pragma unroll
                 for (int part = 0; part < PARTS; ++part)
-                    drop_unit(stage, DEPTH<T>, row + part * STRIDE, column, draws(seed, key[part], step * DEPTH<T> + column), call.threshold);
+                    drop_unit(stage, DEPTH<T>, row + part * STRIDE, column, draws(seed, key[part], step * DEPTH<T> + column), limit);
             }
             __syncthreads();  // the stage is whole, and the one before it is free
         }

@@ -54,6 +54,10 @@ MUTANTS = {
     "shrink: dropped columns of the first stage again": Mutant(
         "shrink.cu", "shrink", "key[part], step * DEPTH<T> + column", "key[part], column", "lora-small", "shrink-drop"
     ),
+    "a low draw compared with its neighbour": Mutant("philox.cuh", "shrink", "word[e / 2] << 16) < limit", "word[e / 2]) < limit", "lora-small", "shrink-drop"),
+    "a dropped low half that takes its neighbour": Mutant(
+        "lora.cuh", "grouped_gram", "pack.v[w] &= 0xffff0000u;", "pack.v[w] = 0;", "lora-small", "grouped_gram-drop", "bf16"
+    ),
     "shrink: columns past the width": Mutant(
         "shrink.cu", "shrink", "source[part] ? call.width - k - column : 0", "source[part] ? DRAWS : 0", "lora-small", "shrink"
     ),
