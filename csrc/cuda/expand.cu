@@ -26,7 +26,17 @@ struct ExpandPlace {
     int local, column;          // its first row in the tile; its column in out
 };
 
-// Eight columns of out whose type is known at run time only: it is not that of S, a row is not aligned, or it ends here.
+// Eight neighbouring columns of out in a type that is not that of S, in accesses of 16 bytes: two for a float32 base under bfloat16 x.
+template <class Out, class Acc>
+__device__ __forceinline__ void add_wide(const LoraCall& call, int64_t row, int column, const Acc (&value)[DRAWS]) {
+    Pack<Out, DRAWS> sum{};
+    if (call.before) sum = *reinterpret_cast<const Pack<Out, DRAWS>*>(static_cast<const Out*>(call.before) + row * call.before_row + column);
+#pragma unroll
+    for (int e = 0; e < DRAWS; ++e) sum.v[e] = convert<Out>(convert<Acc>(sum.v[e]) + value[e]);
+    *reinterpret_cast<Pack<Out, DRAWS>*>(static_cast<Out*>(call.out) + row * call.width + column) = sum;
+}
+
+// Eight columns of out one by one: a row is not aligned, or it ends here. Their type is known at run time only.
 template <class Acc>
 __device__ __forceinline__ void add_singly(const LoraCall& call, int64_t row, int column, const Acc (&value)[DRAWS]) {
 #pragma unroll
@@ -56,13 +66,20 @@ __device__ __forceinline__ void add_product(const LoraCall& call, const LoraClie
 #pragma unroll
             for (int e = 0; e < DRAWS; ++e) value[e] = drawn.drops(e, limit) ? Acc(0) : value[e] * static_cast<Acc>(call.inverse);
         }
-        if (call.aligned && place.column + DRAWS <= call.width) {
+        if (!call.aligned || place.column + DRAWS > call.width) {
+            add_singly(call, place.row[part], place.column, value);
+        } else if (call.out_type == TYPE<T>) {
             Pack<T, DRAWS> sum;
 #pragma unroll
             for (int e = 0; e < DRAWS; ++e) sum.v[e] = convert<T>(convert<Acc>(before[part].v[e]) + value[e]);
             *reinterpret_cast<Pack<T, DRAWS>*>(static_cast<T*>(call.out) + place.row[part] * call.width + place.column) = sum;
         } else {
-            add_singly(call, place.row[part], place.column, value);
+            switch (call.out_type) {
+                case Type::f32: add_wide<float>(call, place.row[part], place.column, value); break;
+                case Type::bf16: add_wide<__nv_bfloat16>(call, place.row[part], place.column, value); break;
+                case Type::f16: add_wide<__half>(call, place.row[part], place.column, value); break;
+                case Type::f64: add_wide<double>(call, place.row[part], place.column, value); break;
+            }
         }
     }
 }
@@ -83,7 +100,7 @@ __global__ void __launch_bounds__(LORA_THREADS, LORA_BLOCKS<T>) expand_kernel(co
     for (int part = 0; part < EXPAND_PARTS; ++part) {
         const int t = top + place.local + part * (WARP / EXPAND_UNITS);
         place.row[part] = t < client.length ? row_of(call, client, t) : -1;
-        if (!call.before || !call.aligned || t >= client.length || place.column + DRAWS > call.width) continue;
+        if (!call.before || !call.aligned || call.out_type != TYPE<T> || t >= client.length || place.column + DRAWS > call.width) continue;
         before[part] = *reinterpret_cast<const Pack<T, DRAWS>*>(static_cast<const T*>(call.before) + place.row[part] * call.before_row + place.column);
     }
 

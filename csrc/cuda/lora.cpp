@@ -97,7 +97,7 @@ class Layer {
         call.before = before ? before->const_data_ptr() : nullptr;
         call.before_row = before && before->dim() == 2 ? out.width() : 0;
         call.width = static_cast<int>(out.width());
-        call.aligned = out.type == type && aligned(out.type, out.width(), out.dense) && (!before || aligned(out.type, out.width(), *before));
+        call.aligned = aligned(out.type, out.width(), out.dense) && (!before || aligned(out.type, out.width(), *before));
         check(hetlora_expand(&call, type, tiles_, device_.stream), op_);
     }
 

@@ -82,6 +82,9 @@ MUTANTS = {
     "expand: no wait for the copies": Mutant("expand.cu", "expand", "await_copies<0>();", "", "lora-aligned", "expand"),
     "expand: a warp that does not wait for its lanes": Mutant("expand.cu", "expand", "    __syncwarp();\n", "", "lora-small", "expand", "bf16"),
     "expand: a store past the row": Mutant("expand.cu", "expand", "        if (column + e >= call.width) return;\n", "", "lora-small", "expand"),
+    "expand: a wide result that forgets what it adds to": Mutant(
+        "expand.cu", "expand", "    if (call.before) sum = ", "    if (false) sum = ", "lora-aligned", "expand-float32-out", "bf16"
+    ),
     "expand: the mask of the next row": Mutant(
         "expand.cu", "expand", "call.keys[client.start + top + local]", "call.keys[client.start + top + local / 2]", "lora-small", "expand-drop"
     ),
