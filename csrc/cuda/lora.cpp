@@ -72,6 +72,11 @@ class Layer {
         STD_TORCH_CHECK(scales.scalar_type() == scalar_of(sums_of(x.type)) && scales.numel() == static_cast<int64_t>(given_.ranks.size()),
                         "scale: expected one entry per client in the type of the sums");
         const Tensor s = torch::stable::new_empty(x.dense, {flat_});
+        const int splits = hetlora::divide_up(x.width(), hetlora::SHRINK_COLUMNS);
+        MaybeTensor planes;
+        if (splits > 1) planes = torch::stable::new_empty(x.dense, {splits * flat_}, scalar_of(sums_of(x.type)));
+        call.planes = planes ? planes->mutable_data_ptr() : nullptr;
+        call.flat = flat_;
         call.x = x.dense.const_data_ptr();
         call.s = s.mutable_data_ptr();
         call.scale = scales.const_data_ptr();

@@ -21,7 +21,7 @@ def test_every_op_in_every_type_and_schedule(library: Path) -> None:
     assert not wrong(work(library, "f32,bf16,f16,f64", "lora-small", SCHEDULES))
 
 
-@pytest.mark.parametrize("shape", ["mixed", "aligned", "long", "narrow", "base-only", "no-rows", "no-ranks"])
+@pytest.mark.parametrize("shape", ["mixed", "aligned", "long", "wide", "narrow", "base-only", "no-rows", "no-ranks"])
 def test_every_rank_and_segment(library: Path, shape: str) -> None:
     assert not wrong(work(library, "f32,bf16", f"lora-{shape}", "rand"))
 
@@ -52,24 +52,30 @@ MUTANTS = {
     "shrink: no barrier between staging and use": Mutant("shrink.cu", "shrink", STAGED, "", "lora-small", "shrink"),
     "shrink: no wait for the copies": Mutant("shrink.cu", "shrink", "ring.await();", "", "lora-aligned", "shrink"),
     "shrink: dropped columns of the first stage again": Mutant(
-        "shrink.cu", "shrink", "key[part], step * DEPTH<T> + column", "key[part], column", "lora-small", "shrink-drop"
+        "shrink.cu", "shrink", "key[part], left + step * DEPTH<T> + column", "key[part], left + column", "lora-small", "shrink-drop"
     ),
     "a low draw compared with its neighbour": Mutant("philox.cuh", "shrink", "word[e / 2] << 16) < limit", "word[e / 2]) < limit", "lora-small", "shrink-drop"),
     "a dropped low half that takes its neighbour": Mutant(
         "lora.cuh", "grouped_gram", "pack.v[w] &= 0xffff0000u;", "pack.v[w] = 0;", "lora-small", "grouped_gram-drop", "bf16"
     ),
     "shrink: columns past the width": Mutant(
-        "shrink.cu", "shrink", "source[part] ? call.width - k - column : 0", "source[part] ? DRAWS : 0", "lora-small", "shrink"
+        "shrink.cu", "shrink", "source[part] ? width - k - column : 0", "source[part] ? DRAWS : 0", "lora-small", "shrink"
     ),
-    "shrink: rows past the client's": Mutant("shrink.cu", "shrink", "if (t < client.length && rank", "if (rank", "lora-small", "shrink"),
+    "shrink: rows past the client's": Mutant("shrink.cu", "shrink", "t >= client.length || rank", "rank", "lora-small", "shrink"),
     "shrink: elements counted in 32 bits": Mutant(
         "shrink.cu",
         "shrink",
-        "row_of(call, client, t) * call.width + column",
-        "static_cast<int>(row_of(call, client, t) * call.width) + column",
+        "row_of(call, client, t) * call.width + left + column",
+        "static_cast<int>(row_of(call, client, t) * call.width) + left + column",
         "checks",
         "far rows",
     ),
+    "shrink: planes added without the last": Mutant("shrink.cu", "shrink", "split < splits; ++split", "split + 1 < splits; ++split", "lora-wide", "shrink"),
+    "shrink: every split in the first plane": Mutant("shrink.cu", "shrink", "left / SHRINK_COLUMNS * call.flat", "0 * call.flat", "lora-wide", "shrink"),
+    "shrink: the mask of the first split again": Mutant(
+        "shrink.cu", "shrink", "left + step * DEPTH<T> + column)", "step * DEPTH<T> + column)", "lora-wide", "shrink-drop"
+    ),
+    "shrink: rank rows of the first split again": Mutant("shrink.cu", "shrink", "ranks, left + k, UNITS", "ranks, k, UNITS", "lora-wide", "shrink"),
     "shrink: no barrier between passes": Mutant("shrink.cu", "shrink", "if (first) __syncthreads();", "", "checks", "alone"),
     "a wait for one copy too few": Mutant("lora.cuh", "grouped_gram", "await_copies<1>();", "await_copies<2>();", "checks", "alone", "bf16"),
     "fragments of the wrong columns": Mutant(
