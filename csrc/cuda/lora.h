@@ -35,6 +35,8 @@ struct LoraCall {
     int64_t factor_row, factor_column;
     void *s, *out, *planes;     // planes: of partial sums, of grouped Gram or of shrink
     int64_t flat;               // elements of S, and of one plane of shrink
+    void* wide;                 // S again, or null: row start + t of `pitch` elements, so that rows of an odd rank start at multiples of 16 bytes, too
+    int pitch;
     const void* scale;          // [K] in the type of the sums
     const void* before;         // what expand adds to, in out's type: out itself, another matrix, or with before_row = 0 a bias; null: zero
     int64_t before_row;

@@ -75,8 +75,13 @@ __device__ __forceinline__ void shrink_tile(const LoraCall& call, const LoraClie
             const int t = top + own + sum_row(i), rank = first + 8 * j + sum_column(i);
             if (t >= client.length || rank >= client.rank) continue;
             const int64_t at = static_cast<int64_t>(t) * client.rank + rank;
-            if (plane) plane[at] = c[j][i];
-            else s[at] = convert<T>(c[j][i] * scale);
+            if (plane) {
+                plane[at] = c[j][i];
+                continue;
+            }
+            const T value = convert<T>(c[j][i] * scale);
+            s[at] = value;
+            if (call.wide) wide_row<T>(call, client, t)[rank] = value;
         }
     }
 }
@@ -91,6 +96,15 @@ __global__ void __launch_bounds__(LORA_THREADS, LORA_BLOCKS<T>) shrink_kernel(co
     for (int first = 0; first < client.rank; first += PASS) {
         if (first) __syncthreads();
         shrink_tile<T, DROP>(call, client, top, first, left, reinterpret_cast<T*>(shared));
+    }
+}
+
+// The copy with a pitch of 64 rows of S: a warp has one row at a time.
+template <class T>
+__device__ __forceinline__ void widen_rows(const LoraCall& call, const LoraClient& client, int top) {
+    for (int t = top + static_cast<int>(threadIdx.x) / WARP; t < min(client.length, top + LORA_ROWS); t += LORA_THREADS / WARP) {
+        const T* s = static_cast<const T*>(call.s) + client.flat + static_cast<int64_t>(t) * client.rank;
+        for (int rank = lane_id(); rank < client.rank; rank += WARP) wide_row<T>(call, client, t)[rank] = s[rank];
     }
 }
 
@@ -110,6 +124,16 @@ __global__ void __launch_bounds__(LORA_THREADS) shrink_sum_kernel(const __grid_c
         for (int split = 1; split < splits; ++split) total += planes[split * call.flat + at];
         s[at] = convert<T>(total * scale);
     }
+    if (!call.wide) return;
+    __syncthreads();  // the block has written what it now copies
+    widen_rows<T>(call, client, top);
+}
+
+// The copy with a pitch of an S that an earlier call has made.
+template <class T>
+__global__ void __launch_bounds__(LORA_THREADS) widen_kernel(const __grid_constant__ LoraCall call) {
+    const LoraClient client = find_client(call.table, &LoraClient::tiles, blockIdx.x);
+    widen_rows<T>(call, client, (static_cast<int>(blockIdx.x) - client.tiles) * LORA_ROWS);
 }
 
 }  // namespace hetlora
@@ -127,6 +151,15 @@ cudaError_t hetlora_shrink(const hetlora::LoraCall* call, hetlora::Type type, in
         const cudaError_t error = cudaGetLastError();
         if (error != cudaSuccess || !call->planes) return error;
         HETLORA_LAUNCH((shrink_sum_kernel<T>), dim3(static_cast<unsigned>(tiles)), block, stream, *call);
+        return cudaGetLastError();
+    });
+}
+
+cudaError_t hetlora_widen(const hetlora::LoraCall* call, hetlora::Type type, int64_t tiles, cudaStream_t stream) {
+    using namespace hetlora;
+    if (tiles == 0) return cudaSuccess;
+    return with_type(type, [&](auto value) {
+        HETLORA_LAUNCH((widen_kernel<decltype(value)>), dim3(static_cast<unsigned>(tiles)), dim3(LORA_THREADS), stream, *call);
         return cudaGetLastError();
     });
 }

@@ -76,6 +76,20 @@ MUTANTS = {
         "shrink.cu", "shrink", "left + step * DEPTH<T> + column)", "step * DEPTH<T> + column)", "lora-wide", "shrink-drop"
     ),
     "shrink: rank rows of the first split again": Mutant("shrink.cu", "shrink", "ranks, left + k, UNITS", "ranks, k, UNITS", "lora-wide", "shrink"),
+    "a copy of S with two rows in one place": Mutant(
+        "lora.cuh", "shrink", "(client.start + t) * call.pitch", "(client.start + t / 2) * call.pitch", "checks", "backward, covered, aligned x"
+    ),
+    "S copied before it is whole": Mutant(
+        "shrink.cu", "shrink", "    __syncthreads();  // the block has written what it now copies\n", "", "checks", "several splits-forward-no-bias"
+    ),
+    "an S of the forward pass that is not copied": Mutant(
+        "shrink.cu",
+        "shrink",
+        "    widen_rows<T>(call, client, (static_cast<int>(blockIdx.x) - client.tiles) * LORA_ROWS);",
+        "    (void)client;",
+        "checks",
+        "backward, covered, aligned x",
+    ),
     "shrink: no barrier between passes": Mutant("shrink.cu", "shrink", "if (first) __syncthreads();", "", "checks", "alone"),
     "a wait for one copy too few": Mutant("lora.cuh", "grouped_gram", "await_copies<1>();", "await_copies<2>();", "checks", "alone", "bf16"),
     "fragments of the wrong columns": Mutant(
