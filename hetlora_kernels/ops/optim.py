@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hetlora_kernels._library import call, register_fake
-from hetlora_kernels.ops._lists import client_integers, flat_ranks
+from hetlora_kernels.ops._lists import client_integers, flat_ranks, uploaded
 
 if TYPE_CHECKING:
     from hetlora_kernels.bank import AdapterBank
@@ -74,13 +74,7 @@ class _BankOptimizer:
             raise ValueError(f"active: expected {clients} booleans, one per client, got shape {tuple(mask.shape)}")
         if mask.device.type == "cpu" and bool(mask.all()):
             return self._everyone
-        if mask.device == device:
-            return mask
-        if device.type != "cuda":
-            return mask.to(device)
-        if torch.cuda.is_current_stream_capturing():
-            raise ValueError(f"active: expected a mask on {device} inside the capture of a CUDA graph, which would repeat this one for good, got {mask.device}")
-        return (mask.pin_memory() if mask.device.type == "cpu" else mask).to(device, non_blocking=True)
+        return uploaded("active", mask, device)
 
     def _grads(self) -> list[Tensor]:
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]

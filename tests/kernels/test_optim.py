@@ -287,7 +287,7 @@ def test_a_mask_goes_up_from_pinned_memory_without_a_wait(monkeypatch):
     assert opt._active([True, False, True, True]) is pinned and copies == [(device, True)]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert opt._active([True] * 4) is opt._everyone and opt._active(None) is opt._everyone
-    with pytest.raises(ValueError, match=r"^active: expected a mask on .* capture of a CUDA graph"):
+    with pytest.raises(ValueError, match=r"^active: expected a tensor on .* capture of a CUDA graph"):
         opt._active([True, False, True, True])
 
 
