@@ -157,6 +157,8 @@ def _has(name: str, rung: str) -> bool:
     """Whether `rung` has a kernel of its own for the op."""
     if rung == "triton":
         return name in _triton_ops()
+    if rung == "cuda":
+        _ask_cuda()
     return rung == "reference" or name in _compiled.get(rung, ())
 
 

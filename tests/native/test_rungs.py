@@ -79,6 +79,10 @@ def test_the_library_is_chosen_when_cuda_starts_and_triton_is_not_imported(packa
     )
 
 
+def test_a_question_about_the_cuda_rung_starts_cuda(package):
+    run(LOADS + "_native.driver_version = lambda: (13, 0)\nassert not started and _library._has('gram', 'cuda') and 'init' in started", package)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(
     ("driver", "capability", "reason"),
