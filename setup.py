@@ -3,8 +3,10 @@
 Both are against PyTorch's stable ABI, so one library serves Python 3.10 and torch 2.10 onwards. Only torch's headers and libraries are read, torch is
 never imported: an isolated build, which cannot see the environment it installs into, finds them through the interpreter's own paths.
 
-Environment: HETLORA_CUDA=auto (default: with nvcc and a torch that has CUDA) | 0 | 1 (required: fail without);  HETLORA_CUDA_ARCHS="8.0;9.0+PTX";
-CUDA_HOME;  CXX;  CXXFLAGS.
+Environment: HETLORA_CUDA=auto (default: with nvcc and a torch that has CUDA) | 0 | 1 (required: fail without);  CUDA_HOME;  CXX;  CXXFLAGS;
+HETLORA_CUDA_ARCHS="8.0;9.0+PTX", "local" (of this machine's GPUs) or "all"; without it TORCH_CUDA_ARCH_LIST, as torch's own extensions read it; without
+either "local" in a build in place (`build_ext --inplace`, an editable install) where there is a GPU, else "all";
+MAX_JOBS: compilers at once, at most; never more than there are processors, nor than free memory has room for.
 """
 
 from __future__ import annotations
@@ -36,6 +38,11 @@ DEFAULT_ARCHS = "8.0;8.6;8.7;8.9;9.0;10.0;11.0;12.0+PTX"
 # tile that it falls into. Vectors pass between inlined functions only, so that -Wpsabi, on how they are passed, does not matter.
 OPTIMISE = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 CXX_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", *OPTIMISE, "-Wall", "-Wextra", "-Wno-psabi"]
+# Peak of one compiler with all its passes: measured 360 MB (g++ on the layer's CPU kernels), 264 MB (nvcc, two architectures at once).
+JOB_BYTES = 512 << 20
+# Torch's names of generations, as in torch.utils.cpp_extension.
+GENERATIONS = {"Ampere": "8.0 8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0+PTX", "Blackwell+Tegra": "11.0", "Blackwell": "10.0 10.3 12.0 12.1+PTX"}
+OLDEST_ARCH = (8, 0)  # cp.async and bfloat16 products
 TARGET = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 
@@ -137,24 +144,73 @@ def find_nvcc() -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def choose_archs(nvcc: Path) -> list[str]:
+def local_archs() -> str:
+    """Of this machine's GPUs, as "8.9;9.0"; "" where none is seen or its tool does not say (older Jetsons)."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ""
+    shown = subprocess.run([tool, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True, check=False)
+    return ";".join(sorted(set(re.findall(r"^\d+\.\d$", shown.stdout, re.MULTILINE)))) if shown.returncode == 0 else ""
+
+
+def wanted_archs(in_place: bool) -> tuple[str, str]:
+    """(the architectures wanted, what said so)."""
+    own = os.environ.get("HETLORA_CUDA_ARCHS", "").strip()
+    torchs = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if own and own.lower() not in ("local", "all"):
+        return own, "HETLORA_CUDA_ARCHS"
+    if not own and torchs and torchs.lower() not in ("all", "common"):
+        return " ".join(GENERATIONS.get(entry, entry) for entry in re.split(r"[;, ]+", torchs)), "TORCH_CUDA_ARCH_LIST"
+    local = local_archs() if own.lower() == "local" or (in_place and not own and not torchs) else ""
+    if own.lower() == "local" and not local:
+        raise SystemExit("HETLORA_CUDA_ARCHS=local: expected a GPU that nvidia-smi names, found none")
+    return (local, "this machine's GPUs") if local else (DEFAULT_ARCHS, "every architecture")
+
+
+def choose_archs(nvcc: Path, in_place: bool = False) -> list[str]:
     """["sm_80", ..., "compute_120"] of those wanted that this nvcc knows; PTX stays with the last one, for devices newer than all of them."""
-    wanted = os.environ.get("HETLORA_CUDA_ARCHS") or DEFAULT_ARCHS
+    wanted, origin = wanted_archs(in_place)
     known = set(output(nvcc, "--list-gpu-code").split())
     codes, ptx = [], False
     for entry in re.split(r"[;, ]+", wanted.strip("; ,")):
         match = re.fullmatch(r"(\d+)\.?(\d)([af]?)(\+PTX)?", entry)
         if match is None:
-            raise SystemExit(f"HETLORA_CUDA_ARCHS: expected entries such as 8.0 or 12.0+PTX, got {entry!r}")
+            raise SystemExit(f"{origin}: expected entries such as 8.0 or 12.0+PTX, got {entry!r}")
         code = f"sm_{match[1]}{match[2]}{match[3]}"
+        too_old = (int(match[1]), int(match[2])) < OLDEST_ARCH
         ptx = ptx or bool(match[4])
-        if code in known:
-            codes.append(code)
+        if code in known and not too_old:
+            codes += [code] if code not in codes else []
         else:
-            print(f"hetlora: {nvcc} does not know {code}; left out")
+            print(f"hetlora: {'the kernels need sm_80 or newer' if too_old else f'{nvcc} does not know {code}'}; {code} left out")
+    if not codes and origin == "this machine's GPUs" and os.environ.get("HETLORA_CUDA_ARCHS", "").strip().lower() != "local":
+        print(f"hetlora: building for every architecture instead of {wanted}")
+        return choose_archs(nvcc)
     if not codes:
-        raise SystemExit(f"HETLORA_CUDA_ARCHS: {nvcc} knows none of {wanted!r}; it knows {' '.join(sorted(known))}")
+        raise SystemExit(f"{origin}: nothing to build for in {wanted!r}; {nvcc} knows {' '.join(sorted(known))}, and the kernels need sm_80 or newer")
     return codes + ([codes[-1].replace("sm_", "compute_")] if ptx else [])
+
+
+def free_memory() -> int:
+    """Bytes that may still be taken: of the machine, and of the control group that this process is in."""
+    limits = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists() and (found := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
+        limits.append(int(found[1]) << 10)
+    group = Path("/sys/fs/cgroup")
+    for most, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        if (group / most).exists() and (limit := (group / most).read_text().strip()).isdigit():
+            limits.append(int(limit) - int((group / used).read_text()))
+    return min(limits, default=JOB_BYTES)
+
+
+def job_count() -> int:
+    """How many compilers run at once."""
+    asked = os.environ.get("MAX_JOBS", "").strip()
+    if asked and not (asked.isdigit() and int(asked)):
+        raise SystemExit(f"MAX_JOBS: expected an integer of at least 1, got {asked!r}")
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(int(asked or processors), processors, free_memory() // JOB_BYTES))
 
 
 def make_plan() -> Plan:
@@ -176,6 +232,7 @@ def make_plan() -> Plan:
     if not plan.why_no_cuda:
         assert plan.nvcc is not None
         plan.archs = choose_archs(plan.nvcc)
+    job_count()  # refuses a MAX_JOBS that means nothing
     return plan
 
 
@@ -215,6 +272,8 @@ class BuildKernels(build_ext):
     def run(self) -> None:
         plan, folder = self.plan, self.folder()
         forget_old_build(folder)
+        if plan.nvcc and not plan.why_no_cuda:
+            plan.archs = choose_archs(plan.nvcc, in_place=bool(self.inplace or self.editable_mode))
         if not plan.why_no_cpu:
             plan.why_no_cpu = self.attempt(self.build_cpu, folder / "_C_cpu.so", required=False)
         if not plan.why_no_cuda:
@@ -231,11 +290,11 @@ class BuildKernels(build_ext):
         return ""
 
     def compile(self, jobs: list[tuple[list[str], Path]]) -> list[str]:
-        """Run `command... source -o object` for each (command, source), on all cores; returns the objects."""
+        """Run `command... source -o object` for each (command, source), `job_count` at a time; returns the objects."""
         objects = [Path(self.build_temp).resolve() / source.relative_to(ROOT).with_suffix(source.suffix + ".o") for _, source in jobs]
         for path in objects:
             path.parent.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(job_count()) as pool:
             list(pool.map(run, [[*command, str(source), "-o", str(path)] for (command, source), path in zip(jobs, objects, strict=True)]))
         return [str(path) for path in objects]
 

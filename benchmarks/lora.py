@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hetlora_kernels as hk
+from benchmarks import model
 from benchmarks.server import WrongResultError
 from benchmarks.shapes import power_law_ranks
 from benchmarks.timing import interleaved, peak_extra_bytes
@@ -230,6 +231,8 @@ def measure(case: tuple[Problem, str], options: Any, device: torch.device, threa
         record |= {"threads": threads, "provider": name, "yardstick": YARDSTICK, "bytes": size, "rounds": timing.rounds, "note": ""}
         record |= {"median_s": timing.median, "p20_s": timing.p20, "p80_s": timing.p80, "gb_per_s": size / timing.median / 1e9, "ratio": timing.ratio}
         record["ratio_to_peft"] = timing.over(timings[RIVAL])
+        own = device.type == "cuda" and p.dtype == torch.bfloat16 and name.startswith("hetlora")
+        record["modelled_s"] = model.layer_seconds(torch.cuda.get_device_name(device), p.tokens, p.n, p.m, p.ranks, p.p > 0) if own else None
         record |= {"peak_extra_bytes": peak_extra_bytes(runs[name], device), "saved_bytes": saved_bytes(runs[name], p)}
         records.append(record)
     return records

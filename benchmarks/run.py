@@ -100,7 +100,8 @@ def main(argv: list[str] | None = None) -> int:
             for record in SUITES[options.suite].measure(case, options, device, threads):
                 result["results"].append(record)
                 last = "{op}, {shape}, {dtype}".format(**record)
-                print(LINE.format(**record), flush=True)
+                modelled = record.get("modelled_s")
+                print(LINE.format(**record) + (f" (modelled {modelled:.6f} s)" if modelled else ""), flush=True)
             write(result, options.json)
         longest = max(longest, time.monotonic() - begin)
     return 0

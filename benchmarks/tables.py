@@ -1,4 +1,5 @@
-"""`python -m benchmarks.tables [--check]`: write the tables of the pages from benchmarks/results, between markers that name file and table.
+"""`python -m benchmarks.tables [--check]`: write the tables of the pages from benchmarks/results and the model, between markers that name
+file and table.
 
 The table `conditions` is the processor, threads, versions, date and command of a file: a page that shows a file's figures shows these once.
 """
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import saved
+from benchmarks import model, saved
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- benchmarks: (?P<file>\S+) (?P<kind>\w+) -->\n).*?(?P<end><!-- benchmarks end -->)", re.DOTALL)
@@ -230,6 +231,8 @@ def render(text: str, results: Path, page: Path) -> str:
     """The text of `page` with every marked table written anew from the files in `results`."""
 
     def fill(match: re.Match[str]) -> str:
+        if match["kind"] == "modelled":
+            return match[1] + "\n".join(model.table()) + "\n" + match["end"]
         file = results / match["file"]
         data = saved.read(file)
         lines = facts(data, file, page) if match["kind"] == "conditions" else TABLES[match["kind"]](data)

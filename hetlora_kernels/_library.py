@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 
 from hetlora_kernels import _native, reference
 from hetlora_kernels._native import build_info as build_info
-from hetlora_kernels._torch import entry_of, has_kernel
+from hetlora_kernels._torch import entry_of, has_kernel, when_cuda_starts
 
 _SEGMENT_ARGS = "Tensor? seeds, Tensor? row_keys, Tensor? index, int[] ranks, int[] starts, int[] lengths, float dropout"
 # segments: the rows of x, then ranks, starts and lengths of the K clients; transposed: bt is B [m, S], as PEFT keeps its lora_B.
@@ -55,6 +55,7 @@ _compiled: dict[str, frozenset[str]] = {}  # rung whose library is loaded -> its
 _absent: dict[str, str] = {}  # rung whose library is not loaded -> why
 _overloads: dict[str, Callable] = {}  # op -> the dispatcher's choice, as a traced call has to see it
 _entries: dict[str, Callable] = {}  # op -> the same, nearer
+_cuda_chosen = False
 
 
 def _define() -> None:
@@ -68,17 +69,35 @@ def _define() -> None:
             _library.impl(name, torch.library.fallthrough_kernel, f"Autograd{device}")
 
 
-def _load() -> None:
-    for rung in ("cpu", "cuda"):
-        reason = _native.load(rung)
-        if reason is None:
-            _compiled[rung] = frozenset(name for name in SCHEMAS if has_kernel(f"hetlora::{name}", rung.upper()))
-        else:
-            _absent[rung] = reason
-    if torch.cuda.is_available():
+def _load(rung: str) -> bool:
+    """Load the compiled library of a rung, or note why not."""
+    reason = _native.load(rung)
+    if reason is not None:
+        _absent[rung] = reason
+        return False
+    _compiled[rung] = frozenset(name for name in SCHEMAS if has_kernel(f"hetlora::{name}", rung.upper()))
+    return True
+
+
+def _start_cuda() -> None:
+    """Choose what serves CUDA tensors, once this process uses CUDA and not before: a device that was asked is lost to workers forked afterwards.
+
+    The CUDA library has every op that Triton has, so Triton is imported only where that library cannot serve, or to be forced.
+    """
+    global _cuda_chosen
+    if _cuda_chosen:
+        return
+    _cuda_chosen = True
+    if not _load("cuda") and torch.cuda.is_available():
         for name, launch in _triton_ops().items():
-            if name not in _compiled.get("cuda", ()):
-                _library.impl(name, launch, "CUDA")
+            _library.impl(name, launch, "CUDA")
+
+
+def _ask_cuda() -> None:
+    """The same for a question about CUDA before it is in use: starts it where there is a device."""
+    if not _cuda_chosen and torch.cuda.is_available():
+        torch.cuda.init()
+    _start_cuda()
 
 
 def register_fake(name: str) -> Callable:
@@ -88,7 +107,7 @@ def register_fake(name: str) -> Callable:
 
 def _triton_absent() -> str | None:
     """Why the Triton rung cannot run here; None when it can."""
-    if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+    if not (os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()):
         return "no CUDA device (TRITON_INTERPRET=1 runs its kernels in Triton's interpreter)"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -105,27 +124,30 @@ def _triton_ops() -> dict[str, Callable]:
 
 
 def absent() -> dict[str, str]:
-    """Rungs this process cannot run -> why."""
+    """Rungs this process cannot run -> why. Starts CUDA where there is a device."""
+    _ask_cuda()
     reasons = dict(_absent)
     triton = _triton_absent()
     return reasons if triton is None else {**reasons, "triton": triton}
 
 
+def _text(rung: str) -> str:
+    if rung == "triton":
+        return "Triton kernels" if torch.cuda.is_available() else "Triton kernels in Triton's interpreter"
+    return {"reference": "plain PyTorch, always present", "cpu": "C++ kernels for CPU tensors", "cuda": "CUDA C++ kernels"}[rung]
+
+
 def available() -> dict[str, str]:
-    """Rungs this process can run -> what each is."""
-    present = {
-        "reference": "plain PyTorch, always present",
-        "cpu": "C++ kernels for CPU tensors",
-        "cuda": "CUDA C++ kernels",
-        "triton": "Triton kernels" if torch.cuda.is_available() else "Triton kernels in Triton's interpreter",
-    }
+    """Rungs this process can run -> what each is. Starts CUDA where there is a device."""
     missing = absent()
-    return {rung: text for rung, text in present.items() if rung not in missing}
+    return {rung: _text(rung) for rung in RUNGS if rung not in missing}
 
 
 def _check_rung(rung: str, origin: str) -> str:
     if rung not in RUNGS:
         raise ValueError(f"{origin}: expected one of {', '.join(RUNGS)}, got {rung!r}")
+    if rung == "reference" or rung in _compiled:  # nothing to ask CUDA for
+        return rung
     if rung not in available():
         raise ValueError(f"{origin}: the {rung!r} rung is not available ({absent()[rung]}); present: {', '.join(available())}")
     return rung
@@ -135,6 +157,8 @@ def _has(name: str, rung: str) -> bool:
     """Whether `rung` has a kernel of its own for the op."""
     if rung == "triton":
         return name in _triton_ops()
+    if rung == "cuda":
+        _ask_cuda()
     return rung == "reference" or name in _compiled.get(rung, ())
 
 
@@ -174,10 +198,11 @@ def _chosen(name: str, device: str) -> tuple[str, str]:
     if _forced is not None:
         return (_forced, f"forced to {_forced!r}") if _has(name, _forced) else ("reference", f"forced to {_forced!r}, which has no kernel for this op")
     ladder = ("cuda", "triton") if device == "cuda" else ("cpu",)
-    missing = absent()
+    missing = absent() if device == "cuda" else _absent
     for rung in ladder:
+        left = "".join(f" ({above}: {missing[above]})" for above in ladder[: ladder.index(rung)] if above in missing)
         if _has(name, rung):
-            return rung, available()[rung]
+            return rung, _text(rung) + left
     return "reference", "; ".join(f"{rung}: {missing.get(rung, 'no kernel for this op')}" for rung in ladder)
 
 
@@ -196,6 +221,7 @@ def backends(device: str | None = None) -> dict[str, tuple[str, str]]:
 
 
 _define()
-_load()
+_load("cpu")
+when_cuda_starts(_start_cuda)
 if os.environ.get("HETLORA_BACKEND", "").strip():
     _forced = _check_rung(os.environ["HETLORA_BACKEND"].strip(), "environment variable HETLORA_BACKEND")

@@ -33,3 +33,9 @@ def unsafe_view(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """`tensor.view(shape)` that is no view to autograd, which forbids in-place changes of a view that a Function returns; without the op: a copy."""
     view = getattr(torch.ops.aten, "_unsafe_view", None)
     return tensor.reshape(shape).clone() if view is None else view(tensor, shape)
+
+
+def when_cuda_starts(function: Callable[[], None]) -> None:
+    """Call `function` when this process starts to use CUDA, at once if it does; without the name, or with a torch without CUDA: at once."""
+    queue = getattr(torch.cuda, "_lazy_call", None)
+    function() if queue is None or not torch.version.cuda else queue(function)

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../types.h"
+
 #if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
 #define HETLORA_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
@@ -43,16 +45,12 @@ struct VectorOf {
     typedef E type __attribute__((vector_size(W * sizeof(E)), aligned(sizeof(E)), may_alias));
 };
 
-enum class Type : int { f32, bf16, f16, f64 };
-
 struct bf16 {
     uint16_t bits;
 };
 struct f16 {
     uint16_t bits;
 };
-
-constexpr int64_t size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
 
 template <class To, class From>
 HETLORA_INLINE To bit_cast(From from) {

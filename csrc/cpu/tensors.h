@@ -12,28 +12,13 @@
 #include <optional>
 #include <vector>
 
+#include "../types_torch.h"
 #include "simd.h"
 
 namespace hetlora {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-inline Type type_of(const char* name, const Tensor& tensor) {
-    switch (tensor.scalar_type()) {
-        case ScalarType::Float:
-            return Type::f32;
-        case ScalarType::BFloat16:
-            return Type::bf16;
-        case ScalarType::Half:
-            return Type::f16;
-        case ScalarType::Double:
-            return Type::f64;
-        default:
-            STD_TORCH_CHECK(false, name, ": expected float32, bfloat16, float16 or float64");
-    }
-    return Type::f32;
-}
 
 // Uninitialised, on the CPU; `transposed`: a matrix that lies column by column. Not through the dispatcher, as torch::stable::new_empty goes: 1 us less.
 inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, bool transposed = false) {

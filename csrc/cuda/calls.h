@@ -1,4 +1,5 @@
-// What the bindings share: checks that memory safety needs, contiguous copies, and one op's launches on the caller's stream.
+// What the bindings, <op>.cpp, share: checks that memory safety needs, contiguous copies, and one op's launches on the caller's stream.
+// PyTorch's stable ABI, target 2.10: one library for every later release. Meaning is checked in hetlora_kernels/ops.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -8,6 +9,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "../types_torch.h"
 #include "launch.h"
 
 #ifndef HETLORA_NAMESPACE  // the tests register the same code, run on the host, under another name
@@ -18,6 +20,7 @@
 namespace {
 
 using hetlora::Module;
+using hetlora::sums_of;
 using hetlora::TableBuilder;
 using hetlora::Type;
 using torch::headeronly::ScalarType;
@@ -25,18 +28,7 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using Ints = std::vector<int64_t>;
 
-inline Type type_of(const Tensor& t) {
-    switch (t.scalar_type()) {
-        case ScalarType::Float: return Type::f32;
-        case ScalarType::BFloat16: return Type::bf16;
-        case ScalarType::Half: return Type::f16;
-        case ScalarType::Double: return Type::f64;
-        default: STD_TORCH_CHECK(false, "hetlora: expected float32, bfloat16, float16 or float64");
-    }
-    return Type::f32;
-}
-
-inline Type sums_of(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }
+inline Type type_of(const Tensor& t) { return hetlora::type_of("hetlora", t); }
 inline ScalarType scalar_of(Type type) { return type == Type::f64 ? ScalarType::Double : ScalarType::Float; }
 
 inline void check(cudaError_t error, const char* op) { STD_TORCH_CHECK(error == cudaSuccess, "hetlora::", op, ": ", cudaGetErrorString(error)); }
@@ -134,6 +126,16 @@ inline std::vector<int> checked_offsets(const Ints& ranks, size_t module, int cl
     }
     STD_TORCH_CHECK(total < INT32_MAX && (rows < 0 || total == rows), "ranks: expected a sum of ", rows, ", got ", total);
     return hetlora::offsets_of(own, clients);
+}
+
+// offsets [K + 1], then the first tail row of each client [K]; without cuts nothing is a tail.
+inline std::vector<int> cut_layout(const Ints& ranks, const Ints& keep, size_t module, int clients, int64_t rows) {
+    std::vector<int> values = checked_offsets(ranks, module, clients, rows);
+    for (int k = 0; k < clients; ++k) {
+        const int64_t rank = ranks[module * clients + k], cut = keep.empty() ? rank : keep[module * clients + k];
+        values.push_back(values[k] + static_cast<int>(std::clamp<int64_t>(cut, 0, rank)));
+    }
+    return values;
 }
 
 inline int64_t largest(const Ints& ranks, size_t module, int clients) {

@@ -42,7 +42,9 @@ struct Rows {
 // One call of an op: its segments as a table that all its launches share, uploaded only where it does not fit into kernel arguments.
 class Layer {
   public:
-    Layer(const Tensor& like, const Segments& given, int64_t rows, const char* op) : op_(op), device_(like), given_(given), x_rows_(rows) {
+    // `whole`: its launches follow one another, so that S may be kept a second time with rows that start at multiples of 16 bytes.
+    Layer(const Tensor& like, const Segments& given, int64_t rows, const char* op, bool whole = true)
+        : op_(op), device_(like), given_(given), x_rows_(rows), whole_(whole) {
         std::vector<LoraClient> clients = find_clients();
         call_.inverse = 1;
         if (given.seeds) set_dropout();
@@ -72,6 +74,12 @@ class Layer {
         STD_TORCH_CHECK(scales.scalar_type() == scalar_of(sums_of(x.type)) && scales.numel() == static_cast<int64_t>(given_.ranks.size()),
                         "scale: expected one entry per client in the type of the sums");
         const Tensor s = torch::stable::new_empty(x.dense, {flat_});
+        const int splits = hetlora::divide_up(x.width(), hetlora::SHRINK_COLUMNS);
+        MaybeTensor planes;
+        if (splits > 1) planes = torch::stable::new_empty(x.dense, {splits * flat_}, scalar_of(sums_of(x.type)));
+        call.planes = planes ? planes->mutable_data_ptr() : nullptr;
+        call.flat = flat_;
+        add_wide(call, s, false);
         call.x = x.dense.const_data_ptr();
         call.s = s.mutable_data_ptr();
         call.scale = scales.const_data_ptr();
@@ -92,12 +100,13 @@ class Layer {
                                     (before->dim() == 1 || before->size(0) == x_rows_)),
                         "base, bias: expected the type of the result and its shape, or one entry per column");
         call.s = const_cast<void*>(s.const_data_ptr());
+        add_wide(call, s, true);
         call.out = out.dense.mutable_data_ptr();
         call.out_type = out.type;
         call.before = before ? before->const_data_ptr() : nullptr;
         call.before_row = before && before->dim() == 2 ? out.width() : 0;
         call.width = static_cast<int>(out.width());
-        call.aligned = out.type == type && aligned(out.type, out.width(), out.dense) && (!before || aligned(out.type, out.width(), *before));
+        call.aligned = aligned(out.type, out.width(), out.dense) && (!before || aligned(out.type, out.width(), *before));
         check(hetlora_expand(&call, type, tiles_, device_.stream), op_);
     }
 
@@ -115,6 +124,7 @@ class Layer {
         call.planes = planes ? planes->mutable_data_ptr() : nullptr;
         call.x = x.dense.const_data_ptr();
         call.s = const_cast<void*>(s.const_data_ptr());
+        add_wide(call, s, true);
         call.out = out.mutable_data_ptr();
         call.out_type = type_of(out);
         call.width = static_cast<int>(x.width());
@@ -199,6 +209,24 @@ class Layer {
         return rows;
     }
 
+    // The copy of S with a pitch, where some rank's rows would not start at multiples of 16 bytes: one that shrink is about to write, or that of an S there is.
+    void add_wide(LoraCall& call, const Tensor& s, bool filled) const {
+        const Type type = type_of(s);
+        const int unit = static_cast<int>(16 / hetlora::size_of(type));
+        if (!whole_ || !odd(unit)) return;
+        const auto known = std::find_if(wide_.begin(), wide_.end(), [&](const auto& own) { return own.first == s.const_data_ptr(); });
+        const int pitch = hetlora::divide_up(rank_, unit) * unit;
+        const bool made = known == wide_.end();
+        if (made) wide_.emplace_back(s.const_data_ptr(), torch::stable::new_empty(s, {last_ * pitch}));
+        call.wide = made ? wide_.back().second.mutable_data_ptr() : known->second.mutable_data_ptr();
+        call.pitch = pitch;
+        if (made && filled) check(hetlora_widen(&call, type, tiles_, device_.stream), op_);
+    }
+
+    bool odd(int unit) const {
+        return std::any_of(given_.ranks.begin(), given_.ranks.end(), [&](int64_t rank) { return rank % unit != 0; });
+    }
+
     void check_shrunk(const Tensor& s) const {
         STD_TORCH_CHECK(s.is_contiguous() && s.numel() == flat_, "s: expected ", flat_, " contiguous elements, got ", s.numel());
     }
@@ -208,6 +236,8 @@ class Layer {
     const Segments& given_;
     int64_t x_rows_, flat_ = 0, total_ = 0, tiles_ = 0, chunks_ = 0, planes_ = 0, covered_ = 0, last_ = 0;
     int rank_ = 0;
+    bool whole_;
+    mutable std::vector<std::pair<const void*, Tensor>> wide_;  // by the S they are copies of, which outlives them
     bool idle_ = false;  // a client with rank rows but no rows of x
     MaybeTensor far_;
     LoraCall call_{};
@@ -257,14 +287,14 @@ Tensor shrink(const Tensor& x_in, const Tensor& rows, const Tensor& scale, const
               const Ints& ranks, const Ints& starts, const Ints& lengths, double dropout) {
     const Rows x("x", x_in);
     const Segments segments{seeds, row_keys, index, ranks, starts, lengths, dropout};
-    return Layer(x.dense, segments, x.rows(), "shrink").shrink(x, rows, scale, true);
+    return Layer(x.dense, segments, x.rows(), "shrink", false).shrink(x, rows, scale, true);
 }
 
 void expand_(Tensor out_in, const Tensor& s, const Tensor& rows, const MaybeTensor& seeds, const MaybeTensor& row_keys, const MaybeTensor& index,
              const Ints& ranks, const Ints& starts, const Ints& lengths, double dropout) {
     const Rows out("out", out_in);
     const Segments segments{seeds, row_keys, index, ranks, starts, lengths, dropout};
-    Layer(out.dense, segments, out.rows(), "expand_").expand(out, s, rows, true, out.dense);
+    Layer(out.dense, segments, out.rows(), "expand_", false).expand(out, s, rows, true, out.dense);
     if (!out_in.is_contiguous()) torch::stable::copy_(out_in, out.dense);
 }
 
@@ -272,7 +302,7 @@ Tensor grouped_gram(const Tensor& s, const Tensor& x_in, const MaybeTensor& seed
                     const Ints& starts, const Ints& lengths, double dropout, ScalarType dtype) {
     const Rows x("x", x_in);
     const Segments segments{seeds, row_keys, index, ranks, starts, lengths, dropout};
-    return Layer(x.dense, segments, x.rows(), "grouped_gram").grouped_gram(s, x, true, dtype);
+    return Layer(x.dense, segments, x.rows(), "grouped_gram", false).grouped_gram(s, x, true, dtype);
 }
 
 // One of the layer's ops, checked: all on one device, and shapes that fit together.

@@ -58,16 +58,28 @@ __device__ __forceinline__ void copy_unit(T* tile, int pitch, int row, int colum
 
 // Zeros what is dropped of eight columns. Called by the thread that copied them, after its own wait: no barrier between.
 template <class T>
-__device__ __forceinline__ void drop_unit(T* tile, int pitch, int row, int column, const Counter& drawn, unsigned threshold) {
+__device__ __forceinline__ void drop_unit(T* tile, int pitch, int row, int column, const Counter& drawn, uint32_t limit) {
     constexpr int V = VECTOR<T>;
 #pragma unroll
     for (int at = 0; at < DRAWS; at += V) {
-        auto* piece = reinterpret_cast<Pack<T, V>*>(cell(tile, pitch, row, column + at));
-        Pack<T, V> pack = *piece;
+        T* piece = cell(tile, pitch, row, column + at);
+        if constexpr (sizeof(T) == 2) {  // two elements and two draws in a word
+            auto* words = reinterpret_cast<Pack<uint32_t, 4>*>(piece);
+            Pack<uint32_t, 4> pack = *words;
 #pragma unroll
-        for (int e = 0; e < V; ++e)
-            if (drawn.draw(at + e) < threshold) pack.v[e] = T{};
-        *piece = pack;
+            for (int w = 0; w < 4; ++w) {
+                if (drawn.drops(2 * w, limit)) pack.v[w] &= 0xffff0000u;
+                if (drawn.drops(2 * w + 1, limit)) pack.v[w] &= 0xffffu;
+            }
+            *words = pack;
+        } else {
+            auto* elements = reinterpret_cast<Pack<T, V>*>(piece);
+            Pack<T, V> pack = *elements;
+#pragma unroll
+            for (int e = 0; e < V; ++e)
+                if (drawn.drops(at + e, limit)) pack.v[e] = T{};
+            *elements = pack;
+        }
     }
 }
 
@@ -84,17 +96,24 @@ __device__ __forceinline__ void copy_factor(T* tile, int pitch, const LoraCall& 
     }
 }
 
+// S of row t of the client, rank 0, in the copy with a pitch.
+template <class T>
+__device__ __forceinline__ T* wide_row(const LoraCall& call, const LoraClient& client, int t) {
+    return static_cast<T*>(call.wide) + static_cast<int64_t>(client.start + t) * call.pitch;
+}
+
 // Rows t .. t + rows - 1 of the client's S below `end`, ranks from `first`, `units` times eight of them.
 template <class T>
 __device__ __forceinline__ void copy_shrunk(T* tile, int pitch, const LoraCall& call, const LoraClient& client, int t, int rows, int end, int first,
                                             int units) {
-    const T* s = static_cast<const T*>(call.s) + client.flat;
-    const bool aligned = (reinterpret_cast<uintptr_t>(s) | (client.rank * sizeof(T))) % 16 == 0;
+    const int pitch_of_s = call.wide ? call.pitch : client.rank;
+    const T* s = call.wide ? wide_row<const T>(call, client, 0) : static_cast<const T*>(call.s) + client.flat;
+    const bool aligned = call.wide || (reinterpret_cast<uintptr_t>(s) | (client.rank * sizeof(T))) % 16 == 0;
 #pragma unroll 1
     for (int at = threadIdx.x; at < rows * units; at += LORA_THREADS) {
         const int row = at / units, column = at % units * DRAWS;
         const int valid = t + row < end ? client.rank - first - column : 0;
-        copy_unit(tile, pitch, row, column, s + static_cast<int64_t>(t + row) * client.rank + first + column, 1, valid, aligned);
+        copy_unit(tile, pitch, row, column, s + static_cast<int64_t>(t + row) * pitch_of_s + first + column, 1, valid, aligned);
     }
 }
 

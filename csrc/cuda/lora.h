@@ -9,6 +9,7 @@ namespace hetlora {
 
 constexpr int LORA_ROWS = 64;     // rows of x in a tile of shrink and expand
 constexpr int LORA_COLUMNS = 64;  // columns in a tile of expand and grouped Gram
+constexpr int SHRINK_COLUMNS = 1024;  // columns of x in one split of shrink: fixed, so that the order of sums is the same in every batch
 constexpr int GRAM_ROWS = 1024;   // rows of a segment in one split of its grouped Gram: fixed, so that the order of sums is the client's own
 constexpr int NEAR = 64;
 
@@ -32,7 +33,10 @@ struct LoraTable {
 struct LoraCall {
     const void *x, *factor;  // x [T, width]; rank rows [S, width] in x's type with these strides
     int64_t factor_row, factor_column;
-    void *s, *out, *planes;
+    void *s, *out, *planes;     // planes: of partial sums, of grouped Gram or of shrink
+    int64_t flat;               // elements of S, and of one plane of shrink
+    void* wide;                 // S again, or null: row start + t of `pitch` elements, so that rows of an odd rank start at multiples of 16 bytes, too
+    int pitch;
     const void* scale;          // [K] in the type of the sums
     const void* before;         // what expand adds to, in out's type: out itself, another matrix, or with before_row = 0 a bias; null: zero
     int64_t before_row;

@@ -1,15 +1,165 @@
-#include "shrink.cuh"
+// shrink: S_k = scale_k drop(x_k) A_k^T, [T_k, r_k] packed.
+//
+// One block owns 64 rows of one client, all its ranks and 1024 columns: x passes through shared memory once (again for every further 128 ranks), A_k comes from
+// L2 once per 64 rows. 2 to 4 stages of 128 bytes a row, filled by cp.async up to 3 ahead. The thread that copied eight columns drops them, one Philox counter for all eight,
+// and only then the block's barrier lets the others see them; 1 / (1 - p) is part of the scale, so that what is multiplied is x itself.
+// Bytes: T n in, S n in, T r out; above 1024 columns n / 1024 T r of partial sums out and in, which a second launch adds in the order of the columns. Tiles are
+// of a client's own rows and splits are of fixed columns: nothing is padded, and a client's S does not depend on who else is in the call.
+// One block for all of n would be T / 64 blocks in all: at 2048 rows 32 of them, on the 132 multiprocessors of an H100.
+#include <algorithm>
 
 #include "dispatch.cuh"
+#include "lora.cuh"
+
+namespace hetlora {
+
+// What the products of a client's row are multiplied by; 1 / (1 - p) is 1 without dropout.
+template <class Acc>
+__device__ __forceinline__ Acc scale_of(const LoraCall& call, const LoraClient& client) {
+    return static_cast<const Acc*>(call.scale)[client.client] * static_cast<Acc>(call.inverse);
+}
+
+// Rows from `top`, ranks from `first`, columns from `left`.
+template <class T, bool DROP>
+__device__ __forceinline__ void shrink_tile(const LoraCall& call, const LoraClient& client, int top, int first, int left, T* shared) {
+    using Acc = typename Accumulator<T>::type;
+    constexpr int FACTOR = LORA_ROWS * DEPTH<T>, UNITS = DEPTH<T> / DRAWS, STRIDE = LORA_THREADS / UNITS, PARTS = LORA_ROWS / STRIDE;
+    const int row = threadIdx.x / UNITS, column = threadIdx.x % UNITS * DRAWS, own = threadIdx.x / WARP * WARP_ROWS;
+    const int width = min(SHRINK_COLUMNS, call.width - left), steps = (width + DEPTH<T> - 1) / DEPTH<T>, ranks = min(PASS, round_up(client.rank - first, SLICE));
+    const T* source[PARTS];  // null past the client's rows
+    int64_t key[PARTS];
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+        const int t = top + row + part * STRIDE;
+        source[part] = t < client.length ? static_cast<const T*>(call.x) + row_of(call, client, t) * call.width + left + column : nullptr;
+        if (DROP) key[part] = t < client.length ? call.keys[client.start + t] : 0;
+    }
+    const int64_t seed = DROP ? call.seeds[client.client] : 0;
+    const uint32_t limit = drop_limit(call.threshold);
+    Acc c[PASS / 8][4] = {};
+    Ring ring = Ring::of<T>((LORA_ROWS + ranks) * DEPTH<T>);
+#pragma unroll 1
+    for (int step = 1 - ring.stages; step < steps; ++step) {
+        T* stage = shared + ring.use * ring.elements;
+        if (step >= 0) {
+            ring.await();
+            if (DROP) {
+#pragma unroll
+                for (int part = 0; part < PARTS; ++part)
+                    drop_unit(stage, DEPTH<T>, row + part * STRIDE, column, draws(seed, key[part], left + step * DEPTH<T> + column), limit);
+            }
+            __syncthreads();  // the stage is whole, and the one before it is free
+        }
+        const int k = (step + ring.stages - 1) * DEPTH<T>;
+        if (k < width) {
+            T* next = shared + ring.fill * ring.elements;
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part)
+                copy_unit(next, DEPTH<T>, row + part * STRIDE, column, source[part] + k, 1, source[part] ? width - k - column : 0, call.aligned);
+            copy_factor(next + FACTOR, DEPTH<T>, call, client, first, ranks, left + k, UNITS);
+        }
+        close_copies();
+        ring.fill = ring.next(ring.fill);
+        if (step < 0) continue;
+        multiply(c, Operand<T, false>{stage, DEPTH<T>}, own, Operand<T, false>{stage + FACTOR, DEPTH<T>}, ranks, DEPTH<T>);
+        ring.use = ring.next(ring.use);
+    }
+    const Acc scale = scale_of<Acc>(call, client);
+    T* s = static_cast<T*>(call.s) + client.flat;
+    Acc* plane = call.planes ? static_cast<Acc*>(call.planes) + left / SHRINK_COLUMNS * call.flat + client.flat : nullptr;
+#pragma unroll
+    for (int j = 0; j < PASS / 8; ++j) {
+        if (8 * j >= ranks) break;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int t = top + own + sum_row(i), rank = first + 8 * j + sum_column(i);
+            if (t >= client.length || rank >= client.rank) continue;
+            const int64_t at = static_cast<int64_t>(t) * client.rank + rank;
+            if (plane) {
+                plane[at] = c[j][i];
+                continue;
+            }
+            const T value = convert<T>(c[j][i] * scale);
+            s[at] = value;
+            if (call.wide) wide_row<T>(call, client, t)[rank] = value;
+        }
+    }
+}
+
+template <class T, bool DROP>
+__global__ void __launch_bounds__(LORA_THREADS, LORA_BLOCKS<T>) shrink_kernel(const __grid_constant__ LoraCall call) {
+    alignas(128) __shared__ unsigned char shared[LORA_POOL];
+    const int splits = (call.width + SHRINK_COLUMNS - 1) / SHRINK_COLUMNS, tile = static_cast<int>(blockIdx.x) / max(splits, 1);
+    const LoraClient client = find_client(call.table, &LoraClient::tiles, tile);
+    const int top = (tile - client.tiles) * LORA_ROWS, left = static_cast<int>(blockIdx.x) % max(splits, 1) * SHRINK_COLUMNS;
+#pragma unroll 1
+    for (int first = 0; first < client.rank; first += PASS) {
+        if (first) __syncthreads();
+        shrink_tile<T, DROP>(call, client, top, first, left, reinterpret_cast<T*>(shared));
+    }
+}
+
+// The copy with a pitch of 64 rows of S: a warp has one row at a time.
+template <class T>
+__device__ __forceinline__ void widen_rows(const LoraCall& call, const LoraClient& client, int top) {
+    for (int t = top + static_cast<int>(threadIdx.x) / WARP; t < min(client.length, top + LORA_ROWS); t += LORA_THREADS / WARP) {
+        const T* s = static_cast<const T*>(call.s) + client.flat + static_cast<int64_t>(t) * client.rank;
+        for (int rank = lane_id(); rank < client.rank; rank += WARP) wide_row<T>(call, client, t)[rank] = s[rank];
+    }
+}
+
+// Adds the planes in the order of the columns: a block has 64 rows of one client, which lie next to each other in S.
+template <class T>
+__global__ void __launch_bounds__(LORA_THREADS) shrink_sum_kernel(const __grid_constant__ LoraCall call) {
+    using Acc = typename Accumulator<T>::type;
+    const LoraClient client = find_client(call.table, &LoraClient::tiles, blockIdx.x);
+    const int top = (static_cast<int>(blockIdx.x) - client.tiles) * LORA_ROWS, splits = (call.width + SHRINK_COLUMNS - 1) / SHRINK_COLUMNS;
+    const int64_t start = client.flat + static_cast<int64_t>(top) * client.rank, count = static_cast<int64_t>(min(LORA_ROWS, client.length - top)) * client.rank;
+    const Acc* planes = static_cast<const Acc*>(call.planes) + start;
+    const Acc scale = scale_of<Acc>(call, client);
+    T* s = static_cast<T*>(call.s) + start;
+    for (int64_t at = threadIdx.x; at < count; at += LORA_THREADS) {
+        Acc total = planes[at];
+#pragma unroll 4
+        for (int split = 1; split < splits; ++split) total += planes[split * call.flat + at];
+        s[at] = convert<T>(total * scale);
+    }
+    if (!call.wide) return;
+    __syncthreads();  // the block has written what it now copies
+    widen_rows<T>(call, client, top);
+}
+
+// The copy with a pitch of an S that an earlier call has made.
+template <class T>
+__global__ void __launch_bounds__(LORA_THREADS) widen_kernel(const __grid_constant__ LoraCall call) {
+    const LoraClient client = find_client(call.table, &LoraClient::tiles, blockIdx.x);
+    widen_rows<T>(call, client, (static_cast<int>(blockIdx.x) - client.tiles) * LORA_ROWS);
+}
+
+}  // namespace hetlora
 
 cudaError_t hetlora_shrink(const hetlora::LoraCall* call, hetlora::Type type, int64_t tiles, cudaStream_t stream) {
     using namespace hetlora;
-    if (tiles == 0) return cudaSuccess;
+    const int64_t blocks = tiles * std::max(1, divide_up(call->width, SHRINK_COLUMNS));
+    if (blocks == 0) return cudaSuccess;
+    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
     return with_type(type, [&](auto value) {
         using T = decltype(value);
-        const dim3 grid(static_cast<unsigned>(tiles)), block(LORA_THREADS);
+        const dim3 grid(static_cast<unsigned>(blocks)), block(LORA_THREADS);
         if (call->seeds) HETLORA_LAUNCH((shrink_kernel<T, true>), grid, block, stream, *call);
         else HETLORA_LAUNCH((shrink_kernel<T, false>), grid, block, stream, *call);
+        const cudaError_t error = cudaGetLastError();
+        if (error != cudaSuccess || !call->planes) return error;
+        HETLORA_LAUNCH((shrink_sum_kernel<T>), dim3(static_cast<unsigned>(tiles)), block, stream, *call);
+        return cudaGetLastError();
+    });
+}
+
+cudaError_t hetlora_widen(const hetlora::LoraCall* call, hetlora::Type type, int64_t tiles, cudaStream_t stream) {
+    using namespace hetlora;
+    if (tiles == 0) return cudaSuccess;
+    return with_type(type, [&](auto value) {
+        HETLORA_LAUNCH((widen_kernel<decltype(value)>), dim3(static_cast<unsigned>(tiles)), dim3(LORA_THREADS), stream, *call);
         return cudaGetLastError();
     });
 }

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <vector>
 
+#include "../types.h"
+
 #ifdef __CUDACC__
 #define HETLORA_HOST_DEVICE __host__ __device__
 #else
@@ -11,10 +13,6 @@
 #endif
 
 namespace hetlora {
-
-enum class Type : int { f32, bf16, f16, f64 };
-
-inline int size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
 
 // One module (or one factor of one module). What p holds is the op's business.
 struct Module {

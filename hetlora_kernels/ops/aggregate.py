@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hetlora_kernels._library import call, register_fake
-from hetlora_kernels.ops._lists import FLOATS, Layouts, flat_ranks, module_list, outputs, prepare
+from hetlora_kernels.ops._lists import FLOATS, Layouts, capturing, flat_ranks, module_list, outputs, prepare, uploaded
 from hetlora_kernels.reference import compute_dtype
 
 Normalize = Literal["none", "owners"]
@@ -36,10 +36,11 @@ def client_weights(weights: Tensor | Sequence[float], clients: int, modules: int
     if table.dtype.is_complex or tuple(table.shape) not in ((clients,), (clients, modules)):
         raise ValueError(f"weights: expected shape ({clients},) or ({clients}, {modules}), got {tuple(table.shape)} {table.dtype}")
     table = table.detach().to(dtype)
-    if not torch.compiler.is_compiling() and not table.is_meta and not bool(((table >= 0) & table.isfinite()).all()):
+    unseen = torch.compiler.is_compiling() or table.is_meta or (table.is_cuda and capturing(device))  # no value may be asked for: nothing is checked
+    if not unseen and not bool(((table >= 0) & table.isfinite()).all()):
         bad = table[~((table >= 0) & table.isfinite())]
         raise ValueError(f"weights: expected finite numbers >= 0, got {float(bad[0])} ({bad.numel()} of {table.numel()} are not)")
-    table = table.to(device)
+    table = uploaded("weights", table, device)
     return (table[:, None].expand(clients, modules) if table.dim() == 1 else table).contiguous()
 
 
@@ -132,7 +133,7 @@ class Accumulator:
             weight = torch.as_tensor(weight, dtype=sums).expand(len(listed))
         weights = client_weights(weight[None], 1, len(listed), self._total[0].device, sums)[0]
         call("accumulate_")(self._total, listed, weights)
-        ranks = torch.tensor([t.shape[0] for t in listed], device=self._index.device)
+        ranks = uploaded("rows", torch.tensor([t.shape[0] for t in listed], device="cpu"), self._index.device)
         self._owner_weight += (self._index[None] < ranks[:, None]) * weights[:, None]
         self._owned = [max(owned, t.shape[0]) for owned, t in zip(self._owned, listed, strict=True)]
         self.count += 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hetlora_kernels._library import call, register_fake
-from hetlora_kernels.ops._lists import client_integers, flat_ranks
+from hetlora_kernels.ops._lists import client_integers, flat_ranks, uploaded
 
 if TYPE_CHECKING:
     from hetlora_kernels.bank import AdapterBank
@@ -35,6 +35,7 @@ class _BankOptimizer:
         self._ranks = flat_ranks(self._layouts)
         # Of a frozen factor no columns: the ops step the rows that their lists have, and a state of no elements costs nothing.
         self._params = [p if p.requires_grad else p.detach()[:, :0] for p in bank.parameters()]
+        self._everyone = torch.ones(bank.num_clients, dtype=torch.bool, device=bank.device)
         self.lr = self._per_client("lr", lr)
         self.clip_norm = None if clip_norm is None else self._per_client("clip_norm", clip_norm)
         self._lam, self._keep = None, []
@@ -64,11 +65,16 @@ class _BankOptimizer:
         return [torch.zeros_like(p, requires_grad=False) for p in self._params]
 
     def _active(self, active: Sequence[bool] | Tensor | None) -> Tensor:
-        clients = self.bank.num_clients
-        mask = torch.ones(clients, dtype=torch.bool) if active is None else torch.as_tensor(active, dtype=torch.bool)
+        """[K] on the bank's device. A step does not wait for it: a mask that is there, or all true, is not copied; another goes up from pinned memory."""
+        if active is None:
+            return self._everyone
+        mask = active.bool() if isinstance(active, Tensor) else torch.tensor(active, dtype=torch.bool, device="cpu")
+        clients, device = self.bank.num_clients, self.bank.device
         if tuple(mask.shape) != (clients,):
             raise ValueError(f"active: expected {clients} booleans, one per client, got shape {tuple(mask.shape)}")
-        return mask.to(self.bank.device)
+        if mask.device.type == "cpu" and bool(mask.all()):
+            return self._everyone
+        return uploaded("active", mask, device)
 
     def _grads(self) -> list[Tensor]:
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]

@@ -1,4 +1,4 @@
-"""What every Triton launcher needs: tables uploaded once and cached, alignment of the pointers in them, launch parameters, the launch itself."""
+"""What every Triton launcher needs: its tables, alignment of the pointers in them, launch parameters, the launch itself."""
 
 from __future__ import annotations
 
@@ -18,24 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hetlora_kernels.triton._tables import upload
+
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
 PARAMS = Path(__file__).parent / "params"
-
-
-@lru_cache(maxsize=512)
-def _upload(values: tuple, dtype: torch.dtype, device: torch.device, stream: int) -> Tensor:
-    """A device copy of `values`, made once per stream: another stream could otherwise read it before it has arrived."""
-    host = torch.tensor(values, dtype=dtype)
-    if device.type != "cuda":
-        return host.to(device)
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("hetlora, triton rung: call the op once with the same tensors before capturing it in a CUDA graph (its tables are uploaded then)")
-    return host.pin_memory().to(device, non_blocking=True)
-
-
-def upload(values: Iterable, dtype: torch.dtype, device: torch.device) -> Tensor:
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _upload(tuple(values), dtype, device, stream)
 
 
 def module_table(device: torch.device, *columns: Sequence[int | Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 A tile never crosses a segment, so nothing is padded and a client's result does not depend on its batch mates. One tile is eight int64:
 client, first row in the order of the segments, rows, rank, rank rows of this tile, first rank row, first element in the packed S, plane (grouped Gram).
-The table is built once for equal (ranks, starts, lengths, tile size) and stream, and kept.
+The table is built once for equal (ranks, starts, lengths, tile size), and kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hetlora_kernels.triton._common import params, upload
+from hetlora_kernels.triton._common import params
+from hetlora_kernels.triton._tables import table
 
 FIELDS = 8
 LARGEST_BUCKET = 128
@@ -108,17 +109,18 @@ def plane_rows(segments: Sequence[Segment], split: int) -> Iterator[Tile]:
 
 
 @lru_cache(maxsize=512)
-def _built(kind: Callable, ranks: tuple, starts: tuple, lengths: tuple, sizes: tuple, device: torch.device, stream: int) -> Tiles:
-    rows = list(kind(list(every_segment(ranks, starts, lengths)), *sizes))
-    table = upload(chain.from_iterable(rows), torch.int64, device)
+def _built(kind: Callable, ranks: tuple, starts: tuple, lengths: tuple, sizes: tuple) -> tuple[list[int], int, int]:
+    """(fields of every tile, bucket, unit) on the host."""
+    fields = list(chain.from_iterable(kind(list(every_segment(ranks, starts, lengths)), *sizes)))
     unit = next(unit for unit in (8, 4, 1) if all(rank % unit == 0 for rank in ranks))
-    return Tiles(table, len(rows), bucket(max(ranks, default=0)), unit)
+    return fields, bucket(max(ranks, default=0)), unit
 
 
 def tiles(kind: Callable, ranks: Sequence[int], starts: Sequence[int], lengths: Sequence[int], *sizes: int, device: torch.device) -> Tiles:
     """The table of one of the functions above, from the cache where it was built before."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _built(kind, tuple(ranks), tuple(starts), tuple(lengths), sizes, device, stream)
+    key = kind, tuple(ranks), tuple(starts), tuple(lengths), sizes
+    fields, largest, unit = _built(*key)
+    return Tiles(table(key, lambda: fields, torch.int64, device), len(fields) // FIELDS, largest, unit)
 
 
 def layer_params(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, int]:

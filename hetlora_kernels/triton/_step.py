@@ -29,8 +29,8 @@ from hetlora_kernels.triton._common import (
     params,
     require_contiguous,
     split_ranks,
-    upload,
 )
+from hetlora_kernels.triton._tables import upload
 from hetlora_kernels.triton.tail_norms import cut_offsets, launch_squares, owner_of_row, sum_range, tail_flags
 
 

@@ -109,9 +109,9 @@ def wrong(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Mutant:
-    """A planted bug: `old` becomes `new` in a header, the kernels of `source` are rebuilt for one type, and `case` of `shapes` has to fail."""
+    """A planted bug: `old` becomes `new` in `file`, the kernels of `source` are rebuilt for one type, and `case` of `shapes` has to fail."""
 
-    header: str
+    file: str
     source: str
     old: str
     new: str
@@ -122,11 +122,11 @@ class Mutant:
 
 def run_changed(mutant: Mutant, objects: list[Path], folder: Path) -> subprocess.CompletedProcess[str]:
     """Build the library with the change and run the mutant's case in every schedule."""
-    source = folder / "csrc"
-    shutil.copytree(CSRC, source)
-    text = (source / mutant.header).read_text()
-    assert text.count(mutant.old) == 1, f"{mutant.header} no longer has the line that this bug changes"
-    (source / mutant.header).write_text(text.replace(mutant.old, mutant.new))
+    source = folder / "csrc" / "cuda"
+    shutil.copytree(CSRC.parent, source.parent)
+    text = (source / mutant.file).read_text()
+    assert text.count(mutant.old) == 1, f"{mutant.file} no longer has the line that this bug changes"
+    (source / mutant.file).write_text(text.replace(mutant.old, mutant.new))
     dispatch = (source / "dispatch.cuh").read_text()
     for name, line in TYPES.items():
         assert line in dispatch

@@ -20,6 +20,8 @@ Check = Callable[[Mapping[str, Callable], torch.dtype], str | None]
 MANY = {"ranks": [1 + k % 3 for k in range(70)], "lengths": [1 + k % 2 for k in range(70)], "base": 1, "width": 24}
 # Every row has a LoRA term, so that the layer may start from it.
 COVERED = {"ranks": [4, 9, 16], "lengths": [5, 66, 1], "base": 0, "width": 40}
+# More columns than one split of shrink has, and a rank whose rows of S do not start at multiples of 16 bytes.
+SPLIT = {"ranks": [5, 16], "lengths": [3, 66], "base": 0, "width": 1050}
 
 
 def mask(ops: Mapping[str, Callable], dtype: torch.dtype) -> str | None:
@@ -119,5 +121,6 @@ def far_rows(ops: Mapping[str, Callable], dtype: torch.dtype) -> str | None:
 CHECKS: dict[str, Check] = {"mask": mask, "alone": alone, "poisoned neighbours": poisoned_neighbours, "strided out": strided_out, "far rows": far_rows}
 for _name, _shape in (("covered, aligned x", COVERED), ("covered, aligned output", {**COVERED, "width": 43}), ("base-only rows", LORA_SHAPES["small"])):
     CHECKS |= {f"{_case}, {_name}": partial(failures, _make) for _case, _make in layer_cases(_shape).items()}
+CHECKS |= {f"several splits-{_case}": partial(failures, layer_cases(SPLIT)[_case]) for _case in ("forward-no-bias", "backward-gathered")}
 CHECKS["many clients-shrink"] = partial(failures, partial(shrink, MANY, True, True, None, False))
 CHECKS["many clients-grouped_gram"] = partial(failures, partial(grouped_gram, MANY, False, True, None))

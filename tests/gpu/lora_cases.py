@@ -27,6 +27,8 @@ LORA_SHAPES: dict[str, dict[str, Any]] = {
     "aligned": {"ranks": [8, 3, 32], "lengths": [33, 70, 2], "base": 1, "width": 160},
     # A rank beyond the largest bucket, and a segment of several chunks of rows.
     "long": {"ranks": [150, 5], "lengths": [3, 1100], "base": 0, "width": 40},
+    # More columns than one split of shrink has, with a last one that is short and rows that are not aligned.
+    "wide": {"ranks": [3, 18], "lengths": [2, 66], "base": 1, "width": 2051},
     # No base-only rows: what is gathered is all there is.
     "covered": {"ranks": [5, 16, 2], "lengths": [9, 4, 20], "base": 0, "width": 24},
     "narrow": {"ranks": [3, 2], "lengths": [2, 7], "base": 1, "width": 1},

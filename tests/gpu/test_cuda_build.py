@@ -1,5 +1,5 @@
 """The CUDA library built by setup.py for every architecture, with the CPU build of torch and no GPU: no spills, tensor cores where the layer's types have
-them, and no torch symbol it could lack."""
+them, and no torch symbol it could lack. HETLORA_TEST_CUDA_ARCHS=9.0 builds one architecture, for a look while a kernel is written."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """(folder of the libraries, what the compilers said)."""
     folder = tmp_path_factory.mktemp("cuda_build")
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")]
-    environment = {k: v for k, v in os.environ.items() if k != "HETLORA_CUDA_ARCHS"} | {"HETLORA_CUDA": "1"}
+    environment = os.environ | {"HETLORA_CUDA": "1", "HETLORA_CUDA_ARCHS": os.environ.get("HETLORA_TEST_CUDA_ARCHS", "all")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder / "lib" / "hetlora_kernels", done.stdout
@@ -69,30 +70,37 @@ def disassembler() -> str | None:
     return shutil.which("cuobjdump") or (str(beside) if beside and beside.exists() else None)
 
 
-def instructions(file: Path) -> dict[tuple[int, str], set[str]]:
-    """{(architecture, kernel): names of its instructions, without their modifiers}."""
+def instructions(file: Path) -> dict[tuple[int, str], Counter[str]]:
+    """{(architecture, kernel): how often each instruction is in it, by name without modifiers}."""
     tool = disassembler()
     assert tool is not None
     with subprocess.Popen([tool, "-sass", file], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        found: dict[tuple[int, str], set[str]] = {}
-        arch, names = 0, set[str]()
+        found: dict[tuple[int, str], Counter[str]] = {}
+        arch, names = 0, Counter[str]()
         for line in process.stdout:
             if head := re.match(r"\s*code for sm_(\d+)|\s*Function : (\w+)", line):
                 arch = int(head[1]) if head[1] else arch
-                names = found.setdefault((arch, head[2]), set()) if head[2] else names
+                names = found.setdefault((arch, head[2]), Counter()) if head[2] else names
             elif code := re.match(r"\s*/\*\w+\*/\s+(?:@!?\w+ )?(\w+)", line):
-                names.add(code[1])
+                names[code[1]] += 1
     return found
 
 
+needs_disassembler = pytest.mark.skipif(disassembler() is None, reason="cuobjdump is not installed, neither with the CUDA toolkit nor with Triton")
+
+
+def built_object(build: tuple[Path, str], source: str) -> Path:
+    return build[0].parents[1] / "temp" / "csrc" / "cuda" / f"{source}.o"
+
+
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(disassembler() is None, reason="cuobjdump is not installed, neither with the CUDA toolkit nor with Triton")
+@needs_disassembler
 @pytest.mark.parametrize("kernel", ["shrink", "expand", "grouped_gram"])
 def test_the_layer_multiplies_on_tensor_cores_and_copies_asynchronously(build: tuple[Path, str], kernel: str) -> None:
     """16-bit types on tensor cores on every architecture, the others not: float32 products are exact, without TF32."""
     record = json.loads((build[0] / "_build_info.json").read_text())["cuda"]
-    found = instructions(build[0].parents[1] / "temp" / "csrc" / "cuda" / f"{kernel}.cu.o")
+    found = instructions(built_object(build, f"{kernel}.cu"))
     own = {place: names for place, names in found.items() if f"{kernel}_kernelI" in place[1]}
     assert {arch for arch, _ in own} == {int(code[3:]) for code in record["archs"] if code.startswith("sm_")}
     assert len(own) == 8 * len({arch for arch, _ in own}), "four types, with and without dropout"
@@ -100,6 +108,42 @@ def test_the_layer_multiplies_on_tensor_cores_and_copies_asynchronously(build: t
         narrow = "bfloat16" in name or "6__half" in name
         assert ("HMMA" in names) == narrow, f"{name} on sm_{arch}: HMMA {'missing' if narrow else 'unexpected'}"
         assert ("LDSM" in names) == narrow and "LDGSTS" in names, f"{name} on sm_{arch}: ldmatrix or cp.async not as expected"
+
+
+DROPOUT_INTEGERS = 44  # 65 with 64-bit products, halves taken apart and masks made element by element
+INTEGER = {
+    "LOP3",
+    "IADD3",
+    "IADD",
+    "VIADD",
+    "PRMT",
+    "ISETP",
+    "SEL",
+    "SHF",
+    "LEA",
+    "IMNMX",
+    "VIMNMX",
+    "VIADDMNMX",
+}  # a pipe of half the lanes of a multiprocessor
+
+
+@pytest.mark.timeout(900)
+@needs_disassembler
+@pytest.mark.parametrize("kernel", ["shrink", "grouped_gram"])
+def test_what_dropout_costs_in_integer_instructions(build: tuple[Path, str], kernel: str) -> None:
+    """Beside the kernel without it, per unit of eight 16-bit columns: seven rounds of two xors of three terms, and four words masked twice."""
+    units = 4  # of a thread in one step
+    found = instructions(built_object(build, f"{kernel}.cu"))
+    drops = {
+        place: names
+        for place, names in found.items()
+        if f"{kernel}_kernelI" in place[1] and "Lb1E" in place[1] and ("bfloat16" in place[1] or "__half" in place[1])
+    }
+    assert drops
+    for (arch, name), names in drops.items():
+        without = found[arch, name.replace("Lb1E", "Lb0E")]
+        cost = sum(names[code] - without[code] for code in INTEGER) / units
+        assert cost <= DROPOUT_INTEGERS, f"{name} on sm_{arch}: {cost} integer instructions a unit"
 
 
 @pytest.mark.timeout(900)

@@ -21,7 +21,7 @@ def test_every_op_in_every_type_and_schedule(library: Path) -> None:
     assert not wrong(work(library, "f32,bf16,f16,f64", "lora-small", SCHEDULES))
 
 
-@pytest.mark.parametrize("shape", ["mixed", "aligned", "long", "narrow", "base-only", "no-rows", "no-ranks"])
+@pytest.mark.parametrize("shape", ["mixed", "aligned", "long", "wide", "narrow", "base-only", "no-rows", "no-ranks"])
 def test_every_rank_and_segment(library: Path, shape: str) -> None:
     assert not wrong(work(library, "f32,bf16", f"lora-{shape}", "rand"))
 
@@ -49,45 +49,72 @@ def test_published_vectors_of_philox(tmp_path: Path) -> None:
 
 STAGED = "            __syncthreads();  // the stage is whole, and the one before it is free\n"
 MUTANTS = {
-    "shrink: no barrier between staging and use": Mutant("shrink.cuh", "shrink", STAGED, "", "lora-small", "shrink"),
-    "shrink: no wait for the copies": Mutant("shrink.cuh", "shrink", "ring.await();", "", "lora-aligned", "shrink"),
+    "shrink: no barrier between staging and use": Mutant("shrink.cu", "shrink", STAGED, "", "lora-small", "shrink"),
+    "shrink: no wait for the copies": Mutant("shrink.cu", "shrink", "ring.await();", "", "lora-aligned", "shrink"),
     "shrink: dropped columns of the first stage again": Mutant(
-        "shrink.cuh", "shrink", "key[part], step * DEPTH<T> + column", "key[part], column", "lora-small", "shrink-drop"
+        "shrink.cu", "shrink", "key[part], left + step * DEPTH<T> + column", "key[part], left + column", "lora-small", "shrink-drop"
+    ),
+    "a low draw compared with its neighbour": Mutant("philox.cuh", "shrink", "word[e / 2] << 16) < limit", "word[e / 2]) < limit", "lora-small", "shrink-drop"),
+    "a dropped low half that takes its neighbour": Mutant(
+        "lora.cuh", "grouped_gram", "pack.v[w] &= 0xffff0000u;", "pack.v[w] = 0;", "lora-small", "grouped_gram-drop", "bf16"
     ),
     "shrink: columns past the width": Mutant(
-        "shrink.cuh", "shrink", "source[part] ? call.width - k - column : 0", "source[part] ? DRAWS : 0", "lora-small", "shrink"
+        "shrink.cu", "shrink", "source[part] ? width - k - column : 0", "source[part] ? DRAWS : 0", "lora-small", "shrink"
     ),
-    "shrink: rows past the client's": Mutant("shrink.cuh", "shrink", "if (t < client.length && rank", "if (rank", "lora-small", "shrink"),
+    "shrink: rows past the client's": Mutant("shrink.cu", "shrink", "t >= client.length || rank", "rank", "lora-small", "shrink"),
     "shrink: elements counted in 32 bits": Mutant(
-        "shrink.cuh",
+        "shrink.cu",
         "shrink",
-        "row_of(call, client, t) * call.width + column",
-        "static_cast<int>(row_of(call, client, t) * call.width) + column",
+        "row_of(call, client, t) * call.width + left + column",
+        "static_cast<int>(row_of(call, client, t) * call.width) + left + column",
         "checks",
         "far rows",
     ),
-    "shrink: no barrier between passes": Mutant("shrink.cuh", "shrink", "if (first) __syncthreads();", "", "checks", "alone"),
+    "shrink: planes added without the last": Mutant("shrink.cu", "shrink", "split < splits; ++split", "split + 1 < splits; ++split", "lora-wide", "shrink"),
+    "shrink: every split in the first plane": Mutant("shrink.cu", "shrink", "left / SHRINK_COLUMNS * call.flat", "0 * call.flat", "lora-wide", "shrink"),
+    "shrink: the mask of the first split again": Mutant(
+        "shrink.cu", "shrink", "left + step * DEPTH<T> + column)", "step * DEPTH<T> + column)", "lora-wide", "shrink-drop"
+    ),
+    "shrink: rank rows of the first split again": Mutant("shrink.cu", "shrink", "ranks, left + k, UNITS", "ranks, k, UNITS", "lora-wide", "shrink"),
+    "a copy of S with two rows in one place": Mutant(
+        "lora.cuh", "shrink", "(client.start + t) * call.pitch", "(client.start + t / 2) * call.pitch", "checks", "backward, covered, aligned x"
+    ),
+    "S copied before it is whole": Mutant(
+        "shrink.cu", "shrink", "    __syncthreads();  // the block has written what it now copies\n", "", "checks", "several splits-forward-no-bias"
+    ),
+    "an S of the forward pass that is not copied": Mutant(
+        "shrink.cu",
+        "shrink",
+        "    widen_rows<T>(call, client, (static_cast<int>(blockIdx.x) - client.tiles) * LORA_ROWS);",
+        "    (void)client;",
+        "checks",
+        "backward, covered, aligned x",
+    ),
+    "shrink: no barrier between passes": Mutant("shrink.cu", "shrink", "if (first) __syncthreads();", "", "checks", "alone"),
     "a wait for one copy too few": Mutant("lora.cuh", "grouped_gram", "await_copies<1>();", "await_copies<2>();", "checks", "alone", "bf16"),
     "fragments of the wrong columns": Mutant(
         "lora.cuh", "shrink", "row + middle + low, k + high)", "row + high + low, k + middle)", "lora-small", "shrink", "bf16"
     ),
     "a neighbour's rank row": Mutant("lora.cuh", "expand", "first + row < client.rank ?", "first + row <= client.rank ?", "checks", "poisoned neighbours"),
     "expand: no barrier before the product": Mutant(
-        "expand.cuh", "expand", "    __syncthreads();  // the product takes the stages' place\n", "", "lora-small", "expand", "bf16"
+        "expand.cu", "expand", "    __syncthreads();  // the product takes the stages' place\n", "", "lora-small", "expand", "bf16"
     ),
-    "expand: no wait for the copies": Mutant("expand.cuh", "expand", "await_copies<0>();", "", "lora-aligned", "expand"),
-    "expand: a warp that does not wait for its lanes": Mutant("expand.cuh", "expand", "    __syncwarp();\n", "", "lora-small", "expand", "bf16"),
-    "expand: a store past the row": Mutant("expand.cuh", "expand", "        if (column + e >= call.width) return;\n", "", "lora-small", "expand"),
+    "expand: no wait for the copies": Mutant("expand.cu", "expand", "await_copies<0>();", "", "lora-aligned", "expand"),
+    "expand: a warp that does not wait for its lanes": Mutant("expand.cu", "expand", "    __syncwarp();\n", "", "lora-small", "expand", "bf16"),
+    "expand: a store past the row": Mutant("expand.cu", "expand", "        if (column + e >= call.width) return;\n", "", "lora-small", "expand"),
+    "expand: a wide result that forgets what it adds to": Mutant(
+        "expand.cu", "expand", "    if (call.before) sum = ", "    if (false) sum = ", "lora-aligned", "expand-float32-out", "bf16"
+    ),
     "expand: the mask of the next row": Mutant(
-        "expand.cuh", "expand", "call.keys[client.start + top + local]", "call.keys[client.start + top + local / 2]", "lora-small", "expand-drop"
+        "expand.cu", "expand", "call.keys[client.start + top + local]", "call.keys[client.start + top + local / 2]", "lora-small", "expand-drop"
     ),
-    "grouped_gram: no barrier between staging and use": Mutant("grouped_gram.cuh", "grouped_gram", STAGED, "", "lora-small", "grouped_gram"),
+    "grouped_gram: no barrier between staging and use": Mutant("grouped_gram.cu", "grouped_gram", STAGED, "", "lora-small", "grouped_gram"),
     "grouped_gram: the mask of the step before": Mutant(
-        "grouped_gram.cuh", "grouped_gram", "(step + 1) * DEPTH<T> + row", "step * DEPTH<T> + row", "lora-aligned", "grouped_gram-drop"
+        "grouped_gram.cu", "grouped_gram", "(step + 1) * DEPTH<T> + row", "step * DEPTH<T> + row", "lora-aligned", "grouped_gram-drop"
     ),
-    "grouped_gram: rows of the next client": Mutant("grouped_gram.cuh", "grouped_gram", "at < end ? static_cast", "true ? static_cast", "checks", "alone"),
+    "grouped_gram: rows of the next client": Mutant("grouped_gram.cu", "grouped_gram", "at < end ? static_cast", "true ? static_cast", "checks", "alone"),
     "grouped_gram: splits added without the last": Mutant(
-        "grouped_gram.cuh", "grouped_gram", "chunk < chunks; ++chunk", "chunk + 1 < chunks; ++chunk", "lora-long", "grouped_gram"
+        "grouped_gram.cu", "grouped_gram", "chunk < chunks; ++chunk", "chunk + 1 < chunks; ++chunk", "lora-long", "grouped_gram"
     ),
 }
 
@@ -100,4 +127,4 @@ def test_a_planted_bug_is_noticed(name: str, objects: list[Path], tmp_path: Path
 
 def test_the_same_build_without_a_bug_passes(objects: list[Path], tmp_path: Path) -> None:
     line = "await_copies<0>();\n            __sync"
-    assert not wrong(run_changed(Mutant("expand.cuh", "expand", line, line, "lora-small", "expand", "bf16"), objects, tmp_path))
+    assert not wrong(run_changed(Mutant("expand.cu", "expand", line, line, "lora-small", "expand", "bf16"), objects, tmp_path))

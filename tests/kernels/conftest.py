@@ -1,5 +1,7 @@
 """Every kernel test runs once per backend of this process, on the device of HETLORA_TEST_DEVICE (default cpu), with fresh memory full of NaN.
 
+A test that does not ask for `device` has CPU tensors, and runs on the backends that serve those.
+
 Those of the layer run on the CPU kernels twice: as they are, and with every call on the framework's way, for most of theirs are small.
 """
 
@@ -18,11 +20,17 @@ import hetlora_kernels as hk
 from hetlora_kernels import _library
 
 DEVICE = torch.device(os.environ.get("HETLORA_TEST_DEVICE", "cpu"))
-COMPILED_FOR = {"cpu": "cpu", "cuda": "cuda"}  # a compiled library serves one kind of device; the other rungs go where torch goes
 
 
-def backends_here() -> list[str]:
-    return [rung for rung in _library.available() if COMPILED_FOR.get(rung, DEVICE.type) == DEVICE.type]
+def serves(rung: str, kind: str) -> bool:
+    """Whether a rung takes tensors on that kind of device; the reference takes all."""
+    if rung == "triton":
+        return kind == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return rung in ("reference", kind)
+
+
+def backends_for(kind: str) -> list[str]:
+    return [rung for rung in _library.available() if serves(rung, kind)]
 
 
 OF_THE_LAYER = ("test_lora", "test_lora_calls", "test_lora_tiles", "test_dropout")
@@ -31,7 +39,7 @@ OF_THE_LAYER = ("test_lora", "test_lora_calls", "test_lora_tiles", "test_dropout
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if any(mark.args[0] == "backend" for mark in metafunc.definition.iter_markers("parametrize")):
         return
-    ways: list = backends_here()
+    ways: list = backends_for(DEVICE.type if "device" in metafunc.fixturenames else "cpu")
     if "cpu" in ways and metafunc.module.__name__ in OF_THE_LAYER:
         ways.append(pytest.param("cpu framework's way"))
     metafunc.parametrize("backend", ways, indirect=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accuracy import Estimate, assert_exact
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from kernel_cases import FLOATS, MIXED_RANKS, drawn, guarded, same_bits, scattered
 
 import hetlora_kernels as hk
+from hetlora_kernels.ops.aggregate import client_weights
 from hetlora_kernels.reference import compute_dtype
 
 ALL = hk.RankLayout(MIXED_RANKS)
@@ -282,3 +285,16 @@ def test_a_refused_upload_leaves_the_sums_alone():
     with pytest.raises(ValueError):
         sums.add([ROWS, torch.ones(4, 2)], 1.0)
     assert sums.count == 1 and all(torch.equal(t, torch.ones(3, 2)) for t in sums.result())
+
+
+def test_weights_go_up_without_a_wait_and_are_not_read_in_a_capture(monkeypatch):
+    """With stand-ins for the device."""
+    copies, gpu = [], SimpleNamespace(type="cuda")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: SimpleNamespace(to=lambda device, non_blocking: copies.append((device, non_blocking)) or t))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert client_weights([1.0, 2.0], 2, 3, gpu, torch.float32).shape == (2, 3) and copies == [(gpu, True)]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(ValueError, match=r"^weights: expected a tensor on .* inside the capture of a CUDA graph"):
+        client_weights([1.0, 2.0], 2, 3, gpu, torch.float32)
+    with pytest.raises(ValueError, match=r"^weights: expected finite numbers"):
+        client_weights([1.0, -2.0], 2, 3, gpu, torch.float32)

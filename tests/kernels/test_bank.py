@@ -58,12 +58,12 @@ def test_the_draw_follows_the_generator():
 
 def test_what_it_says_of_itself(device):
     bank = filled(device=device)
-    assert bank.ranks == {"q": (4, 0, 3), "mlp.up": (2, 5, 1)} and hk.AdapterBank(SHAPES, [4, 2]).ranks == (4, 2)
+    assert bank.ranks == {"q": (4, 0, 3), "mlp.up": (2, 5, 1)} and hk.AdapterBank(SHAPES, [4, 2], device=device).ranks == (4, 2)
     assert bank.num_clients == 3 and bank.shapes == SHAPES and list(bank.a) == list(bank.bt) == list(SHAPES)
     parameters = list(bank.parameters())
     assert [p.shape for p in parameters] == [(7, 25), (8, 4), (7, 6), (8, 9)] and all(p.is_leaf and p.requires_grad for p in parameters)
     assert [bank.num_bytes(k) for k in range(3)] == [4 * sum(t.numel() for t in factors(bank, k)) for k in range(3)]
-    assert filled(dtype=torch.bfloat16).num_bytes(0) * 2 == bank.num_bytes(0)
+    assert filled(dtype=torch.bfloat16, device=device).num_bytes(0) * 2 == bank.num_bytes(0)
     assert "2 modules" in repr(bank)
 
 
@@ -89,7 +89,7 @@ def test_prune_keeps_the_leading_rows_of_each_client(device):
     for k in range(3):
         assert same_factors(factors(pruned, k), [t[: ranks[name][k]] for t, name in zip(factors(bank, k), [*SHAPES] * 2, strict=True)])
     assert bank.ranks == {"q": (4, 0, 3), "mlp.up": (2, 5, 1)} and same_factors(factors(bank.prune(MIXED), 0), factors(bank, 0))
-    assert hk.AdapterBank(SHAPES, [4, 2]).prune([4, 0]).ranks == (4, 0)
+    assert hk.AdapterBank(SHAPES, [4, 2], device=device).prune([4, 0]).ranks == (4, 0)
 
 
 def test_select_and_concat(device):

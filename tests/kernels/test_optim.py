@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accuracy import assert_as_exact_as
@@ -9,6 +11,7 @@ from kernel_cases import drawn, guarded, same_bits, scattered
 from torch import Tensor
 
 import hetlora_kernels as hk
+from hetlora_kernels.ops import optim
 
 SHAPES = {"q": (6, 5), "mlp.up": (9, 4), "v": (3, 7)}
 RANKS = {"q": [4, 1, 3, 0], "mlp.up": [8, 3, 2, 1], "v": [1, 0, 7, 2]}
@@ -259,6 +262,33 @@ def test_inactive_clients_do_not_change_by_a_bit(kind, dtype, device):
         assert all(unchanged) if k in (1, 3) else not any(unchanged)
     if kind == "adamw":
         assert opt.step_count.tolist() == [2, 1, 2, 1]
+
+
+@pytest.mark.parametrize("active", [None, [True] * 4, torch.ones(4, dtype=torch.bool)], ids=["default", "list", "tensor"])
+def test_a_step_of_everyone_uses_the_mask_made_once(active, device, monkeypatch):
+    calls = []
+    bank = make_bank(torch.float32, device)
+    opt = hk.AdamW(bank)
+    random_grads(bank)
+    monkeypatch.setattr(optim, "call", lambda name: lambda *args: calls.append(args))
+    opt.step(active)
+    opt.step(active)
+    assert [args[6] is opt._everyone for args in calls] == [True] * 2 and opt._everyone.device == bank.device and opt.step_count.tolist() == [2] * 4
+
+
+def test_a_mask_goes_up_from_pinned_memory_without_a_wait(monkeypatch):
+    """With stand-ins for the device: a copy from pageable memory waits for it."""
+    copies, device = [], SimpleNamespace(type="cuda")
+    opt = hk.SGD(make_bank(torch.float32, "cpu"))
+    opt.bank = SimpleNamespace(num_clients=4, device=device)
+    pinned = object()
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda mask: SimpleNamespace(to=lambda to, non_blocking: copies.append((to, non_blocking)) or pinned))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert opt._active([True, False, True, True]) is pinned and copies == [(device, True)]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert opt._active([True] * 4) is opt._everyone and opt._active(None) is opt._everyone
+    with pytest.raises(ValueError, match=r"^active: expected a tensor on .* capture of a CUDA graph"):
+        opt._active([True, False, True, True])
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])

@@ -23,7 +23,7 @@ NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "_build
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """setup.py as a module, with nothing of this machine's environment in the way."""
-    for name in ("HETLORA_CUDA", "HETLORA_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH", "CXX", "VIRTUAL_ENV", "CONDA_PREFIX"):
+    for name in ("HETLORA_CUDA", "HETLORA_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CUDA_HOME", "CUDA_PATH", "CXX", "VIRTUAL_ENV", "CONDA_PREFIX"):
         monkeypatch.delenv(name, raising=False)
     spec = importlib.util.spec_from_file_location("hetlora_setup", ROOT / "setup.py")
     assert spec is not None and spec.loader is not None
@@ -112,12 +112,66 @@ def test_wishes_that_mean_nothing_are_refused(build, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="expected auto, 0 or 1, got 'yes'"):
         build.make_plan()
     nvcc = make_nvcc(tmp_path) / "bin" / "nvcc"
-    for archs, message in (("hopper", "got 'hopper'"), ("5.2", "knows none of")):
+    for archs, message in (("hopper", "got 'hopper'"), ("5.2", "nothing to build for in '5.2'")):
         monkeypatch.setenv("HETLORA_CUDA_ARCHS", archs)
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(SystemExit, match=f"^HETLORA_CUDA_ARCHS: .*{message}"):
             build.choose_archs(nvcc)
-    monkeypatch.setenv("HETLORA_CUDA_ARCHS", "7.5, 9.0")
-    assert build.choose_archs(nvcc) == ["sm_75", "sm_90"]
+    for jobs in ("many", "0", "-1"):
+        monkeypatch.setenv("MAX_JOBS", jobs)
+        with pytest.raises(SystemExit, match=f"^MAX_JOBS: expected an integer of at least 1, got '{jobs}'$"):
+            build.job_count()
+
+
+def test_architectures_are_ours_then_torchs_then_those_of_the_gpus_in_place(build, monkeypatch, tmp_path, capsys):
+    nvcc = make_nvcc(tmp_path) / "bin" / "nvcc"
+    every = ["sm_80", "sm_86", "sm_90", "compute_90"]
+    monkeypatch.setattr(build, "local_archs", lambda: "")
+    assert build.choose_archs(nvcc, in_place=True) == build.choose_archs(nvcc) == every
+    monkeypatch.setattr(build, "local_archs", lambda: "8.6;9.0")
+    assert build.choose_archs(nvcc, in_place=True) == ["sm_86", "sm_90"] and build.choose_archs(nvcc) == every, "a wheel is for every machine"
+    monkeypatch.setattr(build, "local_archs", lambda: "10.3")
+    assert build.choose_archs(nvcc, in_place=True) == every and "does not know sm_103; sm_103 left out" in capsys.readouterr().out
+    for torchs, expected in (
+        ("7.0;8.0;9.0+PTX", ["sm_80", "sm_90", "compute_90"]),
+        ("Ampere Hopper", ["sm_80", "sm_86", "sm_90", "compute_90"]),
+        ("All", every),
+    ):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", torchs)
+        assert build.choose_archs(nvcc, in_place=True) == build.choose_archs(nvcc) == expected
+    assert "the kernels need sm_80 or newer; sm_70 left out" in capsys.readouterr().out
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0")
+    with pytest.raises(SystemExit, match=r"^TORCH_CUDA_ARCH_LIST: nothing to build for in '7\.0'"):
+        build.choose_archs(nvcc)
+    for own, expected in (("9.0", ["sm_90"]), ("all", every)):
+        monkeypatch.setenv("HETLORA_CUDA_ARCHS", own)
+        assert build.choose_archs(nvcc, in_place=True) == expected
+    monkeypatch.setenv("HETLORA_CUDA_ARCHS", "local")
+    with pytest.raises(SystemExit, match=r"^this machine's GPUs: nothing to build for in '10\.3'"):
+        build.choose_archs(nvcc)
+    monkeypatch.setattr(build, "local_archs", lambda: "")
+    with pytest.raises(SystemExit, match=r"^HETLORA_CUDA_ARCHS=local: expected a GPU"):
+        build.choose_archs(nvcc)
+
+
+def test_the_gpus_of_this_machine_are_those_that_nvidia_smi_names(build, monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    for text, expected in (("echo 9.0; echo 8.9; echo 9.0", "8.9;9.0"), ("echo '[N/A]'", ""), ("echo 9.0; exit 9", "")):
+        tool.write_text(f"#!/bin/sh\n{text}\n")
+        tool.chmod(0o755)
+        assert build.local_archs() == expected
+
+
+def test_compilers_at_once_are_bounded_by_the_wish_the_processors_and_free_memory(build, monkeypatch):
+    monkeypatch.setattr(build.os, "sched_getaffinity", lambda process: range(16), raising=False)
+    monkeypatch.setattr(build, "free_memory", lambda: 64 << 30)
+    assert build.job_count() == 16
+    for jobs, free, expected in (("4", 64 << 30, 4), ("99", 64 << 30, 16), ("", 3 * build.JOB_BYTES, 3), ("8", build.JOB_BYTES // 2, 1)):
+        monkeypatch.setenv("MAX_JOBS", jobs)
+        monkeypatch.setattr(build, "free_memory", lambda free=free: free)
+        assert build.job_count() == expected
+    monkeypatch.undo()
+    assert 0 < build.free_memory() < 1 << 50
 
 
 def test_a_device_is_covered_by_code_of_its_major_or_by_older_ptx():

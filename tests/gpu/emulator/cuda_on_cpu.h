@@ -80,6 +80,8 @@ T exchange(unsigned mask, T value, int from) {
 using std::max;
 using std::min;
 
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32); }
+
 inline int __ffs(int value) { return __builtin_ffs(value); }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu) { emulator::meet(mask, emulator::Collective::sync); }

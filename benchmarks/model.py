@@ -1,0 +1,221 @@
+"""`python -m benchmarks.model`: what each GPU kernel should take, *modelled* from bytes, operations and launches. Nothing here was measured on a GPU.
+
+A kernel takes its launches and the longest of four: bytes over bandwidth, products over the peak of their pipe, the integer operations of dropout, and the
+chain of stages that a block goes through one after another. The devices are their makers' public figures. The assumptions are the constants below; expect
++-25 %. That the longest hides the others is one of them. A measurement that disagrees is a finding: about the kernel, or about an assumption.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from benchmarks.shapes import LLAMA_8B_ATTENTION_LAYER, elements_per_rank
+
+COPY_SHARE = 0.9  # of the public bandwidth that a copy reaches
+PRODUCT_SHARE = 0.7  # of the public 16-bit peak that the framework's large products reach
+LAUNCH_US = 2.0  # start and end of one kernel on the device
+STAGE_CLOCKS = 480  # of a block of the layer's kernels for 64 columns or rows: copies, barrier, products
+DROPOUT_CLOCKS = 470  # more with dropout
+RESIDENT = 3  # such blocks on a multiprocessor, by registers and shared memory
+DROPOUT_INTEGERS = 38  # integer instructions for eight columns: counted in the machine code (tests/gpu/test_cuda_build.py)
+GRAM_SHARE = 0.5  # of the float32 peak in the server's Gram kernel: a 4 x 4 tile of sums a thread is bound by shared memory
+CASTS = 2  # of float32 factors to the base's type, each way
+
+# of csrc/cuda/lora.h and gram.cu
+ROWS, COLUMNS, DEPTH, SPLIT, CHUNK = 64, 64, 64, 1024, 1024
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Public figures: multiprocessors, boost clock, bandwidth, dense peaks; integer lanes of a multiprocessor."""
+
+    name: str
+    multiprocessors: int
+    gigahertz: float
+    gb_per_s: float
+    float32_tflops: float
+    bfloat16_tflops: float
+    integer_lanes: int = 64
+
+
+GPUS = (
+    Gpu("H100", 132, 1.98, 3350, 67, 989),
+    Gpu("H200", 132, 1.98, 4800, 67, 989),
+    Gpu("AGX Orin", 16, 1.3, 204.8, 5.3, 42.5),
+    Gpu("Thor", 20, 1.575, 273, 8.06, 258, 128),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call of a kernel has to do, whatever the device."""
+
+    kernel: str
+    launches: int
+    bytes: int  # in and out of memory; what stays in L2 is left out
+    products: float = 0  # multiplications and additions
+    pipe: str = "bfloat16"
+    share: float = 1.0  # of that pipe's peak that can be had
+    units: int = 0  # of eight columns under dropout
+    blocks: int = 0
+    stages: int = 0  # of a block, one after another
+
+    def parts(self, gpu: Gpu) -> dict[str, float]:
+        """{bound: microseconds}."""
+        clocks = STAGE_CLOCKS + (DROPOUT_CLOCKS if self.units else 0)
+        waves = math.ceil(self.blocks / (gpu.multiprocessors * RESIDENT))
+        peak = (gpu.bfloat16_tflops if self.pipe == "bfloat16" else gpu.float32_tflops) * self.share
+        return {
+            "memory": self.bytes / (COPY_SHARE * gpu.gb_per_s * 1e3),
+            "products": self.products / (peak * 1e6),
+            "integers": self.units * DROPOUT_INTEGERS / (gpu.integer_lanes * gpu.multiprocessors * gpu.gigahertz * 1e3),
+            "stages": waves * self.stages * clocks / (gpu.gigahertz * 1e3),
+        }
+
+    def microseconds(self, gpu: Gpu) -> float:
+        return self.launches * LAUNCH_US + max(self.parts(gpu).values())
+
+    def bound(self, gpu: Gpu) -> str:
+        parts = self.parts(gpu)
+        return max(parts, key=lambda name: parts[name])
+
+
+# ---------------------------------------------------------------- the layer, bfloat16 x [T, n], float32 factors of rank r
+
+
+def base_product(rows: int, n: int, m: int, adds: bool) -> Work:
+    """x W^T by the framework; `adds`: onto what lies in the result."""
+    return Work("base product" + (", adding" if adds else ""), 1, 2 * (rows * n + n * m + (2 if adds else 1) * rows * m), 2 * rows * n * m, share=PRODUCT_SHARE)
+
+
+def cast(elements: int) -> Work:
+    return Work("cast of a factor", 1, 6 * elements)
+
+
+def shrink(rows: int, n: int, rank: int, drop: bool) -> Work:
+    splits = math.ceil(n / SPLIT)
+    blocks, stages = math.ceil(rows / ROWS) * splits, math.ceil(min(n, SPLIT) / DEPTH)
+    return Work("shrink", 1 + (splits > 1), 2 * (rows * n + rank * n + rows * rank), 2 * rows * n * rank, "bfloat16", 1.0, drop * rows * n // 8, blocks, stages)
+
+
+def expand(rows: int, m: int, rank: int, drop: bool, in_place: bool) -> Work:
+    blocks, stages = math.ceil(rows / ROWS) * math.ceil(m / COLUMNS), 1 + math.ceil(rank / DEPTH)
+    moved = 2 * ((2 if in_place else 1) * rows * m + rows * rank + rank * m)
+    return Work("expand" + (", in place" if in_place else ""), 1, moved, 2 * rows * m * rank, "bfloat16", 1.0, drop * rows * m // 8, blocks, stages)
+
+
+def grouped_gram(rows: int, d: int, rank: int, drop: bool) -> Work:
+    chunks = math.ceil(rows / CHUNK)
+    blocks, stages = chunks * math.ceil(d / COLUMNS), math.ceil(min(rows, CHUNK) / DEPTH)
+    moved = 2 * (rows * d + rows * rank) + 4 * rank * d
+    return Work("grouped_gram", 1 + (chunks > 1), moved, 2 * rows * d * rank, "bfloat16", 1.0, drop * rows * d // 8, blocks, stages)
+
+
+def layer(rows: int, n: int, m: int, rank: int, drop: bool) -> list[Work]:
+    """Every launch of a forward and a backward pass where each row has a client and every gradient is asked for."""
+    casts = [cast(rank * n), cast(rank * m)] * CASTS
+    forward = [shrink(rows, n, rank, drop), expand(rows, m, rank, False, False), base_product(rows, n, m, True)]
+    backward = [shrink(rows, m, rank, False), expand(rows, n, rank, drop, False), base_product(rows, m, n, True)]
+    return [*casts, *forward, *backward, grouped_gram(rows, n, rank, drop), grouped_gram(rows, m, rank, False)]
+
+
+def frozen(rows: int, n: int, m: int) -> list[Work]:
+    return [base_product(rows, n, m, False), base_product(rows, m, n, False)]
+
+
+def total(work: Sequence[Work], gpu: Gpu) -> float:
+    return sum(one.microseconds(gpu) for one in work)
+
+
+# ---------------------------------------------------------------- server and optimisers: `elements` of one rank row over all modules, float32
+
+
+def truncate(elements: int, ranks: Sequence[int]) -> Work:
+    return Work("truncate_", 2, 4 * elements * (max(ranks) + sum(ranks)))
+
+
+def aggregate(elements: int, ranks: Sequence[int]) -> Work:
+    return replace(truncate(elements, ranks), kernel="aggregate_")
+
+
+def accumulate(elements: int, rank: int) -> Work:
+    return Work("accumulate_", 2, 4 * elements * rank * 3)
+
+
+def gram(elements: int, ranks: Sequence[int]) -> Work:
+    def tile(rank: int) -> int:
+        side = 16 if rank <= 16 else 32 if rank <= 32 else 64
+        across = math.ceil(rank / side)
+        return across * (across + 1) // 2 * side * side
+
+    return Work("gram", 3, 4 * elements * sum(ranks), 2 * elements * sum(map(tile, ranks)), "float32", GRAM_SHARE)
+
+
+def tail_norms(elements: int, ranks: Sequence[int]) -> Work:
+    return Work("tail_norms, half of each rank", 3, 4 * elements * sum(rank // 2 for rank in ranks))
+
+
+def adamw(elements: int, ranks: Sequence[int]) -> Work:
+    """Parameter, gradient and both moments in; parameter and moments out."""
+    return Work("adamw_", 3, 7 * 4 * elements * sum(ranks))
+
+
+def sgd(elements: int, ranks: Sequence[int]) -> Work:
+    return Work("sgd_", 3, 3 * 4 * elements * sum(ranks))
+
+
+# ---------------------------------------------------------------- tables
+
+
+def layer_seconds(device: str, rows: int, n: int, m: int, ranks: Sequence[int], drop: bool) -> float | None:
+    """Modelled time of the layer's launches on the device with this name, equal rows for each rank; None for a device that the model does not know."""
+    gpu = gpu_named(device)
+    return None if gpu is None else total(layer(rows, n, m, math.ceil(sum(ranks) / len(ranks)), drop), gpu) / 1e6
+
+
+def gpu_named(name: str) -> Gpu | None:
+    """The device whose name is in what the driver says."""
+    return next((gpu for gpu in GPUS if gpu.name.removeprefix("AGX ").lower() in name.lower()), None)
+
+
+def kernel_table(rows: Sequence[tuple[str, Work]]) -> list[str]:
+    lines = ["| kernel | load | launches | MB | bound, H100 | " + " | ".join(f"{gpu.name}, modelled us" for gpu in GPUS) + " | measured |"]
+    lines.append("|---|---|--:|--:|---|" + "--:|" * len(GPUS) + "---|")
+    for load, work in rows:
+        cells = [work.kernel, load, str(work.launches), f"{work.bytes / 1e6:.1f}", work.bound(GPUS[0]), *(f"{work.microseconds(gpu):.3g}" for gpu in GPUS)]
+        lines.append("| " + " | ".join(cells) + " | |")
+    return lines
+
+
+def table() -> list[str]:
+    """The table of docs/kernels-gpu.md: each kernel of a layer at two lengths, server and client ops, and the layer's overhead."""
+    rows: list[tuple[str, Work]] = []
+    for tokens in (8192, 2048):
+        for p, drop in (("0", False), ("0.1", True)):
+            load = f"T={tokens}, 4096 columns, r=16, p={p}"
+            rows += [(load, work) for work in (shrink(tokens, 4096, 16, drop), expand(tokens, 4096, 16, drop, False), grouped_gram(tokens, 4096, 16, drop))]
+        rows += [(f"T={tokens}, 4096->4096", base_product(tokens, 4096, 4096, adds)) for adds in (False, True)]
+    rows += [("T=8192, 4096 columns, r=16, p=0", expand(8192, 4096, 16, False, True)), ("16 x 4096", cast(16 * 4096))]
+    ranks, elements = [4, 8, 16, 32, 64] * 20, elements_per_rank(LLAMA_8B_ATTENTION_LAYER)
+    load = "Llama-3.1-8B attention layer, 100 clients, ranks 4..64, float32"
+    rows += [(load, make(elements, ranks)) for make in (truncate, aggregate, gram, tail_norms, adamw, sgd)]
+    rows.append((load.replace("100 clients, ranks 4..64", "1 client, rank 16"), accumulate(elements, 16)))
+    lines = [*kernel_table(rows), "", "Forward and backward of the layer over the frozen layer's, *modelled*, r = 16, p = 0.1:", ""]
+    lines += [
+        "| n -> m | T | launches | " + " | ".join(f"{gpu.name}, modelled" for gpu in GPUS) + " | measured |",
+        "|---|--:|--:|" + "--:|" * len(GPUS) + "---|",
+    ]
+    for n, m in ((4096, 4096), (4096, 14336), (14336, 4096), (1536, 1536), (8960, 1536)):
+        for tokens in (8192, 2048):
+            own, base = layer(tokens, n, m, 16, True), frozen(tokens, n, m)
+            over = [f"+{100 * (total(own, gpu) / total(base, gpu) - 1):.0f} %" for gpu in GPUS]
+            lines.append(f"| {n} -> {m} | {tokens} | {sum(work.launches for work in own)} | " + " | ".join(over) + " | |")
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))
+    sys.exit(0)

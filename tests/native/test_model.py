@@ -1,0 +1,63 @@
+"""The performance model: its constants are those of the kernels, its arithmetic holds what it says, and it is labelled as a model wherever it is printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import model
+
+ROOT = Path(__file__).resolve().parents[2]
+H100 = model.GPUS[0]
+
+
+def test_tiles_and_splits_are_those_of_the_kernels():
+    header = (ROOT / "csrc" / "cuda" / "lora.h").read_text()
+    own = {name: int(value) for name, value in re.findall(r"constexpr int (\w+) = (\d+);", header)}
+    assert (own["LORA_ROWS"], own["LORA_COLUMNS"], own["SHRINK_COLUMNS"], own["GRAM_ROWS"]) == (model.ROWS, model.COLUMNS, model.SPLIT, model.CHUNK)
+
+
+def test_bytes_are_the_floor_of_each_kernel():
+    """bfloat16 x and result, once each."""
+    assert model.shrink(100, 64, 4, True).bytes == 2 * (100 * 64 + 4 * 64 + 100 * 4)
+    assert model.expand(100, 64, 4, False, True).bytes - model.expand(100, 64, 4, False, False).bytes == 2 * 100 * 64
+    assert model.aggregate(10, [1, 3]).bytes == 4 * 10 * (4 + 3) and model.adamw(10, [1, 3]).bytes == 7 * 4 * 10 * 4
+    assert model.gram(10, [5]).products == 2 * 10 * 256, "a rank of 5 pays for a tile of 16"
+
+
+def test_a_kernel_takes_its_launches_and_its_longest_part():
+    work = model.shrink(2048, 4096, 16, True)
+    parts = work.parts(H100)
+    assert work.microseconds(H100) == work.launches * model.LAUNCH_US + max(parts.values()) and parts[work.bound(H100)] == max(parts.values())
+    assert (work.launches, work.blocks, work.stages) == (2, 4 * 32, 16)
+    assert (model.shrink(2048, 1024, 16, True).launches, model.grouped_gram(1024, 64, 4, False).launches, model.grouped_gram(1025, 64, 4, False).launches) == (
+        1,
+        1,
+        2,
+    )
+
+
+@pytest.mark.parametrize("gpu", model.GPUS, ids=lambda gpu: gpu.name)
+def test_more_work_never_takes_less(gpu):
+    for make in (lambda rows: model.shrink(rows, 4096, 16, True), lambda rows: model.expand(rows, 4096, 16, True, True)):
+        times = [make(rows).microseconds(gpu) for rows in (64, 512, 2048, 8192, 65536)]
+        assert times == sorted(times)
+    dropping, plain, base = model.layer(2048, 4096, 4096, 8, True), model.layer(2048, 4096, 4096, 8, False), model.frozen(2048, 4096, 4096)
+    assert model.total(dropping, gpu) >= model.total(plain, gpu) > model.total(base, gpu)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"), [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"), ("Orin", "AGX Orin"), ("NVIDIA Thor", "Thor"), ("RTX 4090", None)]
+)
+def test_devices_go_by_the_name_that_the_driver_says(name, gpu):
+    found = model.gpu_named(name)
+    assert (found.name if found else None) == gpu
+    assert (model.layer_seconds(name, 64, 64, 64, [4], False) is None) == (gpu is None)
+
+
+def test_every_figure_is_labelled_as_modelled():
+    heads = [line for line in model.table() if line.startswith(("| kernel", "| n -> m"))]
+    assert len(heads) == 2 and all(f"{gpu.name}, modelled" in head for gpu in model.GPUS for head in heads)
+    assert all(line.endswith("| |") for line in model.table() if line.startswith("| ") and line not in heads), "nothing was measured"
