@@ -120,6 +120,20 @@ def test_zero_uploads_have_no_weight(tmp_path, server_bank, honest, zeros, cap, 
     assert torch.allclose(result.weights, torch.full((CLIENTS, 2), 0.1, dtype=torch.float64)), "nothing else is there"
 
 
+@pytest.mark.parametrize("scope", ["module", "client"])
+def test_zero_uploads_that_are_clipped_back_to_their_download_have_no_weight(tmp_path, server_bank, honest, scope):
+    """Here the download is long: after the clip such an upload is nearly the download, whose norm would earn it a share."""
+    received, uploads = honest
+    with torch.no_grad():
+        for bank in (received, uploads):
+            for factor, start in zip(bank.parameters(), server_bank.truncate([4] * CLIENTS).parameters(), strict=True):
+                factor.add_(20 * start)
+        for factor in server_bank.parameters():
+            factor.mul_(21)
+    _, result = merged(tmp_path, received, attack("zeros", received, uploads, 4), server_bank, weight_scope=scope)
+    assert max(result.clips[:4]) < 1 and float(result.weights[:4].max()) == 0
+
+
 def test_copies_weigh_what_their_original_does(tmp_path, server_bank, honest):
     received, uploads = honest
     _, result = merged(tmp_path, received, attack("copies", received, uploads, 4), server_bank)
