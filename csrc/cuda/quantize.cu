@@ -96,7 +96,7 @@ __device__ __forceinline__ void quantize_item(const Module& module, int row, int
 }
 
 template <class T>
-__global__ void __launch_bounds__(WARP* WARPS) quantize_kernel(Table table, int bits) {
+__global__ void __launch_bounds__(WARP* WARPS, 4) quantize_kernel(Table table, int bits) {
     const Module& module = table.modules[blockIdx.y];
     const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / WARP;
     if (row >= module.rows) return;

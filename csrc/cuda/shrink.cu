@@ -26,12 +26,12 @@ __device__ __forceinline__ void shrink_tile(const LoraCall& call, const LoraClie
     constexpr int FACTOR = LORA_ROWS * DEPTH<T>, UNITS = DEPTH<T> / DRAWS, STRIDE = LORA_THREADS / UNITS, PARTS = LORA_ROWS / STRIDE;
     const int row = threadIdx.x / UNITS, column = threadIdx.x % UNITS * DRAWS, own = threadIdx.x / WARP * WARP_ROWS;
     const int width = min(SHRINK_COLUMNS, call.width - left), steps = (width + DEPTH<T> - 1) / DEPTH<T>, ranks = min(PASS, round_up(client.rank - first, SLICE));
-    const T* source[PARTS];  // null past the client's rows
+    int source[PARTS];  // row of x, -1 past the client's; the 64-bit address is made anew for each stage: registers are what is short
     int64_t key[PARTS];
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
         const int t = top + row + part * STRIDE;
-        source[part] = t < client.length ? static_cast<const T*>(call.x) + row_of(call, client, t) * call.width + left + column : nullptr;
+        source[part] = t < client.length ? static_cast<int>(row_of(call, client, t)) : -1;
         if (DROP) key[part] = t < client.length ? call.keys[client.start + t] : 0;
     }
     const int64_t seed = DROP ? call.seeds[client.client] : 0;
@@ -54,8 +54,10 @@ __device__ __forceinline__ void shrink_tile(const LoraCall& call, const LoraClie
         if (k < width) {
             T* next = shared + ring.fill * ring.elements;
 #pragma unroll
-            for (int part = 0; part < PARTS; ++part)
-                copy_unit(next, DEPTH<T>, row + part * STRIDE, column, source[part] + k, 1, source[part] ? width - k - column : 0, call.aligned);
+            for (int part = 0; part < PARTS; ++part) {
+                const T* from = static_cast<const T*>(call.x) + static_cast<int64_t>(max(source[part], 0)) * call.width + left + k + column;
+                copy_unit(next, DEPTH<T>, row + part * STRIDE, column, from, 1, source[part] < 0 ? 0 : width - k - column, call.aligned);
+            }
             copy_factor(next + FACTOR, DEPTH<T>, call, client, first, ranks, left + k, UNITS);
         }
         close_copies();
@@ -75,14 +77,18 @@ __device__ __forceinline__ void shrink_tile(const LoraCall& call, const LoraClie
             const int t = top + own + sum_row(i), rank = first + 8 * j + sum_column(i);
             if (t >= client.length || rank >= client.rank) continue;
             const int64_t at = static_cast<int64_t>(t) * client.rank + rank;
-            if (plane) {
-                plane[at] = c[j][i];
-                continue;
-            }
-            const T value = convert<T>(c[j][i] * scale);
-            s[at] = value;
-            if (call.wide) wide_row<T>(call, client, t)[rank] = value;
+            if (plane) plane[at] = c[j][i];
+            else s[at] = convert<T>(c[j][i] * scale);
         }
+    }
+}
+
+// The copy with a pitch of 64 rows of S: a warp has one row at a time.
+template <class T>
+__device__ __forceinline__ void widen_rows(const LoraCall& call, const LoraClient& client, int top) {
+    for (int t = top + static_cast<int>(threadIdx.x) / WARP; t < min(client.length, top + LORA_ROWS); t += LORA_THREADS / WARP) {
+        const T* s = static_cast<const T*>(call.s) + client.flat + static_cast<int64_t>(t) * client.rank;
+        for (int rank = lane_id(); rank < client.rank; rank += WARP) wide_row<T>(call, client, t)[rank] = s[rank];
     }
 }
 
@@ -97,20 +103,14 @@ __global__ void __launch_bounds__(LORA_THREADS, LORA_BLOCKS<T>) shrink_kernel(co
         if (first) __syncthreads();
         shrink_tile<T, DROP>(call, client, top, first, left, reinterpret_cast<T*>(shared));
     }
-}
-
-// The copy with a pitch of 64 rows of S: a warp has one row at a time.
-template <class T>
-__device__ __forceinline__ void widen_rows(const LoraCall& call, const LoraClient& client, int top) {
-    for (int t = top + static_cast<int>(threadIdx.x) / WARP; t < min(client.length, top + LORA_ROWS); t += LORA_THREADS / WARP) {
-        const T* s = static_cast<const T*>(call.s) + client.flat + static_cast<int64_t>(t) * client.rank;
-        for (int rank = lane_id(); rank < client.rank; rank += WARP) wide_row<T>(call, client, t)[rank] = s[rank];
-    }
+    if (!call.wide || call.planes) return;
+    __syncthreads();  // S is whole
+    widen_rows<T>(call, client, top);
 }
 
 // Adds the planes in the order of the columns: a block has 64 rows of one client, which lie next to each other in S.
 template <class T>
-__global__ void __launch_bounds__(LORA_THREADS) shrink_sum_kernel(const __grid_constant__ LoraCall call) {
+__global__ void __launch_bounds__(LORA_THREADS, 8) shrink_sum_kernel(const __grid_constant__ LoraCall call) {
     using Acc = typename Accumulator<T>::type;
     const LoraClient client = find_client(call.table, &LoraClient::tiles, blockIdx.x);
     const int top = (static_cast<int>(blockIdx.x) - client.tiles) * LORA_ROWS, splits = (call.width + SHRINK_COLUMNS - 1) / SHRINK_COLUMNS;

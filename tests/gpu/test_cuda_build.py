@@ -18,7 +18,8 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-ONLY_WITH_CUDA = {"aoti_torch_get_current_cuda_stream", "aoti_torch_cuda_addmm_out"}  # in libtorch_cuda, which libtorch brings along where there is one
+# In libtorch_cuda, which libtorch brings along where there is one.
+ONLY_WITH_CUDA = {"aoti_torch_get_current_cuda_stream", "aoti_torch_cuda_addmm_out", "aoti_torch_cuda_mm_out"}
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path(NVCC).exists(), reason="nvcc is not installed")]
 

@@ -59,14 +59,14 @@ MUTANTS = {
         "lora.cuh", "grouped_gram", "pack.v[w] &= 0xffff0000u;", "pack.v[w] = 0;", "lora-small", "grouped_gram-drop", "bf16"
     ),
     "shrink: columns past the width": Mutant(
-        "shrink.cu", "shrink", "source[part] ? width - k - column : 0", "source[part] ? DRAWS : 0", "lora-small", "shrink"
+        "shrink.cu", "shrink", "source[part] < 0 ? 0 : width - k - column", "source[part] < 0 ? 0 : DRAWS", "lora-small", "shrink"
     ),
     "shrink: rows past the client's": Mutant("shrink.cu", "shrink", "t >= client.length || rank", "rank", "lora-small", "shrink"),
     "shrink: elements counted in 32 bits": Mutant(
         "shrink.cu",
         "shrink",
-        "row_of(call, client, t) * call.width + left + column",
-        "static_cast<int>(row_of(call, client, t) * call.width) + left + column",
+        "static_cast<int64_t>(max(source[part], 0)) * call.width",
+        "static_cast<int>(static_cast<unsigned>(max(source[part], 0)) * call.width)",
         "checks",
         "far rows",
     ),
