@@ -25,8 +25,9 @@ ops = torch.ops.hetlora
 RANKS = [4, 0, 1, 33, 3, 7]
 WIDTHS = [577, 3000]
 # What torch 2.10 exports of its stable interface and this library uses, apart from the getters of types, devices, layouts and memory formats.
-STABLE = """aoti_torch_abi_version aoti_torch_delete_library_object aoti_torch_delete_tensor_object aoti_torch_empty_strided aoti_torch_get_device_type
-aoti_torch_get_dim aoti_torch_get_dtype aoti_torch_get_numel aoti_torch_get_size aoti_torch_get_stride aoti_torch_is_contiguous
+STABLE = """aoti_torch__reinterpret_tensor aoti_torch_abi_version aoti_torch_cpu_addmm_out aoti_torch_cpu_mm_out aoti_torch_delete_library_object
+aoti_torch_delete_tensor_object aoti_torch_empty_strided aoti_torch_get_device_type aoti_torch_get_dim aoti_torch_get_dtype aoti_torch_get_numel
+aoti_torch_get_size aoti_torch_get_stride aoti_torch_is_contiguous aoti_torch_library_def aoti_torch_library_init_fragment
 aoti_torch_library_init_impl aoti_torch_new_tensor_handle torch_call_dispatcher torch_delete_list torch_get_const_data_ptr torch_get_mutable_data_ptr
 torch_get_num_threads torch_library_impl torch_list_get_item torch_list_push_back torch_list_size torch_new_list_reserve_size torch_parallel_for""".split()
 GETTERS = re.compile(r"aoti_torch_(device_type|dtype|layout|memory_format)_\w+")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 import pytest
 import torch
 
-from benchmarks import peft_suite, run, tables
+from benchmarks import peft_suite, run, saved, tables
 from benchmarks.server import WrongResultError
 from hetlora_kernels.peft import FusedLinear
 
@@ -21,7 +20,7 @@ def test_a_quick_run_writes_every_figure(tmp_path):
         assert run.main(["--suite", "peft", "--quick", "--seconds", "0.01", "--threads", "1", "--json", str(file)]) == 0
     finally:
         torch.set_num_threads(before)
-    data = json.loads(file.read_text())
+    data = saved.read(file)
     assert {record["provider"] for record in data["results"]} == {"PEFT", "hetlora"} and {record["clients"] for record in data["results"]} == {1, 8}
     assert all(record["median_s"] > 0 and record["ratio"] > 0 for record in data["results"]) and data["versions"]["peft"]
     table = "\n".join(tables.peft_table(data))
