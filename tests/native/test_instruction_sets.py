@@ -46,7 +46,7 @@ PART = ("base", "avx2", "everything base, 2 threads")
 
 
 def run(settings: Settings, *command: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | settings
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {"OMP_WAIT_POLICY": "passive"} | settings
     return subprocess.run([sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
