@@ -77,7 +77,7 @@ def aggregate(
     suspects = None
     if weighed is None and (cfg.clip_update or cfg.clip_median):
         sizes = update_norms(uploads, received)
-        usual = usual_limits(sizes, uploads, cfg.clip_median)
+        usual = usual_limits(sizes, uploads, cfg.clip_median, samples if cfg.local_epochs else None)
         limits = usual.clamp_max(cfg.clip_update or torch.inf)
         if bool((sizes > limits).any()):
             suspects = Suspects(sizes > usual, uploads.delta_norms().cpu() == 0)
@@ -148,18 +148,23 @@ MEDIAN_OF = 3
 """Uploads that a median needs to say anything."""
 
 
-def usual_limits(sizes: Tensor, uploads: hk.AdapterBank, multiple: float) -> Tensor:
+def usual_limits(sizes: Tensor, uploads: hk.AdapterBank, multiple: float, steps: Sequence[int] | None = None) -> Tensor:
     """The largest update that passes for usual, of each client, [K] float64, for `sizes` = ||upload - received||_F, [K].
 
     L_k = multiple * sqrt(r_k) * median_j (sizes_j / sqrt(r_j)), r_k the client's mean rank over modules: under Adam an update grows with the root of the
     number of its entries, so that a large rank is no offence. The median is the lower one, of updates that are not 0, and counts from three uploads on.
-    Without a median, or with multiple = 0, L = inf.
+    steps: where clients take different numbers of steps, in proportion to these. L_k grows by steps_k / median of steps where that is above 1: it is as far as
+    a client can honestly get. Without a median, or with multiple = 0, L = inf.
     """
     if multiple and len(sizes) >= MEDIAN_OF:
         ranks = torch.tensor([layout.ranks for layout in uploads.layouts.values()], dtype=torch.float64).mean(0)  # [K]
         roots = ranks.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
         if median := float(_median_above_zero((sizes / roots)[:, None])):
-            return multiple * median * roots
+            longer = torch.ones_like(roots)
+            if steps is not None:
+                taken = torch.tensor(steps, dtype=torch.float64)
+                longer = (taken / taken.median().clamp_min(1)).clamp_min(1)
+            return multiple * median * roots * longer
     return torch.full_like(sizes, torch.inf)
 
 

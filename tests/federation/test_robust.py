@@ -170,6 +170,16 @@ def test_a_large_rank_is_no_offence(tmp_path):
     torch.testing.assert_close(limits, 1.01 * sizes, rtol=1e-12, atol=0)
 
 
+def test_many_steps_are_no_offence(honest):
+    """With passes over their own data clients take steps in proportion to it. With three times the median's a client may get three times as far."""
+    _, uploads = honest
+    sizes = torch.full((uploads.num_clients,), 2.0, dtype=torch.float64)
+    steps = [10] * (uploads.num_clients - 2) + [30, 5]
+    expected = merge.usual_limits(sizes, uploads, 3.0)
+    expected[-2] *= 3
+    torch.testing.assert_close(merge.usual_limits(sizes, uploads, 3.0, steps), expected)
+
+
 def test_a_median_needs_three_uploads_and_no_zero_makes_it(tmp_path, honest):
     received, uploads = honest
     two = merge.update_norms(uploads, received)[:2]
