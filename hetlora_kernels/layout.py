@@ -105,7 +105,8 @@ class RankLayout:
         if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
             raise ValueError("scale: expected a constant, got a tensor that requires a gradient; scale is not trained")
         clients = len(self.ranks)
-        values = torch.as_tensor(scale, dtype=dtype, device=device).detach()  # a plain number would become float32 first
+        # A plain number would become float32 first. A tensor is copied: the backward pass needs it as it is now.
+        values = scale.detach().to(device, dtype, copy=True) if isinstance(scale, Tensor) else torch.as_tensor(scale, dtype=dtype, device=device).detach()
         if values.dim() > 1 or (values.dim() == 1 and values.numel() != clients):
             raise ValueError(f"scale: expected a number or {clients} numbers, one per client, got shape {tuple(values.shape)}")
         return values.expand(clients).contiguous()
@@ -230,14 +231,17 @@ class Segments:
 
     def keys_on(self, device: torch.device) -> Tensor:
         """Row keys in the order of the segments' rows (`x[index]` where `index` is given, else x): int64, built once per device."""
-        if device not in self._key_cache:
+        keys = self._key_cache.get(device)
+        if keys is None:
             with _lasting():
-                self._key_cache[device] = self._keys(device).contiguous()
-        return self._key_cache[device]
+                keys = self._keys(device).contiguous()
+            if type(keys) is Tensor:  # not a tracer's
+                self._key_cache[device] = keys
+        return keys
 
     def _keys(self, device: torch.device) -> Tensor:
         if self.row_keys is not None:
-            keys = self.row_keys.to(device)
+            keys = self.row_keys.to(device, copy=True)  # the backward pass needs them as they are now
             return keys if self.index is None else keys[self.index.to(device)]
         host = torch.zeros(self.num_rows if self.index is None else self.index.numel(), dtype=torch.int64, device="cpu")
         for start, length in zip(self.starts, self.lengths, strict=True):

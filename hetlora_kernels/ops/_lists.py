@@ -138,3 +138,9 @@ def uploaded(name: str, tensor: Tensor, device: torch.device) -> Tensor:
     if capturing(device):
         raise ValueError(f"{name}: expected a tensor on {device} inside the capture of a CUDA graph, which would repeat this one for good, got {tensor.device}")
     return (tensor.pin_memory() if tensor.device.type == "cpu" else tensor).to(device, non_blocking=True)
+
+
+def written(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd that an op has changed these tensors in place, as torch's own do: a graph that was recorded before refuses to run on new values."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hetlora_kernels._library import call, register_fake
-from hetlora_kernels.ops._lists import FLOATS, Layouts, capturing, flat_ranks, module_list, outputs, prepare, uploaded
+from hetlora_kernels.ops._lists import FLOATS, Layouts, capturing, flat_ranks, module_list, outputs, prepare, uploaded, written
 from hetlora_kernels.reference import compute_dtype
 
 Normalize = Literal["none", "owners"]
@@ -87,6 +87,7 @@ def aggregate(
     kept = _check_keep(keep, shapes, device)
     result = outputs("out", out, shapes, dtype, device, [*listed, *kept])
     call("aggregate_")(result, listed, table, kept, flat_ranks(layouts), owners)
+    written(result)
     return result if many else result[0]
 
 
@@ -133,6 +134,7 @@ class Accumulator:
             weight = torch.as_tensor(weight, dtype=sums).expand(len(listed))
         weights = client_weights(weight[None], 1, len(listed), self._total[0].device, sums)[0]
         call("accumulate_")(self._total, listed, weights)
+        written(self._total)
         ranks = uploaded("rows", torch.tensor([t.shape[0] for t in listed], device="cpu"), self._index.device)
         self._owner_weight += (self._index[None] < ranks[:, None]) * weights[:, None]
         self._owned = [max(owned, t.shape[0]) for owned, t in zip(self._owned, listed, strict=True)]

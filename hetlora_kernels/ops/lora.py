@@ -72,7 +72,10 @@ def lora_linear(
             raise ValueError("weight: expected a frozen weight, got one that requires a gradient; call weight.requires_grad_(False)")
         return _run(x, weight, bias, None, a, bt, layout, seg, scale, dropout if training else 0.0, seeds, transposed)
     except Exception as error:
-        raise _explain(error, x, a, bt, layout, seg, transposed, weight=weight, bias=bias) from None
+        named = _explain(error, x, a, bt, layout, seg, transposed, weight=weight, bias=bias)
+        if named is error:
+            raise
+        raise named from None
 
 
 def lora_add(
@@ -110,7 +113,10 @@ def lora_add(
                 return lora_add(base_out, x, a, bt, layout, seg, scale, dropout, seeds, training, transposed=transposed)
         return _run(x, None, None, base_out, a, bt, layout, seg, scale, dropout if training else 0.0, seeds, transposed)
     except Exception as error:
-        raise _explain(error, x, a, bt, layout, seg, transposed, base_out=base_out) from None
+        named = _explain(error, x, a, bt, layout, seg, transposed, base_out=base_out)
+        if named is error:
+            raise
+        raise named from None
 
 
 def _cast(x: Tensor, *others: Tensor | None) -> Sequence[Any]:
@@ -171,7 +177,7 @@ def _check_seeds(dropout: float, seeds: Tensor | None, clients: int, device: tor
     if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or tuple(seeds.shape) != (clients,):
         got = f"{seeds.dtype} {tuple(seeds.shape)}" if isinstance(seeds, Tensor) else type(seeds).__name__
         raise ValueError(f"seeds: expected an int64 tensor of shape ({clients},), got {got}")
-    return seeds.to(device)
+    return seeds.to(device, copy=True)  # the backward pass needs them as they are now
 
 
 class _Lora(torch.autograd.Function):

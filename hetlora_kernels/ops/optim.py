@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hetlora_kernels._library import call, register_fake
-from hetlora_kernels.ops._lists import client_integers, flat_ranks, uploaded
+from hetlora_kernels.ops._lists import client_integers, flat_ranks, uploaded, written
 
 if TYPE_CHECKING:
     from hetlora_kernels.bank import AdapterBank
@@ -132,6 +132,7 @@ class AdamW(_BankOptimizer):
             *(self.lr, self.step_count, mask, self.clip_norm, self._lam, self._ranks, self._keep),
             *(*self.betas, self.eps, self.weight_decay),
         )
+        written(self._params)
 
 
 class SGD(_BankOptimizer):
@@ -173,6 +174,7 @@ class SGD(_BankOptimizer):
             *(self.lr, self._active(active), self.clip_norm, self._lam, self._ranks, self._keep),
             *(self.momentum, self.weight_decay),
         )
+        written(self._params)
 
 
 @register_fake("adamw_")

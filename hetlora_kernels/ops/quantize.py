@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hetlora_kernels._library import call, register_fake
 from hetlora_kernels.layout import int_list
-from hetlora_kernels.ops._lists import FLOATS, module_list, outputs
+from hetlora_kernels.ops._lists import FLOATS, module_list, outputs, written
 
 CODES = {8: torch.int8, 4: torch.uint8}
 """Bits of a code -> type of the tensor that holds the codes."""
@@ -110,6 +110,7 @@ def dequantize_rows(
             raise ValueError(f"scales[{position}]: expected float32 of shape ({own.shape[0]},) on {own.device}, got {got}")
     result = outputs("out", out, [(own.shape[0], d) for own, d in zip(listed, widths, strict=True)], dtype, listed[0].device)
     call("dequantize_rows_")(result, [own.contiguous() for own in listed], [scale.detach().contiguous() for scale in scaled], bits)
+    written(result)
     return result if many else result[0]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hetlora_kernels._library import call, register_fake
-from hetlora_kernels.ops._lists import FLOATS, Layouts, flat_ranks, module_layouts, module_list, outputs
+from hetlora_kernels.ops._lists import FLOATS, Layouts, flat_ranks, module_layouts, module_list, outputs, written
 
 
 @overload
@@ -57,6 +57,7 @@ def truncate(
     shapes = [(own.num_clients, *bank.shape) if dense else (own.total, bank.shape[1]) for bank, own in zip(banks, layouts, strict=True)]
     result = outputs("out", out, shapes, dtype, banks[0].device, banks)
     call("truncate_")(result, banks, flat_ranks(layouts), dense)
+    written(result)
     return result if many else result[0]
 
 

@@ -202,10 +202,13 @@ def estimated(layer: Layer, dtype: torch.dtype, device: torch.device | str = "cp
     if operand != inside:
         a, bt = a.rounded(operand), bt.rounded(operand)
     weight = Estimate(layer.weight)
+    # float64 is judged by itself: the truth's own order of sums is the framework's.
+    columns, rows_of_w = (any_order, any_order) if inside == torch.float64 else (in_parts, in_groups)
     if base is None:
-        base = x.matmul(weight.t(), inside, in_parts if ours else any_order).rounded(dtype, 2)  # its own rounding, and the bias's
-        base = base if layer.bias is None else base.plus(Estimate(layer.bias), inside)
-        d_x = grad.matmul(weight, inside, in_groups if ours else any_order).rounded(dtype)
+        # The framework may round before it adds the bias, and after.
+        base = x.matmul(weight.t(), inside, columns if ours else any_order).rounded(dtype)
+        base = base if layer.bias is None else base.plus(Estimate(layer.bias), dtype)
+        d_x = grad.matmul(weight, inside, rows_of_w if ours else any_order).rounded(dtype)
     else:
         d_x = Estimate(torch.zeros_like(layer.x))
     y, d_a, d_bt = base, Estimate(torch.zeros_like(layer.a)), Estimate(torch.zeros_like(layer.bt))
@@ -220,8 +223,8 @@ def estimated(layer: Layer, dtype: torch.dtype, device: torch.device | str = "cp
             keys = list(range(len(rows))) if layer.keys is None else [layer.keys[t] for t in layer.client_rows(k)]
             drop = kept(layer.seeds[k], keys, layer.n, layer.p).double() / (1 - round(65536 * layer.p) / 65536)
             own = own.times(drop, inside)
-        s = own.matmul(own_a.t(), inside, in_parts).times(layer.scale[k], inside).rounded(operand)
-        d_s = d_y.matmul(own_bt.t(), inside, in_parts).times(layer.scale[k], inside).rounded(operand)
+        s = own.matmul(own_a.t(), inside, columns).times(layer.scale[k], inside).rounded(operand)
+        d_s = d_y.matmul(own_bt.t(), inside, columns).times(layer.scale[k], inside).rounded(operand)
         term, d_term = s.matmul(own_bt, inside), d_s.matmul(own_a, inside).times(drop, inside)
         for whole, part in ((y, term), (d_x, d_term)):
             whole[rows] = whole[rows].plus(part, inside)

@@ -81,6 +81,18 @@ def test_a_product_kept_in_16_bits_is_noticed(dtype, factors):
     assert why_not_exact({"d_bt": (s.t() @ layer.grad).to(kind)}, {"d_bt": expected["d_bt"]})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_one_lost_element_is_noticed(dtype):
+    """An element of the usual size set to zero, and a result of another shape."""
+    _, got, expected = case(dtype)
+    for name in ("y", "d_x", "d_a", "d_bt"):
+        lost = got[name].clone()
+        near = (lost.abs() - expected[name].value.square().mean().sqrt()).abs().argmin()
+        lost.view(-1)[near] = 0
+        assert why_not_exact({name: lost}, {name: expected[name]}).startswith(f"{name}: error"), name
+        assert why_not_exact({name: got[name][:1]}, {name: expected[name]}).startswith(f"{name}: shape")
+
+
 def test_risk_of_a_false_alarm():
     """Errors drawn as the rule takes them, at the largest variance: 2000 results, no alarm; one and a half times as large: alarms."""
     g, alarms, missed = drawn(1), 0, 0

@@ -371,3 +371,25 @@ def test_a_scale_that_wants_a_gradient_is_refused(device):
     leaves = leaf_tensors(layer, torch.float32, None, device)
     with pytest.raises(ValueError, match=r"^scale: expected a constant"):
         call_simple(layer, leaves, scale=torch.tensor(0.7, requires_grad=True))
+
+
+@pytest.mark.parametrize("changed", ["scale", "seeds", "row_keys"])
+def test_what_is_changed_between_forward_and_backward_changes_no_gradient(changed, device):
+    """The backward pass has the forward's scale and dropout mask, whatever the caller does with his own tensors since."""
+    layer = make_layer([3, 2], [0, 1, 1, 0], 9, 7, p=0.4, keys=[5, 6, 7, 8])
+    grads = []
+    for change in (False, True):
+        leaves = leaf_tensors(layer, torch.float32, None, device)
+        own = {
+            "scale": torch.tensor(layer.scale, dtype=torch.float32, device=device),
+            "seeds": torch.tensor(layer.seeds, device=device),
+            "row_keys": torch.tensor(layer.keys),
+        }
+        seg = hk.Segments.from_ids(layer.ids, row_keys=own["row_keys"])
+        tensors = (leaves[name] for name in ("x", "weight", "bias", "a", "bt"))
+        y = hk.lora_linear(*tensors, layer.layout(), seg, scale=own["scale"], dropout=0.4, seeds=own["seeds"])
+        if change:
+            own[changed].add_(3)
+        y.backward(layer.grad.to(y))
+        grads.append([leaf.grad for leaf in leaves.values() if leaf.requires_grad])
+    assert all(same_bits(one, other) for one, other in zip(*grads, strict=True))

@@ -55,6 +55,7 @@ def test_factor_gradients_have_the_bits_of_the_other_way(dtype, p, ids):
             assert same_bits(small[name], large[name]), name
         if factor_dtype == torch.float32:
             assert_exact(small, estimated(layer, dtype))
+            assert [small[name].dtype for name in ("y", "d_x", "d_bias", "d_a", "d_bt")] == [dtype] * 3 + [factor_dtype] * 2
 
 
 # Past a task of 16 rows of the weight, a chunk of 8, the 64 columns of a span and the columns whose result stays in L1.
@@ -66,7 +67,9 @@ def test_the_base_product_of_every_tile(n, m, rows, dtype):
     for seed in range(3):
         exact = rounded(make_layer([2], [-1] + [0] * (rows - 1), n, m, seed=seed), dtype)
         expected = estimated(exact, dtype, ours=True)
-        assert_exact(run_fused(exact, dtype), {name: expected[name] for name in ("y", "d_x")})
+        result = run_fused(exact, dtype)
+        assert_exact(result, {name: expected[name] for name in ("y", "d_x")})
+        assert result["y"].dtype == result["d_x"].dtype == dtype
 
 
 @pytest.mark.parametrize(("n", "m", "rows"), [(1030, 700, 8), (4096, 200, 1), (300, 2000, 5)])

@@ -402,3 +402,15 @@ BAD = [
 def test_errors(call, error, text, device):
     with pytest.raises(error, match=text):
         call(make_bank(torch.float32, device))
+
+
+@pytest.mark.parametrize("kind", [hk.AdamW, hk.SGD])
+def test_a_graph_recorded_before_a_step_is_refused_after_it(kind, device):
+    """As with torch's optimisers: its gradients would mix old and new factors."""
+    bank = make_bank(torch.float32, device)
+    factor = next(iter(bank.parameters()))
+    loss = factor.square().sum()
+    random_grads(bank)
+    kind(bank, lr=0.1).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
