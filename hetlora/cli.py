@@ -24,7 +24,7 @@ import click
 
 from hetlora import __version__, processor, signals
 from hetlora.compare.methods import METHODS, OWNED, Plan, make_plan, method_settings
-from hetlora.config import Config, ConfigError
+from hetlora.config import Config, ConfigError, setting_group
 from hetlora.report.text import printable
 from hetlora.run_folder import is_run, read_config
 
@@ -125,8 +125,7 @@ class _ConfigOption(click.Option):
 
     def __init__(self, name: str) -> None:
         field = Config.model_fields[name]
-        assert isinstance(field.json_schema_extra, dict)
-        self.group = str(field.json_schema_extra["group"])
+        self.group = setting_group(name)
         flag, kind = f"--{name.replace('_', '-')}", field.annotation
         if kind is bool:
             flag, shown = f"{flag}/--no-{name.replace('_', '-')}", "yes" if field.default else "no"

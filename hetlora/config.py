@@ -255,6 +255,13 @@ _OF_ONE_VALUE = {"weight_cap": ("weights", "sparsity"), "weight_scope": ("weight
 """{setting: (another setting, the value of it with which this one is read)}, besides those of the kinds of run."""
 
 
+def setting_group(name: str) -> str:
+    """The group of settings that `name` belongs to: 'model', 'data', 'federation', 'training' or 'run'."""
+    extra = Config.model_fields[name].json_schema_extra
+    assert isinstance(extra, dict)
+    return str(extra["group"])
+
+
 def _nearest(name: str, known: Any) -> str:
     import difflib
 

@@ -8,11 +8,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hetlora.config import Config, ConfigError
+from hetlora.config import Config, ConfigError, setting_group
 from hetlora.kinds import TRAININGS, own_settings
 
 OWNED = ("train", "merge", "weights", "weight_scope", "weight_cap", "prune_scope", *own_settings())
 """Settings that say which method a run is: a comparison takes them from its methods, never from its common settings."""
+
+_OF_ONE_RUN = ("train", "adapter_dtype", "scale", "dropout")
+SHARED = tuple(name for name in Config.model_fields if setting_group(name) == "data" or (setting_group(name) == "model" and name not in _OF_ONE_RUN))
+"""Settings that say which model and data are loaded. All runs of a comparison share these, so no variant and no search has its own."""
 
 
 class Plan(BaseModel):
@@ -104,8 +108,16 @@ def _variant(method: Method, name: str, changes: list[str]) -> Method:
         key, equals, value = change.partition("=")
         if not equals or key not in Config.model_fields or key in ("output", "seed"):
             raise ConfigError(f"methods: {name!r}: expected 'setting=value' with a setting of `hetlora run` other than output and seed, got {change!r}")
+        refuse_shared(f"methods: {name!r}", key, value)
         settings[key] = value
     return Method(name, f"{method.text}; {', '.join(changes)}", method.ranks, settings, method.like or method.name)
+
+
+def refuse_shared(where: str, key: str, value: str) -> None:
+    """`ConfigError` for a setting of one method that would need a model or data of its own."""
+    if key in SHARED or (key == "ranks" and value.strip().startswith("column:")):
+        shown = "ranks = 'column:...' (read with the data)" if key == "ranks" else key
+        raise ConfigError(f"{where}: all runs of a comparison share one model and its data, {shown} cannot differ; set it for all, or make a comparison each")
 
 
 def method_config(method: Method, common: Config, r_min: int, r_max: int, **values: Any) -> Config:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hetlora import run_folder
-from hetlora.compare.methods import METHODS, OWNED, Method, Plan, method_config, parse_methods
+from hetlora.compare.methods import METHODS, OWNED, Method, Plan, method_config, parse_methods, refuse_shared
 from hetlora.config import Config, ConfigError
 from hetlora.data import load_data
 from hetlora.federation import Federation, prepare, starting_ranks
@@ -60,8 +60,8 @@ class _Bench:
         self._data = {self._key(common): self._first.data}
 
     @staticmethod
-    def _key(cfg: Config) -> tuple[str, int]:
-        return cfg.data, cfg.seed if cfg.held_out_clients else 0
+    def _key(cfg: Config) -> tuple[str, int, int]:
+        return cfg.data, cfg.held_out_clients, cfg.seed if cfg.held_out_clients else 0
 
     def federation(self, cfg: Config) -> Federation:
         """For one run: the shared model, or a copy of it where the run changes the base."""
@@ -145,8 +145,9 @@ def _with_defaults(common: Config) -> Config:
 def _parse_search(text: str) -> tuple[str, list[str]]:
     name, equals, values = text.partition("=")
     listed = [value.strip() for value in values.split(",") if value.strip()]
-    if text and (not equals or name not in Config.model_fields or name in (*OWNED, "seed", "output", "data", "ranks") or not listed):
+    if text and (not equals or name not in Config.model_fields or name in (*OWNED, "seed", "output", "ranks") or not listed):
         raise ConfigError(f"search: expected 'SETTING=V1,V2,...' with a setting such as lr, got {text!r}")
+    refuse_shared("search", name, "")
     return name, listed
 
 

@@ -15,7 +15,7 @@ from hetlora.cli import cli
 from hetlora.compare import figures
 from hetlora.compare.methods import METHODS, make_plan, method_config, parse_methods
 from hetlora.compare.page import write_comparison
-from hetlora.compare.run import run_comparison
+from hetlora.compare.run import _Bench, run_comparison
 from hetlora.config import Config, ConfigError
 from hetlora.observer import Observer
 
@@ -142,6 +142,24 @@ def test_unknown_methods_are_named(text, message):
     with pytest.raises(ConfigError) as caught:
         parse_methods(text)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change", ["seq_len=16", "dtype=float64", "target_modules=all-linear", "max_tokens_per_client=64", "data=unicode", "ranks=column:m:2:8"]
+)
+def test_variants_and_searches_that_would_need_a_model_or_data_of_their_own_are_refused(tmp_path, change):
+    setting = change.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"methods: .*share one model and its data, {setting} "):
+        parse_methods(f"hetlora+{change}")
+    with pytest.raises(ConfigError, match=f"search: .*{setting}"):
+        compared(tmp_path / "c", search=change)
+    assert not (tmp_path / "c").exists()
+    assert {"scale", "adapter_dtype", "dropout"} <= parse_methods("hetlora+scale=1+adapter_dtype=float64+dropout=0.1")[0].settings.keys()
+
+
+def test_data_of_a_search_without_held_out_clients_is_not_that_of_the_first_seed(tmp_path):
+    keys = [_Bench._key(common(tmp_path, seed=seed, held_out_clients=held)) for seed, held in ((0, 2), (1000, 0), (1, 2), (1, 0))]
+    assert len(set(keys)) == 3 and keys[1] == keys[3]
 
 
 def test_methods_are_the_settings_that_the_papers_name():
