@@ -26,7 +26,7 @@ from hetlora import __version__, processor, signals
 from hetlora.compare.methods import METHODS, OWNED, Plan, make_plan, method_settings
 from hetlora.config import Config, ConfigError, setting_group
 from hetlora.report.text import printable
-from hetlora.run_folder import is_run, read_config
+from hetlora.run_folder import BITS_ONLY, is_run, read_config
 
 _OF_OWN_RANKS = [name for name, method in METHODS.items() if method.ranks == "own"]
 
@@ -162,16 +162,16 @@ def _given(config_file: str | None, flags: dict[str, Any]) -> tuple[str, dict[st
 
 
 def _saved_settings(config_file: str | None, flags: dict[str, Any]) -> Config:
-    """The config of the run folder to continue; what the file or the flags ask for must agree with it."""
+    """The config of the run folder to continue; what the file or the flags ask for must agree with it, but for `BITS_ONLY`."""
     source, asked = _given(config_file, flags)
     output = Path(asked.pop("output", Config.model_fields["output"].default))
     saved = read_config(output)
     wanted = Config.create(source, **{**saved.model_dump(), **asked})
-    contradicting = [name for name in asked if getattr(wanted, name) != getattr(saved, name)]
+    contradicting = [name for name in asked if name not in BITS_ONLY and getattr(wanted, name) != getattr(saved, name)]
     if contradicting:
         what = ", ".join(f"--{name.replace('_', '-')} {getattr(wanted, name)} (the run has {getattr(saved, name)})" for name in contradicting)
         raise ConfigError(f"--resume: the run in {output} goes on with its own settings; leave out {what}, or start a new run in another folder")
-    return saved.model_copy(update={"output": str(output)})
+    return wanted.model_copy(update={"output": str(output)})
 
 
 def _choose_threads(ctx: click.Context, parameter: click.Parameter, value: int | None) -> None:

@@ -121,10 +121,10 @@ def _check_resumable(cfg: Config, folder: Path, lock: FolderLock) -> list[str]:
     run_folder.require_run(folder)
     lock.take(folder)
     run_folder.clean_leftovers(folder)
-    run_folder.check_same_config(folder, cfg)
+    said = run_folder.check_same_config(folder, cfg)
     checkpoint.saved_versions(folder)
     recorded = checkpoint.load_state(folder)
-    return run_folder.check_recorded_config(folder, recorded, cfg) if recorded else []
+    return run_folder.check_recorded_config(folder, recorded, cfg) if recorded else said
 
 
 def _initial_state(cfg: Config, federation: Federation) -> server.ServerState:

@@ -174,25 +174,32 @@ def different_settings(saved: Mapping[str, Any], cfg: Config) -> list[str]:
     return [name for name in now if defaults[name] != now[name]] + [name for name in saved if name not in now]
 
 
-def check_same_config(folder: Path, cfg: Config) -> None:
-    """`ConfigError` naming the settings in which `cfg` differs from the run it is to continue."""
+def check_same_config(folder: Path, cfg: Config) -> list[str]:
+    """Compare `cfg` with config.json of the run it is to continue; returns what differs in `BITS_ONLY`, as lines for the user.
+
+    Raises `ConfigError` naming the settings that differ otherwise.
+    """
     saved = method_settings(read_config(folder))
-    if different := different_settings(saved, cfg):
-        pairs = _changes(saved, cfg, different)
-        raise ConfigError(f"{folder}: cannot resume with other settings ({pairs}); leave them out, or start a new run in another folder")
+    method, lines = _compare(saved, cfg)
+    if method:
+        raise ConfigError(f"{folder}: cannot resume with other settings ({method}); leave them out, or start a new run in another folder")
+    return lines
 
 
 def check_recorded_config(folder: Path, state: Mapping[str, Any], cfg: Config) -> list[str]:
-    """Compare `cfg` with the settings that the checkpoint was made with; returns what differs in `BITS_ONLY`, as lines for the user.
+    """As `check_same_config`, with the settings that the checkpoint was made with: config.json may have been changed after the run began."""
+    method, lines = _compare(state["settings"], cfg)
+    if method:
+        raise ConfigError(f"{folder / CONFIG}: not what the checkpoint was made with ({method}); put back the one that was changed, or start a new run")
+    return lines
 
-    Raises `ConfigError` naming the settings that differ otherwise: config.json was changed after the run began.
-    """
-    saved = state["settings"]
+
+def _compare(saved: Mapping[str, Any], cfg: Config) -> tuple[str, list[str]]:
+    """(the settings that change the method, as text; what else differs, as lines for the user)."""
     different = different_settings(saved, cfg)
     if method := [name for name in different if name not in BITS_ONLY]:
-        changes = _changes(saved, cfg, method)
-        raise ConfigError(f"{folder / CONFIG}: not what the checkpoint was made with ({changes}); put back the one that was changed, or start a new run")
-    return [f"{_changes(saved, cfg, different)}: the result may differ in the last bits from that of an uninterrupted run"] if different else []
+        return _changes(saved, cfg, method), []
+    return "", [f"{_changes(saved, cfg, different)}: the result may differ in the last bits from that of an uninterrupted run"] if different else []
 
 
 def _changes(saved: Mapping[str, Any], cfg: Config, names: list[str]) -> str:

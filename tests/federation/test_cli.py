@@ -189,6 +189,15 @@ def test_resume_takes_the_settings_of_the_run(loop, tmp_path):
     assert resume and cfg.lr == 0.01 and cfg.rounds == 2 and cfg.output == str(moved)
 
 
+def test_resume_takes_another_device_and_memory_limit(loop, tmp_path):
+    write_run(tmp_path / "run", clients=6, rounds=2)
+    flags = ["--device", "cpu", "--no-cobatch", "--max-tokens-per-step", "64"]
+    result = invoke("run", "--resume", "--output", tmp_path / "run", *flags)
+    assert result.exit_code == 0, result.output
+    cfg, _ = loop.calls[0]
+    assert (cfg.device, cfg.cobatch, cfg.max_tokens_per_step) == ("cpu", False, 64)
+
+
 def test_resume_names_contradicting_flags(loop, tmp_path):
     write_run(tmp_path / "run", rounds=2)
     file = tmp_path / "settings.json"

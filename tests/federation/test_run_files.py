@@ -263,6 +263,21 @@ def test_settings_that_change_only_bits_are_said_and_obeyed(stopped):
     assert "max_tokens_per_step was 16384, now 24" in line and "cobatch was True, now False" in line
 
 
+def test_a_resume_may_ask_for_settings_that_change_only_bits(stopped):
+    seen = Recorder()
+    assert len(resume(stopped, seen, device="cpu", cobatch=False).history) == 4
+    said = [text for text in seen.messages if "last bits" in text]
+    assert len(said) == 1 and "device was 'auto', now 'cpu', cobatch was True, now False" in said[0]
+
+
+def test_a_resume_before_the_first_checkpoint_says_what_changes_bits(tmp_path):
+    with pytest.raises(Stop):
+        simulate(tiny_config(tmp_path / "run"), federation=tiny_federation(SIZES), observer=Interrupt("start"))
+    seen = Recorder()
+    resume(tmp_path / "run", seen, max_tokens_per_step=24)
+    assert len([text for text in seen.messages if "max_tokens_per_step was 16384, now 24" in text]) == 1
+
+
 def test_another_instruction_set_is_said(stopped):
     edit(stopped / "versions.json", **{"instruction set": "NO AVX"})
     seen = Recorder()
