@@ -27,7 +27,7 @@ from hetlora import checkpoint_file
 from hetlora.config import Config, ConfigError
 from hetlora.data import FederatedData
 from hetlora.lock import LOCK, FolderLock
-from hetlora.run_folder import ADAPTER_FILE, CHECKPOINT, CONFIG, VERSIONS, WEIGHTS_FILE, refuse_existing, sync_folder, write_atomic
+from hetlora.run_folder import ADAPTER_FILE, CHECKPOINT, CONFIG, VERSIONS, WEIGHTS_FILE, WriteError, refuse_existing, sync_folder, write_atomic
 from hetlora.text_files import parse_json, read_text
 
 RESUME_INSTEAD = "choose another folder, or continue that run with --resume"
@@ -95,6 +95,7 @@ def create_run(cfg: Config, device: torch.device, lock: FolderLock | None = None
     """
     run = Path(cfg.output)
     refuse_existing(run, RESUME_INSTEAD)
+    staging: Path | None = None
     try:
         run.parent.mkdir(parents=True, exist_ok=True)
         _clean_stagings(run)
@@ -106,8 +107,14 @@ def create_run(cfg: Config, device: torch.device, lock: FolderLock | None = None
         write_atomic(staging / VERSIONS, json.dumps(versions(device), indent=2) + "\n")
         os.replace(staging, run)
         sync_folder(run.parent)
-    except OSError as error:
-        raise ConfigError(f"output: cannot create {run} ({error.strerror}); choose a folder that can be written") from None
+    except BaseException as error:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)  # nothing is there after the rename
+        if isinstance(error, WriteError):
+            raise WriteError(run / error.path.name, error.error) from None
+        if isinstance(error, OSError):
+            raise ConfigError(f"output: cannot create {run} ({error.strerror}); choose a folder that can be written") from None
+        raise
     if lock is not None:
         lock.moved(run)
     return run

@@ -84,6 +84,8 @@ def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = N
         try:
             return _simulate(cfg, folder, lock, resume, observer, federation)
         except run_folder.WriteError as error:
+            if not run_folder.is_run(folder):
+                raise  # it says to give the command again
             go_on = f"make room there, then continue with hetlora run --resume --output {folder}"
             raise run_folder.WriteError(error.path, error.error, go_on) from None
 

@@ -208,6 +208,26 @@ def test_a_full_disk_names_the_file_and_how_to_go_on(stopped, monkeypatch, name)
     assert len(resume(stopped).history) == 4
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_run_that_cannot_be_created_leaves_nothing_and_is_not_to_be_resumed(tmp_path, monkeypatch, error):
+    real = os.fsync
+
+    def fails(descriptor):
+        if "versions.json" in os.path.realpath(f"/proc/self/fd/{descriptor}"):
+            raise error
+        real(descriptor)
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises((ConfigError, KeyboardInterrupt)) as caught:
+        patch.setattr(os, "fsync", fails)
+        simulate(tiny_config(folder), federation=tiny_federation(SIZES))
+    assert not list(tmp_path.iterdir())
+    if isinstance(error, OSError):
+        expected = f"{folder / 'versions.json'}: cannot be written (no space left on device); make room there or mend it, then give the command again"
+        assert str(caught.value) == expected
+    assert len(simulate(tiny_config(folder, rounds=1), federation=tiny_federation(SIZES)).history) == 2
+
+
 # ---------------------------------------------------------------- checkpoints
 
 
