@@ -226,7 +226,7 @@ def _loaded(module: str) -> Any:
 def _finish(watched: _Watched, result: Any) -> None:
     from hetlora.report.terminal import print_summary
 
-    print_summary(watched.observer.console, result.summary)
+    print_summary(watched.observer.console, result.summary, read_config(result.run_dir).training_kind.own_text)
     page = _loaded("hetlora.report.page").write_report(result.run_dir)
     _say(f"run folder: {result.run_dir}")
     _say(f"report: {page}")

@@ -43,7 +43,8 @@ def export_adapter(run_dir: str | Path, out_dir: str | Path, rank: int | None = 
     out_dir: folder to create; it must not exist or be empty.
     rank: leading rank rows to keep of the global adapter; None = all.
     client: export this client's last trained adapter at its own rank instead. A client that has not trained
-        gets the global adapter truncated to its rank, and a warning says so.
+        gets what it would receive: the global adapter truncated to its rank, or with all its rows where the run's training gives every client all of them
+        (train 'fold'). A warning says so.
 
     lora_alpha = s * rank, so the scale s stays what it was in training. Returns `out_dir`.
     Raises ConfigError: no run or no adapter there, `rank` out of range, unknown client, both `rank` and `client`, `out_dir` not empty,
@@ -195,10 +196,14 @@ def _client_adapter(run: Path, client: str) -> tuple[Factors, float, str, dict[s
         raise ConfigError(f"export: unknown client {client!r} in {run}{hint}")
     factors, scale, model = _read_adapter(run / ADAPTER)
     rank = known[client]
-    ranks = {name: rank[name] if isinstance(rank, dict) else rank for name in factors}
-    shown = f"rank {rank}" if not isinstance(rank, dict) else "its ranks"
+    if read_config(run).training_kind.all_rows:
+        ranks = _uniform_ranks(factors, None, run)
+        given = "the global adapter with all its rows, which every client of this run receives whatever its rank"
+    else:
+        ranks = {name: rank[name] if isinstance(rank, dict) else rank for name in factors}
+        given = f"the global adapter truncated to {f'rank {rank}' if not isinstance(rank, dict) else 'its ranks'}"
     why = "it has not trained, or the run did not keep it"
-    warnings.warn(f"client {client!r} has no adapter of its own in {run} ({why}); this is the global adapter truncated to {shown}", stacklevel=3)
+    warnings.warn(f"client {client!r} has no adapter of its own in {run} ({why}); this is {given}", stacklevel=3)
     return factors, scale, model, ranks
 
 

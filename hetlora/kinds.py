@@ -62,6 +62,8 @@ class TrainingKind:
     saves: which adapters the run folder keeps: the 'global' one, and those of 'clients'.
     receives: function of `(ServerState, Config, model, client names)`: a context in which `model` with the leading rows of a bank is what a client computes
         with before it trains, and what its own held-out text is evaluated under; it yields (bank of one client, ranks of each client).
+    all_rows: a client receives every row of the bank, whatever its rank; otherwise as many leading rows as its rank.
+    own_text: what the perplexity of a client in summaries and reports is that of.
     settings: read by this kind alone, refused with every other.   refuses: settings of others that it cannot use.
     """
 
@@ -72,6 +74,8 @@ class TrainingKind:
     no_ranks: str = ""
     saves: tuple[Literal["global", "clients"], ...] = ("global", "clients")
     receives: str = "hetlora.training:leading_rows"
+    all_rows: bool = False
+    own_text: str = "the global adapter at the client's rank"
     settings: tuple[str, ...] = ()
     refuses: tuple[Refusal, ...] = ()
 
@@ -102,6 +106,8 @@ TRAININGS = {
             "hetlora.fold:train_fold",
             merge="bank",
             receives="hetlora.fold:received",
+            all_rows=True,
+            own_text="the global adapter with all its rows, as a client downloads it",
             settings=("download",),
             refuses=(
                 Refusal(("gamma", "prune_lambda", "prune_scope"), "of self-pruning, and train = 'fold' has no rows that last to prune; leave it out"),
@@ -115,6 +121,7 @@ TRAININGS = {
             merge="models",
             no_ranks="none, full fine-tuning",
             saves=(),
+            own_text="the global model",
             refuses=(
                 Refusal(_OF_ADAPTERS, "of adapters, and train = 'full' trains none; leave it out"),
                 Refusal(("weights",), "norms of adapters, and train = 'full' trains none; use weights = 'samples' or 'uniform'", ("sparsity",)),

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hetlora.config import Config, ConfigError
+from hetlora.kinds import TRAININGS
 from hetlora.report.drawing import Picture
 from hetlora.report.pictures import draw_all
 from hetlora.report.text import number, perplexity_of, rank_text, size_text
@@ -128,6 +129,7 @@ def _render(run: Run, pictures: dict[str, Picture]) -> str:
             clients=clients,
             has_perplexity=any(client.get("perplexity_after") is not None for client in clients),
             dropped=[(record["round"], drop) for record in run.records for drop in record.get("dropped") or []],
+            own_text=TRAININGS.get(str(run.config.get("train")), TRAININGS["adapters"]).own_text,  # the config may be lost or damaged
             figures=_key_figures(run),
             pictures=picture_data(pictures),
             settings=_settings(run),

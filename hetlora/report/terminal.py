@@ -204,10 +204,11 @@ def total_lines(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-def print_summary(console: Console, summary: dict[str, Any]) -> None:
+def print_summary(console: Console, summary: dict[str, Any], own_text: str) -> None:
+    """own_text: of the run's kind of training (`kinds.TrainingKind`)."""
     table, note = client_table(summary)
     console.print()
-    console.print(Text("Clients; perplexity is that of the global adapter at the client's rank, on the client's own held-out text"), soft_wrap=True)
+    console.print(Text(f"Clients; perplexity is that of {own_text}, on the client's own held-out text"), soft_wrap=True)
     console.print(table)
     for line in ([note] if note else []) + total_lines(summary) + [f"note: {text}" for text in summary.get("notes") or []]:
         console.print(Text(printable(line)), soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import os
@@ -187,6 +188,21 @@ def test_resume_takes_the_settings_of_the_run(loop, tmp_path):
     assert result.exit_code == 0, result.output
     cfg, resume = loop.calls[0]
     assert resume and cfg.lr == 0.01 and cfg.rounds == 2 and cfg.output == str(moved)
+
+
+@pytest.mark.parametrize(
+    ("settings", "caption"),
+    [
+        ({}, "perplexity is that of the global adapter at the client's rank, on"),
+        ({"train": "fold", "weights": "samples", "gamma": 0.99}, "perplexity is that of the global adapter with all its rows, as a client downloads it, on"),
+        ({"train": "full", "weights": "samples", "gamma": 0.99}, "perplexity is that of the global model, on"),
+    ],
+)
+def test_table_and_page_say_what_a_clients_perplexity_is_that_of(loop, tmp_path, settings, caption):
+    write_run(tmp_path / "run", clients=6, rounds=2, **settings)
+    result = invoke("run", "--resume", "--output", tmp_path / "run")
+    assert result.exit_code == 0 and caption in result.output, result.output
+    assert caption[1:] in html.unescape((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
 
 
 def test_resume_takes_another_device_and_memory_limit(loop, tmp_path):

@@ -289,6 +289,16 @@ def test_the_bank_is_what_is_saved_and_exported(tmp_path):
     assert export_adapter(tmp_path / "run", tmp_path / "own", client=name).is_dir()
 
 
+def test_a_client_without_an_adapter_of_its_own_exports_all_rows_as_it_receives_them(tmp_path):
+    result, *_ = run(tmp_path / "run", save_clients=False)
+    name, rank = min(result.ranks.items(), key=lambda pair: pair[1])
+    assert rank < result.bank.ranks[0]
+    with pytest.warns(UserWarning, match=f"{name!r} has no adapter of its own .* the global adapter with all its rows, which every client .* receives"):
+        out = export_adapter(tmp_path / "run", tmp_path / "out", client=name)
+    adapter = load_file(out / "adapter_model.safetensors")
+    assert adapter.keys() == result.bank.adapter(0).keys() and all(torch.equal(adapter[key], value) for key, value in result.bank.adapter(0).items())
+
+
 @pytest.mark.parametrize("kind", ["8bit", "4bit", "exact"])
 def test_traffic_is_what_travels(tmp_path, kind):
     result, federation, _ = run(tmp_path / "run", download=kind)

@@ -118,7 +118,7 @@ def test_nothing_of_a_name_reaches_a_terminal_raw(monkeypatch, tmp_path):
 
     client = {"name": NAUGHTY, "rank_start": 2, "rank_end": 2, "rounds": 1, "sequences": 1, "perplexity_before": 2.0, "perplexity_after": 1.0}
     sizes = dict.fromkeys(("bytes_down", "bytes_up", "bytes_down_homlora", "bytes_up_homlora", "homlora_rank"), 1)
-    print_summary(console, {"clients": [client], "notes": [NAUGHTY], "evaluation_before": None, "evaluation_after": None, **sizes})
+    print_summary(console, {"clients": [client], "notes": [NAUGHTY], "evaluation_before": None, "evaluation_after": None, **sizes}, "the global adapter")
     console.file.close()
     text = (tmp_path / "out").read_text(encoding="utf-8")
     assert text.count("e\\x1b[2J\\x07") == 6
