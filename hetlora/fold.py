@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +72,7 @@ def folded(model: nn.Module, bank: hk.AdapterBank, scale: float) -> Iterator[Non
     A plain weight makes room for one that holds the sum, in its own type; after the block the model has the very tensors it had. A quantised layer keeps its
     weight, and s (x A^T) B^T is added to what it returns. A module whose B is zero is left as it is.
     """
-    weights: dict[str, nn.Parameter] = {}
-    hooks = []
+    undo: list[Callable[[], None]] = []
     try:
         for name in bank.shapes:
             a, bt = bank.a[name].detach(), bank.bt[name].detach()
@@ -81,18 +81,32 @@ def folded(model: nn.Module, bank: hk.AdapterBank, scale: float) -> Iterator[Non
             layer = model.get_submodule(name)
             weight = layer._parameters.get("weight")
             if type(weight) is nn.Parameter and weight.is_floating_point():
-                weights[name] = weight
+                undo.append(partial(setattr, layer, "weight", weight))
                 layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
                 own = linear_weight(layer).detach()
                 own.copy_(own + scale * (bt.t() @ a))  # added in the wider of the two types
             else:
-                hooks.append(layer.register_forward_hook(_beside(a, bt, scale)))
+                undo.append(layer.register_forward_hook(_beside(a, bt, scale)).remove)
         yield
     finally:
-        for name, weight in weights.items():
-            model.get_submodule(name).weight = weight
-        for hook in hooks:
-            hook.remove()
+        _run_all(undo)
+
+
+def _run_all(steps: list[Callable[[], None]]) -> None:
+    """Every step, from the last to the first. One that is interrupted is taken again, and the interrupt is raised when all are done.
+
+    Half of a base with the bank in it would serve the next run with wrong results in silence.
+    """
+    interrupt: KeyboardInterrupt | None = None
+    while steps:
+        try:
+            while steps:
+                steps[-1]()
+                steps.pop()
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def _beside(a: Tensor, bt: Tensor, scale: float) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:

@@ -91,6 +91,26 @@ def test_the_base_comes_back_after_an_error_too():
     assert all(weight is before[name] for name, weight in model.named_parameters())
 
 
+def test_the_base_comes_back_though_the_clean_up_is_interrupted_too(monkeypatch):
+    """A second Ctrl-C, in the middle of putting the weights back."""
+    model = tiny_model()
+    before = dict(model.named_parameters())
+    real, left = nn.Module.__setattr__, [2]
+
+    def interrupted(module, name, value):
+        if name == "weight" and isinstance(value, nn.Parameter):
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+        real(module, name, value)
+
+    with pytest.raises(KeyboardInterrupt), fold.folded(model, trained_bank(target_shapes(model, "attention"), [2]), 1.0):
+        assert sum(weight is not before[name] for name, weight in model.named_parameters()) == 8
+        monkeypatch.setattr(nn.Module, "__setattr__", interrupted)
+        raise ValueError
+    assert left[0] < 0 and all(weight is before[name] for name, weight in model.named_parameters())
+
+
 def test_conv1d_stores_its_weight_the_other_way():
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2, attn_implementation="eager")
