@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import click
 
 from hetlora import __version__, processor, signals
-from hetlora.compare.methods import METHODS, OWNED, Plan, make_plan, method_settings
+from hetlora.compare.methods import METHODS, OWNED, Plan, left_out, make_plan, method_settings
 from hetlora.config import Config, ConfigError, setting_group
 from hetlora.report.text import printable
 from hetlora.run_folder import BITS_ONLY, is_run, read_config
@@ -156,6 +156,8 @@ def _given(config_file: str | None, flags: dict[str, Any]) -> tuple[str, dict[st
     values = Config.read(config_file) if config_file is not None else {}
     rest = {name: value for name, value in flags.items() if name != "method"}
     if "method" in flags:
+        if dropped := [name for name in left_out(flags["method"], values) if name not in rest]:
+            warnings.warn(f"--method {flags['method']} leaves out {', '.join(dropped)} (from {config_file})", stacklevel=2)
         values = method_settings(flags["method"], values)
     source = "command line" if config_file is None else f"config file {config_file}" + (" and command line" if flags else "")
     return source, {**values, **rest}

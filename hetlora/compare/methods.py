@@ -145,6 +145,13 @@ def method_settings(name: str, common: Mapping[str, Any]) -> dict[str, Any]:
     return {**_without_others(method, common), **method.settings}
 
 
+def left_out(name: str, given: Mapping[str, Any]) -> list[str]:
+    """Names of the settings in `given` that a run of method `name` does not take over, where its value is another."""
+    taken = method_settings(name, given)
+    known = {key: value for key, value in given.items() if key in Config.model_fields}
+    return [key for key, value in known.items() if taken.get(key, Config.model_fields[key].default) != value]
+
+
 def _without_others(method: Method, settings: Mapping[str, Any]) -> dict[str, Any]:
     """`settings` without those that say which method a run is, or that say nothing about this one."""
     train = method.settings.get("train", Config.model_fields["train"].default)

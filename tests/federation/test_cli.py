@@ -78,8 +78,12 @@ def test_a_method_sets_its_row_over_the_file_and_under_the_flags(loop, tmp_path)
     cfg, _ = loop.calls[0]
     assert (cfg.train, cfg.weights, cfg.download, cfg.rounds) == ("fold", "samples", "4bit", 3)
     assert (cfg.gamma, cfg.merge) == (Config.model_fields["gamma"].default, "factors")  # they say nothing about fold
+    assert result.stderr.count("\n") == 1 and f"--method fold leaves out gamma, weights, merge (from {file})" in result.stderr
+    file.write_text("rounds: 3\ngamma: 0.99\nweights: samples\n")
+    result = invoke("run", "--config", file, "--method", "fold", "--output", tmp_path / "same")
+    assert result.exit_code == 0 and not result.stderr, "nothing is lost where the values are the same"
     assert invoke("run", "--method", "fold", "--weights", "uniform", "--output", tmp_path / "other").exit_code == 0
-    assert loop.calls[1][0].weights == "uniform"
+    assert loop.calls[-1][0].weights == "uniform"
     assert_one_line_error(invoke("run", "--method", "best"), "method: expected one of hetlora, ", "got 'best'")
     assert_one_line_error(invoke("run", "--method", "homlora-min"), "gives every client one rank", "ranks = 'fixed:R'", "gamma = 1.0", "weights = 'samples'")
     assert_one_line_error(invoke("run", "--method", "fold", "--gamma", "0.5"), "gamma = 0.5", "leave it out")
