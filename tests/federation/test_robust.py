@@ -9,7 +9,8 @@ from test_messages import Recorder
 from tiny import lines, multiply, same_bits, tiny_config, tiny_federation, trained_bank, watch_training
 
 import hetlora_kernels as hk
-from hetlora import merge, robust, server
+from hetlora import fold, merge, robust, server
+from hetlora.config import ConfigError
 from hetlora.loop import simulate
 
 CLIENTS = 10
@@ -214,6 +215,26 @@ def test_a_run_under_attack_says_who_was_clipped_and_stays_near_the_honest_one(t
     ends = [run.summary["evaluation_after"]["client_text"]["loss"] for run in (honest, poisoned)]
     start = honest.summary["evaluation_before"]["client_text"]["loss"]
     assert start - ends[1] > 0.5 * (start - ends[0]) > 0, "at least half of the honest gain"
+
+
+def test_under_fold_a_reversed_update_is_of_usual_length_and_not_clipped_but_an_inflated_one_is(tmp_path, monkeypatch):
+    common = {"clients_per_round": 10, "ranks": "fixed:4", "train": "fold", "weights": "samples", "gamma": 0.99, "lr": 0.02, "rounds": 1}
+    train, clients = fold.train_cohort, {}
+    for name, factor in (("honest", 1), ("reversed", -1), ("inflated", 100)):
+
+        def poisoned(model, bank, *rest, factor=factor):
+            results = train(model, bank, *rest)
+            for name in bank.shapes:
+                bank.bt[name].data[bank.layouts[name].rows(0)] *= factor
+            return results
+
+        monkeypatch.setattr(fold, "train_cohort", poisoned)
+        clients[name] = simulate(tiny_config(tmp_path / name, **common), federation=tiny_federation([3] * CLIENTS)).history[1]["clients"]
+    assert not any("clip" in client for client in clients["honest"] + clients["reversed"])
+    assert clients["reversed"][0]["norm"] == clients["honest"][0]["norm"] and clients["inflated"][0]["clip"] < 0.1
+    for merge_name in ("median", "trimmed"):
+        with pytest.raises(ConfigError, match=f"merge = '{merge_name}': of other merges, and train = 'fold' has its own"):
+            tiny_config(tmp_path, **{**common, "merge": merge_name, "weights": "uniform"})
 
 
 # ---------------------------------------------------------------- the merges by rows
