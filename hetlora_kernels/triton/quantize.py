@@ -119,6 +119,8 @@ def quantize_rows_(codes, scales, rows, bits):
     rows = contiguous(rows)
     device, counts, widths = rows[0].device, [r.shape[0] for r in rows], [r.shape[1] for r in rows]
     setting = params("quantize", device)
+    # A float64 division needs so many registers that a whole block spills on sm_100.
+    block = setting.pop("BLOCK") // (4 if rows[0].dtype == torch.float64 else 1)
     launch(
         _quantize_kernel,
         (max(counts), len(rows)),
@@ -127,7 +129,7 @@ def quantize_rows_(codes, scales, rows, bits):
         LIMIT=2 ** (bits - 1) - 1,
         IN=TYPES[rows[0].dtype],
         ACC=TYPES[compute_dtype(rows[0].dtype)],
-        BLOCK=block_for(setting.pop("BLOCK"), max(widths)),
+        BLOCK=block_for(block, max(widths)),
         ALIGN=alignment(widths, rows),
         **setting,
     )
