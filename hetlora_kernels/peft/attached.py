@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hetlora_kernels.bank import AdapterBank
 from hetlora_kernels.linear import linear_shape
 from hetlora_kernels.ops.lora import lora_add, lora_linear
-from hetlora_kernels.peft.batch import Batch, Rows, known_forms, left_is_over
+from hetlora_kernels.peft.batch import Batch, Forms, Rows, known_forms, left_is_over
 
 _ATTACHMENT = "_hetlora_attachment"
 _OWN_FORWARD = "_hetlora_own_forward"
@@ -34,7 +34,7 @@ class Attachment:
         self.batch = Batch(clients)
         self.unpacked: list[nn.Module] = []
         self.left = False  # whether the last call was inside a `client_segments` block that is over
-        self.forms: dict[str, dict[int, Any]] = {}
+        self.forms: dict[str, Forms] = {}
         self.layers: dict[str, nn.Module] = {}
         self._modules: tuple[nn.Module, list[nn.Module]] | None = None
 

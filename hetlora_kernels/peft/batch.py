@@ -20,10 +20,12 @@ _MASK64 = (1 << 64) - 1
 SEQUENCE_STRIDE = 1 << 20  # row key = sequence index in the client's step batch * 2^20 + position
 
 
+Forms = dict[bool, dict[int, Any]]  # of a layer: {training mode of the model: {dimensions of its leading shape: Form}}
 Form = int | str  # the dimension of an input's leading shape that counts the sequences, or "flat": [sequences * length, ..., n]
-_FLAT, _ANY = "flat", "any"
-MISSED = -1  # key of a layer's forms: how many followed calls of the model went by without it
+_FLAT, _ANY, _NONE = "flat", "any", "none"  # none: seen in several orders, so it is followed at every call
+MISSED = -1  # key of a layer's forms: how many followed calls of the model went by without it; -1: it is to be followed at the next call
 MISSES = 16
+_KEPT = 1024  # rows of one batch: a model has some hundreds of layers, and their inputs a few shapes
 
 
 class Rows:
@@ -39,8 +41,9 @@ class Batch:
     """The clients of one batch, as `client_segments` names them, and whose the rows of every layer's input are.
 
     A layer's rows are known (1) where `given` names them, (2) where they were followed from the model's inputs to the layer (`Follower`), (3) where an
-    earlier call showed their order, which is then kept in `forms`, (4) where the shape leaves no choice: the first dimension counts the sequences and
-    no other has its size. Everything else is refused by the name of the layer.
+    earlier call in the same mode (training or not) showed their order, which is then kept in `forms`, (4) where nothing can be followed (a layer called
+    without its model, a compiled model) or the input is no sequence's data, and the first dimension has the size of the batch and no other has.
+    Everything else is refused by the name of the layer.
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class Batch:
         seeds: Tensor | None = None,  # int64 [num_clients]
         step: int | Tensor = 0,
         given: Mapping[str, Tensor] | None = None,  # int64 clients of the rows of the layers in a part of the model
-        forms: dict[str, dict[int, Any]] | None = None,  # {layer: {dimensions of its leading shape: Form}}; None: the first dimension, as PEFT has it
+        forms: Mapping[str, Forms] | None = None,  # {layer: what is known}; None: the first dimension, as PEFT has it
     ) -> None:
         self.num_clients, self.ids, self.sequence_index, self.seeds, self.step = num_clients, ids, sequence_index, seeds, step
         self.given, self.forms = given or {}, forms
@@ -61,13 +64,16 @@ class Batch:
         self.fits = False  # whether the ids are known to fit what the model was called with
         self.calls: set[str] = set()  # layers, since the model was called
         self.ran: set[str] = set()
+        self.training = False  # the mode of what was called as the model
+        self.unfollowed = False  # while the model runs and could be followed, but is not, for its layers are known
         self._rows: dict[tuple[str, tuple[int, ...]], Rows] = {}
         self._forms: dict[tuple[Form, tuple[int, ...]], Rows] = {}  # one for all layers of an order and a shape
 
     def rows(self, x: Tensor, name: str) -> Rows:
         """Whose the rows of `x` [..., n] are, the input of the layer `name`; found once per layer and shape. `ValueError` where nothing says it for certain."""
         key = name, tuple(x.shape[:-1])
-        return self._rows.get(key) or self._find(x, name, key)
+        known = self._rows.get(key) if self.follower is None else None  # a layer may be called twice in a forward, with other rows
+        return known or self._find(x, name, key)
 
     def layer_seeds(self, position: int) -> Tensor | None:
         """int64 [K] seeds of the layer at this position, or None where the batch has none."""
@@ -85,19 +91,27 @@ class Batch:
         self._rows.clear()
         self._forms.clear()
 
+    def set_mode(self, training: bool) -> None:
+        """The model is called in this mode, in which its rows may go another way."""
+        if training != self.training:
+            self.training = training
+            self._rows.clear()
+
     def to_follow(self) -> bool:
         """Whether a layer's order is still to be learnt; no reason are layers that many calls passed by, nor, after a first call, batches of one client."""
-        if self.forms is None or (self.of_one_client and self.seeds is None and any(set(own) - {MISSED} for own in self.forms.values())):
+        known = [own[self.training] for own in (self.forms or {}).values()]
+        if self.of_one_client and self.seeds is None and any(set(own) - {MISSED} for own in known):
             return False
-        return any(not own or (len(own) == 1 and 0 < own.get(MISSED, 0) < MISSES) for own in self.forms.values())
+        return any(_to_learn(own) for own in known)
 
     def missed(self) -> None:
         """A followed call ended."""
         for name, own in (self.forms or {}).items():
+            forms = own[self.training]
             if name in self.calls:
-                own.pop(MISSED, None)
+                forms.pop(MISSED, None)
             else:
-                own[MISSED] = own.get(MISSED, 0) + 1
+                forms[MISSED] = max(forms.get(MISSED, 0), 0) + 1
         self._rows.clear()
 
     # -- what is known about a layer
@@ -106,42 +120,57 @@ class Batch:
         leading = key[1]
         self.ran.add(name)
         if self.ids is None:
-            rows = self._rows[key] = self._of_one(leading)
-            return rows
+            return self._keep(self._rows, key, self._of_one(leading))
         if prod(leading) == 0:
             return Rows(self.ids.new_empty(0), Segments.from_lengths([0] * self.num_clients))
         own = self._given(name)
         if own is not None:
-            rows = self._rows[key] = self._as_given(own, leading, name)
-            return rows
-        entry: Entry = None
-        form = None if self.forms is None else self.forms[name].get(len(leading))
+            return self._keep(self._rows, key, self._as_given(own, leading, name))
+        forms = {} if self.forms is None else self.forms[name][self.training]
+        form, entry = forms.get(len(leading)), None
         if self.follower is not None and self.forms is not None:
             self.calls.add(name)
-            entry = self.follower.entry(x)
+            entry = self.follower.input_entry(x)
             if isinstance(entry, Owners) and bool((entry.table < 0).any()):
                 entry = LOST  # rows of constants among them
             if isinstance(entry, Owners):
-                if not entry.sure:
-                    self.follower.unsure = self.follower.unsure or name
-                seen = self._form(entry, leading)
-                if seen is None:
-                    return self._as_followed(entry, leading, name)
-                if entry.sure and self.size > 1 and not self.follower.numbers:
-                    self.forms[name][len(leading)] = form = seen
-                else:
-                    return self._in_form(seen, leading, name)
-        rows = self._in_form(self._by_shape(leading, name, entry) if form is None else form, leading, name)
-        if form is not None or self.follower is None:
-            self._rows[key] = rows
+                return self._as_seen(entry, leading, name, forms)
+            form = None if form is None or entry is LOST else form
+        if form is None or form == _NONE:
+            form = self._by_shape(leading, name, entry if form is None else LOST)
+        rows = self._in_form(form, leading, name)
+        if self.follower is None:
+            self._keep(self._rows, key, rows)
         return rows
 
+    def _as_seen(self, entry: Owners, leading: tuple[int, ...], name: str, forms: dict[int, Any]) -> Rows:
+        """Rows that were followed to the layer; an order that follows from shapes alone is learnt."""
+        assert self.follower is not None
+        if not entry.sure:
+            self.follower.unsure = self.follower.unsure or name
+        seen, form = self._form(entry, leading), forms.get(len(leading))
+        if form is None and seen is not None and entry.sure and self.size > 1 and not self.follower.numbers:
+            forms[len(leading)] = seen
+        elif form not in (None, seen):  # flat rows of length 1 look like one row of each sequence
+            flat = len(leading) == 1 and {form, seen} == {0, _FLAT}
+            forms[len(leading)] = _FLAT if flat else _NONE
+        return self._as_followed(entry, leading, name) if seen is None else self._in_form(seen, leading, name)
+
     def _by_shape(self, leading: tuple[int, ...], name: str, entry: Entry) -> Form:
+        assert self.ids is not None
         size = self.size
         if self.forms is None:
             return 0
         if size == 1 and (len(leading) == 1 or leading[0] == 1):
-            return _ANY
+            batch = self.ids.shape[0]
+            if (batch == 1 and self.ids.dim() == 1) or (self.of_one_client and self.sequences(1) is not None):
+                return _ANY
+            if batch == 1 and "expert" not in name.lower():  # ids per token
+                return _FLAT if len(leading) == 1 else 0
+            raise self._refusal(leading, name)
+        if self.unfollowed and not self.of_one_client:
+            self.forms[name][self.training][MISSED] = -1
+            raise self._refusal(leading, name, "; no earlier call came by it in this way: call the model again, the next call follows its rows")
         plain = len(leading) > 1 and leading[0] == size and size not in leading[1:] and "expert" not in name.lower()
         if plain and entry is not LOST:
             return 0
@@ -175,9 +204,9 @@ class Batch:
             return torch.arange(0, batch, times, device=device)
         return None
 
-    def _refusal(self, leading: tuple[int, ...], name: str) -> ValueError:
+    def _refusal(self, leading: tuple[int, ...], name: str, how: str = "") -> ValueError:
         assert self.ids is not None
-        how = "; run the model once without torch.compile first" if torch.compiler.is_compiling() else ""
+        how = "; run the model once without torch.compile first" if torch.compiler.is_compiling() else how
         return ValueError(
             f"ids: expected one client per sequence, or per token, of an input with leading shape {leading}, got shape {tuple(self.ids.shape)}: nothing says "
             f"for certain whose the rows of layer {name!r} are; name them with client_segments(..., rows={{{name!r}: ids}}){how}"
@@ -204,10 +233,15 @@ class Batch:
         return Rows(ids, Segments.from_ids(ids, num_clients=self.num_clients))
 
     def _in_form(self, form: Form, leading: tuple[int, ...], name: str) -> Rows:
-        known = self._forms.get((form, leading))
-        if known is None:
-            known = self._forms[form, leading] = self._made_in_form(form, leading, name)
-        return known
+        return self._forms.get((form, leading)) or self._keep(self._forms, (form, leading), self._made_in_form(form, leading, name))
+
+    @staticmethod
+    def _keep(kept: dict[Any, Rows], key: Any, rows: Rows) -> Rows:
+        """Batches that are no block's live as long as their model, and see many shapes: the kept rows are thrown away when they are many."""
+        if len(kept) >= _KEPT:
+            kept.clear()
+        kept[key] = rows
+        return rows
 
     def _made_in_form(self, form: Form, leading: tuple[int, ...], name: str) -> Rows:
         assert self.ids is not None
@@ -243,8 +277,9 @@ class Batch:
             place = torch.empty_like(owners)
             place[order] = torch.arange(len(owners), device=owners.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
             keys = self._numbers()[owners] * SEQUENCE_STRIDE + place
-            entry.rows[leading] = Rows(ids, Segments.from_ids(ids, keys, num_clients=self.num_clients), entry)
-        return entry.rows[leading]
+            entry.rows[leading] = ids, Segments.from_ids(ids, keys, num_clients=self.num_clients)
+        ids, segments = entry.rows[leading]  # without the entry, which would keep itself alive
+        return Rows(ids, segments, entry)
 
     def _numbers(self) -> Tensor:
         assert self.ids is not None
@@ -258,12 +293,20 @@ class Batch:
         return keys.expand(len(sequence), length).reshape(-1)
 
 
-_known_forms: WeakKeyDictionary[nn.Module, dict[int, Any]] = WeakKeyDictionary()
+_known_forms: WeakKeyDictionary[nn.Module, Forms] = WeakKeyDictionary()
 
 
-def known_forms(layer: nn.Module) -> dict[int, Any]:
-    """{dimensions of the leading shape of a layer's input: the order of its rows}, as far as calls have shown it; lives as long as the layer."""
-    return _known_forms.setdefault(layer, {})
+def known_forms(layer: nn.Module) -> Forms:
+    """{mode of the model: {dimensions of the leading shape of a layer's input: the order of its rows}}, as far as calls showed it; lives with the layer."""
+    return _known_forms.setdefault(layer, {False: {}, True: {}})
+
+
+def _to_learn(own: Mapping[int, Any]) -> bool:
+    """Whether a layer with these forms is to be followed."""
+    missed = own.get(MISSED, 0)
+    if len(own) == (MISSED in own):
+        return missed < MISSES
+    return missed < 0 or _NONE in own.values()
 
 
 def left_is_over(left: bool, name: str) -> bool:

@@ -28,6 +28,7 @@ class ModelCalls:
         """modules: all of the model's.   layers: the adapted ones by name.   current: the batch of the innermost block, which alone follows."""
         self.current = current
         self.batch, self.layers, self.depth = batch, layers, 0
+        batch.set_mode(model.training)
         self.mode: Follower | None = None
         self.modules = modules
         self.roots = [module for module in modules if module is model or hasattr(type(module), "main_input_name")]
@@ -57,9 +58,14 @@ class ModelCalls:
         if size != batch.size:
             batch.resize(size)
         batch.fits = main is not None and batch.sequences(size) is not None and not self._either_way(main)
+        batch.set_mode(root.training)
         batch.calls.clear()
-        if batch.fits and size > 1 and batch.to_follow() and not self._compiled():
-            self.follow(given, size)
+        batch.unfollowed = False
+        if batch.fits and size > 1 and not self._compiled():
+            if batch.to_follow():
+                self.follow(given, size)
+            else:
+                batch.unfollowed = True
 
     def _either_way(self, main: Tensor) -> bool:
         """Whether the model may take sequence-first inputs, as torch's own layers do by default, and this one's shape does not tell."""
@@ -102,6 +108,7 @@ class ModelCalls:
             self.mode.__exit__(None, None, None)
             self.mode = self.batch.follower = None
             self.batch.missed()
+        self.batch.unfollowed = False
         self.depth = 0
 
 

@@ -53,6 +53,10 @@ class Follower(TorchFunctionMode):
     def entry(self, value: Any) -> Entry:
         return self._entries.get(value) if isinstance(value, Tensor) else None
 
+    def input_entry(self, x: Tensor) -> Entry:
+        """`entry` of what a layer gets."""
+        return self.entry(x)
+
     def set(self, tensor: Any, entry: Entry) -> None:
         if entry is not None:
             self._entries[tensor] = entry.on(tensor.device) if isinstance(entry, Owners) else entry

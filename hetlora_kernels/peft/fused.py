@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hetlora_kernels.layout import RankLayout, Segments
 from hetlora_kernels.ops._lists import FLOATS
 from hetlora_kernels.ops.lora import lora_add, lora_linear
-from hetlora_kernels.peft.batch import Batch, Rows, left_is_over
+from hetlora_kernels.peft.batch import Batch, Forms, Rows, left_is_over
 
 BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
 _KEPT_BATCHES = 64
@@ -82,7 +82,7 @@ class AdapterBatch(Batch):
         seeds: Tensor | None = None,
         step: int | Tensor = 0,
         given: Mapping[str, Tensor] | None = None,
-        forms: dict[str, dict[int, Any]] | None = None,
+        forms: Mapping[str, Forms] | None = None,
     ) -> None:
         """names: all adapters, that `ids`, `seeds`, `given` and a `step` [K] count."""
         given = given or {}

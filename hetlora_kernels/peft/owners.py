@@ -22,7 +22,7 @@ class Owners:
 
     def __init__(self, table: Tensor, fixed: bool = True, sure: bool = True) -> None:
         self.table, self.fixed, self.sure = table, fixed, sure
-        self.rows: dict[Any, Any] = {}  # what the layers made of it
+        self.rows: dict[tuple[int, ...], Any] = {}  # (clients, segments) that layers made of it, by leading shape
 
     def like(self, table: Tensor, fixed: bool = True) -> Owners:
         return Owners(table, self.fixed and fixed, self.sure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -12,7 +13,9 @@ from torch import nn
 
 import hetlora_kernels as hk
 from hetlora_kernels.peft import SEQUENCE_STRIDE, attach, client_segments, detach
-from hetlora_kernels.peft.batch import known_forms
+from hetlora_kernels.peft.attached import attachment
+from hetlora_kernels.peft.batch import _KEPT, known_forms
+from hetlora_kernels.peft.owners import Owners
 
 WIDTH = 8
 
@@ -141,7 +144,111 @@ def test_known_layers_are_followed_no_more(device):
         for _ in range(2):
             with client_segments(model, [0, 1, 1]):
                 model(torch.randn(3, 5, WIDTH, dtype=torch.float64, device=device))
-        assert {key: form for key, form in known_forms(model.layer).items() if key >= 0} == known
+        assert {key: form for key, form in known_forms(model.layer)[model.training].items() if key >= 0} == known
+
+
+def right(model, bank, owners, given, out):
+    """Whether rows `out` are the layer's of rows `given`, each with its owner's adapter."""
+    for client, x, y in zip(owners, given, out, strict=True):
+        rows = bank.layouts["layer"].rows(client)
+        weight = model.layer.weight + bank.bt["layer"][rows].t() @ bank.a["layer"][rows]
+        torch.testing.assert_close(y, x @ weight.t(), rtol=1e-10, atol=1e-10)
+
+
+def carrying(way, device="cpu", ranks=(3, 2, 4)):
+    torch.manual_seed(0)
+    model, bank = Model(way).double().to(device), filled({"layer": (WIDTH, WIDTH)}, list(ranks), device=device)
+    return attach(model, bank), bank
+
+
+def drawn_rows(*shape, device="cpu"):
+    return torch.randn(*shape, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(device)
+
+
+def test_ids_per_token_of_one_sequence(device):
+    """Each token has its own client, as in a batch of several sequences; so has each row of a flattened one."""
+    for way in (FOLLOWED["batch first"], lambda layer, x: layer(x.reshape(-1, WIDTH)).view_as(x)):
+        model, bank = carrying(way, device)
+        x = drawn_rows(1, 4, device=device)
+        with client_segments(model, [[0, 1, -1, 2]]):
+            out = model(x)
+        right(model, bank, [0, 1, 2], x[0, [0, 1, 3]], out[0, [0, 1, 3]])
+        torch.testing.assert_close(out[0, 2], x[0, 2] @ model.layer.weight.t(), rtol=1e-10, atol=1e-10)
+
+
+def test_ids_of_more_sequences_than_the_model_is_called_with():
+    model, _ = carrying(FOLLOWED["batch first"])
+    x = drawn_rows(3, 5)
+    with client_segments(model, [0, 1, 2]), pytest.raises(ValueError, match=r"^ids: expected one client per sequence.*got shape \(3,\)"):
+        model(x[1:2])
+
+
+def test_a_layer_called_twice_with_rows_in_other_orders(device):
+    """Neither answer stands for the other, in this call or in later ones."""
+    model, bank = carrying(lambda layer, x: (layer(x), layer(x.roll(1, 0))), device)
+    x = drawn_rows(3, 5, device=device)
+    for _ in range(3):
+        with client_segments(model, [0, 1, 2]):
+            first, second = model(x)
+        right(model, bank, [0, 1, 2], x, first)
+        right(model, bank, [2, 0, 1], x.roll(1, 0), second)
+
+
+def test_an_order_is_that_of_its_mode(device):
+    model, bank = carrying(lambda layer, x: layer(x.transpose(0, 1)).transpose(0, 1) if model.training else layer(x), device)
+    x = drawn_rows(4, 4, device=device)
+    for training in (False, True, False, True):
+        model.train(training)
+        with client_segments(model, [0, 1, 2, 0]):
+            right(model, bank, [0, 1, 2, 0], x, model(x))
+
+
+def test_a_layer_first_reached_after_many_calls(device):
+    """It is followed no more, and nothing is assumed: it is refused once and followed again."""
+
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.layer, self.reached = linear(), linear(), False
+
+        def forward(self, x):
+            return self.layer(x.flip(0)) if self.reached else self.first(x)
+
+    model = Late().double().to(device)
+    bank = filled({"first": (WIDTH, WIDTH), "layer": (WIDTH, WIDTH)}, [3, 2, 4], device=device)
+    attach(model, bank)
+    x = drawn_rows(3, 5, device=device)
+    with client_segments(model, [0, 1, 2]):
+        for _ in range(18):
+            model(x)
+        model.reached = True
+        with pytest.raises(ValueError, match=r"whose the rows of layer 'layer' are.*call the model again"):
+            model(x)
+        for _ in range(2):
+            right(model, bank, [2, 1, 0], x.flip(0), model(x))
+
+
+def test_what_is_kept_is_bounded():
+    """Of a bank of one client, whose batch lives as long as it does; owners are freed without the collector of cycles."""
+    model, _ = carrying(FOLLOWED["batch first"], ranks=[2])
+    for length in range(1, _KEPT + 100):
+        model(drawn_rows(1, length))
+    assert len(attachment(model).batch._rows) <= _KEPT
+    model, _ = carrying(through_sorted)
+
+    def alive():
+        return sum(type(one) is Owners for one in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    before = alive()
+    try:
+        for _ in range(3):
+            with client_segments(model, [0, 1, 2]), torch.no_grad():
+                model(drawn_rows(3, 5))
+        assert alive() == before
+    finally:
+        gc.enable()
 
 
 def packed_by_length(layer, x):
