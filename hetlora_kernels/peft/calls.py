@@ -78,7 +78,7 @@ class ModelCalls:
 
     def follow(self, given: Mapping[str, Any], size: int) -> None:
         batch = self.batch
-        follower = batch.follower = batch.kept_follower = batch.kept_follower or Follower(_weights(self.layers, self.modules))
+        follower = batch.follower = batch.kept_follower = batch.kept_follower or Follower(_weights(self.layers, self.modules), _held(self.modules))
         follower.numbers = False
         owners = batch.sequences(size)
         assert owners is not None
@@ -93,6 +93,8 @@ class ModelCalls:
                     follower.set(tensor, Owners(table, sure=sure))
                 elif tensor.is_floating_point() and tensor.dim() > 1 and tensor.shape[0] != 1:
                     follower.set(tensor, LOST)
+                else:
+                    follower.set(tensor, None, True)
         self.mode = follower
         follower.__enter__()
 
@@ -117,6 +119,11 @@ def _weights(layers: Mapping[str, nn.Module], modules: Sequence[nn.Module]) -> d
     holders = Counter(id(weight) for module in modules for weight in module._parameters.values() if weight is not None)
     weights = {id(getattr(getattr(layer, "base_layer", layer), "weight", None)): name for name, layer in layers.items()}
     return {key: name for key, name in weights.items() if holders[key] == 1}
+
+
+def _held(modules: Sequence[nn.Module]) -> frozenset[int]:
+    """ids of the modules' own parameters and buffers."""
+    return frozenset(id(tensor) for module in modules for own in (module._parameters, module._buffers) for tensor in own.values() if tensor is not None)
 
 
 def _named(root: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -188,7 +195,7 @@ class Checkpointing:
                 if first:
                     first = False
                     if batch.follower is not None:
-                        entries = [batch.follower.entry(value) for value in given]
+                        entries = [(batch.follower.entry(value), batch.follower.constant(value)) for value in given]
                     return function(*given)
                 with holding(self.holders(module)):
                     if entries is None or batch.kept_follower is None:
@@ -196,7 +203,7 @@ class Checkpointing:
                     with holding([(batch, "follower", batch.kept_follower)]), batch.kept_follower as follower:
                         for value, entry in zip(given, entries, strict=True):
                             if isinstance(value, Tensor):
-                                follower.set(value, entry)
+                                follower.set(value, *entry)
                         return function(*given)
 
             return checkpoint(run, *args, **kwargs)

@@ -29,7 +29,7 @@ def _overwrite(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry
     return join([look(args[1])], out.dim())
 
 
-def _nothing(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+def nothing(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
     return None
 
 
@@ -114,7 +114,9 @@ def _per_sample(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entr
     """Functions that treat the first dimension sample by sample: convolutions, pooling, group norms."""
     own = look(args[0] if args else kwargs["input"])
     first = out if isinstance(out, Tensor) else out[0]
-    if not isinstance(own, Owners) or any(own.varies(d) for d in range(1, own.table.dim())) or first.dim() != own.table.dim():
+    name = func.__name__
+    one = name.startswith("conv") and own.table.dim() != int(name[-2]) + 2 if isinstance(own, Owners) else False  # no batch: the first dimension is mixed
+    if not isinstance(own, Owners) or one or any(own.varies(d) for d in range(1, own.table.dim())) or first.dim() != own.table.dim():
         return own if not isinstance(own, Owners) else LOST
     return own
 
@@ -255,14 +257,32 @@ def _chosen(own: Owners, tensor: Tensor, index: Any) -> Owners:
 
 def _index(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
     own = look(args[0])
-    return _chosen(own, args[0], args[1]) if isinstance(own, Owners) else own
+    return _chosen(own, args[0], args[1]) if isinstance(own, Owners) else own or _looked_up(look, args[1], out)
+
+
+def _looked_up(look: Look, index: Any, out: Tensor) -> Entry:
+    """Owners of table[index], where the table is nobody's: those of the index, which is one tensor or several after slices of whole dimensions."""
+    parts = index if isinstance(index, tuple) else (index,)
+    chosen = [part for part in parts if not (isinstance(part, slice) and part == slice(None))]
+    entries = [look(part) for part in tensors(parts)]
+    if all(entry is None for entry in entries):
+        return None
+    before = len(parts) - len(chosen)
+    if parts[before:] != tuple(chosen) or any(not isinstance(part, Tensor) or part.dtype == torch.bool for part in chosen):
+        return LOST
+    width = max(part.dim() for part in chosen)
+    own = join(entries, width)
+    return own.like(own.table.reshape([1] * before + list(own.table.shape) + [1] * (out.dim() - before - width))) if isinstance(own, Owners) else own
 
 
 def _index_select(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
     own = look(args[0])
     dim, index = kwargs.get("dim", args[1] if len(args) > 1 else 0), kwargs.get("index", args[2] if len(args) > 2 else None)
+    where = look(index)
+    if own is None and isinstance(where, Owners):
+        return where.like(where.table.reshape([-1 if d == dim % out.dim() else 1 for d in range(out.dim())]))
     if not isinstance(own, Owners) or not own.varies(dim):
-        return own
+        return own or where
     return own.like(own.table.index_select(dim, index), False)
 
 
@@ -303,24 +323,23 @@ def _gather(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
     own, tensor = look(args[0]), args[0]
     dim, index = kwargs.get("dim", args[1] if len(args) > 1 else 0) % tensor.dim(), kwargs.get("index", args[2] if len(args) > 2 else None)
     if not isinstance(own, Owners):
-        return own
+        return own or look(index)
     if not own.varies(dim):
         return own if all(index.shape[d] == tensor.shape[d] for d in range(tensor.dim()) if own.varies(d)) else LOST
     return own.like(plainer(own.table.expand(tensor.shape).gather(dim, index)), False)
 
 
 _NAMES: dict[Callable[..., Any], str] = {
-    _pointwise: "abs absolute acos add addcdiv addcmul alpha_dropout and asin atan atan2 bfloat16 bitwise_and bitwise_not bitwise_or bool ceil celu clamp "
-    "clamp_max clamp_min clip clone contiguous copysign cos cosh cpu cuda detach div divide double dropout dropout1d dropout2d dropout3d elu eq "
+    _pointwise: "abs absolute acos add addcdiv addcmul alpha_dropout and asin atan atan2 bernoulli bfloat16 bitwise_and bitwise_not bool ceil celu clamp "
+    "bitwise_or clamp_max clamp_min clip clone contiguous copysign cos cosh cpu cuda detach div divide double dropout dropout1d dropout2d dropout3d elu eq "
     "erf erfc erfinv exp exp2 expm1 feature_dropout float floor floor_divide floordiv fmod ge gelu gt half hardsigmoid hardswish hardtanh hypot "
     "int invert isfinite isinf isnan le leaky_relu lerp log log10 log1p log2 logaddexp logical_and logical_not logical_or logical_xor "
-    "logsigmoid long lt masked_fill maximum minimum mish mod mul multiply nan_to_num native_dropout ne neg negative or pin_memory pow prelu "
+    "logsigmoid long lt masked_fill maximum minimum mish mod mul multiply nan_to_num native_dropout ne neg negative normal or pin_memory pow prelu "
     "reciprocal relu relu6 remainder round rpow rsqrt rsub selu sigmoid sign silu sin sinh softplus softsign sqrt square sub subtract tanh "
     "tanhshrink threshold true_divide truediv type where xor .data .real",
     _first: "to type_as",
     _overwrite: "copy",
-    _nothing: "bernoulli empty_like fill full_like new_empty new_full new_ones new_tensor new_zeros normal ones_like rand_like randn_like random uniform zero "
-    "zeros_like",
+    nothing: "empty_like fill full_like new_empty new_full new_ones new_tensor new_zeros ones_like rand_like randn_like random uniform zero zeros_like",
     _shape: "_unsafe_view flatten reshape reshape_as unflatten view view_as",
     _view: "broadcast_to chunk diagonal expand expand_as flip hsplit moveaxis movedim narrow permute roll rot90 select split split_with_sizes squeeze swapaxes "
     "swapdims t tensor_split tile transpose unbind unsqueeze vsplit .H .T .mT",

@@ -86,6 +86,22 @@ def through_mask(layer, x):
     return out
 
 
+def constants(x):
+    """[16, n]."""
+    return torch.linspace(-1, 1, 16 * WIDTH, dtype=x.dtype, device=x.device).view(16, WIDTH)
+
+
+def whole(x):
+    """int64 [batch, seq]: numbers that the data give."""
+    return (x[..., 0].abs() * 4).long().clamp(max=15)
+
+
+def with_data_set(x):
+    out = x.clone()
+    out.data = x.flip(0)
+    return out
+
+
 FOLLOWED = {
     "batch first": lambda layer, x: layer(x),
     "sequence first": lambda layer, x: layer(x.transpose(0, 1).contiguous()).transpose(0, 1),
@@ -105,6 +121,13 @@ FOLLOWED = {
     "gather and scatter": through_gather,
     "buffers": through_buffers,
     "mask": through_mask,
+    "data set": lambda layer, x: layer(with_data_set(x)).flip(0),
+    "table indexed": lambda layer, x: layer(constants(x)[whole(x)].flip(0)).flip(0),
+    "table indexed by two": lambda layer, x: layer(constants(x).view(4, 4, WIDTH)[whole(x) // 4, whole(x) % 4].flip(0)).flip(0),
+    "rows of a table selected": lambda layer, x: layer(constants(x).index_select(0, whole(x).view(-1))).view_as(x),
+    "table gathered": lambda layer, x: layer(constants(x)[:8].expand(len(x), 8, 8).gather(1, x.argsort(-1)).flip(0)).flip(0),
+    "along an axis": lambda layer, x: layer(torch.stack([x.softmax(axis=2), x], axis=1)).sum(axis=1),
+    "normal": lambda layer, x: layer(torch.normal(x, torch.zeros_like(x)).flip(0)).flip(0),
 }
 
 
@@ -283,7 +306,19 @@ def put_somewhere(x):
     return torch.zeros(len(x), 7, WIDTH, dtype=x.dtype).view(-1).put_(torch.arange(WIDTH), x[0, 0]).view(len(x), 7, WIDTH)
 
 
+def convolved(x):
+    """Without a batch: the sequences are its channels, and are mixed."""
+    return F.conv1d(x[..., 0], torch.ones(len(x), len(x), 1, dtype=x.dtype))[..., None].expand_as(x)
+
+
 REFUSED = {
+    "softmax over the batch": lambda layer, x: layer(x.softmax(axis=0)),
+    "sums along the batch": lambda layer, x: layer(x.cumsum(axis=0)),
+    "greatest of the batch": lambda layer, x: layer(x.topk(len(x), axis=0)[0]),
+    "convolution without a batch": lambda layer, x: layer(convolved(x)),
+    "numpy": lambda layer, x: layer(torch.from_numpy(x.detach().numpy()[::-1].copy())),
+    "lists": lambda layer, x: layer(torch.tensor(x.tolist()[::-1], dtype=x.dtype)),
+    "vmap": lambda layer, x: layer(torch.vmap(lambda one: 2 * one)(x).flip(0)),
     "unknown function, then flattened": lambda layer, x: layer(torch.special.i0(x).reshape(-1, WIDTH)),
     "unknown function, a square": lambda layer, x: layer(torch.special.i0(x[:, : len(x)])),
     "rows of several sequences added": lambda layer, x: layer(x.sum(0)),
@@ -302,6 +337,16 @@ def test_what_cannot_be_followed_is_refused_by_name(way):
         pytest.raises(ValueError, match=r"^ids: expected one client per sequence.*whose the rows of layer 'layer' are; name them"),
     ):
         model(torch.randn(3, 5, WIDTH, dtype=torch.float64))
+
+
+def test_constants_go_by_their_shape(device):
+    """What is made of weights and constants alone, as learned queries, is no sequence's data: one for each sequence of the batch."""
+    model, bank = carrying(lambda layer, x: layer(model.queries.repeat(len(x), 1, 1) + torch.zeros_like(x)), device)
+    model.queries = nn.Parameter(drawn_rows(5, device=device))
+    x = drawn_rows(3, 5, device=device)
+    for _ in range(2):
+        with client_segments(model, [2, 0, 1]):
+            right(model, bank, [2, 0, 1], model.queries.expand(3, 5, WIDTH), model(x))
 
 
 def test_a_layer_called_without_its_model(device):
