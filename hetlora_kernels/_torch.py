@@ -39,3 +39,9 @@ def when_cuda_starts(function: Callable[[], None]) -> None:
     """Call `function` when this process starts to use CUDA, at once if it does; without the name, or with a torch without CUDA: at once."""
     queue = getattr(torch.cuda, "_lazy_call", None)
     function() if queue is None or not torch.version.cuda else queue(function)
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass, as where a checkpoint computes again; without the name: not known, False."""
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() != -1

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hetlora_kernels.peft.attached import attach, detach
-from hetlora_kernels.peft.batch import SEQUENCE_STRIDE, layer_seeds
+from hetlora_kernels.peft.batch import SEQUENCE_STRIDE
 from hetlora_kernels.peft.context import client_segments
 from hetlora_kernels.peft.losses import client_losses
+from hetlora_kernels.peft.seeds import layer_seeds
 
 if TYPE_CHECKING:
     from hetlora_kernels.peft.swap import FusedLinear, FuseReport, enable, fuse, unfuse

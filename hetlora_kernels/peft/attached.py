@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,6 +61,10 @@ def _forward(layer: Any, base: Callable[..., Any] | None, x: Tensor, args: Any, 
     return out
 
 
+def _patched(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _forward(layer, layer.__dict__[_OWN_FORWARD], x, args, kwargs)
+
+
 def _compute(layer: Any, base: Callable[..., Any] | None, rows: Rows, x: Tensor, args: Any, kwargs: Any) -> Tensor:
     shared, name, position = layer.__dict__[_ATTACHMENT]
     bank, batch, seeds = shared.bank, shared.batch, None
@@ -114,7 +119,7 @@ def _carry(layer: nn.Module, shared: Attachment, name: str, position: int) -> No
         layer.__class__ = _attached_class(layer)
     else:  # patched in the instance (accelerate's offloading, other libraries): Python calls that one, whatever the class says
         layer.__dict__[_OWN_FORWARD] = own
-        layer.__dict__["forward"] = lambda x, *args, **kwargs: _forward(layer, own, x, args, kwargs)
+        layer.__dict__["forward"] = functools.partial(_patched, layer)  # a deep copy of which holds the copied layer
 
 
 def _put_back(layer: nn.Module) -> None:

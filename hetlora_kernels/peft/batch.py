@@ -6,17 +6,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from math import prod
+from threading import get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from hetlora_kernels._torch import in_backward
 from hetlora_kernels.layout import Segments
 from hetlora_kernels.peft.follow import Follower
 from hetlora_kernels.peft.owners import LOST, Entry, Owners
+from hetlora_kernels.peft.seeds import layer_seeds
 
-_MASK64 = (1 << 64) - 1
 SEQUENCE_STRIDE = 1 << 20  # row key = sequence index in the client's step batch * 2^20 + position
 
 
@@ -64,6 +66,7 @@ class Batch:
         self.fits = False  # whether the ids are known to fit what the model was called with
         self.calls: set[str] = set()  # layers, since the model was called
         self.ran: set[str] = set()
+        self.thread: int | None = None  # the block's
         self.training = False  # the mode of what was called as the model
         self.unfollowed = False  # while the model runs and could be followed, but is not, for its layers are known
         self._rows: dict[tuple[str, tuple[int, ...]], Rows] = {}
@@ -71,6 +74,8 @@ class Batch:
 
     def rows(self, x: Tensor, name: str) -> Rows:
         """Whose the rows of `x` [..., n] are, the input of the layer `name`; found once per layer and shape. `ValueError` where nothing says it for certain."""
+        if self.thread is not None and not torch.compiler.is_compiling():
+            self.check_thread()
         key = name, tuple(x.shape[:-1])
         known = self._rows.get(key) if self.follower is None else None  # a layer may be called twice in a forward, with other rows
         return known or self._find(x, name, key)
@@ -80,6 +85,14 @@ class Batch:
         return None if self.seeds is None else layer_seeds(self.seeds, self.step, position)
 
     # -- the calls of the model
+
+    def elsewhere(self) -> bool:
+        """Whether another thread runs than the block's: not one of the backward pass, which has threads of its own on a GPU."""
+        return get_ident() != self.thread and self.thread is not None and not in_backward()
+
+    def check_thread(self) -> None:
+        if self.elsewhere():
+            raise RuntimeError("client_segments: another thread runs this model while a block names its clients; give each thread a model of its own")
 
     @cached_property
     def of_one_client(self) -> bool:
@@ -311,7 +324,7 @@ def _to_learn(own: Mapping[int, Any]) -> bool:
 
 def left_is_over(left: bool, name: str) -> bool:
     """What a layer does at its first call after a `client_segments` block: refuse where a backward pass computes it again, for it would not know the batch."""
-    if left and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+    if left and not torch.compiler.is_compiling() and in_backward():
         raise RuntimeError(
             f"client_segments: layer {name!r} is computed again by a backward pass after its block; call backward() inside `with client_segments(...)`"
         )
@@ -340,33 +353,6 @@ def _sequence_index(ids: Tensor) -> Tensor:
         earlier = holds.cumsum(0) - holds.to(torch.int64)
         out = torch.where(ids == client, earlier[:, None], out)
     return out
-
-
-def layer_seeds(seeds: Tensor, step: int | Tensor, module: int) -> Tensor:
-    """int64 [K]: each client's dropout seed for one step and one module, mixed from (client seed, step, module index) by SplitMix64's finaliser.
-
-    >>> import torch
-    >>> from hetlora_kernels.peft import layer_seeds
-    >>> seeds = torch.tensor([7, 8])  # one of each client
-    >>> first, second = layer_seeds(seeds, step=0, module=0), layer_seeds(seeds, step=0, module=1)
-    >>> first.dtype, first.shape, torch.equal(first, second)
-    (torch.int64, torch.Size([2]), False)
-    """
-    state = seeds + torch.as_tensor(step, dtype=torch.int64, device=seeds.device) * _signed(0x9E3779B97F4A7C15)
-    state = _mix64(state)
-    return _mix64(state + _signed((module + 1) * 0x632BE59BD9B4E019))
-
-
-def _signed(value: int) -> int:
-    value &= _MASK64
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _mix64(z: Tensor) -> Tensor:
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014) on int64 with wrap-around; `>>` made logical by masks."""
-    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
-    return z ^ ((z >> 31) & ((1 << 33) - 1))
 
 
 def client_table(ids: Sequence[int] | Tensor | None, clients: int) -> Tensor:

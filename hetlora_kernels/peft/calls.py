@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ class ModelCalls:
         self.batch, self.layers, self.depth = batch, layers, 0
         batch.set_mode(model.training)
         self.mode: Follower | None = None
+        self.frame: FrameType | None = None  # of the outermost call of a root
         self.modules = modules
         self.roots = [module for module in modules if module is model or hasattr(type(module), "main_input_name")]
         self.handles: list[Any] = []
@@ -48,9 +51,13 @@ class ModelCalls:
     def _before(self, root: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling() or self.current() is not self.batch:
             return
+        self.batch.check_thread()
+        if self.depth and not self._running():  # an interrupt ended the last call, past the hooks
+            self._stop()
         self.depth += 1
         if self.depth > 1:
             return
+        self.frame = sys._getframe(1)
         batch = self.batch
         given = _named(root, args, kwargs)
         main = _main(given)
@@ -99,11 +106,18 @@ class ModelCalls:
         follower.__enter__()
 
     def _after(self, root: nn.Module, args: Any, out: Any) -> None:
-        if torch.compiler.is_compiling() or self.current() is not self.batch:
+        if torch.compiler.is_compiling() or self.current() is not self.batch or self.batch.elsewhere():
             return
         self.depth -= 1
         if self.depth == 0:
             self._stop()
+
+    def _running(self) -> bool:
+        """Whether the outermost call that was begun is still on the stack."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is not None
 
     def _stop(self) -> None:
         if self.mode is not None:
@@ -111,7 +125,7 @@ class ModelCalls:
             self.mode = self.batch.follower = None
             self.batch.missed()
         self.batch.unfollowed = False
-        self.depth = 0
+        self.depth, self.frame = 0, None
 
 
 def _weights(layers: Mapping[str, nn.Module], modules: Sequence[nn.Module]) -> dict[int, str]:

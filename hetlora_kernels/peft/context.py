@@ -91,6 +91,7 @@ def client_segments(
         _check_all_fused(model)
         batch = AdapterBatch(names, table, sequence_index, seeds, step, given, forms)
         everything = [(layer, "_hetlora_batch", (batch, position)) for position, layer in enumerate(layers.values())]
+    batch.thread = get_ident()
     modules = list(model.modules()) if shared is None else shared.modules_of(model)
 
     def current() -> Batch | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
+import threading
 
 import pytest
 import torch
@@ -249,6 +251,45 @@ def test_a_layer_first_reached_after_many_calls(device):
             model(x)
         for _ in range(2):
             right(model, bank, [2, 1, 0], x.flip(0), model(x))
+
+
+def test_another_thread_does_not_run_as_the_blocks_clients(device):
+    model, bank = carrying(FOLLOWED["batch first"], device)
+    x, told = drawn_rows(3, 5, device=device), []
+
+    def other(module):
+        try:
+            module(x)
+        except RuntimeError as error:
+            told.append(str(error))
+
+    with client_segments(model, [0, 1, 2]):
+        for module in (model, model.layer):
+            thread = threading.Thread(target=other, args=(module,))
+            thread.start()
+            thread.join()
+        right(model, bank, [0, 1, 2], x, model(x))
+    assert told == ["client_segments: another thread runs this model while a block names its clients; give each thread a model of its own"] * 2
+
+
+def test_an_interrupt_ends_the_following(device):
+    """It goes past torch's hooks: the next call of the model starts anew, with the same answers."""
+
+    def way(layer, x):
+        if model.interrupted:
+            raise KeyboardInterrupt
+        return layer(x.flip(0))
+
+    model, bank = carrying(way, device)
+    x = drawn_rows(3, 5, device=device)
+    with client_segments(model, [0, 1, 2]):
+        model.interrupted = True
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+        model.interrupted = False
+        for _ in range(2):
+            right(model, bank, [2, 1, 0], x.flip(0), model(x))
+            assert torch.overrides._len_torch_function_stack() == 0
 
 
 def test_what_is_kept_is_bounded():
@@ -524,6 +565,18 @@ def test_a_patched_forward_is_wrapped(device):
     assert all(bool(factor.grad.any()) for factor in bank.parameters())
     detach(model)
     assert model[0].__dict__["forward"] is patched and torch.equal(model(x), base) and not any("hetlora" in key for m in model.modules() for key in vars(m))
+
+
+def test_the_copy_of_a_patched_layer_computes_with_its_own_weights(device):
+    model = nn.Sequential(linear()).double().to(device)
+    model[0].forward = functools.partial(nn.Linear.forward, model[0])
+    bank = filled({"0": (WIDTH, WIDTH)}, [2], device=device)
+    twin = copy.deepcopy(attach(model, bank))
+    x = drawn_rows(3, device=device)
+    before = model(x)
+    twin[0].weight.data.zero_()
+    attachment(twin).bank.bt["0"].data.zero_()
+    assert not bool(twin(x).any()) and torch.equal(model(x), before)
 
 
 def test_a_weight_read_past_its_layer_is_refused(device):
