@@ -74,7 +74,7 @@ class Batch:
 
     def rows(self, x: Tensor, name: str) -> Rows:
         """Whose the rows of `x` [..., n] are, the input of the layer `name`; found once per layer and shape. `ValueError` where nothing says it for certain."""
-        if self.thread is not None and not torch.compiler.is_compiling():
+        if self.thread is not None and not torch.compiler.is_compiling() and get_ident() != self.thread:
             self.check_thread()
         key = name, tuple(x.shape[:-1])
         known = self._rows.get(key) if self.follower is None else None  # a layer may be called twice in a forward, with other rows
