@@ -6,9 +6,9 @@ from hetlora_kernels.layout import RankLayout, Segments
 from hetlora_kernels.ops.aggregate import Accumulator, aggregate
 from hetlora_kernels.ops.lora import lora_add, lora_linear
 from hetlora_kernels.ops.norms import delta_norms, gram, tail_norms, unpack_gram
-from hetlora_kernels.ops.optim import SGD, AdamW
 from hetlora_kernels.ops.quantize import dequantize_rows, quantize_rows
 from hetlora_kernels.ops.truncate import truncate
+from hetlora_kernels.optim import SGD, AdamW
 
 __all__ = [
     "SGD",

@@ -41,7 +41,7 @@ def registered(op: str, *patterns: str) -> bool:
 
 PLACES = {
     "reference": lambda op: callable(getattr(reference, op, None)),
-    "shape function": lambda op: f'@register_fake("{op}")' in text_of("hetlora_kernels/ops/*.py"),
+    "shape function": lambda op: f'@register_fake("{op}")' in text_of("hetlora_kernels/ops/*.py", "hetlora_kernels/optim.py"),
     "CPU kernel": lambda op: registered(op, "csrc/cpu/*.cpp"),
     "CUDA kernel": lambda op: registered(op, "csrc/cuda/*.cpp"),
     "Triton kernel": lambda op: op in triton_launchers(),

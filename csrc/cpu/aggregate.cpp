@@ -64,14 +64,10 @@ HETLORA_INLINE void add_count(Sum* sums, const void* const* from, const Sum* wei
 template <class T, class Sum>
 HETLORA_INLINE void add(Sum* sums, const void* const* from, const Sum* weights, int count, const void* const* next, int64_t n) {
     switch (count) {
-        case 1:
-            return add_count<1, T>(sums, from, weights, next, n);
-        case 2:
-            return add_count<2, T>(sums, from, weights, next, n);
-        case 3:
-            return add_count<3, T>(sums, from, weights, next, n);
-        default:
-            return add_count<kFan, T>(sums, from, weights, next, n);
+        case 1: return add_count<1, T>(sums, from, weights, next, n);
+        case 2: return add_count<2, T>(sums, from, weights, next, n);
+        case 3: return add_count<3, T>(sums, from, weights, next, n);
+        default: return add_count<kFan, T>(sums, from, weights, next, n);
     }
 }
 

@@ -156,7 +156,8 @@ HETLORA_INLINE double* triangle(int64_t count, const typename P::Element* x, int
 }
 
 template <class P, int I, int J>
-HETLORA_INLINE double* rectangle(int64_t rows, int64_t columns, const typename P::Element* x, const typename P::Element* y, int64_t ld, int64_t n, Stream& stream, double* out) {
+HETLORA_INLINE double* rectangle(int64_t rows, int64_t columns, const typename P::Element* x, const typename P::Element* y, int64_t ld, int64_t n,
+                                 Stream& stream, double* out) {
     if constexpr (I > 1) {
         if (rows < I) {
             return rectangle<P, I - 1, J>(rows, columns, x, y, ld, n, stream, out);
@@ -185,12 +186,12 @@ HETLORA_INLINE void panel_products(const typename P::Element* rows, int64_t rank
 }
 
 // One function per instruction set rather than clones, because the number of registers decides the groups: 5 x 5 sums, 5 + 1 rows fill AVX-512's 32.
-#define HETLORA_PANEL(name, target, width, group, most)                                                              \
-    target void name(const float* rows, int64_t rank, int64_t ld, int64_t n, int64_t ahead, Stream& stream, double* out) {           \
-        panel_products<Plain<float, width>, group, most>(rows, rank, ld, n, ahead, stream, out);                             \
-    }                                                                                                                \
-    target void name(const double* rows, int64_t rank, int64_t ld, int64_t n, int64_t ahead, Stream& stream, double* out) {          \
-        panel_products<Plain<double, (width > 4 ? width / 2 : 4)>, group, most>(rows, rank, ld, n, ahead, stream, out);      \
+#define HETLORA_PANEL(name, target, width, group, most)                                                                     \
+    target void name(const float* rows, int64_t rank, int64_t ld, int64_t n, int64_t ahead, Stream& stream, double* out) {  \
+        panel_products<Plain<float, width>, group, most>(rows, rank, ld, n, ahead, stream, out);                            \
+    }                                                                                                                       \
+    target void name(const double* rows, int64_t rank, int64_t ld, int64_t n, int64_t ahead, Stream& stream, double* out) { \
+        panel_products<Plain<double, (width > 4 ? width / 2 : 4)>, group, most>(rows, rank, ld, n, ahead, stream, out);     \
     }
 HETLORA_PANEL(panel_base, , 4, 3, 4)
 #if defined(HETLORA_X86)

@@ -28,8 +28,8 @@ Segments split(const MaybeTensor& seeds, const MaybeTensor& row_keys, const Mayb
 
 }  // namespace
 
-Layer::Layer(const Tensor& x_tensor, const MaybeTensor& weight, const Tensor& a_tensor, const Tensor& bt_tensor, const Tensor& scales,
-             const MaybeTensor& seeds, const MaybeTensor& row_keys, const MaybeTensor& index, const Integers& segments, double dropout, bool as_b)
+Layer::Layer(const Tensor& x_tensor, const MaybeTensor& weight, const Tensor& a_tensor, const Tensor& bt_tensor, const Tensor& scales, const MaybeTensor& seeds,
+             const MaybeTensor& row_keys, const MaybeTensor& index, const Integers& segments, double dropout, bool as_b)
     : x(Matrix::flat("x", x_tensor)),
       a("a", a_tensor),
       transposed(as_b || is_transposed(bt_tensor)),
@@ -43,9 +43,9 @@ Layer::Layer(const Tensor& x_tensor, const MaybeTensor& weight, const Tensor& a_
     STD_TORCH_CHECK(segments[0] == (x.width == 0 ? 0 : x.rows), "segments: expected the ", x.rows, " rows of x, got ", segments[0]);
     STD_TORCH_CHECK(a_tensor.dim() == 2 && a.width == x.width, "a: expected a width of ", x.width, ", got ", a.width);
     STD_TORCH_CHECK(bt_tensor.dim() == 2 && (transposed ? bt.width : bt.rows) == total, "bt: expected ", total, " rank rows");
-    STD_TORCH_CHECK(!weight || (weight->is_cpu() && weight->dim() == 2 && weight->size(0) == m && weight->size(1) == x.width &&
-                                type_of("weight", *weight) == x.type),
-                    "weight: expected [", m, ", ", x.width, "] of the type of x");
+    STD_TORCH_CHECK(
+        !weight || (weight->is_cpu() && weight->dim() == 2 && weight->size(0) == m && weight->size(1) == x.width && type_of("weight", *weight) == x.type),
+        "weight: expected [", m, ", ", x.width, "] of the type of x");
     for (const Segment& segment : plan.segments) {
         longest = std::max(longest, segment.length);
         widest = std::max(widest, segment.rank);
@@ -72,8 +72,8 @@ const int64_t* Plan::integers(const char* name, const MaybeTensor& tensor, int64
 }
 
 Plan::Plan(const Segments& given, int64_t rows, int64_t factor_rows) {
-    STD_TORCH_CHECK(given.starts.size == given.lengths.size && given.lengths.size <= given.ranks.size, "starts, lengths: expected at most ",
-                    given.ranks.size, " integers each, got ", given.starts.size, " and ", given.lengths.size);
+    STD_TORCH_CHECK(given.starts.size == given.lengths.size && given.lengths.size <= given.ranks.size, "starts, lengths: expected at most ", given.ranks.size,
+                    " integers each, got ", given.starts.size, " and ", given.lengths.size);
     const int64_t gathered = given.index ? given.index->numel() : 0, limit = given.index ? gathered : rows;
     int64_t row = 0, last = 0;
     for (size_t k = 0; k < given.ranks.size; ++k) {
@@ -191,7 +191,8 @@ void gram_as(const Plan& plan, const Matrix& x, Type s_type, const void* s, Type
                 const int64_t columns = std::min(kColumns, end - c);
                 int64_t ld = 0;
                 const E* own = panel<E>(plan, x, segment, t, depth, c, columns, panels.data() + (moves ? part * kChunk * kColumns : 0), &ld);
-                lora_kernels<E>().outer(shrunk + (segment.flat + t * rank), 1, rank, own, ld, depth, rank, columns, result + segment.row * width + c, width, t > 0);
+                lora_kernels<E>().outer(shrunk + (segment.flat + t * rank), 1, rank, own, ld, depth, rank, columns, result + segment.row * width + c, width,
+                                        t > 0);
             }
         }
     });

@@ -193,14 +193,14 @@ HETLORA_INLINE void drop(const DropRow& row, const E* x, int64_t n, E inverse, E
     }
 }
 
-#define HETLORA_LORA(suffix, E, target, W, JMax, DROP)                                                                                                       \
+#define HETLORA_LORA(suffix, E, target, W, JMax, DROP)                                                                                                      \
     target void dots_##suffix(const E* x, int64_t ld_x, int64_t rows, const E* a, int64_t ld_a, int64_t rank, int64_t n, E scale, E* out, int64_t ld_out) { \
         dots<E, W, JMax>(x, ld_x, rows, a, ld_a, rank, n, scale, out, ld_out);                                                                              \
-    }                                                                                                                                                        \
+    }                                                                                                                                                       \
     target void outer_##suffix(const E* left, int64_t left_row, int64_t left_step, const E* right, int64_t ld_right, int64_t depth, int64_t rows,           \
                                int64_t columns, E* out, int64_t ld_out, bool add) {                                                                         \
         outer<E, W, JMax>(left, left_row, left_step, right, ld_right, depth, rows, columns, out, ld_out, add);                                              \
-    }                                                                                                                                                        \
+    }                                                                                                                                                       \
     target void drop_##suffix(const DropRow& row, const E* x, int64_t n, E inverse, E* out) { DROP(row, x, n, inverse, out); }                              \
     constexpr LoraKernels<E> kernels_##suffix = {dots_##suffix, outer_##suffix, drop_##suffix};
 

@@ -77,8 +77,8 @@ Tensor as_matrix(const Tensor& dense, int64_t rows, int64_t width) { return dens
 // The framework's own product, with the bits of its F.linear and mm: out = left right (+ bias), in memory given. Past the dispatcher: a call of 16 rows of 64
 // columns takes 0.87 to 0.91 of the time that it takes with F.linear and mm called from Python.
 void product(const Tensor& out, const Tensor& left, const Tensor& right, const MaybeTensor& bias) {
-    const AOTITorchError error = bias ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), left.get(), right.get(), 1.0, 1.0)
-                                      : aoti_torch_cpu_mm_out(out.get(), left.get(), right.get());
+    const AOTITorchError error =
+        bias ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), left.get(), right.get(), 1.0, 1.0) : aoti_torch_cpu_mm_out(out.get(), left.get(), right.get());
     STD_TORCH_CHECK(error == 0, "hetlora: the base product failed");
 }
 
@@ -108,8 +108,8 @@ bool fits(const Tensor& tensor, const Integers& sizes) {
 }
 
 std::tuple<Tensor, Tensor> lora_forward(const Tensor& x_given, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& base, const Tensor& a,
-                                        const Tensor& bt, const Tensor& scale, const MaybeTensor& seeds, const MaybeTensor& row_keys,
-                                        const MaybeTensor& index, const Integers& segments, double dropout, bool transposed) {
+                                        const Tensor& bt, const Tensor& scale, const MaybeTensor& seeds, const MaybeTensor& row_keys, const MaybeTensor& index,
+                                        const Integers& segments, double dropout, bool transposed) {
     const Tensor x = packed(x_given);
     const Layer layer(x, weight, a, bt, scale, seeds, row_keys, index, segments, dropout, transposed);
     const int64_t rows = layer.x.rows, n = layer.x.width, m = layer.m;
@@ -135,8 +135,8 @@ std::tuple<Tensor, Tensor> lora_forward(const Tensor& x_given, const MaybeTensor
 
 std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& d_y_given, const Tensor& x_given, const MaybeTensor& weight, const Tensor& a, const Tensor& bt,
                                                  const Tensor& s, const Tensor& scale, const MaybeTensor& seeds, const MaybeTensor& row_keys,
-                                                 const MaybeTensor& index, const Integers& segments, double dropout, bool transposed, bool need_x,
-                                                 bool need_a, bool need_bt) {
+                                                 const MaybeTensor& index, const Integers& segments, double dropout, bool transposed, bool need_x, bool need_a,
+                                                 bool need_bt) {
     const Tensor x = packed(x_given), d_y = packed(d_y_given.scalar_type() == x.scalar_type() ? d_y_given : torch::stable::to(d_y_given, x.scalar_type()));
     const Layer layer(x, weight, a, bt, scale, seeds, row_keys, index, segments, dropout, transposed);
     const int64_t rows = layer.x.rows, n = layer.x.width, m = layer.m;

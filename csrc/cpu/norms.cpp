@@ -14,7 +14,7 @@
 namespace hetlora {
 namespace {
 
-constexpr int64_t kPanel = 768;         // most columns of a panel
+constexpr int64_t kPanel = 768;  // most columns of a panel
 constexpr int64_t kLead = 192 * 1024;  // bytes fetched ahead, a part of L2
 
 // Columns of one panel: equal parts of about 512, so that none is so short that adding up its registers takes longer than filling them.
@@ -83,7 +83,7 @@ void gram_of(const Matrix& matrix, int64_t first, int64_t rank, int64_t last, co
 
 struct Unit {
     int64_t module, client, rank, first;
-    double cost;   // of this unit and those before it
+    double cost;  // of this unit and those before it
     int64_t last;  // end of the rows of the same module that its part reads
 };
 

@@ -90,15 +90,11 @@ HETLORA_INLINE void penalise_span(const T* __restrict p, const T* __restrict g, 
     }
 }
 
-#define HETLORA_STEP_KERNELS(Sum)                                                                                       \
-    HETLORA_CLONES void adamw_block(Type type, const Span& span, const Step<Sum>& step) {                               \
-        HETLORA_FOR_TYPE(type, T, adamw_span<T>(span, step));                                                           \
-    }                                                                                                                   \
-    HETLORA_CLONES void sgd_block(Type type, const Span& span, const Step<Sum>& step) {                                 \
-        HETLORA_FOR_TYPE(type, T, sgd_span<T>(span, step));                                                             \
-    }                                                                                                                   \
-    HETLORA_CLONES void penalise_block(Type type, const void* p, const void* g, Sum* out, int64_t n, double pull) {     \
-        HETLORA_FOR_TYPE(type, T, penalise_span(static_cast<const T*>(p), static_cast<const T*>(g), out, n, pull));     \
+#define HETLORA_STEP_KERNELS(Sum)                                                                                                                 \
+    HETLORA_CLONES void adamw_block(Type type, const Span& span, const Step<Sum>& step) { HETLORA_FOR_TYPE(type, T, adamw_span<T>(span, step)); } \
+    HETLORA_CLONES void sgd_block(Type type, const Span& span, const Step<Sum>& step) { HETLORA_FOR_TYPE(type, T, sgd_span<T>(span, step)); }     \
+    HETLORA_CLONES void penalise_block(Type type, const void* p, const void* g, Sum* out, int64_t n, double pull) {                               \
+        HETLORA_FOR_TYPE(type, T, penalise_span(static_cast<const T*>(p), static_cast<const T*>(g), out, n, pull));                               \
     }
 HETLORA_STEP_KERNELS(float)
 HETLORA_STEP_KERNELS(double)
@@ -222,8 +218,8 @@ void find_clip_factors(Bank& bank) {
     if (bank.clip.empty()) {
         return;
     }
-    const std::vector<double> squares = sum_jobs(
-        bank, bank.clients(), [](const Job& job) { return job.client; }, [&](const Job& job) { return penalised_squares<Sum>(bank, job); });
+    const std::vector<double> squares =
+        sum_jobs(bank, bank.clients(), [](const Job& job) { return job.client; }, [&](const Job& job) { return penalised_squares<Sum>(bank, job); });
     for (int64_t k = 0; k < bank.clients(); ++k) {
         const double factor = bank.clip[k] / (std::sqrt(squares[k]) + 1e-6);
         // Written so that a norm of NaN gives a factor of NaN.

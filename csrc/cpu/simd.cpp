@@ -53,18 +53,10 @@ HETLORA_INLINE double squares(const T* __restrict from, int64_t n) {
 
 }  // namespace
 
-HETLORA_CLONES void load_block(Type type, const void* from, float* to, int64_t n) {
-    HETLORA_FOR_TYPE(type, T, load(static_cast<const T*>(from), to, n));
-}
-HETLORA_CLONES void load_block(Type type, const void* from, double* to, int64_t n) {
-    HETLORA_FOR_TYPE(type, T, load(static_cast<const T*>(from), to, n));
-}
-HETLORA_CLONES void store_block(Type type, void* to, const float* from, int64_t n) {
-    HETLORA_FOR_TYPE(type, T, store(static_cast<T*>(to), from, n));
-}
-HETLORA_CLONES void store_block(Type type, void* to, const double* from, int64_t n) {
-    HETLORA_FOR_TYPE(type, T, store(static_cast<T*>(to), from, n));
-}
+HETLORA_CLONES void load_block(Type type, const void* from, float* to, int64_t n) { HETLORA_FOR_TYPE(type, T, load(static_cast<const T*>(from), to, n)); }
+HETLORA_CLONES void load_block(Type type, const void* from, double* to, int64_t n) { HETLORA_FOR_TYPE(type, T, load(static_cast<const T*>(from), to, n)); }
+HETLORA_CLONES void store_block(Type type, void* to, const float* from, int64_t n) { HETLORA_FOR_TYPE(type, T, store(static_cast<T*>(to), from, n)); }
+HETLORA_CLONES void store_block(Type type, void* to, const double* from, int64_t n) { HETLORA_FOR_TYPE(type, T, store(static_cast<T*>(to), from, n)); }
 HETLORA_CLONES double sum_squares(Type type, const void* from, int64_t n) {
     double sum = 0;
     HETLORA_FOR_TYPE(type, T, sum = squares(static_cast<const T*>(from), n));
@@ -175,12 +167,9 @@ HETLORA_INLINE void transpose_as(const T* from, int64_t rows, int64_t columns, T
 
 void transpose_block(int64_t size, const void* from, int64_t rows, int64_t columns, void* to) {
     switch (size) {
-        case 2:
-            return transpose_as(static_cast<const uint16_t*>(from), rows, columns, static_cast<uint16_t*>(to));
-        case 4:
-            return transpose_as(static_cast<const uint32_t*>(from), rows, columns, static_cast<uint32_t*>(to));
-        default:
-            return transpose_as(static_cast<const uint64_t*>(from), rows, columns, static_cast<uint64_t*>(to));
+        case 2: return transpose_as(static_cast<const uint16_t*>(from), rows, columns, static_cast<uint16_t*>(to));
+        case 4: return transpose_as(static_cast<const uint32_t*>(from), rows, columns, static_cast<uint32_t*>(to));
+        default: return transpose_as(static_cast<const uint64_t*>(from), rows, columns, static_cast<uint64_t*>(to));
     }
 }
 

@@ -111,24 +111,24 @@ HETLORA_INLINE void narrow(double x, T* to) {
 }
 
 // Calls body(pointer of the element type) for `type`; the body is a macro argument and not a lambda, which would not be cloned.
-#define HETLORA_FOR_TYPE(type, T, ...)   \
-    switch (type) {                      \
-        case Type::f32: {                \
-            using T = float;             \
-            __VA_ARGS__;                 \
-        } break;                         \
-        case Type::bf16: {               \
-            using T = bf16;              \
-            __VA_ARGS__;                 \
-        } break;                         \
-        case Type::f16: {                \
-            using T = f16;               \
-            __VA_ARGS__;                 \
-        } break;                         \
-        case Type::f64: {                \
-            using T = double;            \
-            __VA_ARGS__;                 \
-        } break;                         \
+#define HETLORA_FOR_TYPE(type, T, ...) \
+    switch (type) {                    \
+        case Type::f32: {              \
+            using T = float;           \
+            __VA_ARGS__;               \
+        } break;                       \
+        case Type::bf16: {             \
+            using T = bf16;            \
+            __VA_ARGS__;               \
+        } break;                       \
+        case Type::f16: {              \
+            using T = f16;             \
+            __VA_ARGS__;               \
+        } break;                       \
+        case Type::f64: {              \
+            using T = double;          \
+            __VA_ARGS__;               \
+        } break;                       \
     }
 
 // to[i] = from[i] for n elements, converted; `Sum` is float, or double where the tensors are.

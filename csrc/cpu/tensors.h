@@ -172,17 +172,10 @@ inline std::vector<double> numbers(const char* name, const Tensor& tensor, int64
     const void* data = dense.const_data_ptr();
     const auto read = [&](auto* typed) { std::copy(typed, typed + expected, out.begin()); };
     switch (tensor.scalar_type()) {
-        case ScalarType::Long:
-            read(static_cast<const int64_t*>(data));
-            break;
-        case ScalarType::Int:
-            read(static_cast<const int32_t*>(data));
-            break;
-        case ScalarType::Bool:
-            read(static_cast<const bool*>(data));
-            break;
-        default:
-            load_block(type_of(name, tensor), data, out.data(), expected);
+        case ScalarType::Long: read(static_cast<const int64_t*>(data)); break;
+        case ScalarType::Int: read(static_cast<const int32_t*>(data)); break;
+        case ScalarType::Bool: read(static_cast<const bool*>(data)); break;
+        default: load_block(type_of(name, tensor), data, out.data(), expected);
     }
     return out;
 }

@@ -128,8 +128,7 @@ cudaError_t hetlora_accumulate(const HetloraCall* call, hetlora::Type in, hetlor
         using T = decltype(type);
         if (sums == Type::f64)
             HETLORA_LAUNCH((accumulate_kernel<T, double>), grid, dim3(WARP * WARPS), call->stream, call->table, static_cast<const double*>(weights));
-        else
-            HETLORA_LAUNCH((accumulate_kernel<T, float>), grid, dim3(WARP * WARPS), call->stream, call->table, static_cast<const float*>(weights));
+        else HETLORA_LAUNCH((accumulate_kernel<T, float>), grid, dim3(WARP * WARPS), call->stream, call->table, static_cast<const float*>(weights));
         return cudaGetLastError();
     });
 }

@@ -48,7 +48,9 @@ inline void check_rows(const Tensors& tensors, const Tensor& like, const char* n
     }
 }
 
-inline void check_count(size_t got, size_t expected, const char* name) { STD_TORCH_CHECK(got == expected, name, ": expected ", expected, " entries, got ", got); }
+inline void check_count(size_t got, size_t expected, const char* name) {
+    STD_TORCH_CHECK(got == expected, name, ": expected ", expected, " entries, got ", got);
+}
 
 inline int clients_of(const Ints& ranks, size_t modules) {
     STD_TORCH_CHECK(modules > 0 && modules <= 65535 && ranks.size() % modules == 0, "ranks: expected one list for each of 1 to 65535 modules");

@@ -44,7 +44,10 @@ template <class T>
 constexpr int CHUNK = 1024 / (sizeof(T) < 4 ? 4 : sizeof(T));
 
 template <class T>
-constexpr Type TYPE = sizeof(T) == 8 ? Type::f64 : sizeof(T) == 4 ? Type::f32 : std::is_same_v<T, __half> ? Type::f16 : Type::bf16;
+constexpr Type TYPE = sizeof(T) == 8              ? Type::f64
+                      : sizeof(T) == 4            ? Type::f32
+                      : std::is_same_v<T, __half> ? Type::f16
+                                                  : Type::bf16;
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x % WARP; }
 

@@ -13,10 +13,10 @@ namespace hetlora {
 constexpr int EXPAND_PITCH = LORA_COLUMNS + 8;  // rows of the product in shared memory: the eight rows that a warp stores at once lie in different banks
 
 template <class T>
-constexpr int EXPAND_STAGE = DEPTH<T>*(LORA_ROWS + LORA_COLUMNS);  // elements
+constexpr int EXPAND_STAGE = DEPTH<T> * (LORA_ROWS + LORA_COLUMNS);  // elements
 template <class T>
-constexpr int EXPAND_SHARED = larger(2 * EXPAND_STAGE<T> * static_cast<int>(sizeof(T)),
-                                     LORA_ROWS* EXPAND_PITCH * static_cast<int>(sizeof(typename Accumulator<T>::type)));
+constexpr int EXPAND_SHARED =
+    larger(2 * EXPAND_STAGE<T> * static_cast<int>(sizeof(T)), LORA_ROWS * EXPAND_PITCH * static_cast<int>(sizeof(typename Accumulator<T>::type)));
 
 constexpr int EXPAND_UNITS = LORA_COLUMNS / DRAWS, EXPAND_PARTS = WARP_ROWS * EXPAND_UNITS / WARP;  // units in a row; units of a lane
 

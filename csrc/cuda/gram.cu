@@ -12,7 +12,9 @@ namespace hetlora {
 constexpr int GRAM_THREADS = 256, GRAM_SPLIT = 2048, QUAD = 4;
 
 HETLORA_HOST_DEVICE constexpr int gram_depth(int side) { return 2048 / side; }  // columns of a stage
-HETLORA_HOST_DEVICE constexpr int gram_stage(int side, int operands) { return operands * side * (gram_depth(side) + QUAD); }  // elements; rows are padded by a bank group
+HETLORA_HOST_DEVICE constexpr int gram_stage(int side, int operands) {
+    return operands * side * (gram_depth(side) + QUAD);
+}  // elements; rows are padded by a bank group
 HETLORA_HOST_DEVICE constexpr int gram_sums() { return GRAM_THREADS * QUAD * QUAD; }  // elements to add the groups
 constexpr int GRAM_SHARED = gram_stage(64, 2) > gram_sums() ? gram_stage(64, 2) : gram_sums();               // two operands only where SIDE is 64
 static_assert(GRAM_SHARED >= gram_stage(16, 1) && GRAM_SHARED >= gram_stage(32, 1));

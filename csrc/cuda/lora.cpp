@@ -139,8 +139,8 @@ class Layer {
   private:
     std::vector<LoraClient> find_clients() {
         const Ints &ranks = given_.ranks, &starts = given_.starts, &lengths = given_.lengths;
-        STD_TORCH_CHECK(starts.size() == lengths.size() && lengths.size() <= ranks.size() && ranks.size() < INT32_MAX,
-                        "starts, lengths: expected at most ", ranks.size(), " integers each, got ", starts.size(), " and ", lengths.size());
+        STD_TORCH_CHECK(starts.size() == lengths.size() && lengths.size() <= ranks.size() && ranks.size() < INT32_MAX, "starts, lengths: expected at most ",
+                        ranks.size(), " integers each, got ", starts.size(), " and ", lengths.size());
         std::vector<LoraClient> out;
         const int64_t limit = given_.index ? given_.index->numel() : x_rows_;
         for (size_t k = 0; k < ranks.size(); ++k) {

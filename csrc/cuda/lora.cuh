@@ -221,7 +221,7 @@ struct Ring {
 // ---------------------------------------------------------------- clients and rows
 
 // The last client whose `before` is not above `index`.
-__device__ __forceinline__ LoraClient find_client(const LoraTable& table, int LoraClient::*before, int index) {
+__device__ __forceinline__ LoraClient find_client(const LoraTable& table, int LoraClient::* before, int index) {
     const LoraClient* clients = table.far ? table.far : table.near;
     int low = 0, high = table.count - 1;
     while (low < high) {

@@ -18,8 +18,8 @@ struct PerClient {
 
 // What is common to both: table, norms, combine, prepare. `update` queues the optimiser's own kernel.
 template <class Update>
-void optimise(const Tensors& params, const Tensors& grads_in, const std::vector<const Tensors*>& states, const PerClient& each, const Ints& ranks, const Ints& keep,
-              const double (&rule)[3], const char* op, Update update) {
+void optimise(const Tensors& params, const Tensors& grads_in, const std::vector<const Tensors*>& states, const PerClient& each, const Ints& ranks,
+              const Ints& keep, const double (&rule)[3], const char* op, Update update) {
     const Tensors grads = contiguous(grads_in);
     STD_TORCH_CHECK(params.size() % 2 == 0, "params: expected the A factors and then the Bt factors");
     const size_t modules = params.size() / 2;

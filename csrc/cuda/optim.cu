@@ -20,7 +20,8 @@ struct ClientStep {
 
 // Modules 0 .. M - 1 of the table are A, M .. 2 M - 1 are Bt. coefficients: [2 M, K]; squares: [M, K]. lam or clipping may be absent.
 template <class Acc>
-__global__ void combine_kernel(Table table, const double* partials, int64_t count, const double* lam, bool clip, Acc* coefficients, double* squares, int chunk) {
+__global__ void combine_kernel(Table table, const double* partials, int64_t count, const double* lam, bool clip, Acc* coefficients, double* squares,
+                               int chunk) {
     const int k = blockIdx.x, module = blockIdx.y, modules = gridDim.y, clients = table.clients;
     const Range a = range_of(table, module, k, chunk), b = range_of(table, module + modules, k, chunk);
     const double pp_a = warp_sum_range(partials, a.tail, a.end), pp_b = warp_sum_range(partials, b.tail, b.end);

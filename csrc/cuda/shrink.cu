@@ -25,7 +25,8 @@ __device__ __forceinline__ void shrink_tile(const LoraCall& call, const LoraClie
     using Acc = typename Accumulator<T>::type;
     constexpr int FACTOR = LORA_ROWS * DEPTH<T>, UNITS = DEPTH<T> / DRAWS, STRIDE = LORA_THREADS / UNITS, PARTS = LORA_ROWS / STRIDE;
     const int row = threadIdx.x / UNITS, column = threadIdx.x % UNITS * DRAWS, own = threadIdx.x / WARP * WARP_ROWS;
-    const int width = min(SHRINK_COLUMNS, call.width - left), steps = (width + DEPTH<T> - 1) / DEPTH<T>, ranks = min(PASS, round_up(client.rank - first, SLICE));
+    const int width = min(SHRINK_COLUMNS, call.width - left), steps = (width + DEPTH<T> - 1) / DEPTH<T>,
+              ranks = min(PASS, round_up(client.rank - first, SLICE));
     int source[PARTS];  // row of x, -1 past the client's; the 64-bit address is made anew for each stage: registers are what is short
     int64_t key[PARTS];
 #pragma unroll
@@ -114,7 +115,8 @@ __global__ void __launch_bounds__(LORA_THREADS, 8) shrink_sum_kernel(const __gri
     using Acc = typename Accumulator<T>::type;
     const LoraClient client = find_client(call.table, &LoraClient::tiles, blockIdx.x);
     const int top = (static_cast<int>(blockIdx.x) - client.tiles) * LORA_ROWS, splits = (call.width + SHRINK_COLUMNS - 1) / SHRINK_COLUMNS;
-    const int64_t start = client.flat + static_cast<int64_t>(top) * client.rank, count = static_cast<int64_t>(min(LORA_ROWS, client.length - top)) * client.rank;
+    const int64_t start = client.flat + static_cast<int64_t>(top) * client.rank,
+                  count = static_cast<int64_t>(min(LORA_ROWS, client.length - top)) * client.rank;
     const Acc* planes = static_cast<const Acc*>(call.planes) + start;
     const Acc scale = scale_of<Acc>(call, client);
     T* s = static_cast<T*>(call.s) + start;

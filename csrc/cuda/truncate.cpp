@@ -29,6 +29,4 @@ void truncate_(const Tensors& out, const Tensors& bank_in, const Ints& ranks, bo
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(HETLORA_NAMESPACE, HETLORA_DISPATCH_KEY, m) {
-    m.impl("truncate_", TORCH_BOX(&truncate_));
-}
+STABLE_TORCH_LIBRARY_IMPL(HETLORA_NAMESPACE, HETLORA_DISPATCH_KEY, m) { m.impl("truncate_", TORCH_BOX(&truncate_)); }

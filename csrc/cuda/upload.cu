@@ -39,8 +39,8 @@ cudaError_t hetlora_upload(const HetloraCall* call) {
     for (int at = 0; at < words;) {
         const int rest = words - at, count = std::min(rest, rest > SMALL_UPLOAD ? LARGE_UPLOAD : SMALL_UPLOAD);
         const unsigned char* from = call->host_table + at * sizeof(uint4);
-        const cudaError_t error = count > SMALL_UPLOAD ? upload<LARGE_UPLOAD>(from, to + at, count, call->stream)
-                                                       : upload<SMALL_UPLOAD>(from, to + at, count, call->stream);
+        const cudaError_t error =
+            count > SMALL_UPLOAD ? upload<LARGE_UPLOAD>(from, to + at, count, call->stream) : upload<SMALL_UPLOAD>(from, to + at, count, call->stream);
         if (error != cudaSuccess) return error;
         at += count;
     }

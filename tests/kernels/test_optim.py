@@ -11,7 +11,7 @@ from kernel_cases import drawn, guarded, same_bits, scattered
 from torch import Tensor
 
 import hetlora_kernels as hk
-from hetlora_kernels.ops import optim
+from hetlora_kernels import optim
 
 SHAPES = {"q": (6, 5), "mlp.up": (9, 4), "v": (3, 7)}
 RANKS = {"q": [4, 1, 3, 0], "mlp.up": [8, 3, 2, 1], "v": [1, 0, 7, 2]}

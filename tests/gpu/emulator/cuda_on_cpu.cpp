@@ -199,8 +199,8 @@ bool release_barrier(bool progress) {
     if (progress) return false;
     char text[200];
     const uint3 block = threads[0].place.block_index;
-    snprintf(text, sizeof text, "threads diverged at a barrier or collective in block (%u, %u, %u): %d done, %d at __syncthreads, %d at a warp collective", block.x,
-             block.y, block.z, done, waiting, count - done - waiting);
+    snprintf(text, sizeof text, "threads diverged at a barrier or collective in block (%u, %u, %u): %d done, %d at __syncthreads, %d at a warp collective",
+             block.x, block.y, block.z, done, waiting, count - done - waiting);
     error = text;
     return true;
 }

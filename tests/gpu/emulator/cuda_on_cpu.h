@@ -74,8 +74,7 @@ T exchange(unsigned mask, T value, int from) {
 #define threadIdx (emulator::here().thread_index)
 #define __syncthreads() emulator::block_barrier(__LINE__)
 #define HETLORA_EMULATOR 1
-#define HETLORA_LAUNCH(kernel, grid, threads, stream, ...) \
-    emulator::run(grid, threads, [=] { (void)(stream), kernel(__VA_ARGS__); })
+#define HETLORA_LAUNCH(kernel, grid, threads, stream, ...) emulator::run(grid, threads, [=] { (void)(stream), kernel(__VA_ARGS__); })
 
 using std::max;
 using std::min;
