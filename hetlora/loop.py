@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,15 @@ from typing import Any
 import torch
 
 import hetlora_kernels as hk
-from hetlora import checkpoint, rouge, run_folder, server
+from hetlora import checkpoint, run_folder, server
 from hetlora.config import Config, ConfigError
-from hetlora.data import ClientData
-from hetlora.evaluate import Part, evaluate_bank, evaluate_clients, mean_over_clients, pool_text
-from hetlora.federation import Federation, base_weights, prepare, starting_ranks
+from hetlora.federation import Federation, prepare
+from hetlora.fleet import Fleet, LocalFleet
 from hetlora.lock import FolderLock
 from hetlora.merge import Aggregate, aggregate
 from hetlora.observer import Observer
 from hetlora.ranks import ClientRanks, Scope, check_width, from_record, mean_rank, to_record
-from hetlora.training import Trained, Work
+from hetlora.training import Trained
 
 TOTALS = ("bytes_down", "bytes_up", "bytes_down_homlora", "bytes_up_homlora", "trained_parameters")
 """What a round counts and a run adds up."""
@@ -44,16 +44,14 @@ class Result:
 @dataclass
 class _Run:
     cfg: Config
-    federation: Federation
+    fleet: Fleet
     state: server.ServerState
     folder: Path
     observer: Observer
-    clients: dict[str, ClientData] = field(init=False)
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.clients = {client.name: client for client in self.federation.data.clients}
-        self.fingerprint = checkpoint.fingerprint(self.federation.data)
+        self.fingerprint = self.fleet.fingerprint()
 
 
 def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = None, federation: Federation | None = None) -> Result:
@@ -78,11 +76,25 @@ def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = N
     ({'GREEK': 4, 'HEBREW': 8}, (8,), 2)
     """
     observer = observer or Observer()
+    folder = Path(cfg.output)
+
+    def fleet() -> LocalFleet:
+        ready = federation or prepare(cfg, observer)
+        if ready.folded_by not in (None, folder):
+            raise ConfigError(f"federation: its base model holds the folded updates of {ready.folded_by}; load it again with prepare()")
+        return LocalFleet(ready)
+
+    return run_rounds(cfg, fleet, resume=resume, observer=observer)
+
+
+def run_rounds(cfg: Config, fleet: Callable[[], Fleet], *, resume: bool = False, observer: Observer | None = None) -> Result:
+    """`simulate` for clients that are wherever `fleet` has them. It is called when the folder and the settings are known to be in order."""
+    observer = observer or Observer()
     cfg.check()
     folder = Path(cfg.output)
     with FolderLock() as lock:
         try:
-            return _simulate(cfg, folder, lock, resume, observer, federation)
+            return _rounds(cfg, folder, lock, resume, observer, fleet)
         except run_folder.WriteError as error:
             if not run_folder.is_run(folder):
                 raise  # it says to give the command again
@@ -90,29 +102,25 @@ def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = N
             raise run_folder.WriteError(error.path, error.error, go_on) from None
 
 
-def _simulate(cfg: Config, folder: Path, lock: FolderLock, resume: bool, observer: Observer, federation: Federation | None) -> Result:
+def _rounds(cfg: Config, folder: Path, lock: FolderLock, resume: bool, observer: Observer, make: Callable[[], Fleet]) -> Result:
     said: list[str] = []
     if resume:
         said = _check_resumable(cfg, folder, lock)
     else:
         run_folder.refuse_existing(folder, checkpoint.RESUME_INSTEAD)
-    federation = federation or prepare(cfg, observer)
-    if federation.folded_by not in (None, folder):
-        raise ConfigError(f"federation: its base model holds the folded updates of {federation.folded_by}; load it again with prepare()")
-    state = _initial_state(cfg, federation)
+    fleet = make()
+    state = _initial_state(cfg, fleet)
     if not resume:
-        checkpoint.create_run(cfg, federation.device, lock)
-    run = _Run(cfg, federation, state, folder, observer)
-    for line in [*([lock.note] if lock.note else []), *said, *(checkpoint.match_versions(folder, federation.device) if resume else ())]:
+        checkpoint.create_run(cfg, fleet.device, lock)
+    run = _Run(cfg, fleet, state, folder, observer)
+    for line in [*([lock.note] if lock.note else []), *said, *(checkpoint.match_versions(folder, fleet.device) if resume else ())]:
         observer.message(line)
     observer.start(cfg, _describe(run))
-    if cfg.clients_per_round > len(run.clients):
-        observer.message(f"clients_per_round = {cfg.clients_per_round}: there are {len(run.clients)} clients, all of them take part in every round")
+    if cfg.clients_per_round > len(fleet.names):
+        observer.message(f"clients_per_round = {cfg.clients_per_round}: there are {len(fleet.names)} clients, all of them take part in every round")
     history = _restore(run) if resume else []
     if not history:
         history.append(_before_training(run))
-    if cfg.merge_kind.base != "none":
-        federation.folded_by = folder
     for number in range(state.round + 1, cfg.rounds + 1):
         history.append(_round(run, number))
     return _finish(run, history)
@@ -129,25 +137,21 @@ def _check_resumable(cfg: Config, folder: Path, lock: FolderLock) -> list[str]:
     return run_folder.check_recorded_config(folder, recorded, cfg) if recorded else said
 
 
-def _initial_state(cfg: Config, federation: Federation) -> server.ServerState:
-    plan = starting_ranks(cfg, federation.data)
-    check_width(plan, federation.shapes)
-    ranks = {name: dict.fromkeys(federation.shapes, rank) for name, rank in plan.ranks.items()}
-    bank = server.fresh_bank(federation.shapes, plan.r_max, cfg, federation.device)
+def _initial_state(cfg: Config, fleet: Fleet) -> server.ServerState:
+    plan = fleet.starting_ranks(cfg)
+    check_width(plan, fleet.shapes)
+    ranks = {name: dict.fromkeys(fleet.shapes, rank) for name, rank in plan.ranks.items()}
+    bank = server.fresh_bank(fleet.shapes, plan.r_max, cfg, fleet.device)
     return server.ServerState(bank, ranks, plan.r_min, plan.r_max, ranks_start=plan.ranks)
 
 
 def _describe(run: _Run) -> dict[str, Any]:
-    data, model = run.federation.data, run.federation.model
     return {
-        "model": run.federation.model_name,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "modules": len(run.federation.shapes),
-        "data": data.source,
-        "clients": len(data.clients),
-        "held_out_clients": len(data.held_out),
+        "model": run.fleet.model_name,
+        "modules": len(run.fleet.shapes),
+        **run.fleet.describe(),
         "ranks": run.cfg.training_kind.no_ranks or f"{run.state.r_min}..{run.state.r_max}, mean {_mean_rank(run.state):.1f}",
-        "device": str(run.federation.device),
+        "device": str(run.fleet.device),
         "run_dir": str(run.folder),
     }
 
@@ -163,13 +167,13 @@ def _save(run: _Run) -> None:
     state = run.state
     content = {name: getattr(state, name) for name in checkpoint.STATE} | {"data": run.fingerprint, "ranks": _ranks_on_record(run)}
     content["settings"] = run_folder.method_settings(run.cfg)
-    checkpoint.save_checkpoint(run.folder, content, state.bank, base_weights(run.cfg, run.federation))
+    checkpoint.save_checkpoint(run.folder, content, state.bank, run.fleet.base_weights(run.cfg))
     _write_adapter(run)
 
 
 def _write_adapter(run: _Run) -> None:
     if "global" in run.cfg.training_kind.saves:
-        checkpoint.write_adapter(run.folder / run_folder.ADAPTER, run.state.bank.adapter(0), run.cfg.scale, run.federation.model_name)
+        checkpoint.write_adapter(run.folder / run_folder.ADAPTER, run.state.bank.adapter(0), run.cfg.scale, run.fleet.model_name)
 
 
 def _restore(run: _Run) -> list[dict[str, Any]]:
@@ -191,9 +195,8 @@ def _restore(run: _Run) -> list[dict[str, Any]]:
     except ValueError as error:
         raise ConfigError(f"{run.folder / run_folder.CHECKPOINT}: does not fit the model of this run ({error})") from None
     with torch.no_grad():
-        for key, value in tensors.items():
-            if key.startswith("base."):
-                run.federation.model.get_parameter(key[len("base.") :]).copy_(value)
+        for name, weight in run.fleet.base_weights(run.cfg).items():
+            weight.copy_(tensors[f"base.{name}"])
     for name in checkpoint.STATE:
         setattr(run.state, name, content[name])
     run.state.ranks = {name: from_record(saved, run.cfg.prune_scope, run.state.bank.shapes) for name, saved in content["ranks"].items()}
@@ -213,7 +216,7 @@ def _before_training(run: _Run) -> dict[str, Any]:
     """Round 0: the base model on everybody's held-out text."""
     start = _Clock()
     state = run.state
-    state.perplexity_before = {name: result["perplexity"] for name, result in zip(run.clients, _own_text(run), strict=True)}
+    state.perplexity_before = {name: result["perplexity"] for name, result in run.fleet.own_text(run.cfg, state, run.observer.evaluate).items()}
     record = {
         "round": 0,
         "lr": 0.0,
@@ -221,18 +224,13 @@ def _before_training(run: _Run) -> dict[str, Any]:
         "dropped": [],
         **dict.fromkeys(TOTALS, 0),
         "mean_rank": _mean_rank(state),
-        "evaluation": _evaluate(run),
+        "evaluation": run.fleet.evaluate(run.cfg, state, run.observer.evaluate),
     }
     return _close_round(run, record, start)
 
 
 def _ranks_on_record(run: _Run) -> dict[str, int | dict[str, int]]:
     return {name: to_record(ranks, run.cfg.prune_scope) for name, ranks in run.state.ranks.items()}
-
-
-def _share(run: _Run) -> int:
-    """Evaluation tokens per client."""
-    return math.ceil(run.cfg.eval_tokens / len(run.clients)) if run.cfg.eval_tokens else 0
 
 
 class _Clock:
@@ -254,58 +252,34 @@ def _close_round(run: _Run, record: dict[str, Any], start: _Clock) -> dict[str, 
     return record
 
 
-def _evaluate(run: _Run) -> dict[str, Any]:
-    """Losses and perplexities; before the first and after the last round also ROUGE-L of answers, if asked for."""
-    cfg, data = run.cfg, run.federation.data
-    sets = {"client_text": pool_text(data.clients, cfg.eval_tokens), "held_out_clients": pool_text(data.held_out, cfg.eval_tokens)}
-    found = {
-        name: evaluate_bank(run.federation.model, run.state.bank, sequences, cfg.scale, cfg.max_tokens_per_step, run.observer.evaluate)
-        for name, sequences in sets.items()
-    }
-    if cfg.evaluate == "all":
-        found |= {"own_text": mean_over_clients(_own_text(run)), "own_train": mean_over_clients(_own_text(run, "train"))}
-    if cfg.rouge_examples and run.state.round in (0, cfg.rounds):
-        found["rouge_l"] = rouge.evaluate(run.federation, run.state.bank, cfg, run.observer.evaluate)
-    return found
-
-
-def _own_text(run: _Run, part: Part = "test") -> list[dict[str, Any]]:
-    """Every client's own held-out or training text under what it receives of the bank."""
-    cfg, clients = run.cfg, list(run.clients.values())
-    model = run.federation.model
-    with cfg.training_kind.load_receives()(run.state, cfg, model, list(run.clients)) as (bank, ranks):
-        return evaluate_clients(model, bank, ranks, clients, cfg.scale, cfg.max_tokens_per_step, _share(run), run.observer.evaluate, part)
-
-
 def _learning_rate(cfg: Config, number: int) -> float:
     done = (number - 1) / cfg.rounds
     return cfg.lr * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[cfg.lr_schedule]
 
 
-def _train(run: _Run, number: int, lr: float) -> tuple[Work, Trained]:
+def _train(run: _Run, number: int, lr: float) -> tuple[list[str], Trained]:
     """Sample, and let the sampled clients train; changes nothing but what it returns."""
-    cfg, state = run.cfg, run.state
-    names = server.sample(list(run.clients), cfg.clients_per_round, cfg.seed, number)
+    cfg = run.cfg
+    names = server.sample(run.fleet.present(), cfg.clients_per_round, cfg.seed, number)
     run.observer.round_start(number, cfg.rounds, names)
-    work = Work(cfg, run.federation.model, state, [run.clients[name] for name in names], number, lr, run.observer.local_step)
-    trained = cfg.training_kind.load()(work)
+    trained = run.fleet.train(cfg, run.state, names, number, lr, run.observer.local_step)
     for k, reason in trained.dropped.items():
         run.observer.message(f"round {number}: {names[k]} is left out, {reason}")
     if not trained.arrived:
         raise ConfigError(
             f"round {number}: no clients left, every update was refused ({names[0]}: {trained.dropped[0]}); lower --lr or set --clip-norm; "
-            f"the run in {run.folder} stands at round {state.round}"
+            f"the run in {run.folder} stands at round {run.state.round}"
         )
-    return work, trained
+    return names, trained
 
 
 def _round(run: _Run, number: int) -> dict[str, Any]:
     """One round of HETLORA (arXiv 2401.06432, section 3): train, merge, evaluate, checkpoint; returns its record."""
     start = _Clock()
-    cfg, state, model = run.cfg, run.state, run.federation.model
+    cfg, state = run.cfg, run.state
     lr = _learning_rate(cfg, number)
-    work, trained = _train(run, number, lr)
-    arrived, names, homlora = trained.arrived, work.names, state.bank.num_bytes(0)
+    names, trained = _train(run, number, lr)
+    arrived, homlora = trained.arrived, state.bank.num_bytes(0)
     moved = {
         "bytes_down": sum(trained.bytes_down),
         "bytes_up": sum(trained.bytes_up),
@@ -313,8 +287,9 @@ def _round(run: _Run, number: int) -> dict[str, Any]:
         "bytes_up_homlora": homlora * len(arrived),
         "trained_parameters": trained.parameters,
     }
-    lines = [_client_line(work, trained, k) for k in arrived]
-    merged = aggregate(state, trained.uploads, trained.received, [len(work.clients[k].train) for k in arrived], cfg, model, trained.weighed)
+    lines = [_client_line(cfg, names[k], state.ranks[names[k]], trained, k) for k in arrived]
+    samples = [run.fleet.sequences(names[k]) for k in arrived]
+    merged = aggregate(state, trained.uploads, trained.received, samples, cfg, run.fleet.model, trained.weighed)
     for i, k in enumerate(arrived):
         lines[i] |= _upload_line(merged, trained, i, k)
         if "clip" in lines[i]:
@@ -324,7 +299,7 @@ def _round(run: _Run, number: int) -> dict[str, Any]:
         state.rounds_trained[names[k]] = state.rounds_trained.get(names[k], 0) + 1
         if cfg.save_clients and "clients" in cfg.training_kind.saves:
             adapter = (trained.adapters or trained.uploads).adapter(i)
-            checkpoint.write_adapter(run_folder.client_folder(run.folder, names[k]), adapter, cfg.scale, run.federation.model_name)
+            checkpoint.write_adapter(run_folder.client_folder(run.folder, names[k]), adapter, cfg.scale, run.fleet.model_name)
     state.round = number
     evaluated = number % cfg.eval_every == 0 or number == cfg.rounds
     record = {
@@ -334,17 +309,16 @@ def _round(run: _Run, number: int) -> dict[str, Any]:
         "dropped": [{"name": names[k], "reason": reason} for k, reason in trained.dropped.items()],
         **moved,
         "mean_rank": _mean_rank(state),
-        "evaluation": _evaluate(run) if evaluated else None,
+        "evaluation": run.fleet.evaluate(cfg, state, run.observer.evaluate) if evaluated else None,
         **({"diagnostics": merged.diagnostics} if cfg.diagnostics else {}),
     }
     return _close_round(run, record, start)
 
 
-def _client_line(work: Work, trained: Trained, k: int) -> dict[str, Any]:
-    """Before the merge, which ends the ranks that the round began with."""
-    result, scope = trained.results[k], work.cfg.prune_scope
-    before, after = work.ranks[k], trained.ranks[k]
-    line = {"name": work.names[k], "rank_before": _rank_shown(before, scope), "rank": _rank_shown(after, scope)}
+def _client_line(cfg: Config, name: str, before: ClientRanks, trained: Trained, k: int) -> dict[str, Any]:
+    """before: the ranks that the client began the round with; the merge ends them."""
+    result, scope, after = trained.results[k], cfg.prune_scope, trained.ranks[k]
+    line = {"name": name, "rank_before": _rank_shown(before, scope), "rank": _rank_shown(after, scope)}
     line |= {"steps": result.steps, "sequences": result.sequences, "tokens": result.tokens, "loss_first": result.loss_first, "loss_last": result.loss_last}
     line |= dict(zip(("tail_before", "tail_after"), trained.tails[k], strict=True))
     return line if scope == "client" else {**line, "module_ranks": after}
@@ -364,27 +338,26 @@ def _rank_shown(ranks: ClientRanks, scope: Scope) -> float:
 def _finish(run: _Run, history: list[dict[str, Any]]) -> Result:
     """Every client's own text under its share of the final bank, the totals, and summary.json."""
     cfg, state = run.cfg, run.state
-    clients = list(run.clients.values())
-    after = _own_text(run)
+    after = run.fleet.own_text(cfg, state, run.observer.evaluate)
     evaluations = [record["evaluation"] for record in history if record["evaluation"]]
     totals = {key: sum(record[key] for record in history) for key in (*TOTALS, "seconds", "cpu_seconds")}
     summary = {
         "clients": [
             {
-                "name": client.name,
-                "rank_start": state.ranks_start[client.name],
-                "rank_end": _rank_shown(state.ranks[client.name], cfg.prune_scope),
-                "sequences": len(client.train),
-                "rounds": state.rounds_trained.get(client.name, 0),
-                "perplexity_before": state.perplexity_before[client.name],
-                "perplexity_after": result["perplexity"],
+                "name": name,
+                "rank_start": state.ranks_start[name],
+                "rank_end": _rank_shown(state.ranks[name], cfg.prune_scope),
+                "sequences": run.fleet.sequences(name),
+                "rounds": state.rounds_trained.get(name, 0),
+                "perplexity_before": state.perplexity_before.get(name),
+                "perplexity_after": after[name]["perplexity"] if name in after else None,
             }
-            for client, result in zip(clients, after, strict=True)
+            for name in run.fleet.names
         ],
         "evaluation_before": evaluations[0],
         "evaluation_after": evaluations[-1],
         **totals,
-        "parameters": sum(p.numel() for p in run.federation.model.parameters()),
+        "parameters": run.fleet.describe()["parameters"],
         "rounds": cfg.rounds,
         "homlora_rank": state.r_max,
         "notes": [f"round {r['round']}: {d['name']} left out, {d['reason']}" for r in history for d in r["dropped"]],
