@@ -6,7 +6,7 @@ A call goes through `_run` to one op, `lora_forward`. Its backward pass is `lora
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled
@@ -18,6 +18,12 @@ from hetlora_kernels.layout import RankLayout, Segments
 from hetlora_kernels.ops._layer import check_layer, of_base
 from hetlora_kernels.ops._lists import FLOATS
 from hetlora_kernels.reference import compute_dtype, dropout_threshold, operand_dtype, thirds
+
+
+class KeptSeeds(NamedTuple):
+    """Dropout seeds, int64 [K] on the device of x, that nobody writes until the backward pass: a call takes no copy of them."""
+
+    values: Tensor
 
 
 def lora_linear(
@@ -166,12 +172,14 @@ def _explain(error: Exception, x, a, bt, layout, seg, transposed, **base) -> Exc
     return error
 
 
-def _check_seeds(dropout: float, seeds: Tensor | None, clients: int, device: torch.device) -> Tensor | None:
+def _check_seeds(dropout: float, seeds: Tensor | KeptSeeds | None, clients: int, device: torch.device) -> Tensor | None:
     """int64 [K] on `device`, or None where nothing is dropped."""
     if not 0 <= dropout < 1 or dropout_threshold(dropout) > 65535:
         raise ValueError(f"dropout: expected a probability in [0, 1 - 1/131072), got {dropout}")
     if dropout_threshold(dropout) == 0:
         return None
+    if type(seeds) is KeptSeeds:
+        return seeds.values
     if seeds is None:
         return torch.randint(-(2**63), 2**63 - 1, (clients,), dtype=torch.int64, device=device)
     if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or tuple(seeds.shape) != (clients,):

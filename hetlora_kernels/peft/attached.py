@@ -69,7 +69,7 @@ def _compute(layer: Any, base: Callable[..., Any] | None, rows: Rows, x: Tensor,
     shared, name, position = layer.__dict__[_ATTACHMENT]
     bank, batch, seeds = shared.bank, shared.batch, None
     if shared.dropout:
-        seeds = batch.layer_seeds(position)
+        seeds = batch.layer_seeds(position, x.device)
     options: dict[str, Any] = {"scale": shared.scale, "dropout": shared.dropout, "seeds": seeds, "training": layer.training or batch.seeds is not None}
     factors = bank.a[name], bank.bt[name], bank.layouts[name], rows.segments
     if base is None:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from hetlora_kernels._torch import in_backward
 from hetlora_kernels.layout import Segments
+from hetlora_kernels.ops.lora import KeptSeeds
 from hetlora_kernels.peft.follow import Follower
 from hetlora_kernels.peft.owners import LOST, Entry, Owners
-from hetlora_kernels.peft.seeds import layer_seeds
+from hetlora_kernels.peft.seeds import SeedTable
 
 SEQUENCE_STRIDE = 1 << 20  # row key = sequence index in the client's step batch * 2^20 + position
 
@@ -58,7 +59,8 @@ class Batch:
         given: Mapping[str, Tensor] | None = None,  # int64 clients of the rows of the layers in a part of the model
         forms: Mapping[str, Forms] | None = None,  # {layer: what is known}; None: the first dimension, as PEFT has it
     ) -> None:
-        self.num_clients, self.ids, self.sequence_index, self.seeds, self.step = num_clients, ids, sequence_index, seeds, step
+        self.num_clients, self.ids, self.sequence_index = num_clients, ids, sequence_index
+        self.seeds = None if seeds is None else SeedTable(seeds, step, len(forms or ()))
         self.given, self.forms = given or {}, forms
         self.follower: Follower | None = None  # while one is on
         self.kept_follower: Follower | None = None
@@ -80,9 +82,9 @@ class Batch:
         known = self._rows.get(key) if self.follower is None else None  # a layer may be called twice in a forward, with other rows
         return known or self._find(x, name, key)
 
-    def layer_seeds(self, position: int) -> Tensor | None:
+    def layer_seeds(self, position: int, device: torch.device) -> KeptSeeds | None:
         """int64 [K] seeds of the layer at this position, or None where the batch has none."""
-        return None if self.seeds is None else layer_seeds(self.seeds, self.step, position)
+        return None if self.seeds is None else self.seeds.row(position, device)
 
     # -- the calls of the model
 

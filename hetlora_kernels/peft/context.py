@@ -84,13 +84,15 @@ def client_segments(
             raise ValueError(f"rows: no adapted layer is in a part {part!r} of the model")
     batch: Batch
     if shared is not None:
-        own_seeds = None if seeds is None else seeds.to(shared.bank.device)
-        batch = Batch(clients, table, sequence_index, own_seeds, step, given, forms)
+        batch = Batch(clients, table, sequence_index, seeds if shared.dropout else None, step, given, forms)
         everything: list[Holder] = [(shared, "batch", batch)]
     else:
         _check_all_fused(model)
         batch = AdapterBatch(names, table, sequence_index, seeds, step, given, forms)
         everything = [(layer, "_hetlora_batch", (batch, position)) for position, layer in enumerate(layers.values())]
+    if batch.seeds is not None:  # before the first layer, which may be traced
+        for device in {shared.bank.device} if shared is not None else {parameter.device for layer in layers.values() for parameter in layer.parameters()}:
+            batch.seeds.place(device)
     batch.thread = get_ident()
     modules = list(model.modules()) if shared is None else shared.modules_of(model)
 

@@ -257,7 +257,7 @@ class FusedLayer(nn.Module):
         batch, position = given
         segments = rows.segments
         out = self._base(x, _bias_rows(own, rows, x), args, kwargs)
-        seeds = batch.layer_seeds(position)
+        seeds = batch.layer_seeds(position, x.device)
         # Adapters of one dropout go together; the others have rank 0 in that call.
         for p in dict.fromkeys(term[2] for term in own if term is not None):
             members = [term if term is not None and term[2] == p else None for term in own]

@@ -10,6 +10,7 @@ from kernel_cases import kept, philox_words
 
 import hetlora_kernels as hk
 from hetlora_kernels.peft import layer_seeds
+from hetlora_kernels.peft.seeds import SeedTable
 from hetlora_kernels.reference import dropout_threshold, keep_mask, philox4x32
 
 # Random123 (D. E. Shaw Research), tests/kat_vectors, the lines "philox4x32 7" and "philox4x32 10": counter, key, rounds, output.
@@ -113,6 +114,20 @@ def mixed_seed(seed: int, step: int, module: int) -> int:
 
     z = finish((finish((seed + step * 0x9E3779B97F4A7C15) % 2**64) + (module + 1) * 0x632BE59BD9B4E019) % 2**64)
     return z - 2**64 if z >> 63 else z
+
+
+@pytest.mark.parametrize("step", [0, 2**40, [7, -1, 3]])
+@pytest.mark.parametrize("clients", [2, 3])
+def test_a_table_has_the_seeds_of_every_layer(clients, step, device):
+    """Made once for a batch, with rows that start at multiples of 16 bytes; a row is a part of the table, not a copy."""
+    seeds = torch.tensor([5, -(2**63), 2**63 - 1][:clients])
+    step = torch.tensor(step[:clients]) if isinstance(step, list) else step
+    table = SeedTable(seeds, step, 9)
+    whole = table.place(torch.device(device))
+    for module in range(9):
+        row = table.row(module, torch.device(device)).values
+        assert torch.equal(row.cpu(), layer_seeds(seeds, step, module))
+        assert row.data_ptr() == whole.data_ptr() + module * whole.stride(0) * 8 and row.data_ptr() % 16 == whole.data_ptr() % 16
 
 
 def test_layer_seeds_differ_between_clients_steps_and_modules():
