@@ -317,7 +317,7 @@ class BuildKernels(build_ext):
         folder = ROOT / "csrc" / "cuda"
         device = [str(nvcc), "-O3", "-std=c++17", *host, *codes, f"-I{folder}", "-Xptxas", "-v", "--threads", "2", "-c"]
         # The bindings through nvcc too, for its include path: the nvcc found may be a wrapper that lies outside its toolkit.
-        bindings = [str(nvcc), "-O3", "-std=c++17", *host, *torch.compile_flags, "-DUSE_CUDA", "-c"]
+        bindings = [str(nvcc), "-O3", "-std=c++17", *host, *torch.compile_flags, f"-I{folder}", "-DUSE_CUDA", "-c"]
         jobs = [(device, source) for source in sorted(folder.glob("*.cu"))]
         jobs += [(bindings, source) for source in sorted(folder.glob("*.cpp"))]
         objects = self.compile(jobs)

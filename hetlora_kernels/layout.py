@@ -10,6 +10,8 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from hetlora_kernels._uploads import uploaded
+
 _KEPT_PLANS = 256  # of one batch: a model has a few sets of ranks and scales
 
 
@@ -105,8 +107,12 @@ class RankLayout:
         if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
             raise ValueError("scale: expected a constant, got a tensor that requires a gradient; scale is not trained")
         clients = len(self.ranks)
-        # A plain number would become float32 first. A tensor is copied: the backward pass needs it as it is now.
-        values = scale.detach().to(device, dtype, copy=True) if isinstance(scale, Tensor) else torch.as_tensor(scale, dtype=dtype, device=device).detach()
+        if isinstance(scale, (float, int)):
+            return torch.full((clients,), scale, dtype=dtype, device=device)
+        if isinstance(scale, Tensor):  # copied: the backward pass needs it as it is now
+            values = scale.detach().to(device, dtype, copy=True)
+        else:  # a plain number would become float32 first
+            values = uploaded("scale", torch.as_tensor(scale, dtype=dtype, device="cpu").detach(), device)
         if values.dim() > 1 or (values.dim() == 1 and values.numel() != clients):
             raise ValueError(f"scale: expected a number or {clients} numbers, one per client, got shape {tuple(values.shape)}")
         return values.expand(clients).contiguous()
@@ -241,17 +247,19 @@ class Segments:
 
     def _keys(self, device: torch.device) -> Tensor:
         if self.row_keys is not None:
-            keys = self.row_keys.to(device, copy=True)  # the backward pass needs them as they are now
-            return keys if self.index is None else keys[self.index.to(device)]
+            # A copy: the backward pass needs them as they are now.
+            keys = self.row_keys.clone() if self.row_keys.device == device else uploaded("row_keys", self.row_keys, device)
+            index = self.index_on(device)
+            return keys if index is None else keys[index]
         host = torch.zeros(self.num_rows if self.index is None else self.index.numel(), dtype=torch.int64, device="cpu")
         for start, length in zip(self.starts, self.lengths, strict=True):
             host[start : start + length] = torch.arange(length, device="cpu")
-        return host.to(device)
+        return uploaded("row_keys", host, device)
 
     def index_on(self, device: torch.device) -> Tensor | None:
         """`index` on `device`; moved once."""
         if self.index is not None and self.index.device != device:
-            self.index = self.index.to(device)
+            self.index = uploaded("index", self.index, device)
         return self.index
 
     def __repr__(self) -> str:

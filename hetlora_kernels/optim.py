@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hetlora_kernels._library import call, register_fake
-from hetlora_kernels.ops._lists import client_integers, flat_ranks, uploaded, written
+from hetlora_kernels._uploads import uploaded
+from hetlora_kernels.ops._lists import client_integers, flat_ranks, written
 
 if TYPE_CHECKING:
     from hetlora_kernels.bank import AdapterBank

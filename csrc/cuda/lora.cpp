@@ -3,17 +3,9 @@
 #include <cmath>
 #include <initializer_list>
 
-#include "calls.h"
+#include <products.h>
 
-#ifdef HETLORA_EMULATOR
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-#define HETLORA_ADDMM_OUT aoti_torch_cpu_addmm_out
-#define HETLORA_MM_OUT aoti_torch_cpu_mm_out
-#else
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
-#define HETLORA_ADDMM_OUT aoti_torch_cuda_addmm_out
-#define HETLORA_MM_OUT aoti_torch_cuda_mm_out
-#endif
+#include "calls.h"
 
 namespace {
 

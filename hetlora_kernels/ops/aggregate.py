@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hetlora_kernels._library import call, register_fake
-from hetlora_kernels.ops._lists import FLOATS, Layouts, capturing, flat_ranks, module_list, outputs, prepare, uploaded, written
+from hetlora_kernels._uploads import capturing, uploaded
+from hetlora_kernels.ops._lists import FLOATS, Layouts, flat_ranks, module_list, outputs, prepare, written
 from hetlora_kernels.reference import compute_dtype
 
 Normalize = Literal["none", "owners"]

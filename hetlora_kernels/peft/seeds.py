@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hetlora_kernels.ops._lists import uploaded
+from hetlora_kernels._uploads import uploaded
 from hetlora_kernels.ops.lora import KeptSeeds
 
 _MASK64 = (1 << 64) - 1

@@ -70,7 +70,7 @@ def compile_kernel(source: Path, target: Path, headers: Path = CSRC, sanitize: b
 def _compile_bindings(source: Path, target: Path) -> Path:
     names = ["-DHETLORA_EMULATOR", "-DHETLORA_NAMESPACE=hetlora_emulated", "-DHETLORA_DISPATCH_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     torch_include = f"-isystem{Path(torch.__file__).parent / 'include'}"
-    return _compile(source, target, [*names, torch_include, "-O0"])
+    return _compile(source, target, [*names, torch_include, f"-I{ENGINE}", f"-I{CSRC}", "-O0"])
 
 
 def compile_all(folder: Path) -> list[Path]:
@@ -89,16 +89,20 @@ def link(objects: list[Path], target: Path, sanitize: bool = True) -> Path:
     return target
 
 
-def work(library: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run emulator_worker.py."""
+def run_worker(script: str, library: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a worker of this folder on an emulated library."""
     environment = os.environ | {
         "LD_PRELOAD": str(sanitizer_library()),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "PYTHONPATH": str(HERE.parents[1]),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, str(HERE / "emulator_worker.py"), str(library), *arguments]
+    command = [sys.executable, str(HERE / script), str(library), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def work(library: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_worker("emulator_worker.py", library, *arguments)
 
 
 def wrong(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
