@@ -42,6 +42,9 @@ class Member(Protocol):
     @property
     def capability(self) -> float | None: ...
 
+    @property
+    def train(self) -> Sequence[Any]: ...
+
 
 # ---------------------------------------------------------------- rules: the setting `ranks`, parsed
 
@@ -68,11 +71,23 @@ class Dealt:
     high: int
     exponent: float
 
+    def quantiles(self, count: int) -> list[int]:
+        return [round(self.low + (self.high - self.low) * ((i + 0.5) / count) ** (1 / self.exponent)) for i in range(count)]
+
     def assign(self, clients: Sequence[Member], seed: int) -> RankPlan:
-        count = len(clients)
-        ranks = [round(self.low + (self.high - self.low) * ((i + 0.5) / count) ** (1 / self.exponent)) for i in range(count)]
+        ranks = self.quantiles(len(clients))
         host_generator(seed, "ranks").shuffle(ranks)
         return RankPlan(self.low, self.high, {client.name: rank for client, rank in zip(clients, ranks, strict=True)})
+
+
+@dataclass(frozen=True)
+class Sized(Dealt):
+    """The same quantiles, in the order of the clients' training text: the largest rank to the client with most sequences, the same in every run."""
+
+    def assign(self, clients: Sequence[Member], seed: int) -> RankPlan:
+        by_size = sorted(clients, key=lambda client: (len(client.train), client.name))
+        ranks = {client.name: rank for client, rank in zip(by_size, self.quantiles(len(clients)), strict=True)}
+        return RankPlan(self.low, self.high, {client.name: ranks[client.name] for client in clients})
 
 
 @dataclass(frozen=True)
@@ -159,14 +174,15 @@ class Column:
         return RankPlan(self.low, self.high, {name: round(self.low + (self.high - self.low) * (value - least) / span) for name, value in known.items()})
 
 
-RankRule = PowerLaw | Dealt | Fixed | Listed | RankFile | Column
+RankRule = PowerLaw | Dealt | Sized | Fixed | Listed | RankFile | Column
 
 
 def parse_ranks(spec: str) -> RankRule:
     """The rule that the setting `ranks` stands for; no file is read yet.
 
-    spec: 'powerlaw:MIN:MAX[:A]' with A = 0.1 by default; 'dealt:MIN:MAX[:A]': its quantiles; 'fixed:R': R for all; a comma-separated list; a JSON or
-    CSV file client -> rank; 'column:FIELD:MIN:MAX'. Raises `ConfigError` naming what is wrong.
+    spec: 'powerlaw:MIN:MAX[:A]' with A = 0.1 by default; 'dealt:MIN:MAX[:A]': its quantiles, dealt out by the seed; 'sized:MIN:MAX[:A]': its quantiles, by
+    the amount of training text; 'fixed:R': R for all; a comma-separated list; a JSON or CSV file client -> rank; 'column:FIELD:MIN:MAX'.
+    Raises `ConfigError` naming what is wrong.
     """
     kind, _, rest = spec.partition(":")
     if kind in _PARSERS:
@@ -177,7 +193,7 @@ def parse_ranks(spec: str) -> RankRule:
         values = tuple(int(part) for part in spec.split(","))
     except ValueError:
         raise ConfigError(
-            "ranks: expected 'powerlaw:MIN:MAX', 'dealt:MIN:MAX', 'fixed:R', a comma-separated list, a .json or .csv file, or "
+            "ranks: expected 'powerlaw:MIN:MAX', 'dealt:MIN:MAX', 'sized:MIN:MAX', 'fixed:R', a comma-separated list, a .json or .csv file, or "
             f"'column:FIELD:MIN:MAX', got {spec!r}"
         ) from None
     if min(values) < 1:
@@ -191,6 +207,10 @@ def _parse_power_law(spec: str, rest: str) -> PowerLaw:
 
 def _parse_dealt(spec: str, rest: str) -> Dealt:
     return Dealt(*_law(spec, rest))
+
+
+def _parse_sized(spec: str, rest: str) -> Sized:
+    return Sized(*_law(spec, rest))
 
 
 def _law(spec: str, rest: str) -> tuple[int, int, float]:
@@ -221,7 +241,13 @@ def _parse_column(spec: str, rest: str) -> Column:
     return Column(spec, field, *_bounds(spec, *bounds))
 
 
-_PARSERS: dict[str, Callable[[str, str], RankRule]] = {"powerlaw": _parse_power_law, "dealt": _parse_dealt, "fixed": _parse_fixed, "column": _parse_column}
+_PARSERS: dict[str, Callable[[str, str], RankRule]] = {
+    "powerlaw": _parse_power_law,
+    "dealt": _parse_dealt,
+    "sized": _parse_sized,
+    "fixed": _parse_fixed,
+    "column": _parse_column,
+}
 
 
 def _bounds(spec: str, low: str, high: str) -> tuple[int, int]:

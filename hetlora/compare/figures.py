@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,46 @@ def gaps(outcome: Outcome) -> list[tuple[float, float]]:
     before, after = ([t - s for t, s in zip(e["own_text"]["losses"], e["own_train"]["losses"], strict=True)] for e in (found[0], found[-1]))
     ranks = [client["rank_end"] for client in outcome.run.summary["clients"]]
     return [(rank, late - early) for rank, early, late in zip(ranks, before, after, strict=True)]
+
+
+GROUPS = ("small", "middle", "big")
+
+
+def rank_group(rank: int, ranks: Iterable[int]) -> str:
+    """'small', 'middle' or 'big': the third of the way from the least to the largest of `ranks` that `rank` is in, by ratio; '' where all are one.
+
+    >>> [rank_group(rank, (2, 32)) for rank in (2, 5, 6, 12, 13, 32)]
+    ['small', 'small', 'middle', 'middle', 'big', 'big']
+    """
+    low, high = min(ranks), max(ranks)
+    if low == high:
+        return ""
+    return GROUPS[min(2, int(3 * math.log(rank / low) / math.log(high / low)))]
+
+
+def own_perplexities(outcome: Outcome) -> dict[str, float]:
+    """{client: perplexity of its own held-out text at the end, under what it receives}; empty where that was not evaluated."""
+    found = outcome.evaluations()[-1].get("own_text")
+    if not found or outcome.run.summary is None:
+        return {}
+    names = [client["name"] for client in outcome.run.summary["clients"]]
+    return {name: math.exp(loss) if loss < 700 else math.inf for name, loss in zip(names, found["losses"], strict=True)}
+
+
+def _of_group(group: str) -> Callable[[Outcome, float], float | None]:
+    """Mean own perplexity of the clients whose rank in the common settings is in `group`, whatever rank the method gave them."""
+
+    def value(outcome: Outcome, target: float) -> float | None:
+        ranks = outcome.cell.ranks
+        values = [p for name, p in own_perplexities(outcome).items() if rank_group(ranks[name], list(ranks.values())) == group]
+        return statistics.fmean(values) if values else None
+
+    return value
+
+
+def _effective_rank(outcome: Outcome, target: float) -> float | None:
+    found = [record["diagnostics"] for record in outcome.run.trained if record.get("diagnostics")]
+    return found[-1]["effective_rank"] if found else None
 
 
 def rounds_to(outcome: Outcome, target: float) -> float | None:
@@ -95,9 +135,11 @@ METRICS = (
     Metric("global_best", "best", 3, _of(GLOBAL, min)),
     Metric("own_final", "clients' own held-out text, final", 3, _of(OWN, lambda values: values[-1])),
     Metric("own_best", "best", 3, _of(OWN, min)),
+    *(Metric(f"own_{group}", f"{group} clients' own", 3, _of_group(group)) for group in GROUPS),
     Metric("unseen_final", "unseen clients, final", 3, _of(UNSEEN, lambda values: values[-1])),
     Metric("rouge_l", "ROUGE-L (F1, %)", 2, lambda outcome, _: _rouge(outcome)),
     Metric("rounds_to_target", "rounds to target", 1, rounds_to),
+    Metric("effective_rank", "effective rank", 1, _effective_rank),
     Metric("gap", "over-fitting gap (nats)", 3, lambda outcome, _: _gap(outcome)),
     Metric("megabytes_down", "MB down", 2, lambda outcome, _: _total(outcome, "bytes_down") / 1e6),
     Metric("megabytes_up", "MB up", 2, lambda outcome, _: _total(outcome, "bytes_up") / 1e6),

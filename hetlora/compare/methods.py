@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hetlora.config import Config, ConfigError, setting_group
 from hetlora.kinds import TRAININGS, own_settings
+from hetlora.ranks import RankPlan
 
 OWNED = ("train", "merge", "weights", "weight_scope", "weight_cap", "prune_scope", *own_settings())
 """Settings that say which method a run is: a comparison takes them from its methods, never from its common settings."""
@@ -32,6 +33,10 @@ class Plan(BaseModel):
     search: str = Field("", description="'SETTING=V1,V2,...': each method first takes the value with the lowest final perplexity in a run of its own.")
     search_data: str = Field("", description="Data of the search; default: that of the comparison, with another seed.")
     search_rounds: int = Field(0, description="Rounds of a search run; 0 = as many as in the comparison.", ge=0)
+    search_beyond: int = Field(
+        1, description="Values that the search adds, one after the other, beyond the least or the largest one while that one wins.", ge=0, le=8
+    )
+    against: str = Field("", description="Method that the others are compared with, seed by seed; default: homlora-min where it is run, else the first.")
 
 
 def make_plan(source: str, **values: Any) -> Plan:
@@ -43,12 +48,12 @@ def make_plan(source: str, **values: Any) -> Plan:
         raise ConfigError(f"{source}: {faults}") from None
 
 
-Ranks = Literal["own", "min", "max"]
+Ranks = Literal["own", "min", "mean", "max"]
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method: `settings` on top of the common ones. `ranks`: of the clients: their own, all the least, or all the largest.
+    """One method: `settings` on top of the common ones. `ranks`: of the clients: their own, or all the least, the (rounded) mean or the largest.
 
     `like`: the method whose searched setting an ablation takes over, so that it differs in one thing only.
     """
@@ -66,6 +71,7 @@ _LIST = (
     Method("hetlora", "HETLORA: truncation, self-pruning, sparsity weights"),
     Method("hetlora-gamma1", "HETLORA without pruning (gamma = 1)", settings={"gamma": 1.0}),
     Method("homlora-min", "every client at the least rank, FedAvg of A and of B", "min", _FEDAVG),
+    Method("homlora-mean", "every client at the fleet's mean rank (as many bytes as with ranks of their own), FedAvg of A and of B", "mean", _FEDAVG),
     Method("homlora-max", "every client at the largest rank, FedAvg of A and of B", "max", _FEDAVG),
     Method("recon-svd", "exact sum of B A, then truncated SVD (FlexLoRA)", settings={**_FEDAVG, "merge": "svd"}),
     Method("flora", "exact sum of B A by stacking, folded into the base each round (FLoRA)", settings={**_FEDAVG, "merge": "stack"}),
@@ -120,14 +126,15 @@ def refuse_shared(where: str, key: str, value: str) -> None:
         raise ConfigError(f"{where}: all runs of a comparison share one model and its data, {shown} cannot differ; set it for all, or make a comparison each")
 
 
-def method_config(method: Method, common: Config, r_min: int, r_max: int, **values: Any) -> Config:
+def method_config(method: Method, common: Config, plan: RankPlan, **values: Any) -> Config:
     """The settings of a run of `method`: the common ones, the method's own, and `values` (seed, output, ...) on top.
 
-    r_min, r_max: bounds of the clients' ranks in the common settings, for the methods in which all clients have one of them.
+    plan: the clients' ranks in the common settings, for the methods in which all clients have one.
     """
     settings = _without_others(method, common.model_dump())
     if method.ranks != "own":
-        settings["ranks"] = f"fixed:{r_min if method.ranks == 'min' else r_max}"
+        one = {"min": plan.r_min, "mean": round(sum(plan.ranks.values()) / len(plan.ranks)), "max": plan.r_max}
+        settings["ranks"] = f"fixed:{one[method.ranks]}"
     return Config.create(f"method {method.name}", **{**settings, **method.settings, **values})
 
 

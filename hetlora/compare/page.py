@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+from hetlora.compare.differences import difference_rows, difference_text, differences, reference
 from hetlora.compare.figures import GLOBAL, METRICS, OWN, UNSEEN, Outcome, Table, gaps
 from hetlora.compare.pictures import draw_all
 from hetlora.report.page import environment, picture_data
@@ -46,7 +47,16 @@ def search_rows(table: Table) -> tuple[list[str], list[list[str]]]:
         mark = " *" if outcome.cell.value == best[outcome.cell.method] else ""
         rows.setdefault(outcome.cell.method, {})[outcome.cell.value] = f"{number(perplexities[-1], 3)} ({number(min(perplexities), 3)}){mark}"
     name = table.comparison.plan.search.partition("=")[0]
-    return ["method", *(f"{name} {value}" for value in values)], [[method, *(own[value] for value in values)] for method, own in rows.items()]
+    values.sort(key=_sortable)
+    return ["method", *(f"{name} {value}" for value in values)], [[method, *(own.get(value, "-") for value in values)] for method, own in rows.items()]
+
+
+def _sortable(value: str) -> tuple[float, str]:
+    """Numbers by size, then what is no number."""
+    try:
+        return float(value), ""
+    except ValueError:
+        return math.inf, value
 
 
 def _csv(table: Table) -> str:
@@ -90,10 +100,14 @@ def _json(table: Table) -> str:
             "gap_by_rank": [gaps(outcome) for outcome in outcomes],
             "diagnostics": [_diagnostics(outcome) for outcome in outcomes],
         }
+    against = {
+        name: {"global_by_seed": own.by_seed, "own_by_client": own.by_client, "own_by_group": own.by_group, "own_interval": own.interval, "own_p": own.p}
+        for name, own in differences(table).items()
+    }
     versions = next(iter(table.outcomes.values()))[0].run.versions
     search = [{"method": o.cell.method, "value": o.cell.value, "curve": o.curve(GLOBAL)} for o in table.search]
     common = {"plan": table.comparison.plan.model_dump(), "config": table.comparison.common.model_dump(), "versions": versions}
-    return json.dumps(_plain({**common, "methods": methods, "search": search})) + "\n"
+    return json.dumps(_plain({**common, "methods": methods, "search": search, "against": reference(table), "differences": against})) + "\n"
 
 
 def target_text(table: Table) -> str:
@@ -126,6 +140,8 @@ def write_comparison(table: Table) -> Path:
     write_atomic(folder / "comparison.csv", _csv(table))
     write_atomic(folder / "comparison.json", _json(table))
     text = markdown(table)
+    if len(table.tallies) > 1:
+        text += f"\n{difference_text(table)}\n\n" + _markdown(*difference_rows(table))
     if table.search:
         text += "\nSearch: final (best) perplexity of the global adapter; * = the value taken\n\n" + _markdown(*search_rows(table))
     write_atomic(folder / "comparison.md", text)
@@ -138,6 +154,8 @@ def write_comparison(table: Table) -> Path:
             table=table,
             rows=[(name, table.text(name), _texts(table, name)) for name in table.tallies],
             search=search_rows(table) if table.search else None,
+            differences=difference_rows(table) if len(table.tallies) > 1 else None,
+            differences_text=difference_text(table),
             target=target_text(table),
             pictures=picture_data(pictures),
             common=table.comparison.common.model_dump(),

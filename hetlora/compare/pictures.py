@@ -19,6 +19,7 @@ _LOOKS = {
     "hetlora": ("#0072B2", "o"),
     "hetlora-gamma1": ("#56B4E9", "s"),
     "homlora-min": ("#009E73", "v"),
+    "homlora-mean": ("#999933", "d"),
     "homlora-max": ("#D55E00", "^"),
     "recon-svd": ("#CC79A7", "D"),
     "flora": ("#E69F00", "P"),

@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hetlora import run_folder
 from hetlora.compare.methods import METHODS, OWNED, Method, Plan, method_config, parse_methods, refuse_shared
 from hetlora.config import Config, ConfigError
-from hetlora.data import load_data
+from hetlora.data import FederatedData, load_data
 from hetlora.federation import Federation, prepare, starting_ranks
 from hetlora.lock import FolderLock
 from hetlora.loop import simulate
@@ -29,13 +31,17 @@ EVERY_CELL: dict[str, Any] = {"evaluate": "all", "diagnostics": True, "save_clie
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run of the comparison. `value`: the searched setting's value as text, '' without a search. `search`: it chooses that value."""
+    """One run of the comparison. `value`: the searched setting's value as text, '' without a search. `search`: it chooses that value.
+
+    `ranks`: {client: rank} of the common settings at this seed, also where the method gives all clients one rank: groups of clients are told by it.
+    """
 
     method: str
     seed: int
     cfg: Config
     value: str = ""
     search: bool = False
+    ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +71,30 @@ class _Bench:
 
     def federation(self, cfg: Config) -> Federation:
         """For one run: the shared model, or a copy of it where the run changes the base."""
-        if self._own_data and self._key(cfg) not in self._data:
-            self._data[self._key(cfg)] = load_data(cfg, self._first.tokenizer)
-        data = self._data[self._key(cfg)] if self._own_data else self._first.data
+        data = self.data(cfg)
         model = copy.deepcopy(self._first.model) if cfg.merge_kind.base != "none" else self._first.model
         shapes = self._first.shapes
         return dataclasses.replace(self._first, model=model, shapes=shapes, data=data)
 
-    def bounds(self, cfg: Config) -> tuple[int, int]:
-        plan = starting_ranks(cfg, self.federation(cfg).data)
-        return plan.r_min, plan.r_max
+    def data(self, cfg: Config) -> FederatedData:
+        if not self._own_data:
+            return self._first.data
+        if self._key(cfg) not in self._data:
+            self._data[self._key(cfg)] = load_data(cfg, self._first.tokenizer)
+        return self._data[self._key(cfg)]
+
+    def trial(self, common: Config, plan: Plan) -> Config:
+        """Common settings of the search: a seed and clients of its own, and as large a share of them in a round as in the comparison."""
+        trial = common.model_copy(
+            update={
+                "seed": common.seed + SEARCH_SEED,
+                "rounds": plan.search_rounds or common.rounds,
+                "data": plan.search_data or common.data,
+                "held_out_clients": 0 if plan.search_data else common.held_out_clients,
+            }
+        )
+        clients, own = len(self.data(common).clients), len(self.data(trial).clients)
+        return trial.model_copy(update={"clients_per_round": max(1, round(min(common.clients_per_round, clients) * own / clients))})
 
 
 def run_comparison(
@@ -93,6 +113,8 @@ def run_comparison(
     observer = observer or Observer()
     methods = parse_methods(plan.methods)
     common = _with_defaults(common)
+    if plan.against and plan.against not in (names := [method.name for method in methods]):
+        raise ConfigError(f"against: expected one of the methods ({', '.join(names)}), got {plan.against!r}")
     _parse_search(plan.search)
     folder = _open_folder(common, plan)
     with FolderLock() as lock:  # each run locks its own folder too: this one keeps two comparisons from dividing the runs between them
@@ -103,36 +125,61 @@ def run_comparison(
 
 
 def _run_cells(common: Config, plan: Plan, methods: list[Method], folder: Path, observer: Observer, federation: Federation | None) -> Comparison:
-    setting, values = _parse_search(plan.search)
+    setting, _ = _parse_search(plan.search)
     bench = _Bench(common, observer, federation)
     for method in methods:  # so that a method that cannot run is refused before hours of others
         _cell(method, common, bench, folder / "cells", {}, False)
-    search: list[Cell] = []
-    if setting:
-        trial = common.model_copy(
-            update={
-                "seed": common.seed + SEARCH_SEED,
-                "rounds": plan.search_rounds or common.rounds,
-                "data": plan.search_data or common.data,
-                "held_out_clients": 0 if plan.search_data else common.held_out_clients,
-            }
-        )
-        searched = list(dict.fromkeys(method.like or method.name for method in methods))
-        search = [_cell(METHODS[name], trial, bench, folder / "search", {setting: value}, True) for name in searched for value in values]
     seeds = range(common.seed, common.seed + plan.seeds)
-    total = len(search) + len(methods) * len(seeds)
-    for done, cell in enumerate(search, 1):
-        _run_cell(cell, bench, observer, done, total)
-    best = {name: min((c for c in search if c.method == name), key=_final_loss).value for name in {c.method for c in search}}
+    search, best = _search(common, plan, methods, bench, folder / "search", observer, len(methods) * len(seeds))
     chosen = {method.name: best[method.like or method.name] for method in methods} if setting else {}
     cells = []
     for seed in seeds:
         for method in methods:
             value = {setting: chosen[method.name]} if setting and setting not in method.settings else {}
             cells.append(_cell(method, common.model_copy(update={"seed": seed}), bench, folder / "cells", value, False))
-            _run_cell(cells[-1], bench, observer, len(search) + len(cells), total)
+            _run_cell(cells[-1], bench, observer, len(search) + len(cells), len(search) + len(methods) * len(seeds))
     cells.sort(key=lambda cell: ([method.name for method in methods].index(cell.method), cell.seed))
     return Comparison(folder, plan, common, methods, cells, search, chosen)
+
+
+def _search(
+    common: Config, plan: Plan, methods: list[Method], bench: _Bench, folder: Path, observer: Observer, later: int
+) -> tuple[list[Cell], dict[str, str]]:
+    """(the search's runs, {method: the value with the lowest final loss}); `later`: runs that follow, for the count that is shown."""
+    setting, values = _parse_search(plan.search)
+    if not setting:
+        return [], {}
+    trial = bench.trial(common, plan)
+    names = list(dict.fromkeys(method.like or method.name for method in methods))
+    cells = {name: {value: _cell(METHODS[name], trial, bench, folder, {setting: value}, True) for value in values} for name in names}
+    losses: dict[str, dict[str, float]] = {name: {} for name in names}
+    done = 0
+    for name, own in cells.items():
+        for value, cell in own.items():
+            done += 1
+            _run_cell(cell, bench, observer, done, sum(map(len, cells.values())) + later)
+            losses[name][value] = _final_loss(cell)
+    for name, own in cells.items():
+        for _ in range(plan.search_beyond):
+            best = _least(losses[name])
+            further = beyond(list(own), best)
+            if further is None:
+                break
+            where = f"search: {setting} = {best} is best for {name}, and at the end of its values"
+            try:
+                own[further] = _cell(METHODS[name], trial, bench, folder, {setting: further}, True)
+            except ConfigError as error:
+                observer.message(f"{where}; none is tried beyond it ({error})")
+                break
+            observer.message(f"{where}; {further} is tried too")
+            done += 1
+            _run_cell(own[further], bench, observer, done, sum(map(len, cells.values())) + later)
+            losses[name][further] = _final_loss(own[further])
+    return [cell for own in cells.values() for cell in own.values()], {name: _least(own) for name, own in losses.items()}
+
+
+def _least(losses: Mapping[str, float]) -> str:
+    return min(losses, key=losses.__getitem__)
 
 
 def _with_defaults(common: Config) -> Config:
@@ -149,6 +196,24 @@ def _parse_search(text: str) -> tuple[str, list[str]]:
         raise ConfigError(f"search: expected 'SETTING=V1,V2,...' with a setting such as lr, got {text!r}")
     refuse_shared("search", name, "")
     return name, listed
+
+
+def beyond(values: list[str], best: str) -> str | None:
+    """The value as far beyond `best`, the least or the largest of `values`, as that is from its neighbour, by ratio; None where `best` is inside.
+
+    Also None where there is no ratio to go on with: one value, or one that is not a number above 0.
+
+    >>> beyond(["0.005", "0.01", "0.02"], "0.02"), beyond(["0.005", "0.01"], "0.005"), beyond(["adamw", "sgd"], "sgd")
+    ('0.04', '0.0025', None)
+    """
+    try:
+        numbers = sorted({float(value) for value in values})
+    except ValueError:
+        return None
+    if len(numbers) < 2 or numbers[0] <= 0 or float(best) not in (numbers[0], numbers[-1]):
+        return None
+    end, neighbour = numbers[:2] if float(best) == numbers[0] else numbers[:-3:-1]
+    return f"{end * end / neighbour:.4g}"
 
 
 def _open_folder(common: Config, plan: Plan) -> Path:
@@ -180,9 +245,9 @@ def _read_plan(file: Path) -> dict[str, Any]:
 def _cell(method: Method, common: Config, bench: _Bench, folder: Path, values: dict[str, str], search: bool) -> Cell:
     value = next(iter(values.values()), "")
     name = f"{run_folder.folder_name(method.name, safe='+=')}{f'-{value}' if value else ''}"  # a search that takes another value leaves the old runs alone
-    r_min, r_max = bench.bounds(common)
-    cfg = method_config(method, common, r_min, r_max, **values, output=str(folder / name / f"seed-{common.seed}"))
-    return Cell(method.name, common.seed, cfg, value, search)
+    plan = starting_ranks(common, bench.data(common))
+    cfg = method_config(method, common, plan, **values, output=str(folder / name / f"seed-{common.seed}"))
+    return Cell(method.name, common.seed, cfg, value, search, plan.ranks)
 
 
 def _run_cell(cell: Cell, bench: _Bench, observer: Observer, done: int, total: int) -> None:
@@ -197,10 +262,11 @@ def _run_cell(cell: Cell, bench: _Bench, observer: Observer, done: int, total: i
 
 
 def _final_loss(cell: Cell) -> float:
-    """Held-out loss of the global adapter at the end of a finished cell."""
+    """Held-out loss of the global adapter at the end of a finished cell; infinite where it is no number."""
     problems: list[str] = []
     summary = run_folder.read_summary(Path(cell.cfg.output), problems)
     try:
-        return float((summary or {})["evaluation_after"]["client_text"]["loss"])
+        loss = float((summary or {})["evaluation_after"]["client_text"]["loss"])
+        return math.inf if math.isnan(loss) else loss
     except (KeyError, TypeError, ValueError):
         raise ConfigError(f"{Path(cell.cfg.output) / run_folder.SUMMARY}: damaged ({problems[0] if problems else 'no loss in it'}); restore it") from None

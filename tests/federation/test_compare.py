@@ -18,6 +18,7 @@ from hetlora.compare.page import write_comparison
 from hetlora.compare.run import _Bench, run_comparison
 from hetlora.config import Config, ConfigError
 from hetlora.observer import Observer
+from hetlora.ranks import RankPlan
 
 
 def common(folder, **settings):
@@ -109,7 +110,7 @@ def test_searched_values_can_be_added(tmp_path):
     """The runs at the value that is no longer taken stay, and count for nothing."""
     first = compared(tmp_path / "c", search="lr=0.0001")
     seen = Cells()
-    second = compared(tmp_path / "c", "hetlora", seen, search="lr=0.0001,0.05")
+    second = compared(tmp_path / "c", "hetlora", seen, search="lr=0.0001,0.05", search_beyond=0)
     assert seen.found == ["search hetlora 0.0001"] and seen.ran == ["search hetlora 0.05", "hetlora seed 0"]
     assert first.chosen == {"hetlora": "0.0001"} and second.chosen == {"hetlora": "0.05"} and second.cells[0].cfg.lr == 0.05
 
@@ -166,12 +167,13 @@ def test_methods_are_the_settings_that_the_papers_name():
     base = Config(ranks="powerlaw:3:9", gamma=0.9, prune_lambda=2.0)
 
     def differs(name: str) -> dict:
-        cfg = method_config(parse_methods(name)[0], base, 3, 9)
+        cfg = method_config(parse_methods(name)[0], base, RankPlan(3, 9, {"a": 3, "b": 3, "c": 9, "d": 4}))
         return {key: value for key, value in cfg.model_dump().items() if value != getattr(base, key)}
 
     assert differs("hetlora") == {}
     assert differs("hetlora-gamma1") == {"gamma": 1.0}
     assert differs("homlora-min") == {"gamma": 1.0, "weights": "samples", "ranks": "fixed:3"}
+    assert differs("homlora-mean") == {"gamma": 1.0, "weights": "samples", "ranks": "fixed:5"}
     assert differs("homlora-max") == {"gamma": 1.0, "weights": "samples", "ranks": "fixed:9"}
     assert differs("recon-svd") == {"gamma": 1.0, "weights": "samples", "merge": "svd"}
     assert differs("flora") == {"gamma": 1.0, "weights": "samples", "merge": "stack"}

@@ -61,6 +61,17 @@ def test_dealt_ranks_are_the_quantiles_whatever_the_seed():
             parse_ranks(spec)
 
 
+def test_sized_ranks_follow_the_amount_of_training_text_whatever_the_seed():
+    tokens = torch.arange(4)
+    fleet = [ClientData(name, [tokens] * size, [tokens]) for name, size in (("a", 5), ("b", 90), ("c", 5), ("d", 7))]
+    plan = assign_ranks("sized:2:32:0.3", fleet, 0)
+    assert plan == assign_ranks("sized:2:32:0.3", fleet, 1) and list(plan.ranks) == ["a", "b", "c", "d"]
+    quantiles = sorted(assign_ranks("dealt:2:32:0.3", fleet, 0).ranks.values())
+    assert [plan.ranks[name] for name in "acdb"] == quantiles and quantiles[0] < quantiles[-1], "ties go by name"
+    with pytest.raises(ConfigError, match="expected 'sized:MIN:MAX' or 'sized:MIN:MAX:A'"):
+        parse_ranks("sized:2")
+
+
 def test_power_law_has_the_stated_distribution():
     count, low, high = 20_000, 5, 50
     ranks = list(assign_ranks(f"powerlaw:{low}:{high}", clients(count), 3).ranks.values())

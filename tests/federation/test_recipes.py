@@ -14,6 +14,7 @@ from hetlora.compare.methods import Plan, make_plan, method_config, parse_method
 from hetlora.config import Config
 from hetlora.data import load_data
 from hetlora.python_text import stdlib_documents, unicode_scripts
+from hetlora.ranks import RankPlan
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RECIPES = sorted(EXAMPLES.glob("*.yaml"))
@@ -37,7 +38,7 @@ def test_every_method_of_a_recipe_can_run_with_its_settings(path):
     common, plan = read(path)
     assert common.output == f"runs/{path.stem}"
     for method in parse_methods(plan.methods):
-        assert method_config(method, common, 5, 50).check() is None
+        assert method_config(method, common, RankPlan(5, 50, {"a": 5, "b": 50})).check() is None
 
 
 @pytest.mark.parametrize("kind", ["stdlib", "unicode", "fold"])
