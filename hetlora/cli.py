@@ -10,6 +10,7 @@ import difflib
 import importlib
 import json
 import os
+import shutil
 import sys
 import traceback
 import types
@@ -25,9 +26,11 @@ import click
 from hetlora import __version__, processor, signals
 from hetlora.compare.methods import METHODS, OWNED, Plan, left_out, make_plan, method_settings
 from hetlora.config import Config, ConfigError, setting_group
-from hetlora.report.text import printable
+from hetlora.report.json_lines import JsonObserver, SilentObserver, print_line
+from hetlora.report.text import printable, wrap
 from hetlora.run_folder import BITS_ONLY, is_run, read_config
 
+_SHOWN = "hetlora.shown"  # of click's context: 'quiet' or 'json' where that was asked for
 _OF_OWN_RANKS = [name for name, method in METHODS.items() if method.ranks == "own"]
 
 
@@ -36,9 +39,22 @@ def _one_line(text: object) -> str:
 
 
 def _say(text: object, err: bool = False) -> None:
-    """One line. What closed the terminal (SIGHUP) must not become the command's error."""
-    with contextlib.suppress(OSError):
-        click.echo(printable(text), err=err)
+    """One line; in a terminal as many as it takes, broken between words. What closed the terminal (SIGHUP) must not become the command's error."""
+    stream, text = sys.stderr if err else sys.stdout, printable(text)
+    try:
+        click.echo("\n".join(wrap(text, shutil.get_terminal_size().columns)) if stream.isatty() else text, err=err)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and not err:
+            raise
+
+
+def _tell(text: str) -> None:
+    """One line about the command's work, in the form that --quiet or --json asks for."""
+    shown = click.get_current_context().meta.get(_SHOWN)
+    if shown == "json":
+        print_line("message", text=text)
+    elif shown is None:
+        _say(text)
 
 
 def _describe(error: BaseException) -> str:
@@ -68,6 +84,13 @@ def _fail(error: BaseException) -> NoReturn:
     sys.exit(2)
 
 
+def _leave_quietly(error: BrokenPipeError) -> NoReturn:
+    """Nobody reads the output any more, as after `| head`: the status that SIGPIPE gives, and nothing written at the interpreter's end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(signals.exit_status(error))
+
+
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None) -> None:
     _say(f"hetlora: warning: {_one_line(message)}", err=True)
 
@@ -86,6 +109,8 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError as error:
+            _leave_quietly(error)
         except KeyboardInterrupt as error:  # here, as click's own handling writes an empty line first
             _say(f"hetlora: {signals.how(error)}", err=True)
             sys.exit(signals.exit_status(error))
@@ -178,7 +203,7 @@ def _saved_settings(config_file: str | None, flags: dict[str, Any]) -> Config:
 
 def _choose_threads(ctx: click.Context, parameter: click.Parameter, value: int | None) -> None:
     if not ctx.resilient_parsing:
-        _say(processor.prepare(value))
+        _tell(processor.prepare(value))
 
 
 threads_option = click.option(
@@ -190,23 +215,39 @@ threads_option = click.option(
 )
 
 
+def _choose_output(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value and ctx.meta.setdefault(_SHOWN, parameter.name) != parameter.name:
+        raise click.UsageError("--quiet and --json: expected one of them, got both")
+
+
+def _output_option(flag: str, text: str) -> Callable[[Any], Any]:
+    return click.option(flag, is_flag=True, is_eager=True, expose_value=False, callback=_choose_output, help=text)
+
+
+quiet_option = _output_option("--quiet", "Show nothing but warnings and errors.")
+json_option = _output_option("--json", "Show one JSON object a line, for scripts.")
+
+
 class _Watched(AbstractContextManager["_Watched"]):
     """A run under a console observer; an interrupt becomes one line that says how to continue, and exit status 130 (143 for SIGTERM, 129 for SIGHUP)."""
 
     def __init__(self, output: str | None, comparison: bool = False) -> None:
         from hetlora.report.terminal import ComparisonObserver, ConsoleObserver
 
-        self.observer = ComparisonObserver() if comparison else ConsoleObserver()
+        self.shown: str | None = click.get_current_context().meta.get(_SHOWN)
+        self.observer: Any = {"json": JsonObserver, "quiet": SilentObserver}.get(self.shown or "", ComparisonObserver if comparison else ConsoleObserver)()
         self._output, self._comparison = output, comparison
 
     def __enter__(self) -> _Watched:
-        self.observer.__enter__()
+        if self.shown is None:
+            self.observer.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None) -> None:
-        with contextlib.suppress(OSError):  # a terminal that is gone
-            self.observer.__exit__(kind, error, trace)
-        if not isinstance(error, KeyboardInterrupt):
+        if self.shown is None:
+            with contextlib.suppress(OSError):  # a terminal that is gone
+                self.observer.__exit__(kind, error, trace)
+        if not isinstance(error, (KeyboardInterrupt, BrokenPipeError)):
             return
         how = signals.how(error)
         output = self.observer.cfg.output if self.observer.cfg else self._output
@@ -216,6 +257,8 @@ class _Watched(AbstractContextManager["_Watched"]):
             _say(f"{how}; continue with hetlora run --resume --output {output}", err=True)
         else:
             _say(f"{how} before the first round; nothing was written that could be continued", err=True)
+        if isinstance(error, BrokenPipeError):
+            _leave_quietly(error)
         raise SystemExit(signals.exit_status(error))
 
 
@@ -228,10 +271,19 @@ def _loaded(module: str) -> Any:
 def _finish(watched: _Watched, result: Any) -> None:
     from hetlora.report.terminal import print_summary
 
-    print_summary(watched.observer.console, result.summary, read_config(result.run_dir).training_kind.own_text)
+    if watched.shown is None:
+        print_summary(watched.observer.console, result.summary, read_config(result.run_dir).training_kind.own_text)
     page = _loaded("hetlora.report.page").write_report(result.run_dir)
-    _say(f"run folder: {result.run_dir}")
-    _say(f"report: {page}")
+    _close(watched, {"run folder": result.run_dir, "report": page})
+
+
+def _close(watched: _Watched, written: dict[str, Path]) -> None:
+    """Say where everything is."""
+    if watched.shown == "json":
+        print_line("end", **{name.replace(" ", "_"): str(path) for name, path in written.items()})
+    elif watched.shown is None:
+        for name, path in written.items():
+            _say(f"{name}: {path}")
 
 
 @click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -251,6 +303,8 @@ def cli(ctx: click.Context) -> None:
 @click.option("--prune-lambda", type=float, help="Weight of the pruning regulariser; left out, it is chosen by a rule that the demo prints.")
 @click.option("--fast", is_flag=True, help="A tiny model and very few rounds: shows that everything works, not what it achieves.")
 @threads_option
+@quiet_option
+@json_option
 def demo(fast: bool, **given: Any) -> None:
     """A whole federation on this machine, offline, in minutes.
 
@@ -266,6 +320,8 @@ def demo(fast: bool, **given: Any) -> None:
 @config_options
 @cli.command(cls=_GroupedOptions)
 @threads_option
+@quiet_option
+@json_option
 @click.option("--config", "config_file", metavar="FILE", help="YAML, TOML or JSON file with settings of these names; flags override it.")
 @click.option("--method", metavar="NAME", help=f"Take the settings that make up a method: {', '.join(_OF_OWN_RANKS)}.")
 @click.option("--resume", is_flag=True, help="Continue the run in --output with its own settings, to the same result as without the stop.")
@@ -300,6 +356,8 @@ def comparison_options(command: click.Command) -> click.Command:
 @comparison_options
 @cli.command(cls=_GroupedOptions)
 @threads_option
+@quiet_option
+@json_option
 @click.option("--config", "config_file", metavar="FILE", help="YAML, TOML or JSON file with settings of these names; flags override it.")
 def compare(config_file: str | None, **options: Any) -> None:
     """HETLORA against its baselines: same data, model, clients, seeds and budget; a table and pictures.
@@ -316,9 +374,9 @@ def compare(config_file: str | None, **options: Any) -> None:
     pages = _loaded("hetlora.compare.page")
     table = _loaded("hetlora.compare.figures").tabulate(comparison)
     page = pages.write_comparison(table)
-    pages.print_comparison(watched.observer.console, table)
-    _say(f"folder: {comparison.folder}")
-    _say(f"report: {page}")
+    if watched.shown is None:
+        pages.print_comparison(watched.observer.console, table)
+    _close(watched, {"folder": comparison.folder, "report": page})
 
 
 @cli.command()

@@ -23,12 +23,16 @@ class Ended(KeyboardInterrupt):
 
 
 def exit_status(error: BaseException) -> int:
-    """The status of a command that `error`, a `KeyboardInterrupt`, has ended."""
+    """The status of a command that `error`, a `KeyboardInterrupt` or `BrokenPipeError`, has ended."""
+    if isinstance(error, BrokenPipeError):
+        return 128 + getattr(signal, "SIGPIPE", 13)
     return error.status if isinstance(error, Ended) else 128 + signal.SIGINT
 
 
 def how(error: BaseException) -> str:
     """'interrupted', and by what if not by Ctrl-C."""
+    if isinstance(error, BrokenPipeError):
+        return "stopped, as nobody reads the output any more"
     return f"interrupted by {error.name}" if isinstance(error, Ended) else "interrupted"
 
 

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table as Grid
-from rich.text import Text
 
 from hetlora.compare.differences import difference_rows, difference_text, differences, reference
 from hetlora.compare.figures import GLOBAL, METRICS, OWN, UNSEEN, Outcome, Table, gaps
 from hetlora.compare.pictures import draw_all
 from hetlora.report.page import environment, picture_data
+from hetlora.report.terminal import Column, fitted_table, print_text
 from hetlora.report.text import number, printable
 from hetlora.run_folder import write_atomic
 
@@ -115,17 +114,19 @@ def target_text(table: Table) -> str:
     return f"{100 * target:g} % of the perplexity before training" if target < 1 else f"perplexity {target:g}"
 
 
+_TERMINAL = {"global_final": 0, "global_best": 4, "own_final": 1, "gap": 5, "megabytes_up": 2, "cpu_seconds": 3}  # column -> how spare it is
+
+
 def print_comparison(console: Console, table: Table) -> None:
-    """Final and best perplexity, bytes and time of every method in the terminal; the other columns are in the files."""
-    shown = [m for m in table.metrics if m.key in ("global_final", "global_best", "own_final", "gap", "megabytes_up", "cpu_seconds")]
-    grid = Grid()
-    grid.add_column("method", overflow="fold")
-    for metric in shown:
-        grid.add_column(metric.title, justify="right")
-    for name, tallies in table.tallies.items():
-        grid.add_row(Text(printable(name)), *(tallies[m.key].text(m.digits) for m in shown))
+    """Final and best perplexity, bytes and time of every method, as the terminal's width allows; the other columns are in the files."""
+    shown = [m for m in table.metrics if m.key in _TERMINAL]
+    columns = [Column("method"), *(Column(m.title if m.key != "global_best" else "global held-out text, best", _TERMINAL[m.key]) for m in shown)]
+    rows = [[printable(name), *(tallies[m.key].text(m.digits) for m in shown)] for name, tallies in table.tallies.items()]
+    grid, dropped = fitted_table(columns, rows, console.width)
     console.print()
     console.print(grid)
+    if dropped:
+        print_text(console, f"not shown at this width: {'; '.join(dropped)} (comparison.csv has all)")
 
 
 def write_comparison(table: Table) -> Path:

@@ -1,9 +1,11 @@
-"""What a run shows in a terminal: progress while it works, one table when it is done."""
+"""What a run shows in a terminal: progress while it works, one table when it is done, as wide as the terminal."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -12,17 +14,32 @@ from rich.text import Text
 
 from hetlora.config import Config
 from hetlora.observer import Observer
-from hetlora.report.text import number, perplexity_of, printable, rank_text, round_line, size_text
+from hetlora.report.text import cells, change_text, number, perplexity_of, printable, rank_text, round_line, size_text, wrap
 
 MOST_CLIENTS = 40
 SHOWN_CLIENTS = 20
 _PLAIN_WIDTH = 160
 
 
+class _Console(Console):
+    """Rich's console; where nobody reads any more (`| head`), its caller is told, not ended."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        self.quiet = True
+        raise BrokenPipeError(32, "nobody reads the output any more")
+
+
 def make_console() -> Console:
     """A console that keeps whole lines where there is no terminal; rich itself obeys NO_COLOR."""
-    console = Console(highlight=False, markup=False, soft_wrap=False)
-    return console if console.is_terminal else Console(highlight=False, markup=False, width=_PLAIN_WIDTH)
+    console = _Console(highlight=False, markup=False, soft_wrap=False)
+    return console if console.is_terminal else _Console(highlight=False, markup=False, width=_PLAIN_WIDTH)
+
+
+def print_text(console: Console, text: str) -> None:
+    """One line; in a terminal as many as it takes, broken between words."""
+    text = printable(text)
+    for line in wrap(text, console.width) if console.is_terminal else [text]:
+        console.print(Text(line), soft_wrap=True)
 
 
 class ConsoleObserver(Observer):
@@ -37,7 +54,7 @@ class ConsoleObserver(Observer):
         self._live = self.console.is_terminal
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=max(5, min(30, self.console.width - 58))),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left", markup=False),
@@ -60,7 +77,7 @@ class ConsoleObserver(Observer):
         self._bars.stop()
 
     def _print(self, text: str) -> None:
-        self._bars.console.print(Text(printable(text)), soft_wrap=True)
+        print_text(self._bars.console, text)
 
     def _step(self, name: str, done: int, total: int) -> None:
         """Move the inner bar; a new `name` starts a new one, so that its time left is that of its own work."""
@@ -163,28 +180,79 @@ def _change(client: dict[str, Any]) -> float:
     return math.inf if math.isnan(change) else change
 
 
-def client_table(summary: dict[str, Any]) -> tuple[Table, str]:
-    """Per client: rank, work, perplexity; and a line that says which clients are left out ('' if none)."""
+@dataclass(frozen=True)
+class Column:
+    """`spare`: left out where the terminal is too narrow, those of the highest number first; 0 = never."""
+
+    title: str
+    spare: int = 0
+
+
+_LONGEST_NAME = 32  # columns of the screen that a name may ask for before columns of the table are left out
+
+
+def fitted_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) -> tuple[Table, list[str]]:
+    """A table no wider than `width`, and the titles of the columns that are left out for it. The first column holds names: it alone may fold.
+
+    Titles break between words, numbers nowhere.
+    """
+    shown = list(range(len(columns)))
+    names = max((cells(row[0]) for row in rows), default=0)
+
+    def least(i: int) -> int:
+        return max(*(cells(word) for word in columns[i].title.split(" ")), *(cells(row[i]) for row in rows), 1)
+
+    def room() -> int:
+        """What is left for the names."""
+        return width - 1 - 3 * len(shown) - sum(least(i) for i in shown[1:])
+
+    while room() < max(cells(columns[0].title), min(names, _LONGEST_NAME)) and any(columns[i].spare for i in shown[1:]):
+        shown.remove(max(shown[1:], key=lambda i: columns[i].spare))
+    first = max(min(max(names, cells(columns[0].title)), room()), 1)
+    spare = room() - first
+    table = Table()
+    table.add_column(columns[0].title, overflow="fold", width=first)
+    for i in shown[1:]:
+        own = min(max(least(i), cells(columns[i].title)), least(i) + max(spare, 0))
+        spare -= own - least(i)
+        table.add_column(columns[i].title, justify="right", width=own)
+    for row in rows:
+        table.add_row(*(Text(row[i]) for i in shown))
+    return table, [column.title for i, column in enumerate(columns) if i not in shown]
+
+
+_CLIENT_COLUMNS = (Column("client"), Column("rank"), Column("rounds", 1), Column("training sequences", 2), Column("perplexity"), Column("change"))
+
+
+def got_worse(client: dict[str, Any]) -> bool:
+    """Whether the perplexity of a client's own held-out text rose."""
+    before, after = client.get("perplexity_before"), client.get("perplexity_after")
+    return before is not None and after is not None and not after <= before
+
+
+def client_table(summary: dict[str, Any], width: int = _PLAIN_WIDTH) -> tuple[Table, str]:
+    """Per client: rank, work, perplexity; and a line that says what is left out ('' if nothing). A client that got worse is marked."""
     clients, note = summary["clients"], ""
     if len(clients) > MOST_CLIENTS:
         note = f"{SHOWN_CLIENTS} of {len(clients)} clients are shown, those whose perplexity changed most; all are in summary.json"
         chosen = {id(c) for c in sorted(clients, key=_change, reverse=True)[:SHOWN_CLIENTS]}
         clients = [c for c in clients if id(c) in chosen]
-    table = Table()
-    table.add_column("client", overflow="fold")
-    for title in ("rank", "rounds", "training sequences", "perplexity", "change"):
-        table.add_column(title, justify="right", no_wrap=True)
+    rows = []
     for c in clients:
         before, after = c.get("perplexity_before"), c.get("perplexity_after")
-        change = f"{100 * (after / before - 1):+.1f} %" if before and after and math.isfinite(before) and math.isfinite(after) else "-"
-        table.add_row(
-            Text(printable(c["name"])),
-            f"{rank_text(c['rank_start'])} -> {rank_text(c['rank_end'])}",
-            str(c["rounds"]),
-            str(c["sequences"]),
-            f"{number(before)} -> {number(after)}",
-            change,
+        rows.append(
+            (
+                printable(c["name"]),
+                f"{rank_text(c['rank_start'])} -> {rank_text(c['rank_end'])}",
+                str(c["rounds"]),
+                str(c["sequences"]),
+                f"{number(before)} -> {number(after)}",
+                change_text(before, after) + (" worse" if got_worse(c) else ""),
+            )
         )
+    table, dropped = fitted_table(_CLIENT_COLUMNS, rows, width)
+    if dropped:
+        note = "; ".join(filter(None, (note, f"not shown at this width: {', '.join(dropped)} (summary.json has all)")))
     return table, note
 
 
@@ -196,7 +264,7 @@ def total_lines(summary: dict[str, Any]) -> list[str]:
         if before is None and after is None:
             lines.append(f"global perplexity, {name}: not evaluated")
         else:
-            lines.append(f"global perplexity, {name}: {number(before)} -> {number(after)}")
+            lines.append(f"global perplexity, {name}: {number(before)} -> {number(after)} ({change_text(before, after)})")
     for way in ("down", "up"):
         ours, full = summary[f"bytes_{way}"], summary[f"bytes_{way}_homlora"]
         share = f", {100 * ours / full:.1f} % of it" if full else ""
@@ -206,9 +274,9 @@ def total_lines(summary: dict[str, Any]) -> list[str]:
 
 def print_summary(console: Console, summary: dict[str, Any], own_text: str) -> None:
     """own_text: of the run's kind of training (`kinds.TrainingKind`)."""
-    table, note = client_table(summary)
+    table, note = client_table(summary, console.width)
     console.print()
-    console.print(Text(f"Clients; perplexity is that of {own_text}, on the client's own held-out text"), soft_wrap=True)
+    print_text(console, f"Clients; perplexity is that of {own_text}, on the client's own held-out text")
     console.print(table)
     for line in ([note] if note else []) + total_lines(summary) + [f"note: {text}" for text in summary.get("notes") or []]:
-        console.print(Text(printable(line)), soft_wrap=True)
+        print_text(console, line)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
 from typing import Any
 
 
@@ -12,6 +14,33 @@ def printable(text: object) -> str:
     Names come with the data, from whoever made it.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
+
+
+def cells(text: str) -> int:
+    """Columns of a terminal that `text` takes: two for a wide character, none for one that joins the character before it."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+_BREAKS = re.compile(r"(?<!\d) | (?!(?:[kMG]B|s|%)(?:\W|$))")  # a unit stays with its number
+
+
+def wrap(text: str, width: int, indent: str = "  ") -> list[str]:
+    """Lines of at most `width` columns, broken between words alone: a longer word (a path) stays whole. Lines after the first begin with `indent`."""
+    lines, line = [], ""
+    for word in _BREAKS.split(text):
+        longer = f"{line} {word}" if line else word
+        if line.strip() and cells(longer) > width:
+            lines.append(line)
+            longer = indent + word
+        line = longer
+    return [*lines, line]
+
+
+def change_text(before: Any, after: Any) -> str:
+    """How much `after` is above (+) or below (-) `before`, in percent; '-' where that says nothing."""
+    if not before or after is None or not (math.isfinite(before) and math.isfinite(after)):
+        return "-"
+    return f"{100 * (after / before - 1):+.1f} %"
 
 
 def number(value: Any, digits: int = 2) -> str:
