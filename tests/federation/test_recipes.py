@@ -30,7 +30,7 @@ def read(path: Path) -> tuple[Config, Plan]:
 
 
 def test_there_are_recipes():
-    assert len(RECIPES) == 5
+    assert len(RECIPES) == 8
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -41,14 +41,15 @@ def test_every_method_of_a_recipe_can_run_with_its_settings(path):
         assert method_config(method, common, RankPlan(5, 50, {"a": 5, "b": 50})).check() is None
 
 
-@pytest.mark.parametrize("kind", ["stdlib", "unicode", "fold"])
+@pytest.mark.parametrize("kind", ["compare-stdlib", "compare-unicode", "compare-fold", "study-packages", "study-letters", "study-sized"])
 def test_search_clients_are_not_in_the_federation(kind):
     """So that no method's learning rate is chosen on the text that it is judged by."""
-    common, plan = read(EXAMPLES / f"compare-{kind}.yaml")
-    there = set(unicode_scripts() if kind == "unicode" else stdlib_documents())
+    common, plan = read(EXAMPLES / f"{kind}.yaml")
+    letters = common.data.startswith("unicode:")
+    there = set(unicode_scripts() if letters else stdlib_documents())
     federated, searched = (set(data.partition(":")[2].split(",")) for data in (common.data, plan.search_data))
     assert federated and searched and federated.isdisjoint(searched)
-    assert federated | searched <= there | (set() if kind == "unicode" else NOT_IN_EVERY_PYTHON)
+    assert federated | searched <= there | (set() if letters else NOT_IN_EVERY_PYTHON)
 
 
 def load_tiny_model():
@@ -60,20 +61,22 @@ def load_tiny_model():
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.stem.startswith("gpu-")], ids=lambda path: path.stem)
 def test_dry_run(path, tmp_path):
-    common, _ = read(path)
+    """With every method of the recipe."""
+    common, plan = read(path)
     model = load_tiny_model().write_tiny_model(ARCHITECTURES[common.model], tmp_path / "model")
     columns = [common.text_field, *([common.prompt_field] if common.prompt_field else [])]
     rows = [{common.client_field: f"client {k}", **{name: f"{name} {n} of {k}" for name in columns}} for k in range(3) for n in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["--config", path, "--model", model, "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "out", "--search", "lr=0.001"]
-    arguments += [*SMALL.split(), "--methods", "hetlora,fedavg-full", *(["--rouge-examples", "2", "--rouge-tokens", "3"] if common.prompt_field else [])]
+    arguments += [*SMALL.split(), *(["--rouge-examples", "2", "--rouge-tokens", "3"] if common.prompt_field else [])]
     result = CliRunner().invoke(cli, ["compare", *map(str, arguments)])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / "comparison.html").is_file()
     saved = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    metrics = saved["methods"]["hetlora"]["metrics"]
-    assert metrics["global_final"]["values"][0] > 1
-    assert (metrics["rouge_l"]["values"][0] is not None) == bool(common.prompt_field)
+    assert list(saved["methods"]) == [method.name for method in parse_methods(plan.methods)] and len(saved["methods"]) == 7
+    for method in saved["methods"].values():
+        assert method["metrics"]["global_final"]["values"][0] > 1 and method["searched"] == "0.001"
+        assert (method["metrics"]["rouge_l"]["values"][0] is not None) == bool(common.prompt_field)
 
 
 def test_unicode_clients_are_letters_by_script_and_parts_can_be_named():
