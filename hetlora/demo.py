@@ -1,4 +1,4 @@
-"""`hetlora demo`: a whole federation on this machine, offline, in minutes; every number it prints was measured in that run."""
+"""`hetlora demo`: a whole federation on this machine, offline, in minutes, by four methods; every number it prints was measured in that run."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from hetlora.compare.methods import make_plan
+from hetlora.compare.run import Comparison, run_comparison
 from hetlora.config import Config
 from hetlora.data import load_data
 from hetlora.demo_model import DemoModel
 from hetlora.federation import Federation, prepare, resolve_model, starting_ranks
-from hetlora.loop import Result, simulate
+from hetlora.loop import simulate
 from hetlora.observer import Observer
 from hetlora.python_text import stdlib_documents
 
@@ -30,9 +32,17 @@ SETTINGS: dict[str, Any] = {
     "batch_size": 4,
     "lr": 5e-3,
     "eval_tokens": 12288,
+    "eval_every": 3,
     "seed": 1,  # with seed 0 the power law happens to give 19 of the 21 clients rank 5
     "output": "runs/demo",
 }
+METHODS_SHOWN = {
+    "homlora-min": "every device at the least rank, what the weakest can do and the fewest bytes",
+    "hetlora": "every device at its own rank, with rows that do not pay pruned (the published method)",
+    "fold": "every device computes with the whole merged adapter and trains fresh rows, as many numbers as its rank allows",
+    "homlora-max": "every device at the largest rank, which the weak ones could not run",
+}
+COLUMNS = {"global_final": 0, "own_small": 2, "own_middle": 5, "own_big": 3, "megabytes_down": 4, "megabytes_up": 1}  # how spare each one is
 FAST_MODEL = DemoModel(hidden=64, layers=1, heads=2, intermediate=64, steps=20, warmup=5)
 FAST: dict[str, Any] = {"rounds": 2, "clients_per_round": 3, "local_steps": 1, "batch_size": 2, "max_tokens_per_client": 2048, "eval_tokens": 2048}
 CALIBRATION: dict[str, Any] = {
@@ -51,28 +61,56 @@ def packages() -> tuple[list[str], list[str]]:
     return [name for name in names if name not in calibration], calibration
 
 
-def run_demo(observer: Observer | None = None, fast: bool = False, **overrides: Any) -> Result:
-    """Run the demo: settings are `SETTINGS` with `overrides`; prune_lambda is chosen by `choose_lambda` unless given.
+def run_demo(observer: Observer | None = None, fast: bool = False, **overrides: Any) -> tuple[Comparison, list[str]]:
+    """Run the demo: four methods on the same federation. Returns the comparison, and what it shows in plain words, a paragraph each.
 
+    Settings are `SETTINGS` with `overrides`; prune_lambda is chosen by `choose_lambda` unless given.
     fast: two tiny rounds on a tiny, hardly trained model: shows that everything works, not what it achieves.
     """
     observer = observer or Observer()
     federated, calibration = packages()
     settings = {**SETTINGS, **(FAST if fast else {}), **overrides}
     cfg = Config.create("demo", **{**settings, "data": "stdlib:" + ",".join(federated)})
+    words = opening(cfg, fast)
+    for text in words:
+        observer.message(text)
     if Path(cfg.output).exists() and any(Path(cfg.output).iterdir()):
         cfg = cfg.model_copy(update={"output": _free(cfg.output)})
-        observer.message(f"the folder {settings['output']} holds an earlier run; this one goes to {cfg.output}")
+        observer.message(f"the folder {settings['output']} holds an earlier demo; this one goes to {cfg.output}")
     if fast:
         cfg = cfg.model_copy(update={"model": resolve_model(cfg, observer.pretrain, FAST_MODEL)})
-        observer.message("fast: a tiny, hardly trained model and two rounds; the numbers show that everything works, not what it achieves")
     federation = prepare(cfg, observer)
-    observer.message(f"gamma = {cfg.gamma:g}: {'the value of the paper' if cfg.gamma == SETTINGS['gamma'] else 'as asked for'}")
+    observer.message(_fleet(cfg, federation))
     if "prune_lambda" in overrides:
-        observer.message(f"lambda = {cfg.prune_lambda:g}: as asked for")
+        observer.message(f"pruning (hetlora): gamma = {cfg.gamma:g}, lambda = {cfg.prune_lambda:g}, as asked for")
     else:
         cfg = cfg.model_copy(update={"prune_lambda": choose_lambda(cfg, calibration, federation, observer, LAMBDAS[:1] if fast else LAMBDAS)})
-    return simulate(cfg, observer=observer, federation=federation)
+    return run_comparison(cfg, make_plan("demo", methods=",".join(METHODS_SHOWN), seeds=1), observer, federation), words
+
+
+def opening(cfg: Config, fast: bool = False) -> list[str]:
+    """What the demo simulates and what its columns mean, before anything is computed."""
+    trained = len(cfg.data.split(",")) - cfg.held_out_clients
+    return [
+        f"What is simulated: {trained} packages of Python's library stand for {trained} devices, some weak and some strong, and {cfg.held_out_clients} more "
+        "for devices that never train. All of them are in this process, and nothing is sent anywhere.",
+        "Every device keeps its text to itself and has the same small, frozen language model. In a round a few devices train an adapter on their own text and "
+        "send it, and the server merges what came. A device's rank says how large an adapter it can train.",
+        "Four ways to deal with different ranks, on the same devices, data, rounds and learning rate:",
+        *(f"{name}: {text}." for name, text in METHODS_SHOWN.items()),
+        "Perplexity: between how many equally likely bytes the model is torn at each byte of text that nobody trains on. Lower is better. Global: the merged "
+        "adapter on the text of all devices. Own: what a device receives of it, on the device's own text; small, middle and big are devices by rank. MB down "
+        "and up: what all devices receive and send in the whole run.",
+        "One run of each on one draw of the ranks: differences of a few percent say nothing. docs/results.md has studies with several.",
+        *(["Fast: a tiny, hardly trained model and two rounds. The numbers show that everything works, not what it achieves."] if fast else []),
+    ]
+
+
+def _fleet(cfg: Config, federation: Federation) -> str:
+    """The ranks that were drawn, in one line."""
+    plan = starting_ranks(cfg, federation.data)
+    ranks = sorted(plan.ranks.values())
+    return f"ranks of the {len(ranks)} devices: {', '.join(map(str, ranks))} (seed {cfg.seed}); the server's adapter has rank {plan.r_max}"
 
 
 def choose_lambda(cfg: Config, calibration: list[str], federation: Federation, observer: Observer, grid: tuple[float, ...] = LAMBDAS) -> float:
@@ -88,7 +126,9 @@ def choose_lambda(cfg: Config, calibration: list[str], federation: Federation, o
     losses = {}
     for value in (0.0, *grid):
         with tempfile.TemporaryDirectory(prefix="hetlora-") as folder:
-            result = simulate(trial.model_copy(update={"prune_lambda": value, "output": f"{folder}/run"}), federation=trial_federation)
+            watching = _Trial(observer, f"how strongly hetlora prunes: trying lambda = {value:g}")
+            settings = trial.model_copy(update={"prune_lambda": value, "output": f"{folder}/run"})
+            result = simulate(settings, observer=watching, federation=trial_federation)
         observer.message(f"calibration: lambda = {value:g} gives a held-out loss of {result.summary['evaluation_after']['client_text']['loss']:.4f}")
         losses[value] = result.summary["evaluation_after"]["client_text"]["loss"]
         if value and losses[value] <= losses[0.0] * (1 + TOLERANCE):
@@ -96,10 +136,24 @@ def choose_lambda(cfg: Config, calibration: list[str], federation: Federation, o
     chosen = value if losses[value] <= losses[0.0] * (1 + TOLERANCE) else 0.0
     tried = ", ".join(f"{v:g}: {loss:.4f}" for v, loss in losses.items())
     observer.message(
-        f"lambda = {chosen:g}: the largest of {', '.join(f'{v:g}' for v in grid)} whose held-out loss after {CALIBRATION['rounds']} rounds over the packages "
-        f"{', '.join(calibration)} (ranks {trial.ranks}; not in the federation) is at most {TOLERANCE:.1%} above that of lambda = 0 ({tried})"
+        f"pruning (hetlora): gamma = {cfg.gamma:g}, lambda = {chosen:g}: the largest of {', '.join(f'{v:g}' for v in grid)} whose held-out loss after "
+        f"{CALIBRATION['rounds']} rounds over the packages {', '.join(calibration)} (ranks {trial.ranks}; not in the federation) is at most {TOLERANCE:.1%} "
+        f"above that of lambda = 0 ({tried})"
     )
     return chosen
+
+
+class _Trial(Observer):
+    """Of a run of the calibration: its rounds are progress."""
+
+    def __init__(self, observer: Observer, what: str) -> None:
+        self._observer, self._what = observer, what
+
+    def start(self, cfg: Config, info: dict[str, Any]) -> None:
+        self._total = cfg.rounds
+
+    def round_end(self, record: dict[str, Any]) -> None:
+        self._observer.work(self._what, record["round"], self._total)
 
 
 def _free(output: str) -> str:

@@ -20,7 +20,7 @@ from hetlora.fleet import Fleet, LocalFleet
 from hetlora.lock import FolderLock
 from hetlora.merge import Aggregate, aggregate
 from hetlora.observer import Observer
-from hetlora.ranks import ClientRanks, Scope, check_width, from_record, mean_rank, to_record
+from hetlora.ranks import ClientRanks, Scope, check_width, from_record, kept_rank, mean_rank, to_record
 from hetlora.training import Trained
 
 TOTALS = ("bytes_down", "bytes_up", "bytes_down_homlora", "bytes_up_homlora", "trained_parameters")
@@ -150,10 +150,24 @@ def _describe(run: _Run) -> dict[str, Any]:
         "model": run.fleet.model_name,
         "modules": len(run.fleet.shapes),
         **run.fleet.describe(),
-        "ranks": run.cfg.training_kind.no_ranks or f"{run.state.r_min}..{run.state.r_max}, mean {_mean_rank(run.state):.1f}",
+        **_ranks_described(run.cfg, run.state),
         "device": str(run.fleet.device),
         "run_dir": str(run.folder),
     }
+
+
+def _ranks_described(cfg: Config, state: server.ServerState) -> dict[str, str]:
+    """What the settings of ranks and pruning mean for this run: the ranks dealt, who has rows to prune, what the bytes are compared with."""
+    kind = cfg.training_kind
+    if kind.no_ranks:
+        return {"ranks": kind.no_ranks}
+    dealt = sorted(state.ranks_start.values())
+    least = f"{dealt.count(dealt[0])} of {len(dealt)} clients have the least" if dealt[0] < dealt[-1] else "the same for all"
+    said = {"ranks": f"{dealt[0]}..{dealt[-1]}, mean {_mean_rank(state):.1f}; {least}"}
+    if "gamma" not in kind.unused:
+        able = sum(kept_rank(rank, cfg.gamma, state.r_min) < rank for rank in dealt)
+        said["pruning"] = f"{able} of {len(dealt)} clients have rows to prune, by gamma = {cfg.gamma:g} and lambda = {cfg.prune_lambda:g}"
+    return said | {"bytes": f"compared with HomLoRA at rank {state.homlora_rank}, the largest that a client has"}
 
 
 def _mean_rank(state: server.ServerState) -> float:
@@ -279,7 +293,7 @@ def _round(run: _Run, number: int) -> dict[str, Any]:
     cfg, state = run.cfg, run.state
     lr = _learning_rate(cfg, number)
     names, trained = _train(run, number, lr)
-    arrived, homlora = trained.arrived, state.bank.num_bytes(0)
+    arrived, homlora = trained.arrived, state.bank.num_bytes(0) * state.homlora_rank // max(state.r_max, 1)
     moved = {
         "bytes_down": sum(trained.bytes_down),
         "bytes_up": sum(trained.bytes_up),
@@ -359,7 +373,7 @@ def _finish(run: _Run, history: list[dict[str, Any]]) -> Result:
         **totals,
         "parameters": run.fleet.describe()["parameters"],
         "rounds": cfg.rounds,
-        "homlora_rank": state.r_max,
+        "homlora_rank": state.homlora_rank,
         "notes": [f"round {r['round']}: {d['name']} left out, {d['reason']}" for r in history for d in r["dropped"]],
     }
     run_folder.write_atomic(run.folder / run_folder.SUMMARY, json.dumps(summary, indent=2) + "\n")

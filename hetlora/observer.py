@@ -20,6 +20,9 @@ class Observer:
     def pretrain(self, done: int, total: int, loss: float) -> None:
         """`done` of `total` steps of making the offline base model; `loss` in nats per token."""
 
+    def work(self, what: str, done: int, total: int) -> None:
+        """`done` of `total` parts of `what`, a preparation before the runs."""
+
     def start(self, cfg: Config, info: dict[str, Any]) -> None:
         """The run begins (or continues); `info` says on what: model, data, clients, device."""
 

@@ -27,6 +27,11 @@ class ServerState:
     ranks_start: dict[str, int] = field(default_factory=dict)
     stacked_bytes: int = 0  # what every client must download, besides its rows of the bank, to follow the base model
 
+    @property
+    def homlora_rank(self) -> int:
+        """The largest rank that a client started with: that of the HomLoRA which a run's bytes are compared with."""
+        return max(self.ranks_start.values())
+
 
 def sample(names: Sequence[str], count: int, seed: int, round_number: int) -> list[str]:
     """`count` clients (all, if there are fewer), uniformly without replacement, in name order."""

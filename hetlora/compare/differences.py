@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hetlora.compare.figures import GLOBAL, GROUPS, Outcome, Table, own_perplexities, rank_group
@@ -101,19 +101,27 @@ def _difference(own: Sequence[Outcome], base: Sequence[Outcome]) -> Difference:
 def difference_rows(table: Table) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of differences, in percent."""
     found = differences(table)
-    groups = [group for group in GROUPS if any(group in own.by_group for own in found.values())]
-    with_own = any(own.by_client for own in found.values())
-    head = ["method", "global, %", "by seed", *(["own, mean over clients, %", "95 % interval", "clients better", "p (signs)"] if with_own else [])]
-    head += [f"{group}, %" for group in groups]
-    rows = []
-    for name, own in found.items():
-        row = [name, _signed(statistics.fmean(own.by_seed)), ", ".join(map(_signed, own.by_seed))]
-        if with_own:
-            values = list(own.by_client.values())
-            interval = f"{_signed(own.interval[0])} to {_signed(own.interval[1])}" if own.interval else "-"
-            row += [_signed(statistics.fmean(values)), interval, f"{own.better} of {len(values)}", number(own.p, 3)] if values else ["-"] * 4
-        rows.append([*row, *(_signed(own.by_group[group]) if group in own.by_group else "-" for group in groups)])
-    return head, rows
+    return difference_head(found), [difference_row(name, own, found) for name, own in found.items()]
+
+
+def difference_head(found: Mapping[str, Difference]) -> list[str]:
+    own = ["own, mean over clients, %", "95 % interval", "clients better", "p (signs)"] if any(own.by_client for own in found.values()) else []
+    return ["method", "global, %", "by seed", *own, *(f"{group}, %" for group in _groups(found))]
+
+
+def difference_row(name: str, own: Difference, found: Mapping[str, Difference]) -> list[str]:
+    """The row of one method of `found`."""
+    row = [name, _signed(statistics.fmean(own.by_seed)), ", ".join(map(_signed, own.by_seed))]
+    if values := list(own.by_client.values()):
+        interval = f"{_signed(own.interval[0])} to {_signed(own.interval[1])}" if own.interval else "-"
+        row += [_signed(statistics.fmean(values)), interval, f"{own.better} of {len(values)}", number(own.p, 3)]
+    elif any(other.by_client for other in found.values()):
+        row += ["-"] * 4
+    return [*row, *(_signed(own.by_group[group]) if group in own.by_group else "-" for group in _groups(found))]
+
+
+def _groups(found: Mapping[str, Difference]) -> list[str]:
+    return [group for group in GROUPS if any(group in own.by_group for own in found.values())]
 
 
 def _signed(value: float) -> str:

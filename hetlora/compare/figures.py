@@ -135,7 +135,7 @@ METRICS = (
     Metric("global_best", "best", 3, _of(GLOBAL, min)),
     Metric("own_final", "clients' own held-out text, final", 3, _of(OWN, lambda values: values[-1])),
     Metric("own_best", "best", 3, _of(OWN, min)),
-    *(Metric(f"own_{group}", f"{group} clients' own", 3, _of_group(group)) for group in GROUPS),
+    *(Metric(f"own_{group}", f"own, {group}", 3, _of_group(group)) for group in GROUPS),
     Metric("unseen_final", "unseen clients, final", 3, _of(UNSEEN, lambda values: values[-1])),
     Metric("rouge_l", "ROUGE-L (F1, %)", 2, lambda outcome, _: _rouge(outcome)),
     Metric("rounds_to_target", "rounds to target", 1, rounds_to),

@@ -84,6 +84,8 @@ _LIST = (
     Method("hetlora-module-prune", "HETLORA pruning each module by itself", settings={"prune_scope": "module"}, like="hetlora"),
 )
 METHODS = {method.name: method for method in _LIST}
+DEFAULT_METHOD = "fold"
+"""What `hetlora run` does where no setting says otherwise. The study of docs/results.md decided it."""
 GROUPS = {
     "main": [method.name for method in _LIST if method.like is None],
     "ablations": [method.name for method in _LIST if method.like is not None],
@@ -150,6 +152,15 @@ def method_settings(name: str, common: Mapping[str, Any]) -> dict[str, Any]:
         settings = ", ".join(f"{key} = {value!r}" for key, value in method.settings.items())
         raise ConfigError(f"method: {name!r} gives every client one rank; name it with ranks = 'fixed:R', beside {settings}, and leave method out")
     return {**_without_others(method, common), **method.settings}
+
+
+def default_method(given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """(`given` with the row of `DEFAULT_METHOD` under it, what was chosen in words); `given` as it is where one of its settings tells another method."""
+    kind = TRAININGS[METHODS[DEFAULT_METHOD].settings["train"]]
+    telling = [name for name in given if name in (*OWNED, *kind.unused) and name not in ("weights", *kind.settings)]
+    if telling:
+        return dict(given), f"as {', '.join(telling)} and the defaults of the other settings say (no --method given)"
+    return {**METHODS[DEFAULT_METHOD].settings, **given}, f"{DEFAULT_METHOD}, the default; --method hetlora is the published one"
 
 
 def left_out(name: str, given: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +115,14 @@ def target_text(table: Table) -> str:
     return f"{100 * target:g} % of the perplexity before training" if target < 1 else f"perplexity {target:g}"
 
 
-_TERMINAL = {"global_final": 0, "global_best": 4, "own_final": 1, "gap": 5, "megabytes_up": 2, "cpu_seconds": 3}  # column -> how spare it is
+PRINTED = {"global_final": 0, "global_best": 4, "own_final": 1, "gap": 5, "megabytes_up": 2, "cpu_seconds": 3}
+"""{metric: how spare its column is} of the terminal's table."""
 
 
-def print_comparison(console: Console, table: Table) -> None:
-    """Final and best perplexity, bytes and time of every method, as the terminal's width allows; the other columns are in the files."""
-    shown = [m for m in table.metrics if m.key in _TERMINAL]
-    columns = [Column("method"), *(Column(m.title if m.key != "global_best" else "global held-out text, best", _TERMINAL[m.key]) for m in shown)]
+def print_comparison(console: Console, table: Table, spare: Mapping[str, int] = PRINTED) -> None:
+    """Some columns of every method in the terminal, as many of `spare` as its width allows; the other columns are in the files."""
+    shown = [m for m in table.metrics if m.key in spare]
+    columns = [Column("method"), *(Column(m.title if m.key != "global_best" else "global held-out text, best", spare[m.key]) for m in shown)]
     rows = [[printable(name), *(tallies[m.key].text(m.digits) for m in shown)] for name, tallies in table.tallies.items()]
     grid, dropped = fitted_table(columns, rows, console.width)
     console.print()
@@ -129,10 +131,10 @@ def print_comparison(console: Console, table: Table) -> None:
         print_text(console, f"not shown at this width: {'; '.join(dropped)} (comparison.csv has all)")
 
 
-def write_comparison(table: Table) -> Path:
+def write_comparison(table: Table, opening: Sequence[str] = ()) -> Path:
     """Write comparison.html (pictures embedded), its PNGs, comparison.csv (a line per method and seed), .json and .md to the comparison's folder.
 
-    Returns the page's path.
+    opening: paragraphs that the page begins with. Returns the page's path.
     """
     folder = table.comparison.folder
     pictures = draw_all(table)
@@ -153,6 +155,7 @@ def write_comparison(table: Table) -> Path:
         .get_template("compare/page.html.j2")
         .render(
             table=table,
+            opening=opening,
             rows=[(name, table.text(name), _texts(table, name)) for name in table.tallies],
             search=search_rows(table) if table.search else None,
             differences=difference_rows(table) if len(table.tallies) > 1 else None,

@@ -108,6 +108,11 @@ class ConsoleObserver(Observer):
             if self._live:
                 self._print(f"made the base model: {total} steps, loss {number(loss, 3)}")
 
+    def work(self, what: str, done: int, total: int) -> None:
+        self._step(what, done, total)
+        if done >= total:
+            self._drop_inner()
+
     def start(self, cfg: Config, info: dict[str, Any]) -> None:
         self.cfg, self._total = cfg, cfg.rounds
         for key, value in info.items():

@@ -18,7 +18,7 @@ from rich.console import Console
 from synthetic_run import write_run
 
 from hetlora.cli import cli
-from hetlora.config import Config
+from hetlora.config import Config, ConfigError
 from hetlora.report import terminal
 
 
@@ -87,6 +87,24 @@ def test_a_method_sets_its_row_over_the_file_and_under_the_flags(loop, tmp_path)
     assert_one_line_error(invoke("run", "--method", "best"), "method: expected one of hetlora, ", "got 'best'")
     assert_one_line_error(invoke("run", "--method", "homlora-min"), "gives every client one rank", "ranks = 'fixed:R'", "gamma = 1.0", "weights = 'samples'")
     assert_one_line_error(invoke("run", "--method", "fold", "--gamma", "0.5"), "gamma = 0.5", "leave it out")
+
+
+def test_without_a_method_the_default_is_fold_unless_a_setting_tells_another(loop, tmp_path):
+    """`--help` and the first lines say which; settings that fold reads too do not make it another method."""
+    found = {}
+    for place, flags in enumerate(([], ["--download", "4bit"], ["--gamma", "0.9"], ["--merge", "svd"], ["--train", "adapters"], ["--method", "hetlora"])):
+        result = invoke("run", "--output", tmp_path / str(place), *flags)
+        assert result.exit_code == 0, result.output
+        found[" ".join(flags)] = (loop.calls[-1][0].train, next((line for line in result.stdout.splitlines() if line.startswith("method: ")), ""))
+    default = "method: fold, the default; --method hetlora is the published one"
+    assert found[""] == found["--download 4bit"] == ("fold", default)
+    assert found["--gamma 0.9"] == ("adapters", "method: as gamma and the defaults of the other settings say (no --method given)")
+    assert found["--merge svd"][0] == found["--train adapters"][0] == "adapters" and found["--method hetlora"] == ("adapters", "")
+    assert loop.calls[-1][0] == Config(output=str(tmp_path / "5")), "faithful HETLORA is what the settings' own defaults are"
+    assert "The method is fold unless --method" in " ".join(invoke("run", "--help").output.split())[:300]
+    (tmp_path / "c.yaml").write_text("prune_lambda: 1\n")
+    assert invoke("run", "--config", tmp_path / "c.yaml", "--output", tmp_path / "c").stdout.count("method: as prune_lambda and") == 1
+    assert_one_line_error(invoke("run", "--lr", "-1", "--output", tmp_path / "d"), "lr: ")
 
 
 def test_every_setting_is_an_option_under_its_group():
@@ -159,7 +177,7 @@ def test_flags_override_the_file_which_overrides_defaults(loop, tmp_path):
 def test_flags_without_a_file(loop, tmp_path):
     assert invoke("run", "--output", tmp_path / "run", "--skip-empty", "--lr", "1e-4", "--weights", "uniform").exit_code == 0
     cfg = loop.calls[0][0]
-    assert cfg == Config(output=str(tmp_path / "run"), skip_empty=True, lr=1e-4, weights="uniform")
+    assert cfg == Config(output=str(tmp_path / "run"), skip_empty=True, lr=1e-4, weights="uniform", train="fold")
 
 
 def test_unknown_setting_in_a_file_is_named_with_the_nearest(loop, tmp_path):
@@ -275,12 +293,12 @@ def test_demo_passes_only_what_was_given(monkeypatch, tmp_path, loop):
 
     def run_demo(observer, **overrides):
         seen.append(overrides)
-        return loop.simulate(Config(output=str(tmp_path / f"demo{len(seen)}")), observer=observer)
+        raise ConfigError("no demo today")
 
-    module.run_demo = run_demo
+    module.run_demo, module.SETTINGS, module.COLUMNS = run_demo, {"output": "runs/demo"}, ()
     monkeypatch.setitem(sys.modules, "hetlora.demo", module)
-    assert invoke("demo").exit_code == 0
-    assert invoke("demo", "--rounds", "3", "--prune-lambda", "0.1", "--fast").exit_code == 0
+    assert "no demo today" in invoke("demo").stderr
+    assert invoke("demo", "--rounds", "3", "--prune-lambda", "0.1", "--fast").exit_code == 2
     assert seen == [{}, {"rounds": 3, "prune_lambda": 0.1, "fast": True}]
 
 

@@ -1,4 +1,4 @@
-"""The demo: disjoint packages, lambda by its rule, a run that ends with numbers."""
+"""The demo: plain words first, disjoint packages, lambda by its rule, four methods that end with numbers on one page."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 import pytest
 
 from hetlora import demo
+from hetlora.compare import figures
+from hetlora.compare.page import write_comparison
 from hetlora.loop import Result
 from hetlora.observer import Observer
 
@@ -14,9 +16,17 @@ from hetlora.observer import Observer
 class Recorder(Observer):
     def __init__(self) -> None:
         self.messages: list[str] = []
+        self.worked: list[tuple[str, int, int]] = []
+        self.cells: list[str] = []
 
     def message(self, text: str) -> None:
         self.messages.append(text)
+
+    def work(self, what: str, done: int, total: int) -> None:
+        self.worked.append((what, done, total))
+
+    def cell(self, label, done, total, summary) -> None:
+        self.cells.append(label)
 
 
 @pytest.fixture
@@ -29,21 +39,34 @@ def test_calibration_packages_take_no_part_in_the_federation() -> None:
     assert calibration and not set(federated) & set(calibration)
 
 
-def test_fast_demo_runs_reports_its_choices_and_can_be_run_again(tmp_path, cache) -> None:
+def test_fast_demo_opens_with_plain_words_runs_four_methods_and_can_be_run_again(tmp_path, cache) -> None:
     seen = Recorder()
-    result = demo.run_demo(seen, fast=True, output=str(tmp_path / "demo"))
-    assert len(result.history) == 3 and math.isfinite(result.summary["evaluation_after"]["client_text"]["loss"])
-    text = "\n".join(seen.messages)
-    assert "gamma = 0.99" in text and "lambda = " in text and "fast" in text
-    again = demo.run_demo(seen, fast=True, output=str(tmp_path / "demo"), prune_lambda=0.0)
-    assert again.run_dir == tmp_path / "demo-2"
+    comparison, words = demo.run_demo(seen, fast=True, output=str(tmp_path / "demo"))
+    assert seen.messages[: len(words)] == words and words[0].startswith("What is simulated: ") and "Fast: " in words[-1]
+    assert not any(symbol in text for text in words for symbol in ("gamma", "lambda", "||")), "symbols come after words"
+    assert any(text.startswith("pruning (hetlora): gamma = 0.99") and "lambda = " in text for text in seen.messages[len(words) :])
+    assert seen.cells == [f"{name} seed 1" for name in ("homlora-min", "hetlora", "fold", "homlora-max")]
+    assert [(done, total) for what, done, total in seen.worked if "lambda = 0" in what] == [(round, 3) for round in range(4)]
+    table = figures.tabulate(comparison)
+    assert {metric.key for metric in table.metrics} >= set(demo.COLUMNS)
+    assert all(math.isfinite(own["global_final"].mean) for own in table.tallies.values())
+    page = write_comparison(table, words).read_text()
+    assert page.index("What is simulated") < page.index("<h2>") and "What each method reaches" in page and all(name in page for name in demo.METHODS_SHOWN)
+    again, _ = demo.run_demo(seen, fast=True, output=str(tmp_path / "demo"), prune_lambda=0.0, rounds=1)
+    assert again.folder == tmp_path / "demo-2" and any("lambda = 0, as asked for" in text for text in seen.messages)
+
+
+def test_the_words_say_how_many_devices_there_are(tmp_path) -> None:
+    cfg = demo.Config.create("test", data="stdlib:a,b,c,d,e", held_out_clients=2)
+    text = demo.opening(cfg)[0]
+    assert "3 packages of Python's library stand for 3 devices" in text and "2 more" in text
 
 
 @pytest.mark.parametrize(("losses", "expected"), [({1000.0: 2.0, 300.0: 1.004}, 300.0), ({1000.0: 1.0}, 1000.0), (dict.fromkeys(demo.LAMBDAS, 1.1), 0.0)])
 def test_lambda_is_the_largest_that_costs_at_most_the_tolerance(monkeypatch, tmp_path, losses, expected) -> None:
     tried = []
 
-    def fake(cfg, federation):
+    def fake(cfg, observer, federation):
         tried.append(cfg.prune_lambda)
         loss = 1.0 if cfg.prune_lambda == 0 else losses[cfg.prune_lambda]
         return Result([], {"evaluation_after": {"client_text": {"loss": loss}}}, None, {}, tmp_path)

@@ -93,7 +93,7 @@ def test_a_signal_during_imports_is_quiet(tmp_path, module, arguments, number):
     done = subprocess.run([sys.executable, "-m", "hetlora", *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
     by = "" if number == signal.SIGINT else f" by {number.name}"
     assert (done.returncode, done.stderr) == (128 + number, f"hetlora: interrupted{by}\n")
-    assert all(line.startswith("threads: ") for line in done.stdout.splitlines())
+    assert all(line.startswith(("threads: ", "method: ")) for line in done.stdout.splitlines())
 
 
 def test_an_interrupt_outside_a_run_is_one_line(monkeypatch, tmp_path):

@@ -13,7 +13,10 @@ from click.testing import CliRunner
 from rich.console import Console
 from synthetic_run import write_run
 
+from hetlora import demo
 from hetlora.cli import cli
+from hetlora.config import Config
+from hetlora.federation import resolve_model
 from hetlora.report import terminal, text
 from hetlora.report.json_lines import JsonObserver
 
@@ -91,12 +94,12 @@ def test_quiet_and_json_of_a_command(tmp_path, monkeypatch):
     assert found.exit_code == 0, found.output
     events = [json.loads(line) for line in found.stdout.splitlines()]
     kinds = [event["event"] for event in events]
-    assert kinds[0] == "message" and kinds[-4:] == ["round", "round", "summary", "end"] and kinds.count("start") == 1
-    assert events[-2]["summary"] == json.loads((tmp_path / "a" / "summary.json").read_text())
-    assert events[-1] == {"event": "end", "run_folder": str(tmp_path / "a"), "report": str(tmp_path / "a" / "report.html")}
+    assert kinds[0] == "message" and kinds[-5:] == ["round", "round", "summary", "cell", "end"] and kinds.count("start") == kinds.count("cell") == 4
+    assert events[-3]["summary"] == json.loads((tmp_path / "a" / "cells" / "homlora-max" / "seed-1" / "summary.json").read_text())
+    assert events[-1] == {"event": "end", "folder": str(tmp_path / "a"), "report": str(tmp_path / "a" / "comparison.html")}
     silent = CliRunner().invoke(cli, ["demo", "--fast", "--rounds", "1", "--prune-lambda", "1", "--quiet", "--output", str(tmp_path / "b")])
     assert (silent.exit_code, silent.stdout) == (0, "")
-    assert (tmp_path / "b" / "report.html").is_file()
+    assert (tmp_path / "b" / "comparison.html").is_file()
     both = CliRunner().invoke(cli, ["demo", "--quiet", "--json"])
     assert both.exit_code == 2 and "expected one of them" in both.stderr
 
@@ -123,6 +126,8 @@ def test_a_run_whose_reader_left_says_how_to_continue(tmp_path, monkeypatch):
 
     monkeypatch.setattr(terminal, "ConsoleObserver", Gone)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    found = CliRunner().invoke(cli, ["demo", "--fast", "--prune-lambda", "1", "--output", str(tmp_path / "a")])
-    assert found.exit_code == 141
+    model = resolve_model(Config(), demo=demo.FAST_MODEL)
+    settings = f"--model {model} --data stdlib:dbm,json --ranks 2,3 --rounds 2 --local-steps 1 --batch-size 1 --max-tokens-per-client 2048 --method hetlora"
+    found = CliRunner().invoke(cli, ["run", *settings.split(), "--output", str(tmp_path / "a")])
+    assert found.exit_code == 141, found.output
     assert found.stderr.splitlines()[-1].endswith(f"continue with hetlora run --resume --output {tmp_path / 'a'}") and "Traceback" not in found.stderr
