@@ -22,7 +22,7 @@ DROPOUT_CLOCKS = 470  # more with dropout
 RESIDENT = 3  # such blocks on a multiprocessor, by registers and shared memory
 DROPOUT_INTEGERS = 38  # integer instructions for eight columns: counted in the machine code (tests/gpu/test_cuda_build.py)
 GRAM_SHARE = 0.5  # of the float32 peak in the server's Gram kernel: a 4 x 4 tile of sums a thread is bound by shared memory
-CASTS = 2  # of float32 factors to the base's type, each way
+CASTS = 0  # of float32 factors to the base's type, each way: the optimiser keeps them in it (`cast=`); 2 without
 
 # of csrc/cuda/lora.h and gram.cu
 ROWS, COLUMNS, DEPTH, SPLIT, CHUNK = 64, 64, 64, 1024, 1024

@@ -28,8 +28,7 @@ def fused(p: Problem, regularised: bool) -> Run:
     ranks = p.ranks * half
 
     def run() -> None:
-        step.add_(1)
-        _native("adamw_", params, grads, means, squares, lr, step, active, clip, lam, ranks, keep, 0.9, 0.999, 1e-8, 0.01)
+        _native("adamw_", params, grads, means, squares, [], lr, step, active, clip, lam, ranks, keep, 0.9, 0.999, 1e-8, 0.01)
 
     return run, lambda: params
 

@@ -77,13 +77,18 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[slice]:
     yield slice(start, len(lengths))
 
 
-def make_optimizer(bank: hk.AdapterBank, cfg: Config, lr: float, keep: Any) -> hk.AdamW | hk.SGD:
-    """The local optimiser with the pruning regulariser lambda * sum ||B[:, q:]|| ||A[q:, :]|| on rows q = keep and up; without it where keep is empty."""
+def make_optimizer(bank: hk.AdapterBank, cfg: Config, lr: float, keep: Any, model: torch.nn.Module) -> hk.AdamW | hk.SGD:
+    """The local optimiser with the pruning regulariser lambda * sum ||B[:, q:]|| ||A[q:, :]|| on rows q = keep and up; without it where keep is empty.
+
+    On a GPU it keeps the factors in the type of a 16-bit `model` too, for the layers to multiply with.
+    """
+    base = next((p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
+    cast = None if bank.device.type == "cpu" else base
     penalty = (cfg.prune_lambda, keep) if cfg.prune_lambda > 0 and keep else None
     clip = cfg.clip_norm or None
     if cfg.optimizer == "adamw":
-        return hk.AdamW(bank, lr=lr, weight_decay=cfg.weight_decay, clip_norm=clip, tail_penalty=penalty)
-    return hk.SGD(bank, lr=lr, weight_decay=cfg.weight_decay, clip_norm=clip, tail_penalty=penalty, momentum=cfg.momentum)
+        return hk.AdamW(bank, lr=lr, weight_decay=cfg.weight_decay, clip_norm=clip, tail_penalty=penalty, cast=cast)
+    return hk.SGD(bank, lr=lr, weight_decay=cfg.weight_decay, clip_norm=clip, tail_penalty=penalty, momentum=cfg.momentum, cast=cast)
 
 
 def tail_scores(bank: hk.AdapterBank, keep: Any) -> Tensor:
@@ -156,6 +161,6 @@ def train_client(model: torch.nn.Module, bank: hk.AdapterBank, data: ClientData,
 
     attach(model, bank, scale=cfg.scale, dropout=cfg.dropout)
     try:
-        return local_steps(model, data, cfg, round_number, make_optimizer(bank, cfg, lr, keep), bank.device, segments)
+        return local_steps(model, data, cfg, round_number, make_optimizer(bank, cfg, lr, keep, model), bank.device, segments)
     finally:
         detach(model)

@@ -31,7 +31,7 @@ def train_cohort(
     """
     plans = [plan_steps(data, cfg, round_number) for data in clients]
     seeds = torch.tensor([dropout_seed(data.name, cfg, round_number) for data in clients], dtype=torch.int64)
-    optimizer = make_optimizer(bank, cfg, lr, keep)
+    optimizer = make_optimizer(bank, cfg, lr, keep, model)
     steps = max(len(plan) for plan in plans)
     means: list[Tensor] = []  # [K] per step, fetched once at the end so that a step waits for nothing
     attach(model, bank, scale=cfg.scale, dropout=cfg.dropout)

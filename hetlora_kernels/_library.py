@@ -29,8 +29,8 @@ SCHEMAS = {
     "expand_": f"(Tensor(a!) out, Tensor s, Tensor rows, {_SEGMENT_ARGS}) -> ()",
     "grouped_gram": f"(Tensor s, Tensor x, {_SEGMENT_ARGS}, ScalarType dtype) -> Tensor",
     "lora_forward": f"(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor a, Tensor bt, {_LAYER_ARGS}) -> (Tensor, Tensor)",
-    "lora_backward": f"(Tensor d_y, Tensor x, Tensor? weight, Tensor a, Tensor bt, Tensor s, {_LAYER_ARGS}, bool need_x, bool need_a, bool need_bt) "
-    "-> (Tensor, Tensor, Tensor)",
+    "lora_backward": f"(Tensor d_y, Tensor x, Tensor? weight, Tensor a, Tensor bt, Tensor s, {_LAYER_ARGS}, bool need_x, bool need_a, bool need_bt, "
+    "ScalarType type_a, ScalarType type_bt) -> (Tensor, Tensor, Tensor)",
     "truncate_": "(Tensor(a!)[] out, Tensor[] bank, int[] ranks, bool dense) -> ()",
     "aggregate_": "(Tensor(a!)[] out, Tensor[] rows, Tensor weights, Tensor[] keep, int[] ranks, bool owners) -> ()",
     "accumulate_": "(Tensor(a!)[] total, Tensor[] rows, Tensor weights) -> ()",
@@ -39,10 +39,12 @@ SCHEMAS = {
     "gram": "(Tensor[] rows, int[] ranks, bool exact) -> Tensor[]",
     "delta_norms": "(Tensor[] a, Tensor[] bt, int[] ranks, bool exact) -> Tensor",
     "tail_norms": "(Tensor[] rows, int[] ranks, int[] keep) -> Tensor",
-    "adamw_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
-    + _STEP_ARGS.format(step="Tensor step, ")
+    "adamw_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] casts, "
+    + _STEP_ARGS.format(step="Tensor(e!) step, ")
     + ", float beta1, float beta2, float eps, float weight_decay) -> ()",
-    "sgd_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, " + _STEP_ARGS.format(step="") + ", float momentum, float weight_decay) -> ()",
+    "sgd_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, Tensor(c!)[] casts, "
+    + _STEP_ARGS.format(step="")
+    + ", float momentum, float weight_decay) -> ()",
 }
 
 LAYER = ("lora_forward", "lora_backward")  # the others of the layer's ops are its steps, called by tests and by `hetlora tune`

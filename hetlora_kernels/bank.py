@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from hetlora_kernels.casts import Casts
 from hetlora_kernels.layout import RankLayout
 from hetlora_kernels.ops._lists import FLOATS
 from hetlora_kernels.ops.aggregate import Normalize, aggregate
@@ -44,6 +45,8 @@ class AdapterBank:
     >>> clients.aggregate([0.5, 0.25, 0.25], max_rank=8).ranks
     (8,)
     """
+
+    casts: Casts | None = None  # set by an optimiser with `cast=`
 
     def __init__(
         self,

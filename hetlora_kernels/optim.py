@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hetlora_kernels._library import call, register_fake
 from hetlora_kernels._uploads import uploaded
+from hetlora_kernels.casts import Casts
 from hetlora_kernels.ops._lists import client_integers, flat_ranks, written
 
 if TYPE_CHECKING:
@@ -28,10 +29,13 @@ class _BankOptimizer:
     tail_penalty: (lam, keep): adds the gradient of lam_k * sum over modules of ||B[:, q:]||_F ||A[q:, :]||_F, q = keep[k], to that of the loss,
     before clipping and moments: equal to autograd of loss + penalty, with the zero sub-gradient at a zero norm (HETLORA section 3.2).
     lam: a number or [K]; keep: K integers, or {module: K integers}.
+    cast: None, or the 16-bit type of the base: every step also writes the factors in it, for attached layers on a GPU, which without this cast float32 factors
+    in every forward and backward pass. Factors must not be written through `.data` then, which autograd does not see. Layers on a CPU do not use it.
     """
 
-    def __init__(self, bank: AdapterBank, lr: PerClient, clip_norm: PerClient | None, tail_penalty: tuple | None) -> None:
+    def __init__(self, bank: AdapterBank, lr: PerClient, clip_norm: PerClient | None, tail_penalty: tuple | None, cast: torch.dtype | None) -> None:
         self.bank = bank
+        bank.casts = self._casts = None if cast in (None, bank.dtype) else Casts(bank, cast)
         self._layouts = [bank.layouts[name] for name in bank.layouts]
         self._ranks = flat_ranks(self._layouts)
         # Of a frozen factor no columns: the ops step the rows that their lists have, and a state of no elements costs nothing.
@@ -80,6 +84,15 @@ class _BankOptimizer:
     def _grads(self) -> list[Tensor]:
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
 
+    def _copies(self) -> list[Tensor]:
+        """What gets the new values in `cast`."""
+        return [] if self._casts is None else [copy[:, : p.shape[1]] for copy, p in zip(self._casts.current(), self._params, strict=True)]
+
+    def _stepped(self) -> None:
+        written(self._params)
+        if self._casts is not None:
+            self._casts.in_step()
+
     def zero_grad(self) -> None:
         """Forget the gradients of every factor."""
         for parameter in self._params:
@@ -113,8 +126,9 @@ class AdamW(_BankOptimizer):
         tail_penalty: tuple | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        cast: torch.dtype | None = None,
     ) -> None:
-        super().__init__(bank, lr, clip_norm, tail_penalty)
+        super().__init__(bank, lr, clip_norm, tail_penalty, cast)
         if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
             raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")
         if eps <= 0 or weight_decay < 0:
@@ -126,14 +140,12 @@ class AdamW(_BankOptimizer):
     @torch.no_grad()
     def step(self, active: Sequence[bool] | Tensor | None = None) -> None:
         """Step the clients of `active` (K booleans, default all); the others' factors, moments and counts do not change."""
-        mask = self._active(active)
-        self.step_count += mask
         call("adamw_")(
-            *([p.detach() for p in self._params], self._grads(), self.exp_avg, self.exp_avg_sq),
-            *(self.lr, self.step_count, mask, self.clip_norm, self._lam, self._ranks, self._keep),
+            *([p.detach() for p in self._params], self._grads(), self.exp_avg, self.exp_avg_sq, self._copies()),
+            *(self.lr, self.step_count, self._active(active), self.clip_norm, self._lam, self._ranks, self._keep),
             *(*self.betas, self.eps, self.weight_decay),
         )
-        written(self._params)
+        self._stepped()
 
 
 class SGD(_BankOptimizer):
@@ -160,8 +172,9 @@ class SGD(_BankOptimizer):
         clip_norm: PerClient | None = None,
         tail_penalty: tuple | None = None,
         momentum: float = 0.0,
+        cast: torch.dtype | None = None,
     ) -> None:
-        super().__init__(bank, lr, clip_norm, tail_penalty)
+        super().__init__(bank, lr, clip_norm, tail_penalty, cast)
         if not 0 <= momentum < 1 or weight_decay < 0:
             raise ValueError(f"momentum, weight_decay: expected momentum in [0, 1) and weight_decay >= 0, got {momentum}, {weight_decay}")
         self.momentum, self.weight_decay = momentum, weight_decay
@@ -171,18 +184,18 @@ class SGD(_BankOptimizer):
     def step(self, active: Sequence[bool] | Tensor | None = None) -> None:
         """Step the clients of `active` (K booleans, default all); the others' factors and buffers do not change."""
         call("sgd_")(
-            *([p.detach() for p in self._params], self._grads(), self.buffers),
+            *([p.detach() for p in self._params], self._grads(), self.buffers, self._copies()),
             *(self.lr, self._active(active), self.clip_norm, self._lam, self._ranks, self._keep),
             *(self.momentum, self.weight_decay),
         )
-        written(self._params)
+        self._stepped()
 
 
 @register_fake("adamw_")
-def _(params, grads, exp_avg, exp_avg_sq, lr, step, active, clip, lam, ranks, keep, beta1, beta2, eps, weight_decay):
+def _(params, grads, exp_avg, exp_avg_sq, casts, lr, step, active, clip, lam, ranks, keep, beta1, beta2, eps, weight_decay):
     return None
 
 
 @register_fake("sgd_")
-def _(params, grads, buffers, lr, active, clip, lam, ranks, keep, momentum, weight_decay):
+def _(params, grads, buffers, casts, lr, active, clip, lam, ranks, keep, momentum, weight_decay):
     return None

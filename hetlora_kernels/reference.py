@@ -180,21 +180,21 @@ def in_types_given(run):
 
 
 @in_types_given
-def lora_backward(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, segments, dropout, transposed, need_x, need_a, need_bt):
-    """(d_x, d_a, d_bt), without elements where not needed; without `weight` d_x is that of the LoRA term alone."""
+def lora_backward(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, segments, dropout, transposed, need_x, need_a, need_bt, type_a, type_bt):
+    """(d_x, d_a in type_a, d_bt in type_bt), without elements where not needed; without `weight` d_x is that of the LoRA term alone."""
     check_layer(x, a, bt, sum(thirds(segments)[0]), segments[0], transposed, **({} if weight is None else {"weight": weight}))
     flat, flat_dy, rows = matrix(x), matrix(d_y).to(x.dtype), bt.t() if transposed else bt
     masked, plain = (seeds, row_keys, index, *thirds(segments), dropout), (None, None, index, *thirds(segments), 0.0)
     d_s = shrink(flat_dy, rows, scale, *plain) if need_x or need_a else None
-    d_x, d_a, d_bt = x.new_empty(0), a.new_empty(0), bt.new_empty(0)
+    d_x, d_a, d_bt = x.new_empty(0), a.new_empty(0, dtype=type_a), bt.new_empty(0, dtype=type_bt)
     if need_x:
         d_x = torch.zeros_like(flat, memory_format=torch.contiguous_format) if weight is None else flat_dy @ weight
         expand_(d_x, d_s, a, *masked)
         d_x = d_x.view(x.shape)
     if need_a:
-        d_a = grouped_gram(d_s, flat, *masked, a.dtype)
+        d_a = grouped_gram(d_s, flat, *masked, type_a)
     if need_bt:
-        d_bt = lying_as(bt, grouped_gram(s, flat_dy, *plain, bt.dtype), transposed)
+        d_bt = lying_as(bt, grouped_gram(s, flat_dy, *plain, type_bt), transposed)
     return d_x, d_a, d_bt
 
 
@@ -352,8 +352,18 @@ def _client_steps(params, grads, lr, active, clip, lam, ranks, keep):
                 yield i, k, rows, grad[rows] if factors is None else grad[rows] * factors[k].to(grad.dtype)
 
 
-def adamw_(params, grads, exp_avg, exp_avg_sq, lr, step, active, clip, lam, ranks, keep, beta1, beta2, eps, weight_decay):
-    """One decoupled-weight-decay Adam step (Loshchilov & Hutter 2019) of every active client; `step[k]` counts this step."""
+def _cast(casts, params, i, rows):
+    """What was stepped, once more in the type of `casts`."""
+    if casts:
+        casts[i][rows] = params[i][rows].to(casts[i].dtype)
+
+
+def adamw_(params, grads, exp_avg, exp_avg_sq, casts, lr, step, active, clip, lam, ranks, keep, beta1, beta2, eps, weight_decay):
+    """One decoupled-weight-decay Adam step (Loshchilov & Hutter 2019) of every active client, which `step` counts.
+
+    casts: tensors like `params`, of any one type, that get the new values too; or none.
+    """
+    step += active
     for i, k, rows, grad in _client_steps(params, grads, lr, active, clip, lam, ranks, keep):
         dtype = grad.dtype
         rate = lr[k].double()
@@ -365,10 +375,14 @@ def adamw_(params, grads, exp_avg, exp_avg_sq, lr, step, active, clip, lam, rank
         denominator = v.sqrt() / (1 - beta2**count).sqrt().to(dtype) + eps
         value = params[i][rows].to(dtype) * (1 - rate * weight_decay).to(dtype)
         params[i][rows] = (value - (rate / (1 - beta1**count)).to(dtype) * (m / denominator)).to(params[i].dtype)
+        _cast(casts, params, i, rows)
 
 
-def sgd_(params, grads, buffers, lr, active, clip, lam, ranks, keep, momentum, weight_decay):
-    """One SGD step of every active client: d = g + weight_decay * w; buffer = momentum * buffer + d; w -= lr * buffer (d without momentum)."""
+def sgd_(params, grads, buffers, casts, lr, active, clip, lam, ranks, keep, momentum, weight_decay):
+    """One SGD step of every active client: d = g + weight_decay * w; buffer = momentum * buffer + d; w -= lr * buffer (d without momentum).
+
+    casts: as in `adamw_`.
+    """
     for i, k, rows, grad in _client_steps(params, grads, lr, active, clip, lam, ranks, keep):
         value = params[i][rows].to(grad.dtype)
         direction = grad + weight_decay * value
@@ -376,3 +390,4 @@ def sgd_(params, grads, buffers, lr, active, clip, lam, ranks, keep, momentum, w
             direction = buffers[i][rows].to(grad.dtype) * momentum + direction
             buffers[i][rows] = direction.to(buffers[i].dtype)
         params[i][rows] = (value - lr[k].to(grad.dtype) * direction).to(params[i].dtype)
+        _cast(casts, params, i, rows)

@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor> lora_forward(const Tensor& x_given, const MaybeTensor
 std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& d_y_given, const Tensor& x_given, const MaybeTensor& weight, const Tensor& a, const Tensor& bt,
                                                  const Tensor& s, const Tensor& scale, const MaybeTensor& seeds, const MaybeTensor& row_keys,
                                                  const MaybeTensor& index, const Integers& segments, double dropout, bool transposed, bool need_x, bool need_a,
-                                                 bool need_bt) {
+                                                 bool need_bt, ScalarType a_type, ScalarType bt_type) {
     const Tensor x = packed(x_given), d_y = packed(d_y_given.scalar_type() == x.scalar_type() ? d_y_given : torch::stable::to(d_y_given, x.scalar_type()));
     const Layer layer(x, weight, a, bt, scale, seeds, row_keys, index, segments, dropout, transposed);
     const int64_t rows = layer.x.rows, n = layer.x.width, m = layer.m;
@@ -145,7 +145,6 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& d_y_given, const 
     const Shrunk own_s = shrunk(s);
     const Type s_type = shrunk_type(layer.x.type);
     STD_TORCH_CHECK(own_s.count == layer.plan.flat && own_s.type == s_type, "s: expected ", layer.plan.flat, " elements of the type of the arithmetic");
-    const ScalarType a_type = a.scalar_type(), bt_type = bt.scalar_type();
     const Integers sizes = need_x ? sizes_of(x, n) : Integers{0};
     const Tensor d_x = need_x && !weight ? torch::stable::new_zeros(x, sizes) : empty(sizes, x.scalar_type());
     if (goes_small(layer)) {

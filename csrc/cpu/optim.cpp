@@ -282,18 +282,55 @@ void adamw_run(Bank& bank, std::vector<Matrix>& means, std::vector<Matrix>& squa
     step_jobs(bank, {&means, &squares}, steps, [](Type type, const Span& span, const Step<Sum>& s) { adamw_block(type, span, s); });
 }
 
+// What was stepped, once more in the type of `copies`, which are like params or none.
+template <class Sum>
+void cast_jobs(const Bank& bank, std::vector<Matrix>& copies) {
+    if (copies.empty()) {
+        return;
+    }
+    for_tasks(bank.threads(), static_cast<int64_t>(bank.jobs.size()), [&](int64_t, int64_t j) {
+        const Job& job = bank.jobs[j];
+        const Matrix &from = bank.params[job.factor], &to = copies[job.factor];
+        alignas(64) Sum values[kBlock];
+        for (int64_t i = 0; i < job.n; i += kBlock) {
+            const int64_t n = std::min(kBlock, job.n - i);
+            load_block(from.type, from.at(job.begin + i), values, n);
+            store_block(to.type, to.at(job.begin + i), values, n);
+        }
+    });
+    write_back(copies);
+}
+
+std::vector<Matrix> casts_of(const Bank& bank, const std::vector<Tensor>& casts) {
+    std::vector<Matrix> copies = matrices("casts", casts, casts.empty() ? 0 : bank.params.size());
+    for (size_t f = 0; f < copies.size(); ++f) {
+        STD_TORCH_CHECK(copies[f].rows == bank.params[f].rows && copies[f].width == bank.params[f].width, "casts: expected the shapes of params");
+    }
+    return copies;
+}
+
 void adamw(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avg, const std::vector<Tensor>& exp_avg_sq,
-           const Tensor& lr, const Tensor& step, const Tensor& active, const std::optional<Tensor>& clip, const std::optional<Tensor>& lam,
-           const std::vector<int64_t>& ranks, const std::vector<int64_t>& keep, double beta1, double beta2, double eps, double weight_decay) {
+           const std::vector<Tensor>& casts, const Tensor& lr, Tensor step, const Tensor& active, const std::optional<Tensor>& clip,
+           const std::optional<Tensor>& lam, const std::vector<int64_t>& ranks, const std::vector<int64_t>& keep, double beta1, double beta2, double eps,
+           double weight_decay) {
     Bank bank = make_bank(params, grads, lr, active, clip, lam, ranks, keep);
     std::vector<Matrix> means = matrices("exp_avg", exp_avg, params.size()), squares = matrices("exp_avg_sq", exp_avg_sq, params.size());
     check_state("exp_avg", bank, means);
     check_state("exp_avg_sq", bank, squares);
-    const std::vector<double> count = numbers("step", step, bank.clients());
+    std::vector<Matrix> copies = casts_of(bank, casts);
+    STD_TORCH_CHECK(step.scalar_type() == ScalarType::Long && step.is_contiguous(), "step: expected contiguous int64");
+    std::vector<double> count = numbers("step", step, bank.clients());
+    int64_t* counted = static_cast<int64_t*>(step.mutable_data_ptr());
+    for (int64_t k = 0; k < bank.clients(); ++k) {
+        count[k] += bank.active[k] != 0;
+        counted[k] += bank.active[k] != 0;
+    }
     if (bank.wide()) {
         adamw_run<double>(bank, means, squares, count, beta1, beta2, eps, weight_decay);
+        cast_jobs<double>(bank, copies);
     } else {
         adamw_run<float>(bank, means, squares, count, beta1, beta2, eps, weight_decay);
+        cast_jobs<float>(bank, copies);
     }
     write_back(bank.params);
     write_back(means);
@@ -312,16 +349,19 @@ void sgd_run(Bank& bank, std::vector<Matrix>& buffers, double momentum, double w
     step_jobs(bank, state, steps, [](Type type, const Span& span, const Step<Sum>& s) { sgd_block(type, span, s); });
 }
 
-void sgd(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& buffer_list, const Tensor& lr, const Tensor& active,
-         const std::optional<Tensor>& clip, const std::optional<Tensor>& lam, const std::vector<int64_t>& ranks, const std::vector<int64_t>& keep,
-         double momentum, double weight_decay) {
+void sgd(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& buffer_list, const std::vector<Tensor>& casts,
+         const Tensor& lr, const Tensor& active, const std::optional<Tensor>& clip, const std::optional<Tensor>& lam, const std::vector<int64_t>& ranks,
+         const std::vector<int64_t>& keep, double momentum, double weight_decay) {
     Bank bank = make_bank(params, grads, lr, active, clip, lam, ranks, keep);
     std::vector<Matrix> buffers = matrices("buffers", buffer_list, buffer_list.empty() ? 0 : params.size());
     check_state("buffers", bank, buffers);
+    std::vector<Matrix> copies = casts_of(bank, casts);
     if (bank.wide()) {
         sgd_run<double>(bank, buffers, momentum, weight_decay);
+        cast_jobs<double>(bank, copies);
     } else {
         sgd_run<float>(bank, buffers, momentum, weight_decay);
+        cast_jobs<float>(bank, copies);
     }
     write_back(bank.params);
     write_back(buffers);

@@ -48,15 +48,16 @@ cudaError_t hetlora_tail_norms(const HetloraCall* call, hetlora::Type type, cons
 // type of the arithmetic, squares float64 [M, K].
 struct HetloraStep {
     const double *lr, *clip, *lam, *partials;
-    const int64_t* step;
+    int64_t* step;
     const bool* active;
     int64_t count;
     void *coefficients, *steps;
     double* squares;
+    hetlora::Type cast;  // of the module's fifth pointer, if it has one
 };
 
 extern "C" {
-// combine (when there is clipping or a regulariser) and prepare. step->step is null for SGD.
+// step->step is null for SGD, else it counts this step afterwards.
 cudaError_t hetlora_prepare(const HetloraCall* call, hetlora::Type type, const HetloraStep* step, double beta1, double beta2, double weight_decay);
 cudaError_t hetlora_adamw(const HetloraCall* call, hetlora::Type type, const HetloraStep* step, double beta1, double beta2, double eps);
 cudaError_t hetlora_sgd(const HetloraCall* call, hetlora::Type type, const HetloraStep* step, double momentum, double weight_decay);

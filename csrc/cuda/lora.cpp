@@ -360,7 +360,7 @@ std::tuple<Tensor, Tensor> lora_forward(const Tensor& x_in, const MaybeTensor& w
 std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& d_y_in, const Tensor& x_in, const MaybeTensor& weight, const Tensor& a, const Tensor& bt_in,
                                                  const Tensor& s, const Tensor& scale, const MaybeTensor& seeds, const MaybeTensor& row_keys,
                                                  const MaybeTensor& index, const Ints& all, double dropout, bool transposed, bool need_x, bool need_a,
-                                                 bool need_bt) {
+                                                 bool need_bt, ScalarType type_a, ScalarType type_bt) {
     STD_TORCH_CHECK(bt_in.dim() == 2, "bt: expected a matrix");
     const Rows x("x", matrix(x_in));
     const Rows d_y("d_y", matrix(d_y_in.scalar_type() == x_in.scalar_type() ? d_y_in : torch::stable::to(d_y_in, x_in.scalar_type())));
@@ -382,9 +382,9 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& d_y_in, const Ten
         layer.expand(rows, *d_s, a, true, first ? std::nullopt : MaybeTensor(rows.dense));
         if (first && weight) product(rows.dense, d_y.dense, *weight, true);
     }
-    const Tensor d_a = need_a ? layer.grouped_gram(*d_s, x, true, a.scalar_type()) : torch::stable::new_empty(a, {0});
-    if (!need_bt) return {d_x, d_a, torch::stable::new_empty(bt, {0})};
-    const Tensor d_bt = layer.grouped_gram(s, d_y, false, bt.scalar_type());
+    const Tensor d_a = need_a ? layer.grouped_gram(*d_s, x, true, type_a) : torch::stable::new_empty(a, {0}, type_a);
+    if (!need_bt) return {d_x, d_a, torch::stable::new_empty(bt, {0}, type_bt)};
+    const Tensor d_bt = layer.grouped_gram(s, d_y, false, type_bt);
     if (transposed) return {d_x, d_a, torch::stable::contiguous(transpose(d_bt))};
     const bool lies_transposed = !bt.is_contiguous() && bt.stride(0) == 1 && bt.stride(1) == bt.size(0);
     return {d_x, d_a, lies_transposed ? transpose(torch::stable::contiguous(transpose(d_bt))) : d_bt};

@@ -16,10 +16,10 @@ struct PerClient {
     std::optional<Tensor> step, active, clip, lam;
 };
 
-// What is common to both: table, norms, combine, prepare. `update` queues the optimiser's own kernel.
+// What is common to both: table, norms, prepare. `update` queues the optimiser's own kernel.
 template <class Update>
-void optimise(const Tensors& params, const Tensors& grads_in, const std::vector<const Tensors*>& states, const PerClient& each, const Ints& ranks,
-              const Ints& keep, const double (&rule)[3], const char* op, Update update) {
+void optimise(const Tensors& params, const Tensors& grads_in, const std::vector<const Tensors*>& states, const Tensors& casts, const PerClient& each,
+              const Ints& ranks, const Ints& keep, const double (&rule)[3], const char* op, Update update) {
     const Tensors grads = contiguous(grads_in);
     STD_TORCH_CHECK(params.size() % 2 == 0, "params: expected the A factors and then the Bt factors");
     const size_t modules = params.size() / 2;
@@ -33,6 +33,10 @@ void optimise(const Tensors& params, const Tensors& grads_in, const std::vector<
         check_rows(*list, params[0], "params, grads and states");
     }
     const Type type = type_of(params[0]);
+    if (!casts.empty()) {
+        check_count(casts.size(), params.size(), "casts");
+        check_rows(casts, casts[0], "casts");
+    }
     int64_t count = 0;
     for (size_t i = 0; i < params.size(); ++i) {
         const int64_t width = params[i].size(1), items = items_of(params[i].size(0), width, type);
@@ -43,6 +47,11 @@ void optimise(const Tensors& params, const Tensors& grads_in, const std::vector<
             STD_TORCH_CHECK(t.size(0) == params[i].size(0) && t.size(1) == width, "grads and states: expected the shapes of params");
             module.p[at] = t.const_data_ptr();
             module.aligned = module.aligned && aligned(type, width, t);
+        }
+        if (!casts.empty()) {
+            STD_TORCH_CHECK(casts[i].size(0) == params[i].size(0) && casts[i].size(1) == width, "casts: expected the shapes of params");
+            module.p[4] = casts[i].const_data_ptr();
+            module.aligned = module.aligned && aligned(type, width, casts[i]);
         }
         launch.module(module, items);
         count += items;
@@ -55,30 +64,31 @@ void optimise(const Tensors& params, const Tensors& grads_in, const std::vector<
                      per_client<double>(each.clip, ScalarType::Double, clients, "clip"),
                      per_client<double>(each.lam, ScalarType::Double, clients, "lam"),
                      static_cast<const double*>(partials.const_data_ptr()),
-                     per_client<int64_t>(each.step, ScalarType::Long, clients, "step"),
+                     const_cast<int64_t*>(per_client<int64_t>(each.step, ScalarType::Long, clients, "step")),
                      per_client<bool>(each.active, ScalarType::Bool, clients, "active"),
                      count,
                      coefficients.mutable_data_ptr(),
                      steps.mutable_data_ptr(),
-                     static_cast<double*>(squares.mutable_data_ptr())};
+                     static_cast<double*>(squares.mutable_data_ptr()),
+                     casts.empty() ? type : type_of(casts[0])};
     const HetloraCall* call = launch.start();
     if (each.clip || each.lam) check(hetlora_squares(call, type, each.clip.has_value(), static_cast<double*>(partials.mutable_data_ptr()), count), op);
     check(hetlora_prepare(call, type, &step, rule[0], rule[1], rule[2]), op);
     check(update(call, type, &step), op);
 }
 
-void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensor& lr, const Tensor& step,
-            const Tensor& active, const std::optional<Tensor>& clip, const std::optional<Tensor>& lam, const Ints& ranks, const Ints& keep, double beta1,
-            double beta2, double eps, double weight_decay) {
-    optimise(params, grads, {&exp_avg, &exp_avg_sq}, {lr, step, active, clip, lam}, ranks, keep, {beta1, beta2, weight_decay}, "adamw_",
+void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensors& casts, const Tensor& lr,
+            const Tensor& step, const Tensor& active, const std::optional<Tensor>& clip, const std::optional<Tensor>& lam, const Ints& ranks, const Ints& keep,
+            double beta1, double beta2, double eps, double weight_decay) {
+    optimise(params, grads, {&exp_avg, &exp_avg_sq}, casts, {lr, step, active, clip, lam}, ranks, keep, {beta1, beta2, weight_decay}, "adamw_",
              [&](const HetloraCall* call, Type type, const HetloraStep* prepared) { return hetlora_adamw(call, type, prepared, beta1, beta2, eps); });
 }
 
-void sgd_(const Tensors& params, const Tensors& grads, const Tensors& buffers, const Tensor& lr, const Tensor& active, const std::optional<Tensor>& clip,
-          const std::optional<Tensor>& lam, const Ints& ranks, const Ints& keep, double momentum, double weight_decay) {
+void sgd_(const Tensors& params, const Tensors& grads, const Tensors& buffers, const Tensors& casts, const Tensor& lr, const Tensor& active,
+          const std::optional<Tensor>& clip, const std::optional<Tensor>& lam, const Ints& ranks, const Ints& keep, double momentum, double weight_decay) {
     std::vector<const Tensors*> states;
     if (!buffers.empty()) states.push_back(&buffers);
-    optimise(params, grads, states, {lr, std::nullopt, active, clip, lam}, ranks, keep, {0, 0, 0}, "sgd_",
+    optimise(params, grads, states, casts, {lr, std::nullopt, active, clip, lam}, ranks, keep, {0, 0, 0}, "sgd_",
              [&](const HetloraCall* call, Type type, const HetloraStep* prepared) { return hetlora_sgd(call, type, prepared, momentum, weight_decay); });
 }
 

@@ -2,8 +2,8 @@
 // whole warp. Bytes: parameters, gradients and states once, parameters and states written once; see norms.cuh for the pass before.
 //
 // Before the update, after the pass of norms.cuh over gradients and tail rows:
-// combine, one warp per client and module: c_A = lam |B_tail| / |A_tail|, c_B = lam |A_tail| / |B_tail| (zero at a zero norm), squared norm of g + c p.
-// prepare, one warp per client: clipping factor and the optimiser's own numbers, in float64. No atomics, no host synchronisation.
+// prepare, one block per client: in each module c_A = lam |B_tail| / |A_tail|, c_B = lam |A_tail| / |B_tail| (zero at a zero norm) and the squared norm of
+// g + c p; clipping factor, step count and the optimiser's own numbers, in float64. No atomics, no host synchronisation.
 #include "dispatch.cuh"
 #include "norms.cuh"
 
@@ -18,55 +18,63 @@ struct ClientStep {
     Acc root;    // AdamW: sqrt(1 - beta2^t)
 };
 
-// Modules 0 .. M - 1 of the table are A, M .. 2 M - 1 are Bt. coefficients: [2 M, K]; squares: [M, K]. lam or clipping may be absent.
+// Modules 0 .. M - 1 of the table are A, M .. 2 M - 1 are Bt. One warp: the regulariser's coefficients of a client in module `module`, and its squared norm.
 template <class Acc>
-__global__ void combine_kernel(Table table, const double* partials, int64_t count, const double* lam, bool clip, Acc* coefficients, double* squares,
-                               int chunk) {
-    const int k = blockIdx.x, module = blockIdx.y, modules = gridDim.y, clients = table.clients;
+__device__ __forceinline__ void combine(const Table& table, const HetloraStep& each, int module, int modules, int k, int chunk) {
     const Range a = range_of(table, module, k, chunk), b = range_of(table, module + modules, k, chunk);
-    const double pp_a = warp_sum_range(partials, a.tail, a.end), pp_b = warp_sum_range(partials, b.tail, b.end);
+    const double pp_a = warp_sum_range(each.partials, a.tail, a.end), pp_b = warp_sum_range(each.partials, b.tail, b.end);
     double c_a = 0, c_b = 0;
-    if (lam) {
+    if (each.lam) {
         const double norm_a = sqrt(pp_a), norm_b = sqrt(pp_b);
-        c_a = norm_a > 0 ? lam[k] * norm_b / norm_a : 0;
-        c_b = norm_b > 0 ? lam[k] * norm_a / norm_b : 0;
+        c_a = norm_a > 0 ? each.lam[k] * norm_b / norm_a : 0;
+        c_b = norm_b > 0 ? each.lam[k] * norm_a / norm_b : 0;
         if (lane_id() == 0) {
-            coefficients[static_cast<int64_t>(module) * clients + k] = static_cast<Acc>(c_a);
-            coefficients[static_cast<int64_t>(module + modules) * clients + k] = static_cast<Acc>(c_b);
+            Acc* coefficients = static_cast<Acc*>(each.coefficients);
+            coefficients[static_cast<int64_t>(module) * table.clients + k] = static_cast<Acc>(c_a);
+            coefficients[static_cast<int64_t>(module + modules) * table.clients + k] = static_cast<Acc>(c_b);
         }
     }
-    if (!clip) return;
-    double total = warp_sum_range(partials + count, a.start, a.end) + warp_sum_range(partials + count, b.start, b.end);
-    if (lam) {
-        const double gp_a = warp_sum_range(partials + 2 * count, a.tail, a.end), gp_b = warp_sum_range(partials + 2 * count, b.tail, b.end);
+    if (!each.clip) return;
+    const double *gg = each.partials + each.count, *gp = gg + each.count;
+    double total = warp_sum_range(gg, a.start, a.end) + warp_sum_range(gg, b.start, b.end);
+    if (each.lam) {
+        const double gp_a = warp_sum_range(gp, a.tail, a.end), gp_b = warp_sum_range(gp, b.tail, b.end);
         total += 2 * (c_a * gp_a + c_b * gp_b) + c_a * c_a * pp_a + c_b * c_b * pp_b;
     }
-    if (lane_id() == 0) squares[static_cast<int64_t>(module) * clients + k] = total;
+    if (lane_id() == 0) each.squares[static_cast<int64_t>(module) * table.clients + k] = total;
 }
 
-// step: null for SGD.
+// A block is a client. With clipping or the regulariser its warps take the modules in turn; the first warp then adds them up in order.
 template <class Acc>
-__global__ void prepare_kernel(const double* squares, int modules, const double* clip, const double* lr, const int64_t* step, double beta1, double beta2,
-                               double weight_decay, ClientStep<Acc>* out) {
-    const int k = blockIdx.x, clients = gridDim.x;
+__global__ void __launch_bounds__(WARP* WARPS)
+    prepare_kernel(Table table, HetloraStep each, int modules, int chunk, double beta1, double beta2, double weight_decay) {
+    const int k = blockIdx.x, clients = table.clients;
+    if (each.clip || each.lam) {
+        for (int m = threadIdx.x / WARP; m < modules; m += WARPS) combine<Acc>(table, each, m, modules, k, chunk);
+        __syncthreads();  // every module's squared norm is there
+    }
+    if (threadIdx.x >= WARP) return;
     double factor = 1;
-    if (clip) {
+    if (each.clip) {
         double total = 0;
-        for (int m = lane_id(); m < modules; m += WARP) total += squares[static_cast<int64_t>(m) * clients + k];
+        for (int m = lane_id(); m < modules; m += WARP) total += each.squares[static_cast<int64_t>(m) * clients + k];
         total = warp_sum(total);
         // Rounding can leave a tiny negative sum where the regulariser cancels the gradient. NaN passes through both selections.
-        const double ratio = clip[k] / (sqrt(total < 0 ? 0 : total) + 1e-6);
-        factor = clip[k] > 0 ? (ratio > 1 ? 1 : ratio) : 1;
+        const double ratio = each.clip[k] / (sqrt(total < 0 ? 0 : total) + 1e-6);
+        factor = each.clip[k] > 0 ? (ratio > 1 ? 1 : ratio) : 1;
     }
     if (lane_id()) return;
-    ClientStep<Acc> result{static_cast<Acc>(factor), Acc(1), static_cast<Acc>(lr[k]), Acc(1)};
-    if (step) {
-        const double count = static_cast<double>(step[k]);
-        result.decay = static_cast<Acc>(1 - lr[k] * weight_decay);
-        result.rate = static_cast<Acc>(lr[k] / (1 - pow(beta1, count)));
+    const double rate = each.lr[k];
+    ClientStep<Acc> result{static_cast<Acc>(factor), Acc(1), static_cast<Acc>(rate), Acc(1)};
+    if (each.step) {
+        const int64_t steps = each.step[k] + each.active[k];
+        each.step[k] = steps;
+        const double count = static_cast<double>(steps);
+        result.decay = static_cast<Acc>(1 - rate * weight_decay);
+        result.rate = static_cast<Acc>(rate / (1 - pow(beta1, count)));
         result.root = static_cast<Acc>(sqrt(1 - pow(beta2, count)));
     }
-    out[k] = result;
+    static_cast<ClientStep<Acc>*>(each.steps)[k] = result;
 }
 
 // The gradient of an item's elements: regulariser first, then clipping. A zero coefficient adds nothing, not even 0 * inf.
@@ -88,13 +96,20 @@ __device__ __forceinline__ bool client_of(const Item& item, const Table& table, 
     return true;
 }
 
+// As it is stored: a copy in another type is that of the stored value.
+template <class T, class Acc>
+__device__ __forceinline__ Acc rounded(Acc value) {
+    return convert<Acc>(convert<T>(value));
+}
+
 template <class Acc>
 struct AdamW {
     Acc one_minus_beta1, beta2, one_minus_beta2, eps;
 };
 
 template <bool ALIGNED, class T, class Acc>
-__device__ __forceinline__ void adamw_item(const Item& item, const AdamW<Acc>& rule, const ClientStep<Acc>& client, const GradientRule<Acc>& gradient) {
+__device__ __forceinline__ void adamw_item(const Item& item, const AdamW<Acc>& rule, const ClientStep<Acc>& client, const GradientRule<Acc>& gradient,
+                                           Type cast) {
     constexpr int V = VECTOR<T>, PARTS = CHUNK<T> / (WARP * V);
     const Module& module = item.module;
     const int64_t start = static_cast<int64_t>(item.row) * module.width;
@@ -114,28 +129,29 @@ __device__ __forceinline__ void adamw_item(const Item& item, const AdamW<Acc>& r
             const Acc d = gradient(g[e], p[e]);
             m[e] += (d - m[e]) * rule.one_minus_beta1;
             v[e] = v[e] * rule.beta2 + d * d * rule.one_minus_beta2;
-            p[e] = p[e] * client.decay - client.rate * (m[e] / (sqrt(v[e]) / client.root + rule.eps));
+            p[e] = rounded<T>(p[e] * client.decay - client.rate * (m[e] / (sqrt(v[e]) / client.root + rule.eps)));
         }
         store<ALIGNED>(at[0], p, base, module.width);
+        if (module.p[4]) store_as<ALIGNED>(cast, module.p[4], start, p, base, module.width);
         store<ALIGNED>(at[2], m, base, module.width);
         store<ALIGNED>(at[3], v, base, module.width);
     }
 }
 
-// p of a module: parameter, gradient, exp_avg, exp_avg_sq.
+// p of a module: parameter, gradient, exp_avg, exp_avg_sq, and null or a copy of the parameter in the type `cast`.
 template <class T, class Acc>
 __global__ void __launch_bounds__(WARP* WARPS)
-    adamw_kernel(Table table, const ClientStep<Acc>* steps, const Acc* coefficients, const bool* active, AdamW<Acc> rule) {
+    adamw_kernel(Table table, const ClientStep<Acc>* steps, const Acc* coefficients, const bool* active, AdamW<Acc> rule, Type cast) {
     Item item;
     ClientStep<Acc> client;
     GradientRule<Acc> gradient;
     if (!find_item(item, table, CHUNK<T>) || !client_of(item, table, steps, coefficients, active, client, gradient)) return;
-    if (item.module.aligned) adamw_item<true, T>(item, rule, client, gradient);
-    else adamw_item<false, T>(item, rule, client, gradient);
+    if (item.module.aligned) adamw_item<true, T>(item, rule, client, gradient, cast);
+    else adamw_item<false, T>(item, rule, client, gradient, cast);
 }
 
 template <bool ALIGNED, class T, class Acc>
-__device__ __forceinline__ void sgd_item(const Item& item, Acc momentum, Acc weight_decay, Acc rate, const GradientRule<Acc>& gradient) {
+__device__ __forceinline__ void sgd_item(const Item& item, Acc momentum, Acc weight_decay, Acc rate, const GradientRule<Acc>& gradient, Type cast) {
     constexpr int V = VECTOR<T>, PARTS = CHUNK<T> / (WARP * V);
     const Module& module = item.module;
     const int64_t start = static_cast<int64_t>(item.row) * module.width;
@@ -151,38 +167,32 @@ __device__ __forceinline__ void sgd_item(const Item& item, Acc momentum, Acc wei
 #pragma unroll
         for (int e = 0; e < V; ++e) {
             b[e] = b[e] * momentum + (gradient(g[e], p[e]) + weight_decay * p[e]);
-            p[e] -= rate * b[e];
+            p[e] = rounded<T>(p[e] - rate * b[e]);
         }
         if (buffer) store<ALIGNED>(buffer + start, b, base, module.width);
         store<ALIGNED>(target, p, base, module.width);
+        if (module.p[4]) store_as<ALIGNED>(cast, module.p[4], start, p, base, module.width);
     }
 }
 
-// p of a module: parameter, gradient, buffer or null.
+// p of a module: parameter, gradient, buffer or null, -, cast or null.
 template <class T, class Acc>
 __global__ void __launch_bounds__(WARP* WARPS)
-    sgd_kernel(Table table, const ClientStep<Acc>* steps, const Acc* coefficients, const bool* active, Acc momentum, Acc weight_decay) {
+    sgd_kernel(Table table, const ClientStep<Acc>* steps, const Acc* coefficients, const bool* active, Acc momentum, Acc weight_decay, Type cast) {
     Item item;
     ClientStep<Acc> client;
     GradientRule<Acc> gradient;
     if (!find_item(item, table, CHUNK<T>) || !client_of(item, table, steps, coefficients, active, client, gradient)) return;
-    if (item.module.aligned) sgd_item<true, T>(item, momentum, weight_decay, client.rate, gradient);
-    else sgd_item<false, T>(item, momentum, weight_decay, client.rate, gradient);
+    if (item.module.aligned) sgd_item<true, T>(item, momentum, weight_decay, client.rate, gradient, cast);
+    else sgd_item<false, T>(item, momentum, weight_decay, client.rate, gradient, cast);
 }
 
 template <class Acc>
 static cudaError_t prepare(const HetloraCall& call, const HetloraStep& step, int chunk, double beta1, double beta2, double weight_decay) {
-    const int modules = call.modules / 2;
     const dim3 clients(call.table.clients);
     if (clients.x == 0) return cudaSuccess;
-    if (step.clip || step.lam) {
-        HETLORA_LAUNCH((combine_kernel<Acc>), dim3(clients.x, modules), dim3(WARP), call.stream, call.table, step.partials, step.count, step.lam,
-                       step.clip != nullptr, static_cast<Acc*>(step.coefficients), step.squares, chunk);
-        const cudaError_t error = cudaGetLastError();
-        if (error != cudaSuccess) return error;
-    }
-    HETLORA_LAUNCH((prepare_kernel<Acc>), clients, dim3(WARP), call.stream, step.squares, modules, step.clip, step.lr, step.step, beta1, beta2, weight_decay,
-                   static_cast<ClientStep<Acc>*>(step.steps));
+    const dim3 threads(step.clip || step.lam ? WARP * WARPS : WARP);
+    HETLORA_LAUNCH((prepare_kernel<Acc>), clients, threads, call.stream, call.table, step, call.modules / 2, chunk, beta1, beta2, weight_decay);
     return cudaGetLastError();
 }
 
@@ -210,7 +220,7 @@ cudaError_t hetlora_adamw(const HetloraCall* call, hetlora::Type type, const Het
         using Acc = typename Accumulator<T>::type;
         const AdamW<Acc> rule{static_cast<Acc>(1 - beta1), static_cast<Acc>(beta2), static_cast<Acc>(1 - beta2), static_cast<Acc>(eps)};
         HETLORA_LAUNCH((adamw_kernel<T, Acc>), grid, dim3(WARP * WARPS), call->stream, call->table, static_cast<const ClientStep<Acc>*>(step->steps),
-                       coefficients_of<Acc>(*step), step->active, rule);
+                       coefficients_of<Acc>(*step), step->active, rule, step->cast);
         return cudaGetLastError();
     });
 }
@@ -223,7 +233,7 @@ cudaError_t hetlora_sgd(const HetloraCall* call, hetlora::Type type, const Hetlo
         using T = decltype(of);
         using Acc = typename Accumulator<T>::type;
         HETLORA_LAUNCH((sgd_kernel<T, Acc>), grid, dim3(WARP * WARPS), call->stream, call->table, static_cast<const ClientStep<Acc>*>(step->steps),
-                       coefficients_of<Acc>(*step), step->active, static_cast<Acc>(momentum), static_cast<Acc>(weight_decay));
+                       coefficients_of<Acc>(*step), step->active, static_cast<Acc>(momentum), static_cast<Acc>(weight_decay), step->cast);
         return cudaGetLastError();
     });
 }

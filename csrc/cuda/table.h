@@ -16,7 +16,7 @@ namespace hetlora {
 
 // One module (or one factor of one module). What p holds is the op's business.
 struct Module {
-    const void* p[4];
+    const void* p[5];
     int64_t first;  // index of its first partial sum or plane in the workspace
     int width;      // d, columns
     int rows;       // rows the op visits

@@ -40,6 +40,7 @@ def lora_linear(
     training: bool = True,
     *,
     transposed: bool = False,
+    casts: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """y = x W^T + bias + scale_k * (drop(x) A_k^T) B_k^T for the rows of each client k; base-only rows get x W^T + bias.
 
@@ -50,6 +51,7 @@ def lora_linear(
     scale: number or [K].   dropout: probability p in [0, 1), in steps of 1/65536; kept elements are divided by 1 - p.
     seeds: int64 [K], one dropout seed per client for this layer and step; None with p > 0 draws them from torch's generator.
     training: False switches dropout off.   transposed: bt is B [m, S] itself, as PEFT keeps lora_B.weight; so is its gradient.
+    casts: a and bt in x's type, 16 bits, where the caller keeps such copies: a GPU multiplies with them and casts nothing. On a CPU they are not used.
 
     Returns y: [..., m] in x's type (the autocast type inside autocast). Products accumulate in float32 (float64 for float64). Differentiable
     once, in x, a, bt and bias; the mask is regenerated in backward from the seeds (Philox4x32-7, see `reference.keep_mask`), so what is kept
@@ -73,10 +75,10 @@ def lora_linear(
         if is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
             x, weight, bias = _cast(x, weight, bias)
             with torch.autocast(x.device.type, enabled=False):
-                return lora_linear(x, weight, bias, a, bt, layout, seg, scale, dropout, seeds, training, transposed=transposed)
+                return lora_linear(x, weight, bias, a, bt, layout, seg, scale, dropout, seeds, training, transposed=transposed, casts=casts)
         if weight.requires_grad and is_grad_enabled():
             raise ValueError("weight: expected a frozen weight, got one that requires a gradient; call weight.requires_grad_(False)")
-        return _run(x, weight, bias, None, a, bt, layout, seg, scale, dropout if training else 0.0, seeds, transposed)
+        return _run(x, weight, bias, None, a, bt, layout, seg, scale, dropout if training else 0.0, seeds, transposed, casts)
     except Exception as error:
         named = _explain(error, x, a, bt, layout, seg, transposed, weight=weight, bias=bias)
         if named is error:
@@ -97,6 +99,7 @@ def lora_add(
     training: bool = True,
     *,
     transposed: bool = False,
+    casts: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """base_out + scale_k * (drop(x) A_k^T) B_k^T, not in place: for any base layer, quantised or a user's own.
 
@@ -116,8 +119,8 @@ def lora_add(
         if is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
             (x,) = _cast(x)
             with torch.autocast(x.device.type, enabled=False):
-                return lora_add(base_out, x, a, bt, layout, seg, scale, dropout, seeds, training, transposed=transposed)
-        return _run(x, None, None, base_out, a, bt, layout, seg, scale, dropout if training else 0.0, seeds, transposed)
+                return lora_add(base_out, x, a, bt, layout, seg, scale, dropout, seeds, training, transposed=transposed, casts=casts)
+        return _run(x, None, None, base_out, a, bt, layout, seg, scale, dropout if training else 0.0, seeds, transposed, casts)
     except Exception as error:
         named = _explain(error, x, a, bt, layout, seg, transposed, base_out=base_out)
         if named is error:
@@ -133,7 +136,7 @@ def _cast(x: Tensor, *others: Tensor | None) -> Sequence[Any]:
     return [tensor.to(dtype) if isinstance(tensor, Tensor) else tensor for tensor in (x, *others)]
 
 
-def _run(x, weight, bias, base, a, bt, layout, seg, scale, dropout, seeds, transposed) -> Tensor:
+def _run(x, weight, bias, base, a, bt, layout, seg, scale, dropout, seeds, transposed, casts) -> Tensor:
     """The call, base product and all, or beside `base`."""
     tracing = is_compiling()
     plan = seg.plan(layout, scale, x.device, x.dtype, tracing)
@@ -149,8 +152,10 @@ def _run(x, weight, bias, base, a, bt, layout, seg, scale, dropout, seeds, trans
         seeds = _check_seeds(dropout, seeds, layout.num_clients, x.device)
         keys = None if seeds is None else seg.keys_on(x.device)
     batch = plan.scale, seeds, keys, plan.gathered, plan.segments, dropout, transposed  # the arguments that end both ops
+    if casts is not None and (operand_dtype(x) != casts[0].dtype or casts[0].shape != a.shape or casts[1].shape != bt.shape):
+        casts = None
     try:
-        return (_Lora.apply if tracing else _direct)(x, weight, bias, base, a, bt, batch)
+        return (_Lora.apply if tracing else _direct)(x, weight, bias, base, a, bt, casts, batch)
     except Exception:
         if state is not None:
             torch.set_rng_state(state)
@@ -192,10 +197,11 @@ class _Lora(torch.autograd.Function):
     """One op each way. Either `weight` (the base is computed by the op) or `base` (its output is given) is a tensor."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, base, a, bt, batch):
-        out, s = call("lora_forward")(x, weight, bias, base, a, bt, *batch)
-        ctx.save_for_backward(x, weight, a, bt, s)
-        ctx.batch = batch
+    def forward(ctx, x, weight, bias, base, a, bt, casts, batch):
+        used = casts or (a, bt)
+        out, s = call("lora_forward")(x, weight, bias, base, *used, *batch)
+        ctx.save_for_backward(x, weight, *used, s)
+        ctx.batch, ctx.types = batch, (a.dtype, bt.dtype)
         return out
 
     @staticmethod
@@ -203,10 +209,10 @@ class _Lora(torch.autograd.Function):
         if is_grad_enabled():  # a graph of the backward pass is asked for
             return _backward_once(ctx, d_y)
         x, weight, a, bt, s = ctx.saved_tensors
-        need_x, _, need_bias, need_base, need_a, need_bt, _ = ctx.needs_input_grad
-        d_x, d_a, d_bt = call("lora_backward")(d_y, x, weight, a, bt, s, *ctx.batch, need_x, need_a, need_bt)
+        need_x, _, need_bias, need_base, need_a, need_bt, _, _ = ctx.needs_input_grad
+        d_x, d_a, d_bt = call("lora_backward")(d_y, x, weight, a, bt, s, *ctx.batch, need_x, need_a, need_bt, *ctx.types)
         d_bias = d_y.reshape(d_y.shape[:-1].numel(), d_y.shape[-1]).sum(0, dtype=compute_dtype(x.dtype)).to(x.dtype) if need_bias else None
-        return d_x if need_x else None, None, d_bias, d_y if need_base else None, d_a if need_a else None, d_bt if need_bt else None, None
+        return d_x if need_x else None, None, d_bias, d_y if need_base else None, d_a if need_a else None, d_bt if need_bt else None, None, None
 
 
 _backward_once = torch.autograd.function.once_differentiable(_Lora.backward)
@@ -222,11 +228,11 @@ def _(x, weight, bias, base, a, bt, scale, seeds, row_keys, index, segments, dro
 
 
 @register_fake("lora_backward")
-def _(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, segments, dropout, transposed, need_x, need_a, need_bt):
-    d_bt = bt.new_empty(bt.shape if need_bt else 0)
+def _(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, segments, dropout, transposed, need_x, need_a, need_bt, type_a, type_bt):
+    d_bt = bt.new_empty(bt.shape if need_bt else 0, dtype=type_bt)
     if need_bt and not transposed and not bt.is_contiguous() and bt.stride() == (1, bt.shape[0]):
-        d_bt = bt.new_empty_strided(bt.shape, bt.stride())
-    return x.new_empty(x.shape if need_x else 0), a.new_empty(a.shape if need_a else 0), d_bt
+        d_bt = bt.new_empty_strided(bt.shape, bt.stride(), dtype=type_bt)
+    return x.new_empty(x.shape if need_x else 0), a.new_empty(a.shape if need_a else 0, dtype=type_a), d_bt
 
 
 @register_fake("shrink")

@@ -71,6 +71,8 @@ def _compute(layer: Any, base: Callable[..., Any] | None, rows: Rows, x: Tensor,
     if shared.dropout:
         seeds = batch.layer_seeds(position, x.device)
     options: dict[str, Any] = {"scale": shared.scale, "dropout": shared.dropout, "seeds": seeds, "training": layer.training or batch.seeds is not None}
+    if bank.casts is not None and not torch.compiler.is_compiling():
+        options["casts"] = bank.casts.of(name)
     factors = bank.a[name], bank.bt[name], bank.layouts[name], rows.segments
     if base is None:
         return lora_linear(x, layer.weight, layer.bias, *factors, **options)

@@ -22,6 +22,7 @@ from hetlora_kernels.triton._common import (
     TYPES,
     alignment,
     block_for,
+    cast,
     contiguous,
     launch,
     layout_table,
@@ -87,7 +88,8 @@ def _prepare_kernel(
     squares,  # float64 [M, K]
     clip,  # float64 [K]
     lr,  # float64 [K]
-    step,  # int64 [K]
+    step,  # int64 [K], counts this step afterwards
+    active,  # bool [K]
     scalars,  # float64 [6]: beta1, beta2, eps, weight decay, log beta1, log beta2
     numbers,  # [K, 4]: clipping factor, 1 - lr weight decay, lr / (1 - beta1^t), sqrt(1 - beta2^t); SGD: factor, -, lr, -
     modules,
@@ -109,7 +111,9 @@ def _prepare_kernel(
         ratio = limit / (tl.sqrt(tl.where(squared < 0, 0.0, squared)) + 1e-6)
         factor = tl.where(limit > 0, tl.where(ratio > 1, 1.0, ratio), 1.0)
     if ADAM:
-        count = tl.load(step + k).to(tl.float64)
+        steps = tl.load(step + k) + tl.where(tl.load(active + k) != 0, 1, 0)
+        tl.store(step + k, steps)
+        count = steps.to(tl.float64)
         decay = 1 - rate * tl.load(scalars + 3)
         rate = rate / (1 - tl.exp(count * tl.load(scalars + 4)))
         root = tl.sqrt(1 - tl.exp(count * tl.load(scalars + 5)))
@@ -137,7 +141,7 @@ class Plan:
     clients: int
 
 
-def prepare(params_, grads, lr, step, clip, lam, ranks, keep, scalars: Sequence[float]) -> Plan:
+def prepare(params_, grads, lr, step, active, clip, lam, ranks, keep, scalars: Sequence[float]) -> Plan:
     """Launches 1 to 3; `step` is None for SGD."""
     device, count = params_[0].device, len(params_) // 2
     own = split_ranks(ranks, count)
@@ -166,7 +170,7 @@ def prepare(params_, grads, lr, step, clip, lam, ranks, keep, scalars: Sequence[
         _prepare_kernel,
         (clients,),
         device,
-        *(squares, lr if clip is None else clip, lr, lr if step is None else step, values, numbers, count),
+        *(squares, lr if clip is None else clip, lr, lr if step is None else step, active, values, numbers, count),
         ADAM=step is not None,
         CLIP=clip is not None,
         BLOCK=128,
@@ -176,9 +180,16 @@ def prepare(params_, grads, lr, step, clip, lam, ranks, keep, scalars: Sequence[
     return Plan(table, where, flags, owners, coefficients, numbers, values, rows, widths, clients)
 
 
-def check(params_, grads, **states) -> list[Tensor]:
-    """Contiguous gradients of the parameters' type; parameters and states must be contiguous and of that type."""
-    require_contiguous(params=params_, **states)
+@triton.jit
+def store_cast(entry, place, inside, value, CAST: tl.constexpr, ALIGN: tl.constexpr):
+    """`value` once more in CAST, at the module's fifth pointer."""
+    BYTES: tl.constexpr = ALIGN * CAST.primitive_bitwidth // 8 if ALIGN > 1 else 1
+    tl.store(tl.multiple_of(tl.load(entry + 4).to(tl.pointer_type(CAST)) + place, BYTES), cast(value, CAST), mask=inside)
+
+
+def check(params_, grads, casts, **states) -> list[Tensor]:
+    """Contiguous gradients of the parameters' type; parameters and states must be contiguous and of that type, casts contiguous and of one type."""
+    require_contiguous(params=params_, casts=casts, **states)
     kind = params_[0].dtype
     for name, tensors in {"grads": grads, **states}.items():
         for position, tensor in enumerate(tensors):
@@ -187,12 +198,14 @@ def check(params_, grads, **states) -> list[Tensor]:
     return contiguous(grads)
 
 
-def update(kernel: Any, plan: Plan, lists: Sequence[Sequence[Tensor]], active: Tensor, **constants: Any) -> None:
+def update(kernel: Any, plan: Plan, lists: Sequence[Sequence[Tensor]], casts: Sequence[Tensor], active: Tensor, **constants: Any) -> None:
     """Launch an update kernel over every tile of every factor. `lists`: parameters, gradients and states."""
     device = lists[0][0].device
     setting = params("step", device)
     block = block_for(setting.pop("BLOCK"), max(plan.widths))
-    columns: list[Sequence[int | Tensor]] = [*lists, *[[0] * len(lists[0])] * (4 - len(lists))]
+    nothing = [0] * len(lists[0])
+    columns: list[Sequence[int | Tensor]] = [*lists, *[nothing] * (4 - len(lists)), casts or nothing]
+    aligned = all(copy.data_ptr() % 16 == 0 for copy in casts)
     modules = module_table(device, *columns, plan.rows, plan.widths, plan.where)
     launch(
         kernel,
@@ -205,7 +218,8 @@ def update(kernel: Any, plan: Plan, lists: Sequence[Sequence[Tensor]], active: T
         T=TYPES[lists[0][0].dtype],
         ACC=TYPES[plan.numbers.dtype],
         BLOCK=block,
-        ALIGN=alignment(plan.widths, *lists),
+        CAST=TYPES[casts[0].dtype] if casts else None,
+        ALIGN=alignment(plan.widths, *lists) if aligned else 1,
         **constants,
         **setting,
     )

@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 
 from hetlora_kernels.triton._common import cast, divide, square_root
-from hetlora_kernels.triton._step import check, prepare, update
+from hetlora_kernels.triton._step import check, prepare, store_cast, update
 
 
 @triton.jit
 def _adamw_kernel(
-    modules,  # int64 [2 M, 7]: parameter, gradient, exp_avg, exp_avg_sq, rows, width, layout
+    modules,  # int64 [2 M, 8]: parameter, gradient, exp_avg, exp_avg_sq, cast, rows, width, layout
     layouts,  # int32 with a tail flag per row at FLAGS and its client at OWNERS
     coefficients,  # [2 M, K]
     numbers,  # [K, 4]
@@ -29,12 +29,13 @@ def _adamw_kernel(
     T: tl.constexpr,
     ACC: tl.constexpr,
     LAM: tl.constexpr,
+    CAST: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     BYTES: tl.constexpr = 16 if ALIGN > 1 else 1  # promised for every row start: the compiler cannot see into the table
-    entry = modules + tl.program_id(1) * 7
-    rows, width, layout = tl.load(entry + 4), tl.load(entry + 5), layouts + tl.load(entry + 6)
+    entry = modules + tl.program_id(1) * 8
+    rows, width, layout = tl.load(entry + 5), tl.load(entry + 6), layouts + tl.load(entry + 7)
     chunks = tl.maximum(tl.cdiv(width, BLOCK), 1)
     row = tl.program_id(0) // chunks
     if (row >= rows) | (width == 0):
@@ -63,12 +64,15 @@ def _adamw_kernel(
     p = p * tl.load(numbers + k * 4 + 1) - tl.load(numbers + k * 4 + 2) * ratio
     tl.store(m_at, cast(m, T), mask=inside)
     tl.store(v_at, cast(v, T), mask=inside)
-    tl.store(p_at, cast(p, T), mask=inside)
+    value = cast(p, T)
+    tl.store(p_at, value, mask=inside)
+    if CAST is not None:
+        store_cast(entry, place, inside, value, CAST, ALIGN)
 
 
-def adamw_(params, grads, exp_avg, exp_avg_sq, lr, step, active, clip, lam, ranks, keep, beta1, beta2, eps, weight_decay):
+def adamw_(params, grads, exp_avg, exp_avg_sq, casts, lr, step, active, clip, lam, ranks, keep, beta1, beta2, eps, weight_decay):
     """See `reference.adamw_`. All lists must be of one type (`TypeError`)."""
-    grads = check(params, grads, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    grads = check(params, grads, casts, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     logarithms = [math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2)]
-    plan = prepare(params, grads, lr, step, clip, lam, ranks, keep, (beta1, beta2, eps, weight_decay, *logarithms))
-    update(_adamw_kernel, plan, (params, grads, exp_avg, exp_avg_sq), active, LAM=lam is not None)
+    plan = prepare(params, grads, lr, step, active, clip, lam, ranks, keep, (beta1, beta2, eps, weight_decay, *logarithms))
+    update(_adamw_kernel, plan, (params, grads, exp_avg, exp_avg_sq), casts, active, LAM=lam is not None)

@@ -87,18 +87,18 @@ def lora_forward(x, weight, bias, base, a, bt, scale, seeds, row_keys, index, se
 
 
 @in_types_given
-def lora_backward(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, segments, dropout, transposed, need_x, need_a, need_bt):
+def lora_backward(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, segments, dropout, transposed, need_x, need_a, need_bt, type_a, type_bt):
     """See `reference.lora_backward`."""
     check_layer(x, a, bt, sum(thirds(segments)[0]), segments[0], transposed, **({} if weight is None else {"weight": weight}))
     flat, flat_dy, rows = matrix(x), matrix(d_y).to(x.dtype), bt.t() if transposed else bt
     masked, plain = (seeds, row_keys, index, *thirds(segments), dropout), (None, None, index, *thirds(segments), 0.0)
     d_s = shrink(flat_dy, rows, scale, *plain) if need_x or need_a else None
-    d_x, d_a, d_bt = x.new_empty(0), a.new_empty(0), bt.new_empty(0)
+    d_x, d_a, d_bt = x.new_empty(0), a.new_empty(0, dtype=type_a), bt.new_empty(0, dtype=type_bt)
     if need_x:
         made = _beside(None, flat.shape, d_s, a, *masked) if weight is None else _with_base(flat_dy, weight, None, d_s, a, *masked)
         d_x = made.view(x.shape)
     if need_a:
-        d_a = grouped_gram(d_s, flat, *masked, a.dtype)
+        d_a = grouped_gram(d_s, flat, *masked, type_a)
     if need_bt:
-        d_bt = lying_as(bt, grouped_gram(s, flat_dy, *plain, bt.dtype), transposed)
+        d_bt = lying_as(bt, grouped_gram(s, flat_dy, *plain, type_bt), transposed)
     return d_x, d_a, d_bt

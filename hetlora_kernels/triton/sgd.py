@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 
 from hetlora_kernels.triton._common import cast
-from hetlora_kernels.triton._step import check, prepare, update
+from hetlora_kernels.triton._step import check, prepare, store_cast, update
 
 
 @triton.jit
 def _sgd_kernel(
-    modules,  # int64 [2 M, 7]: parameter, gradient, buffer, -, rows, width, layout
+    modules,  # int64 [2 M, 8]: parameter, gradient, buffer, -, cast, rows, width, layout
     layouts,  # int32 with a tail flag per row at FLAGS and its client at OWNERS
     coefficients,  # [2 M, K]
     numbers,  # [K, 4]
@@ -27,12 +27,13 @@ def _sgd_kernel(
     ACC: tl.constexpr,
     LAM: tl.constexpr,
     MOMENTUM: tl.constexpr,
+    CAST: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     BYTES: tl.constexpr = 16 if ALIGN > 1 else 1  # promised for every row start: the compiler cannot see into the table
-    entry = modules + tl.program_id(1) * 7
-    rows, width, layout = tl.load(entry + 4), tl.load(entry + 5), layouts + tl.load(entry + 6)
+    entry = modules + tl.program_id(1) * 8
+    rows, width, layout = tl.load(entry + 5), tl.load(entry + 6), layouts + tl.load(entry + 7)
     chunks = tl.maximum(tl.cdiv(width, BLOCK), 1)
     row = tl.program_id(0) // chunks
     if (row >= rows) | (width == 0):
@@ -54,11 +55,14 @@ def _sgd_kernel(
         b_at = tl.multiple_of(tl.load(entry + 2).to(tl.pointer_type(T)) + place, BYTES)
         g += tl.load(b_at, mask=inside, other=0.0).to(ACC) * tl.load(scalars).to(ACC)
         tl.store(b_at, cast(g, T), mask=inside)
-    tl.store(p_at, cast(p - tl.load(numbers + k * 4 + 2) * g, T), mask=inside)
+    value = cast(p - tl.load(numbers + k * 4 + 2) * g, T)
+    tl.store(p_at, value, mask=inside)
+    if CAST is not None:
+        store_cast(entry, place, inside, value, CAST, ALIGN)
 
 
-def sgd_(params, grads, buffers, lr, active, clip, lam, ranks, keep, momentum, weight_decay):
+def sgd_(params, grads, buffers, casts, lr, active, clip, lam, ranks, keep, momentum, weight_decay):
     """See `reference.sgd_`. All lists must be of one type (`TypeError`)."""
-    grads = check(params, grads, buffers=buffers)
-    plan = prepare(params, grads, lr, None, clip, lam, ranks, keep, (momentum, weight_decay))
-    update(_sgd_kernel, plan, (params, grads, buffers) if buffers else (params, grads), active, LAM=lam is not None, MOMENTUM=bool(buffers))
+    grads = check(params, grads, casts, buffers=buffers)
+    plan = prepare(params, grads, lr, None, active, clip, lam, ranks, keep, (momentum, weight_decay))
+    update(_sgd_kernel, plan, (params, grads, buffers) if buffers else (params, grads), casts, active, LAM=lam is not None, MOMENTUM=bool(buffers))

@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).parents[1] / "kernels"))
 from accuracy import factor_of
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
-WRITTEN = {"truncate_": (0,), "aggregate_": (0,), "accumulate_": (0,), "adamw_": (0, 2, 3), "sgd_": (0, 2), "expand_": (0,)}
+WRITTEN = {"truncate_": (0,), "aggregate_": (0,), "accumulate_": (0,), "adamw_": (0, 2, 3, 4, 6), "sgd_": (0, 2, 3), "expand_": (0,)}
 WRITTEN |= {"quantize_rows_": (0, 1), "dequantize_rows_": (0,)}
 EXACT = {"truncate_", "quantize_rows_", "dequantize_rows_"}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -140,15 +140,21 @@ def _step(shape: Mapping[str, Any], clip: bool, lam: bool, states: int, dtype: t
     return lists, [active, per_client if clip else None, per_client.flip(0) if lam else None, _flat(shape["ranks"]), _cuts(shape) if lam else []]
 
 
-def adamw(shape: Mapping[str, Any], clip: bool, lam: bool, dtype: torch.dtype) -> tuple[str, list[Any]]:
+def _casts(params: list[Tensor], cast: torch.dtype | None) -> list[Tensor]:
+    return [] if cast is None else [p.to(cast, copy=True) for p in params]
+
+
+def adamw(shape: Mapping[str, Any], clip: bool, lam: bool, cast: torch.dtype | None, dtype: torch.dtype) -> tuple[str, list[Any]]:
     lists, rest = _step(shape, clip, lam, 2, dtype)
     clients = _clients(shape)
-    return "adamw_", [*lists, torch.linspace(0.01, 0.1, clients, dtype=torch.float64), torch.arange(clients) * 7 + 1, *rest, 0.9, 0.999, 1e-8, 0.01]
+    rate, counts = torch.linspace(0.01, 0.1, clients, dtype=torch.float64), torch.arange(clients) * 7
+    return "adamw_", [*lists, _casts(lists[0], cast), rate, counts, *rest, 0.9, 0.999, 1e-8, 0.01]
 
 
-def sgd(shape: Mapping[str, Any], clip: bool, lam: bool, momentum: bool, dtype: torch.dtype) -> tuple[str, list[Any]]:
+def sgd(shape: Mapping[str, Any], clip: bool, lam: bool, momentum: bool, cast: torch.dtype | None, dtype: torch.dtype) -> tuple[str, list[Any]]:
     lists, rest = _step(shape, clip, lam, 1, dtype)
-    return "sgd_", [*lists[:2], lists[2] if momentum else [], torch.linspace(0.01, 0.1, _clients(shape), dtype=torch.float64), *rest, 0.9, 0.01]
+    rate = torch.linspace(0.01, 0.1, _clients(shape), dtype=torch.float64)
+    return "sgd_", [*lists[:2], lists[2] if momentum else [], _casts(lists[0], cast), rate, *rest, 0.9, 0.01]
 
 
 def cases(shape: Mapping[str, Any]) -> dict[str, Case]:
@@ -168,11 +174,13 @@ def cases(shape: Mapping[str, Any]) -> dict[str, Case]:
         "delta_norms": partial(delta_norms, shape, False),
         "delta_norms-exact": partial(delta_norms, shape, True),
         "tail_norms": partial(tail_norms, shape),
-        "adamw": partial(adamw, shape, False, False),
-        "adamw-clip": partial(adamw, shape, True, False),
-        "adamw-clip-tail": partial(adamw, shape, True, True),
-        "sgd": partial(sgd, shape, False, False, False),
-        "sgd-momentum-tail": partial(sgd, shape, False, True, True),
+        "adamw": partial(adamw, shape, False, False, None),
+        "adamw-clip": partial(adamw, shape, True, False, None),
+        "adamw-clip-tail": partial(adamw, shape, True, True, None),
+        "adamw-cast": partial(adamw, shape, False, True, torch.bfloat16),
+        "sgd": partial(sgd, shape, False, False, False, None),
+        "sgd-momentum-tail": partial(sgd, shape, False, True, True, None),
+        "sgd-cast": partial(sgd, shape, False, False, False, torch.float16),
     }
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 import hetlora_kernels as hk
 from hetlora_kernels import _library
+from hetlora_kernels.ops import lora as ops
 from hetlora_kernels.peft import attach, client_segments
 
 VIEWS = {"view", "as_strided", "select", "slice", "t", "transpose", "detach", "alias", "expand", "reshape", "_reshape_alias", "unbind", "squeeze", "unsqueeze"}
@@ -53,6 +54,7 @@ def layers(count: Counter, name: str, width: int, lengths: list[int], ranks: lis
     """Forward and backward pass of one layer whose neighbours have prepared the batch; bfloat16 base, float32 factors, dropout on."""
     model = nn.Sequential(*(nn.Linear(width, width, bias=True, dtype=torch.bfloat16) for _ in range(2)))
     bank = hk.AdapterBank({str(i): (width, width) for i in range(2)}, ranks)
+    hk.AdamW(bank, cast=torch.bfloat16)
     attach(model, bank, dropout=0.1)
     x = torch.randn(sum(lengths), width, dtype=torch.bfloat16)
     ids = [k for k, length in enumerate(lengths) for _ in range(length)]
@@ -75,7 +77,7 @@ def optimisers(count: Counter) -> None:
         "SGD, clip and tail": (hk.SGD, {"momentum": 0.9, "clip_norm": 1.0, "tail_penalty": (0.1, [1, 4])}),
     }
     for name, (rule, settings) in rules.items():
-        optimizer = rule(bank, lr=0.1, **settings)
+        optimizer = rule(bank, lr=0.1, cast=torch.bfloat16, **settings)
         for parameter in bank.parameters():
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
@@ -85,6 +87,7 @@ def optimisers(count: Counter) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     count = Counter(take(sys.argv[1]))
+    ops.operand_dtype = lambda x: x.dtype  # as on a GPU
     layers(count, "small", 64, [3, 9], [8, 16])
     layers(count, "several splits", 1032, [1026, 9], [8, 16])
     layers(count, "several splits, odd rank", 1032, [1026, 9], [5, 16])

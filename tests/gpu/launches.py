@@ -64,18 +64,20 @@ def _norms(dtype: torch.dtype, exact: bool) -> None:
     OPS["tail_norms"](_rows(dtype), RANKS * 2, [2, 8, 25, 64] * 2)
 
 
-def _step(dtype: torch.dtype, odd: int = 0) -> None:
+def _step(dtype: torch.dtype, odd: int = 0, cast: bool = False) -> None:
     kinds = [_rows(dtype, odd) for _ in range(4)]
+    casts = [t.to(torch.bfloat16) for t in kinds[0]] if cast else []
     clients = torch.ones(len(RANKS), dtype=torch.float64)
     settings = (torch.ones(len(RANKS), dtype=torch.bool), clients, clients, RANKS, [2, 8, 25, 64])
-    OPS["adamw_"](*kinds, clients, torch.ones(len(RANKS), dtype=torch.int64), *settings, 0.9, 0.999, 1e-8, 0.01)
-    OPS["sgd_"](*kinds[:3], clients, *settings, 0.9, 0.01)
+    OPS["adamw_"](*kinds, casts, clients, torch.ones(len(RANKS), dtype=torch.int64), *settings, 0.9, 0.999, 1e-8, 0.01)
+    OPS["sgd_"](*kinds[:3], casts, clients, *settings, 0.9, 0.01)
 
 
 for _name, _dtype in TYPES.items():
     CASES[f"norms-{_name}"] = partial(_norms, _dtype, False)
     CASES[f"step-{_name}"] = partial(_step, _dtype)
 CASES["norms-exact-f32"] = partial(_norms, torch.float32, True)
+CASES["step-f32-cast"] = partial(_step, torch.float32, 0, True)
 CASES["step-f32-odd"] = partial(_step, torch.float32, 1)
 
 

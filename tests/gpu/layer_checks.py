@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from cases import failures
+from cases import SHAPES, cases, failures
 from lora_cases import LORA_SHAPES, _draw, _rows_of_x, _segment_args, grouped_gram, layer_cases, shrink
 
 from hetlora_kernels.reference import compute_dtype, keep_mask
@@ -118,7 +118,28 @@ def far_rows(ops: Mapping[str, Callable], dtype: torch.dtype) -> str | None:
     return None
 
 
-CHECKS: dict[str, Check] = {"mask": mask, "alone": alone, "poisoned neighbours": poisoned_neighbours, "strided out": strided_out, "far rows": far_rows}
+def casts(ops: Mapping[str, Callable], dtype: torch.dtype) -> str | None:
+    """Optimisers write the stepped factors in another type too, rounded once; those of clients that stay out are left alone."""
+    for name in ("adamw-cast", "sgd-cast"):
+        op, arguments = cases(SHAPES["small"])[name](dtype)
+        copies = arguments[4 if op == "adamw_" else 3]
+        stepped = 0
+        for copy in copies:
+            copy.fill_(77)
+        ops[op](*arguments)
+        for param, copy in zip(arguments[0], copies, strict=True):
+            left = (copy == 77).all(1)
+            if not torch.equal(copy[~left], param[~left].to(copy.dtype)):
+                return f"{op}: a copy differs from the factor"
+            stepped += int((~left).sum())
+        owned = sum(int(arguments[-9 if op == "adamw_" else -7].repeat_interleave(torch.tensor(ranks)).sum()) for ranks in SHAPES["small"]["ranks"])
+        if stepped != 2 * owned:
+            return f"{op}: {stepped} rows were copied, {2 * owned} belong to active clients"
+    return None
+
+
+CHECKS: dict[str, Check] = {"mask": mask, "alone": alone, "poisoned neighbours": poisoned_neighbours, "strided out": strided_out}
+CHECKS |= {"far rows": far_rows, "casts": casts}
 for _name, _shape in (("covered, aligned x", COVERED), ("covered, aligned output", {**COVERED, "width": 43}), ("base-only rows", LORA_SHAPES["small"])):
     CHECKS |= {f"{_case}, {_name}": partial(failures, _make) for _case, _make in layer_cases(_shape).items()}
 CHECKS |= {f"several splits-{_case}": partial(failures, layer_cases(SPLIT)[_case]) for _case in ("forward-no-bias", "backward-gathered")}

@@ -121,7 +121,7 @@ def backward(shape: Mapping[str, Any], gathered: bool, drop: bool, frozen: bool,
     bt = _transposed(_draw(56, total, m, dtype, 0.5))
     factors = (_draw(55, total, n, torch.float32, n**-0.5), bt.t() if gathered else bt, _draw(57, 1, _packed(shape), dtype)[0], scale)
     call = [_draw(58, rows, m, dtype), _draw(59, rows, n, dtype), weight, *factors, *_layer_args(shape, gathered, drop)]
-    return "lora_backward", [*call, gathered, True, True, True]
+    return "lora_backward", [*call, gathered, True, True, True, torch.float32, dtype]
 
 
 def layer_cases(shape: Mapping[str, Any]) -> dict[str, Case]:

@@ -11,16 +11,16 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))]
 
 LAUNCHES = {
-    "forward, small": 5,
-    "backward, small": 7,
-    "forward, several splits": 6,
-    "backward, several splits": 10,
-    "forward, several splits, odd rank": 6,
-    "backward, several splits, odd rank": 11,
-    "step, AdamW": 4,
-    "step, AdamW, clip and tail": 6,
+    "forward, small": 3,
+    "backward, small": 5,
+    "forward, several splits": 4,
+    "backward, several splits": 8,
+    "forward, several splits, odd rank": 4,
+    "backward, several splits, odd rank": 9,
+    "step, AdamW": 3,
+    "step, AdamW, clip and tail": 4,
     "step, SGD": 3,
-    "step, SGD, clip and tail": 5,
+    "step, SGD, clip and tail": 4,
 }
 
 

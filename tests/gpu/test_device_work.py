@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hetlora_kernels as hk
+from hetlora_kernels.casts import Casts
 from hetlora_kernels.ops import lora
 from hetlora_kernels.peft import attach, client_segments
 
@@ -79,3 +80,22 @@ def test_a_batch_brings_its_tables_once():
         for layer in model:
             x = layer(x)
     assert whole.copies == ["_to_copy"] * 3 and whole.ops.count("lora_forward") == 3
+
+
+def test_a_layer_multiplies_with_the_casts_and_gives_gradients_of_the_factors():
+    model, bank, x = carried(3, 0.1)
+    bank.casts = Casts(bank, torch.bfloat16)
+    seen: list[tuple[torch.dtype, ...]] = []
+
+    class Types(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "hetlora":
+                name = func.overloadpacket.__name__
+                seen.append(tuple(each.dtype for each in args[4:6] if name == "lora_forward") or tuple(each.dtype for each in args[3:5]))
+            return func(*args, **(kwargs or {}))
+
+    with client_segments(model, [0, 0, 1, 1, 2, 2], seeds=torch.arange(3)), Types():
+        y = model[1](x)
+        y.backward(torch.empty_like(y))
+    assert seen == [(torch.bfloat16, torch.bfloat16)] * 2
+    assert bank.a["1"].grad.dtype == bank.bt["1"].grad.dtype == torch.float32

@@ -50,6 +50,16 @@ MUTANTS = {
     "a scale that is no normal number": Mutant("quantize.cu", "quantize", "if (scale < 1.17549435e-38f) scale = 0;", "", "small", "quantize-8"),
     "a sum over half the warp": Mutant("common.cuh", "norms", "distance = WARP / 2;", "distance = WARP / 4;", "small", "tail_norms"),
     "the neighbour's row": Mutant("common.cuh", "optim", "if (offsets[middle] <= row) low", "if (offsets[middle] < row) low", "small", "adamw-clip-tail"),
+    "modules added before all are there": Mutant("optim.cu", "optim", "__syncthreads();  // every module's", "// every module's", "small", "adamw-clip"),
+    "a step counted for who stays out": Mutant("optim.cu", "optim", "each.step[k] + each.active[k]", "each.step[k] + 1", "small", "adamw"),
+    "a copy of the moment, not of the factor": Mutant(
+        "optim.cu",
+        "optim",
+        "start, p, base, module.width);\n        store<ALIGNED>(at[2]",
+        "start, m, base, module.width);\n        store<ALIGNED>(at[2]",
+        "checks",
+        "casts",
+    ),
     "the tail one row late": Mutant("optim.cu", "optim", "coefficients && item.row >= item", "coefficients && item.row > item", "small", "sgd-momentum-tail"),
 }
 

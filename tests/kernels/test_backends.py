@@ -47,8 +47,9 @@ def samples(name: str, device) -> list[tuple]:
             ends = [(factor, *case, transposed) for case in cases for factor, transposed in given]
             kinds = [(x, weight, bias, None), (x, weight, None, None), (x, None, None, base), (x.view(7, 1, 5), weight, bias, None)]
             return [(*kind, a, *end) for end in ends for kind in kinds]
+        types = torch.float32, torch.float32
         needs = [(True, True, True), (False, True, False), (True, False, False), (False, False, True)]
-        ends = [(factor, s, *case, transposed, *need) for case, need in zip(cases, needs, strict=True) for factor, transposed in given]
+        ends = [(factor, s, *case, transposed, *need, *types) for case, need in zip(cases, needs, strict=True) for factor, transposed in given]
         kinds = [(d_y, x, weight), (d_y, x, None), (d_y.view(7, 1, 4), x.view(7, 1, 5), weight)]
         return [(*kind, a, *end) for end in ends for kind in kinds]
     if name == "truncate_":
@@ -78,14 +79,16 @@ def samples(name: str, device) -> list[tuple]:
         return cases
     states = [factors(device, *modules) for _ in range(4)]
     states[3] = [t.square() for t in states[3]]
+    copies: list[list[torch.Tensor]] = [[], [t.to(torch.bfloat16) for t in states[0]]]
     if name == "adamw_":
         step = torch.tensor([3, 1], device=device)
-        return [(*states, lr, step, flags, clip, lam, ranks, keep, 0.9, 0.99, 1e-8, 0.1) for clip, lam, ranks, keep in extras]
+        return [(*states, casts, lr, step, flags, clip, lam, ranks, keep, 0.9, 0.99, 1e-8, 0.1) for clip, lam, ranks, keep in extras for casts in copies]
     assert name == "sgd_"
     return [
-        (*states[:2], buffers, lr, flags, clip, lam, ranks, keep, 0.9 if buffers else 0.0, 0.1)
+        (*states[:2], buffers, casts, lr, flags, clip, lam, ranks, keep, 0.9 if buffers else 0.0, 0.1)
         for clip, lam, ranks, keep in extras
         for buffers in ([], states[2])
+        for casts in copies
     ]
 
 

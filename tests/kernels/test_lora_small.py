@@ -219,6 +219,7 @@ def arguments(**changes):
     return {**own, "d_y": torch.ones(4, 3), "s": torch.ones(4), **changes}
 
 
+ASKED = True, True, True, torch.float32, torch.float32
 REFUSED = [
     ({"weight": torch.ones(4, 5)}, "weight: expected"),
     ({"weight": torch.ones(3, 6)}, "weight: expected"),
@@ -264,7 +265,7 @@ def test_the_ops_refuse_what_would_leave_their_memory(changes, text, way, capfd)
     with going(way):
         if not {"bias", "base"} & changes.keys() and changes != {"weight": None}:
             with pytest.raises(RuntimeError) as caught:
-                torch.ops.hetlora.lora_backward(own["d_y"], own["x"], own["weight"], own["a"], own["bt"], own["s"], *batch, True, True, True)
+                torch.ops.hetlora.lora_backward(own["d_y"], own["x"], own["weight"], own["a"], own["bt"], own["s"], *batch, *ASKED)
             assert text in str(caught.value) + capfd.readouterr().err  # below torch 2.13 the text of a compiled check is on stderr
         if not {"d_y", "s"} & changes.keys():
             with pytest.raises(RuntimeError) as caught:
@@ -289,7 +290,7 @@ def test_nothing_beside_the_results_is_written(dtype, p, gathered):
     drawn = (torch.tensor(layer.seeds), layer.segments().keys_on(torch.device("cpu"))) if p else (None, None)
     factors, batch = (held["a"], held["bt"]), (plan.scale, *drawn, plan.gathered, plan.segments, p, False)
     y, s = torch.ops.hetlora.lora_forward(held["x"], held["weight"], held["bias"], None, *factors, *batch)
-    d_x, d_a, d_bt = torch.ops.hetlora.lora_backward(held["grad"], held["x"], held["weight"], *factors, s, *batch, True, True, True)
+    d_x, d_a, d_bt = torch.ops.hetlora.lora_backward(held["grad"], held["x"], held["weight"], *factors, s, *batch, True, True, True, dtype, dtype)
     made = run_fused(layer, dtype)
     for check in checks:
         check()

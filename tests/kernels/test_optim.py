@@ -273,7 +273,38 @@ def test_a_step_of_everyone_uses_the_mask_made_once(active, device, monkeypatch)
     monkeypatch.setattr(optim, "call", lambda name: lambda *args: calls.append(args))
     opt.step(active)
     opt.step(active)
-    assert [args[6] is opt._everyone for args in calls] == [True] * 2 and opt._everyone.device == bank.device and opt.step_count.tolist() == [2] * 4
+    assert [args[7] is opt._everyone for args in calls] == [True] * 2 and opt._everyone.device == bank.device
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
+def test_casts_are_the_factors_rounded_once(kind, cast, device):
+    """After steps of some clients, and after somebody else wrote a factor: what a layer finds is always the factor as it is."""
+    bank, plain = make_bank(torch.float32, device), make_bank(torch.float32, device)
+    opt, without = maker(kind)(bank, lr=0.1, cast=cast), maker(kind)(plain, lr=0.1)
+
+    def check():
+        for name in bank.shapes:
+            for copy, factor in zip(bank.casts.of(name), (bank.a[name], bank.bt[name]), strict=True):
+                assert copy.dtype == cast and not copy.requires_grad and torch.equal(copy, factor.detach().to(cast))
+
+    check()
+    for active in ([True] * 4, [True, False, True, False]):
+        for own, stepper in ((bank, opt), (plain, without)):
+            random_grads(own)
+            stepper.step(active)
+        assert all(copy._version for copy in bank.casts.copies)  # a graph that was recorded before refuses the new values
+        check()
+    assert all(same_bits(one, other) for one, other in zip(bank.parameters(), plain.parameters(), strict=True))
+    with torch.no_grad():
+        bank.a["mlp.up"].mul_(2)
+    opt.step([False, True, False, False])  # whose rows alone it writes
+    check()
+
+
+def test_a_cast_to_anything_but_the_types_of_a_base_is_refused():
+    with pytest.raises(ValueError, match=r"^cast: expected torch.bfloat16 or torch.float16, .* got torch.float64"):
+        hk.SGD(make_bank(torch.float32, "cpu"), cast=torch.float64)
 
 
 def test_a_mask_goes_up_from_pinned_memory_without_a_wait(monkeypatch):

@@ -78,9 +78,9 @@ def runs(dtype: torch.dtype, make: Callable[[Tensor], Tensor] = lambda t: t) -> 
     params, grads, m, v = ([make(t) for t in rows(dtype) + rows(dtype)] for _ in range(4))
     for t in v:
         t.abs_()
-    ops.adamw_(params, grads, m, v, lr, step, active, clip, lam, ranks, keep, 0.9, 0.99, 1e-8, 0.1)
+    ops.adamw_(params, grads, m, v, [], lr, step, active, clip, lam, ranks, keep, 0.9, 0.99, 1e-8, 0.1)
     out["adamw_"] = [t.clone() for t in params + m + v]
-    ops.sgd_(params, grads, m, lr, active, clip, lam, ranks, keep, 0.9, 0.1)
+    ops.sgd_(params, grads, m, [], lr, active, clip, lam, ranks, keep, 0.9, 0.1)
     out["sgd_"] = params + m
     return out
 
@@ -153,18 +153,18 @@ BAD = {
     "b of other rows": lambda: ops.delta_norms([f(2, 4)], [f(3, 4)], [2], False),
     "a negative cut": lambda: ops.tail_norms([f(2, 4)], [2], [-1]),
     "too few cuts": lambda: ops.tail_norms([f(2, 4)], [2], []),
-    "an odd number of factors": lambda: ops.sgd_([f(2, 4)], [f(2, 4)], [], LR, ON, None, None, [2], [], 0.0, 0.0),
-    "factors of different rows": lambda: ops.sgd_([f(2, 4), f(3, 4)], [f(2, 4), f(3, 4)], [], LR, ON, None, None, [2], [], 0.0, 0.0),
-    "gradients of another shape": lambda: ops.sgd_([f(2, 4), f(2, 4)], [f(2, 4), f(2, 3)], [], LR, ON, None, None, [2], [], 0.0, 0.0),
+    "an odd number of factors": lambda: ops.sgd_([f(2, 4)], [f(2, 4)], [], [], LR, ON, None, None, [2], [], 0.0, 0.0),
+    "factors of different rows": lambda: ops.sgd_([f(2, 4), f(3, 4)], [f(2, 4), f(3, 4)], [], [], LR, ON, None, None, [2], [], 0.0, 0.0),
+    "gradients of another shape": lambda: ops.sgd_([f(2, 4), f(2, 4)], [f(2, 4), f(2, 3)], [], [], LR, ON, None, None, [2], [], 0.0, 0.0),
     "a small state": lambda: ops.adamw_(
-        [f(2, 4), f(2, 4)], [f(2, 4), f(2, 4)], [f(2, 4), f(1, 4)], [f(2, 4), f(2, 4)], LR, STEP, ON, None, None, [2], [], 0.9, 0.9, 1e-8, 0.0
+        [f(2, 4), f(2, 4)], [f(2, 4), f(2, 4)], [f(2, 4), f(1, 4)], [f(2, 4), f(2, 4)], [], LR, STEP, ON, None, None, [2], [], 0.9, 0.9, 1e-8, 0.0
     ),
-    "a learning rate for nobody": lambda: ops.sgd_([f(2, 4), f(2, 4)], [f(2, 4), f(2, 4)], [], LR[:0], ON, None, None, [2], [], 0.0, 0.0),
+    "a learning rate for nobody": lambda: ops.sgd_([f(2, 4), f(2, 4)], [f(2, 4), f(2, 4)], [], [], LR[:0], ON, None, None, [2], [], 0.0, 0.0),
     "codes that are too narrow": lambda: ops.quantize_rows_([torch.zeros(2, 4, dtype=torch.uint8)], [f(2)], [f(2, 9)], 4),
     "codes of another type": lambda: ops.dequantize_rows_([f(2, 4)], [f(2, 4)], [f(2)], 8),
     "too few scales": lambda: ops.dequantize_rows_([f(2, 4)], [torch.zeros(2, 4, dtype=torch.int8)], [f(1)], 8),
     "bits of no code": lambda: ops.quantize_rows_([torch.zeros(2, 4, dtype=torch.int8)], [f(2)], [f(2, 4)], 6),
-    "a regulariser without cuts": lambda: ops.sgd_([f(2, 4), f(2, 4)], [f(2, 4), f(2, 4)], [], LR, ON, None, LR, [2], [], 0.0, 0.0),
+    "a regulariser without cuts": lambda: ops.sgd_([f(2, 4), f(2, 4)], [f(2, 4), f(2, 4)], [], [], LR, ON, None, LR, [2], [], 0.0, 0.0),
 }
 
 
