@@ -154,6 +154,20 @@ def gram(elements: int, ranks: Sequence[int]) -> Work:
     return Work("gram", 3, 4 * elements * sum(ranks), 2 * elements * sum(map(tile, ranks)), "float32", GRAM_SHARE)
 
 
+def delta_norms(elements: int, ranks: Sequence[int]) -> Work:
+    """The Gram matrices of both factors, then one warp a client and module."""
+    return replace(gram(elements, ranks), kernel="delta_norms", launches=4)
+
+
+def quantize(elements: int, ranks: Sequence[int], bits: int) -> Work:
+    """Rows in, codes and one scale a row out; the second read of a row comes from L2."""
+    return Work(f"quantize_rows_, {bits} bits", 2, elements * sum(ranks) * (32 + bits) // 8)
+
+
+def dequantize(elements: int, ranks: Sequence[int], bits: int) -> Work:
+    return replace(quantize(elements, ranks, bits), kernel=f"dequantize_rows_, {bits} bits")
+
+
 def tail_norms(elements: int, ranks: Sequence[int]) -> Work:
     return Work("tail_norms, half of each rank", 3, 4 * elements * sum(rank // 2 for rank in ranks))
 
@@ -201,7 +215,8 @@ def table() -> list[str]:
     rows += [("T=8192, 4096 columns, r=16, p=0", expand(8192, 4096, 16, False, True)), ("16 x 4096", cast(16 * 4096))]
     ranks, elements = [4, 8, 16, 32, 64] * 20, elements_per_rank(LLAMA_8B_ATTENTION_LAYER)
     load = "Llama-3.1-8B attention layer, 100 clients, ranks 4..64, float32"
-    rows += [(load, make(elements, ranks)) for make in (truncate, aggregate, gram, tail_norms, adamw, sgd)]
+    rows += [(load, make(elements, ranks)) for make in (truncate, aggregate, gram, delta_norms, tail_norms, adamw, sgd)]
+    rows += [(load, make(elements, ranks, bits)) for make in (quantize, dequantize) for bits in (8, 4)]
     rows.append((load.replace("100 clients, ranks 4..64", "1 client, rank 16"), accumulate(elements, 16)))
     lines = [*kernel_table(rows), "", "Forward and backward of the layer over the frozen layer's, *modelled*, r = 16, p = 0.1:", ""]
     lines += [
