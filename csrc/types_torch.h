@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <vector>
+
 #include "types.h"
 
 namespace hetlora {
@@ -17,6 +19,24 @@ inline Type type_of(const char* name, const torch::stable::Tensor& tensor) {
         default: STD_TORCH_CHECK(false, name, ": expected float32, bfloat16, float16 or float64");
     }
     return Type::f32;
+}
+
+// The K integers of each module, module by module, from a list that `joined` of hetlora_kernels/layout.py made: these, or where modules share lists -K, which
+// of the distinct lists is each module's, and the lists.
+inline std::vector<int64_t> expanded(const char* name, const std::vector<int64_t>& list, size_t modules) {
+    if (list.empty() || list[0] >= 0) return list;
+    const uint64_t clients = uint64_t{0} - static_cast<uint64_t>(list[0]), head = 1 + modules;
+    STD_TORCH_CHECK(list.size() >= head && clients <= list.size() && (list.size() - head) % clients == 0, name, ": expected ", clients,
+                    " integers for each distinct list");
+    std::vector<int64_t> out;
+    out.reserve(modules * clients);
+    for (size_t m = 0; m < modules; ++m) {
+        const uint64_t place = static_cast<uint64_t>(list[1 + m]);
+        STD_TORCH_CHECK(place < (list.size() - head) / clients, name, ": expected a place below the number of distinct lists, got ", list[1 + m]);
+        const auto first = list.begin() + static_cast<std::ptrdiff_t>(head + place * clients);
+        out.insert(out.end(), first, first + static_cast<std::ptrdiff_t>(clients));
+    }
+    return out;
 }
 
 }  // namespace hetlora

@@ -31,6 +31,33 @@ def int_list(name: str, values: Sequence[int] | Tensor) -> list[int]:
     return out
 
 
+def joined(lists: Sequence[Sequence[int]]) -> list[int]:
+    """The K integers of each of M modules, as the schemas take them: module by module, or, where modules share a list: -K, then for each module which of the
+    distinct lists is its own, then these. A call then takes K + M integers through the dispatcher where it would take K M."""
+    places: dict[int, int] = {}  # by the object: equal lists of other objects would have to be compared
+    distinct: list[Sequence[int]] = []
+    for own in lists:
+        if id(own) not in places:
+            places[id(own)] = len(distinct)
+            distinct.append(own)
+    if not lists or not lists[0] or len(distinct) == len(lists):
+        return [value for own in lists for value in own]
+    return [-len(lists[0]), *(places[id(own)] for own in lists), *(value for own in distinct for value in own)]
+
+
+def own_list(values: Sequence[int], module: int, modules: int) -> Sequence[int]:
+    """The K integers of one module out of what `joined` made."""
+    if not modules:
+        return values[:0]
+    if len(values) and values[0] < 0:
+        count = -values[0]
+        start = 1 + modules + values[1 + module] * count
+    else:
+        count = len(values) // modules
+        start = module * count
+    return values[start : start + count]
+
+
 def _lasting() -> AbstractContextManager:
     """Tensors made here are kept for later calls, which may train: inference mode would make others."""
     if torch.compiler.is_compiling():  # what is traced is not kept

@@ -1,7 +1,7 @@
 """Every op once in plain PyTorch: the executable specification, and the kernel of last resort on every device.
 
 Arithmetic is float32 inside (float64 for float64 tensors); results are rounded once, when they are stored. Arguments are those of the
-schemas in `_library.py`, already checked by `ops/`. K clients, M modules; `ranks` holds M * K integers, module by module.
+schemas in `_library.py`, already checked by `ops/`. K clients, M modules; `ranks` holds M * K integers, as `layout.joined` puts them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetlora_kernels._torch import unsafe_view
+from hetlora_kernels.layout import own_list
 from hetlora_kernels.ops._layer import check_layer, of_base
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -35,8 +36,7 @@ def operand_dtype(x: Tensor) -> torch.dtype:
 
 def _clients(ranks: list[int], module: int, modules: int) -> list[tuple[int, int]]:
     """(first row, rank) of each client in the packed rows of `module`."""
-    count = len(ranks) // modules if modules else 0
-    own = ranks[module * count : (module + 1) * count]
+    own = own_list(ranks, module, modules)
     return [(end - rank, rank) for end, rank in zip(accumulate(own), own, strict=True)]
 
 
@@ -267,7 +267,7 @@ def tail_norms(rows, ranks, keep):
     for module, source in enumerate(rows):
         dtype = compute_dtype(source.dtype)
         clients = _clients(ranks, module, len(rows))
-        kept = keep[module * len(clients) : (module + 1) * len(clients)]
+        kept = own_list(keep, module, len(rows))
         norms = [source[row + min(q, rank) : row + rank].to(dtype).norm() for (row, rank), q in zip(clients, kept, strict=True)]
         columns.append(torch.stack(norms) if norms else source.new_zeros(0, dtype=dtype))
     return torch.stack(columns, dim=1)
@@ -318,9 +318,9 @@ def _penalised_grads(params, grads, lam, ranks, keep):
     modules = len(params) // 2
     for module in range(modules):
         a, bt = (params[module + side * modules] for side in (0, 1))
-        clients = _clients(ranks, module, modules)
+        clients, cuts = _clients(ranks, module, modules), own_list(keep, module, modules)
         for k, (row, rank) in enumerate(clients):
-            tail = slice(row + min(keep[module * len(clients) + k], rank), row + rank)
+            tail = slice(row + min(cuts[k], rank), row + rank)
             a_tail, bt_tail = a[tail].to(out[module].dtype), bt[tail].to(out[module].dtype)
             norm_a, norm_bt = a_tail.norm(), bt_tail.norm()
             weight = lam[k].to(out[module].dtype)

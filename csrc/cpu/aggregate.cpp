@@ -193,10 +193,11 @@ void aggregate_as(std::vector<Matrix>& outs, std::vector<Matrix>& rows, std::vec
 }
 
 void aggregate(const std::vector<Tensor>& out_list, const std::vector<Tensor>& row_list, const Tensor& weights, const std::vector<Tensor>& keep_list,
-               const std::vector<int64_t>& ranks, bool owners) {
+               const std::vector<int64_t>& rank_list, bool owners) {
     std::vector<Matrix> rows = matrices("rows", row_list, row_list.size());
     std::vector<Matrix> outs = matrices("out", out_list, rows.size());
     std::vector<Matrix> keep = matrices("keep", keep_list, keep_list.empty() ? 0 : rows.size());
+    const std::vector<int64_t> ranks = expanded("ranks", rank_list, rows.size());
     const Layout layout(ranks, rows.size(), rows_of(rows));
     for (int64_t m = 0; m < layout.modules(); ++m) {
         STD_TORCH_CHECK(outs[m].width == rows[m].width, "out: expected width ", rows[m].width, ", got ", outs[m].width);

@@ -143,8 +143,9 @@ void gram_as(const std::vector<Matrix>& rows, const Layout& layout, const std::v
     });
 }
 
-std::vector<Tensor> gram(const std::vector<Tensor>& row_list, const std::vector<int64_t>& ranks, bool exact) {
+std::vector<Tensor> gram(const std::vector<Tensor>& row_list, const std::vector<int64_t>& rank_list, bool exact) {
     const std::vector<Matrix> rows = matrices("rows", row_list, row_list.size());
+    const std::vector<int64_t> ranks = expanded("ranks", rank_list, rows.size());
     const Layout layout(ranks, rows.size(), rows_of(rows));
     const bool wide = exact || (!rows.empty() && rows[0].type == Type::f64);
     std::vector<Tensor> out;
@@ -194,9 +195,10 @@ void delta_norms_as(const std::vector<Matrix>& a, const std::vector<Matrix>& bt,
     });
 }
 
-Tensor delta_norms(const std::vector<Tensor>& a_list, const std::vector<Tensor>& bt_list, const std::vector<int64_t>& ranks, bool exact) {
+Tensor delta_norms(const std::vector<Tensor>& a_list, const std::vector<Tensor>& bt_list, const std::vector<int64_t>& rank_list, bool exact) {
     STD_TORCH_CHECK(!a_list.empty(), "a: expected at least one module");
     const std::vector<Matrix> a = matrices("a", a_list, a_list.size()), bt = matrices("bt", bt_list, a_list.size());
+    const std::vector<int64_t> ranks = expanded("ranks", rank_list, a.size());
     const Layout layout(ranks, a.size(), rows_of(a));
     STD_TORCH_CHECK(rows_of(a) == rows_of(bt), "bt: expected as many rows as a in every module");
     STD_TORCH_CHECK((a[0].type == Type::f64) == (bt[0].type == Type::f64), "bt: expected float64 exactly where a is");
@@ -210,11 +212,13 @@ Tensor delta_norms(const std::vector<Tensor>& a_list, const std::vector<Tensor>&
     return table(a_list[0], layout.clients(), layout.modules(), wide, norms);
 }
 
-Tensor tail_norms(const std::vector<Tensor>& row_list, const std::vector<int64_t>& ranks, const std::vector<int64_t>& keep) {
+Tensor tail_norms(const std::vector<Tensor>& row_list, const std::vector<int64_t>& rank_list, const std::vector<int64_t>& keep_list) {
     constexpr int64_t kChunk = 16384;
     STD_TORCH_CHECK(!row_list.empty(), "rows: expected at least one module");
     const std::vector<Matrix> rows = matrices("rows", row_list, row_list.size());
+    const std::vector<int64_t> ranks = expanded("ranks", rank_list, rows.size());
     const Layout layout(ranks, rows.size(), rows_of(rows));
+    const std::vector<int64_t> keep = expanded("keep", keep_list, rows.size());
     STD_TORCH_CHECK(keep.size() == ranks.size(), "keep: expected ", ranks.size(), " integers, got ", keep.size());
     struct Chunk {
         int64_t module, slot, begin, n;

@@ -311,8 +311,9 @@ std::vector<Matrix> casts_of(const Bank& bank, const std::vector<Tensor>& casts)
 
 void adamw(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avg, const std::vector<Tensor>& exp_avg_sq,
            const std::vector<Tensor>& casts, const Tensor& lr, Tensor step, const Tensor& active, const std::optional<Tensor>& clip,
-           const std::optional<Tensor>& lam, const std::vector<int64_t>& ranks, const std::vector<int64_t>& keep, double beta1, double beta2, double eps,
-           double weight_decay) {
+           const std::optional<Tensor>& lam, const std::vector<int64_t>& rank_list, const std::vector<int64_t>& keep_list, double beta1, double beta2,
+           double eps, double weight_decay) {
+    const std::vector<int64_t> ranks = expanded("ranks", rank_list, params.size() / 2), keep = expanded("keep", keep_list, params.size() / 2);
     Bank bank = make_bank(params, grads, lr, active, clip, lam, ranks, keep);
     std::vector<Matrix> means = matrices("exp_avg", exp_avg, params.size()), squares = matrices("exp_avg_sq", exp_avg_sq, params.size());
     check_state("exp_avg", bank, means);
@@ -350,8 +351,9 @@ void sgd_run(Bank& bank, std::vector<Matrix>& buffers, double momentum, double w
 }
 
 void sgd(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& buffer_list, const std::vector<Tensor>& casts,
-         const Tensor& lr, const Tensor& active, const std::optional<Tensor>& clip, const std::optional<Tensor>& lam, const std::vector<int64_t>& ranks,
-         const std::vector<int64_t>& keep, double momentum, double weight_decay) {
+         const Tensor& lr, const Tensor& active, const std::optional<Tensor>& clip, const std::optional<Tensor>& lam, const std::vector<int64_t>& rank_list,
+         const std::vector<int64_t>& keep_list, double momentum, double weight_decay) {
+    const std::vector<int64_t> ranks = expanded("ranks", rank_list, params.size() / 2), keep = expanded("keep", keep_list, params.size() / 2);
     Bank bank = make_bank(params, grads, lr, active, clip, lam, ranks, keep);
     std::vector<Matrix> buffers = matrices("buffers", buffer_list, buffer_list.empty() ? 0 : params.size());
     check_state("buffers", bank, buffers);

@@ -19,10 +19,11 @@ struct PerClient {
 // What is common to both: table, norms, prepare. `update` queues the optimiser's own kernel.
 template <class Update>
 void optimise(const Tensors& params, const Tensors& grads_in, const std::vector<const Tensors*>& states, const Tensors& casts, const PerClient& each,
-              const Ints& ranks, const Ints& keep, const double (&rule)[3], const char* op, Update update) {
+              const Ints& rank_list, const Ints& keep_list, const double (&rule)[3], const char* op, Update update) {
     const Tensors grads = contiguous(grads_in);
     STD_TORCH_CHECK(params.size() % 2 == 0, "params: expected the A factors and then the Bt factors");
     const size_t modules = params.size() / 2;
+    const Ints ranks = hetlora::expanded("ranks", rank_list, modules), keep = hetlora::expanded("keep", keep_list, modules);
     const int clients = clients_of(ranks, modules);
     if (each.lam) check_count(keep.size(), ranks.size(), "keep");
     Launch launch(params[0], clients, op);

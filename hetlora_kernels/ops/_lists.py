@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetlora_kernels.layout import RankLayout, int_list
+from hetlora_kernels.layout import RankLayout, int_list, joined
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Layouts = RankLayout | Sequence[RankLayout]
@@ -41,14 +41,14 @@ def module_layouts(layout: Layouts, modules: int) -> list[RankLayout]:
         raise TypeError(f"layout: expected a RankLayout or one per module, got {[type(each).__name__ for each in layouts]}")
     if len(layouts) != modules:
         raise ValueError(f"layout: expected one RankLayout or {modules} of them (one per module), got {len(layouts)}")
-    if len({each.num_clients for each in layouts}) > 1:
+    if len({each.num_clients for each in {id(each): each for each in layouts}.values()}) > 1:
         raise ValueError(f"layout: expected the same number of clients in every module, got {[each.num_clients for each in layouts]}")
     return layouts
 
 
 def flat_ranks(layouts: Sequence[RankLayout]) -> list[int]:
-    """[M * K] ranks, module by module, as the schemas take them."""
-    return [rank for layout in layouts for rank in layout.ranks]
+    """The ranks of every module, as the schemas take them."""
+    return joined([layout.ranks for layout in layouts])
 
 
 def check_packed(name: str, tensors: Sequence[Tensor], layouts: Sequence[RankLayout]) -> None:
@@ -66,18 +66,18 @@ def prepare(name: str, tensors: Tensor | Sequence[Tensor], layout: Layouts) -> t
 
 
 def client_integers(name: str, values: Any, layouts: Sequence[RankLayout]) -> list[int]:
-    """`values` (one per client, or one sequence per module) as [M * K] integers >= 0."""
+    """`values` (one per client, or one sequence per module), integers >= 0, as the schemas take them."""
     clients = layouts[0].num_clients
     nested = isinstance(values, (list, tuple)) and values and isinstance(values[0], (list, tuple))
     per_module = [int_list(name, v) for v in values] if nested else [int_list(name, values)] * len(layouts)
     if len(per_module) != len(layouts):
         raise ValueError(f"{name}: expected one sequence per module ({len(layouts)}), got {len(per_module)}")
-    for own in per_module:
+    for own in {id(own): own for own in per_module}.values():
         if len(own) != clients:
             raise ValueError(f"{name}: expected {clients} integers, one per client, got {len(own)}")
         if any(value < 0 for value in own):
             raise ValueError(f"{name}: expected integers >= 0, got {min(own)}")
-    return [value for own in per_module for value in own]
+    return joined(per_module)
 
 
 def outputs(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hetlora_kernels._library import call, register_fake
+from hetlora_kernels.layout import own_list
 from hetlora_kernels.ops._lists import Layouts, client_integers, flat_ranks, prepare
 from hetlora_kernels.reference import compute_dtype
 
@@ -92,16 +93,15 @@ def tail_norms(rows: Tensor | Sequence[Tensor], layout: Layouts, keep: Sequence[
 
 @register_fake("gram")
 def _(rows, ranks, exact):
-    count = len(ranks) // len(rows)
-    sizes = [sum(r * r for r in ranks[m * count : (m + 1) * count]) for m in range(len(rows))]
+    sizes = [sum(r * r for r in own_list(ranks, m, len(rows))) for m in range(len(rows))]
     return [t.new_empty(size, dtype=torch.float64 if exact else compute_dtype(t.dtype)) for t, size in zip(rows, sizes, strict=True)]
 
 
 @register_fake("delta_norms")
 def _(a, bt, ranks, exact):
-    return a[0].new_empty((len(ranks) // len(a), len(a)), dtype=torch.float64 if exact else compute_dtype(a[0].dtype))
+    return a[0].new_empty((len(own_list(ranks, 0, len(a))), len(a)), dtype=torch.float64 if exact else compute_dtype(a[0].dtype))
 
 
 @register_fake("tail_norms")
 def _(rows, ranks, keep):
-    return rows[0].new_empty((len(ranks) // len(rows), len(rows)), dtype=compute_dtype(rows[0].dtype))
+    return rows[0].new_empty((len(own_list(ranks, 0, len(rows))), len(rows)), dtype=compute_dtype(rows[0].dtype))

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hetlora_kernels.layout import own_list
 from hetlora_kernels.triton._tables import upload
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
@@ -32,8 +33,7 @@ def module_table(device: torch.device, *columns: Sequence[int | Tensor]) -> Tens
 
 def split_ranks(ranks: Sequence[int], modules: int) -> list[tuple[int, ...]]:
     """The K ranks (or cuts) of each module."""
-    count = len(ranks) // modules
-    return [tuple(ranks[m * count : (m + 1) * count]) for m in range(modules)]
+    return [tuple(own_list(ranks, module, modules)) for module in range(modules)]
 
 
 def layout_table(device: torch.device, layouts: Sequence[tuple], *sections: Any) -> tuple[Tensor, list[int], list[int]]:

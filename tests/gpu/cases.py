@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hetlora_kernels import reference
+from hetlora_kernels.layout import joined
 from hetlora_kernels.ops.quantize import CODES, code_bytes
 from hetlora_kernels.reference import compute_dtype
 
@@ -33,6 +34,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "small": {"ranks": [[4, 0, 1, 7], [3, 18, 40, 2]], "widths": [33, 64]},
     # More than 32 clients, tiles off the diagonal, more than one split, a width of one.
     "large": {"ranks": [[1, 0, 3, 8] * 9 + [33, 70], [2] * 37 + [5]], "widths": [1, 2056]},
+    # Modules that share their ranks, which then travel once.
+    "shared": {"ranks": [[3, 0, 18, 2]] * 2 + [[1, 2, 0, 5]] + [[4, 4, 4, 4]] * 2, "widths": [33, 8, 5, 16, 40]},
     # A module without columns, one without rank rows.
     "edge": {"ranks": [[2, 1], [0, 0], [3, 2]], "widths": [0, 5, 16]},
 }
@@ -72,7 +75,7 @@ def truncate(shape: Mapping[str, Any], dense: bool, target: torch.dtype | None, 
     out = [torch.full((c, w), float("nan"), dtype=target or dtype) for c, w in zip(counts, shape["widths"], strict=True)]
     if dense:
         out = [o.view(_clients(shape), most, -1) for o in out]
-    return "truncate_", [out, bank, _flat(shape["ranks"]), dense]
+    return "truncate_", [out, bank, joined(shape["ranks"]), dense]
 
 
 def aggregate(shape: Mapping[str, Any], owners: bool, keep: bool, target: torch.dtype | None, dtype: torch.dtype) -> tuple[str, list[Any]]:
@@ -81,7 +84,7 @@ def aggregate(shape: Mapping[str, Any], owners: bool, keep: bool, target: torch.
     weights[0] = 0
     kept = [torch.randn(most, w, generator=g, dtype=torch.float64).to(dtype) for w in shape["widths"]] if keep else []
     out = _empty(most, shape, target or dtype)
-    return "aggregate_", [out, _rows(shape, dtype, 3), weights.to(compute_dtype(dtype)), kept, _flat(shape["ranks"]), owners]
+    return "aggregate_", [out, _rows(shape, dtype, 3), weights.to(compute_dtype(dtype)), kept, joined(shape["ranks"]), owners]
 
 
 def accumulate(shape: Mapping[str, Any], dtype: torch.dtype) -> tuple[str, list[Any]]:
@@ -115,19 +118,20 @@ def dequantize(shape: Mapping[str, Any], bits: int, dtype: torch.dtype) -> tuple
 
 
 def gram(shape: Mapping[str, Any], exact: bool, dtype: torch.dtype) -> tuple[str, list[Any]]:
-    return "gram", [_rows(shape, dtype, 6), _flat(shape["ranks"]), exact]
+    return "gram", [_rows(shape, dtype, 6), joined(shape["ranks"]), exact]
 
 
 def delta_norms(shape: Mapping[str, Any], exact: bool, dtype: torch.dtype) -> tuple[str, list[Any]]:
-    return "delta_norms", [_rows(shape, dtype, 7), _rows(shape, dtype, 8, extra=8), _flat(shape["ranks"]), exact]
+    return "delta_norms", [_rows(shape, dtype, 7), _rows(shape, dtype, 8, extra=8), joined(shape["ranks"]), exact]
 
 
 def _cuts(shape: Mapping[str, Any]) -> list[int]:
-    return [(rank + 1) // 2 if k % 3 else rank + k % 2 for own in shape["ranks"] for k, rank in enumerate(own)]
+    cuts = {id(own): [(rank + 1) // 2 if k % 3 else rank + k % 2 for k, rank in enumerate(own)] for own in shape["ranks"]}
+    return joined([cuts[id(own)] for own in shape["ranks"]])
 
 
 def tail_norms(shape: Mapping[str, Any], dtype: torch.dtype) -> tuple[str, list[Any]]:
-    return "tail_norms", [_rows(shape, dtype, 9), _flat(shape["ranks"]), _cuts(shape)]
+    return "tail_norms", [_rows(shape, dtype, 9), joined(shape["ranks"]), _cuts(shape)]
 
 
 def _step(shape: Mapping[str, Any], clip: bool, lam: bool, states: int, dtype: torch.dtype) -> tuple[list[list[Tensor]], list[Any]]:
@@ -137,7 +141,7 @@ def _step(shape: Mapping[str, Any], clip: bool, lam: bool, states: int, dtype: t
         lists[0][0].zero_()  # a zero norm: the sub-gradient is zero
     per_client = torch.linspace(0, 1.5, _clients(shape), dtype=torch.float64)
     active = torch.arange(_clients(shape)) % 4 != 2
-    return lists, [active, per_client if clip else None, per_client.flip(0) if lam else None, _flat(shape["ranks"]), _cuts(shape) if lam else []]
+    return lists, [active, per_client if clip else None, per_client.flip(0) if lam else None, joined(shape["ranks"]), _cuts(shape) if lam else []]
 
 
 def _casts(params: list[Tensor], cast: torch.dtype | None) -> list[Tensor]:

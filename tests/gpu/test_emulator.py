@@ -19,6 +19,10 @@ def test_many_clients_several_tiles_and_splits(library: Path) -> None:
     assert not wrong(work(library, "f32,bf16", "large", "rev,warp"))
 
 
+def test_modules_that_share_their_ranks(library: Path) -> None:
+    assert not wrong(work(library, "f32", "shared", "fwd"))
+
+
 def test_modules_without_columns_or_rows(library: Path) -> None:
     assert not wrong(work(library, "f32,bf16", "edge", "warp"))
 

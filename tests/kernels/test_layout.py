@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetlora_kernels import RankLayout, Segments
+from hetlora_kernels.layout import joined, own_list
 
 pytestmark = pytest.mark.parametrize("backend", ["auto"], indirect=True)  # no op runs here
 
@@ -151,3 +152,15 @@ def test_a_layout_does_not_change():
             delattr(layout, name)
     assert layout.ranks == (4, 0, 2) and layout.offsets == (0, 4, 4, 6) and {layout: 1}[RankLayout([4, 0, 2])] == 1
     assert copy.deepcopy(layout) == layout == pickle.loads(pickle.dumps(layout))
+
+
+def test_lists_that_modules_share_travel_once():
+    one, other = (3, 0, 2), (1, 1, 1)
+    lists = [one, other, one, one]
+    packed = joined(lists)
+    assert packed == [-3, 0, 1, 0, 0, 3, 0, 2, 1, 1, 1]
+    assert [tuple(own_list(packed, m, 4)) for m in range(4)] == lists
+    assert len(joined([tuple(range(100))] * 240)) == 1 + 240 + 100
+    plain = joined([[3, 0], [2, 2]])
+    assert plain == [3, 0, 2, 2] and [own_list(plain, m, 2) for m in range(2)] == [[3, 0], [2, 2]]
+    assert joined([]) == joined([()] * 3) == [] and list(own_list([], 1, 3)) == []
