@@ -99,3 +99,44 @@ def test_a_layer_multiplies_with_the_casts_and_gives_gradients_of_the_factors():
         y.backward(torch.empty_like(y))
     assert seen == [(torch.bfloat16, torch.bfloat16)] * 2
     assert bank.a["1"].grad.dtype == bank.bt["1"].grad.dtype == torch.float32
+
+
+class NothingReadBack(TorchDispatchMode):
+    """Refuses what would wait for a device: a value read on the host, a result whose shape depends on values. A CUDA graph can hold none of it."""
+
+    WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "_unique2", "unique_dim", "is_nonzero", "equal", "bincount"}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.WAITS:
+            raise AssertionError(f"{name} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rule", [hk.AdamW, hk.SGD])
+def test_a_step_of_a_prepared_batch_waits_for_nothing(rule):
+    """Forward, backward and the optimiser's step, once the batch's block is open and its first step has made the tables: what a CUDA graph may record."""
+    model = nn.Sequential(*(nn.Linear(16, 16, dtype=torch.bfloat16) for _ in range(3)))
+    bank = hk.AdapterBank({str(i): (16, 16) for i in range(3)}, [2, 3, 4])
+    optimizer = rule(bank, lr=0.1, clip_norm=1.0, tail_penalty=(0.1, [1, 2, 2]), cast=torch.bfloat16)
+    attach(model, bank, dropout=0.1)
+    x = torch.randn(3, 5, 16).to(torch.bfloat16)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(x).float().square().mean().backward()
+        optimizer.step()
+
+    with client_segments(model, [0, 2, 1], seeds=torch.arange(3)):
+        step()
+    with client_segments(model, [0, 2, 1], seeds=torch.arange(3)):
+        step()
+        before = [p.detach().clone() for p in bank.parameters()]
+        with NothingReadBack():
+            step()
+    assert all(not torch.equal(p, old) for p, old in zip(bank.parameters(), before, strict=True))
+
+
+def test_a_value_that_is_read_back_is_noticed():
+    with NothingReadBack(), pytest.raises(AssertionError, match="waits"):
+        torch.ones(1).item()
