@@ -114,7 +114,7 @@ def difference_row(name: str, own: Difference, found: Mapping[str, Difference]) 
     row = [name, _signed(statistics.fmean(own.by_seed)), ", ".join(map(_signed, own.by_seed))]
     if values := list(own.by_client.values()):
         interval = f"{_signed(own.interval[0])} to {_signed(own.interval[1])}" if own.interval else "-"
-        row += [_signed(statistics.fmean(values)), interval, f"{own.better} of {len(values)}", number(own.p, 3)]
+        row += [_signed(statistics.fmean(values)), interval, f"{own.better} of {len(values)}", number(own.p, 3) if own.p >= 0.0005 else "< 0.001"]
     elif any(other.by_client for other in found.values()):
         row += ["-"] * 4
     return [*row, *(_signed(own.by_group[group]) if group in own.by_group else "-" for group in _groups(found))]

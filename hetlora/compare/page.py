@@ -39,16 +39,17 @@ def search_rows(table: Table) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the search: per method, 'final (best)' global perplexity for each value; the value taken is marked."""
     values = list(dict.fromkeys(outcome.cell.value for outcome in table.search))
     rows: dict[str, dict[str, str]] = {}
+    setting = table.comparison.plan.search.partition("=")[0]
     best = {outcome.cell.method: table.comparison.chosen.get(outcome.cell.method) for outcome in table.search}
     for name, method in ((m.like or m.name, m) for m in table.comparison.methods):
-        best[name] = best.get(name) or table.comparison.chosen[method.name]
+        if setting not in method.settings:
+            best[name] = best.get(name) or table.comparison.chosen[method.name]
     for outcome in table.search:
         perplexities = [perplexity for _, perplexity in outcome.curve(GLOBAL)]
         mark = " *" if outcome.cell.value == best[outcome.cell.method] else ""
         rows.setdefault(outcome.cell.method, {})[outcome.cell.value] = f"{number(perplexities[-1], 3)} ({number(min(perplexities), 3)}){mark}"
-    name = table.comparison.plan.search.partition("=")[0]
     values.sort(key=_sortable)
-    return ["method", *(f"{name} {value}" for value in values)], [[method, *(own.get(value, "-") for value in values)] for method, own in rows.items()]
+    return ["method", *(f"{setting} {value}" for value in values)], [[method, *(own.get(value, "-") for value in values)] for method, own in rows.items()]
 
 
 def _sortable(value: str) -> tuple[float, str]:

@@ -131,7 +131,7 @@ def _run_cells(common: Config, plan: Plan, methods: list[Method], folder: Path, 
         _cell(method, common, bench, folder / "cells", {}, False)
     seeds = range(common.seed, common.seed + plan.seeds)
     search, best = _search(common, plan, methods, bench, folder / "search", observer, len(methods) * len(seeds))
-    chosen = {method.name: best[method.like or method.name] for method in methods} if setting else {}
+    chosen = {method.name: str(method.settings.get(setting) or best[method.like or method.name]) for method in methods} if setting else {}
     cells = []
     for seed in seeds:
         for method in methods:

@@ -88,6 +88,7 @@ def test_the_search_takes_the_lowest_final_loss(tmp_path):
         assert found.chosen[method] == min(losses, key=losses.get) == "0.05"
         assert all(cell.cfg.lr == 0.05 for cell in found.cells if cell.method == method)
     assert [cell.cfg.lr for cell in found.cells if cell.method == "hetlora+lr=0.007"] == [0.007], "a variant that sets it keeps its own"
+    assert found.chosen["hetlora+lr=0.007"] == "0.007", "and it is said"
     assert {cell.seed for cell in found.search}.isdisjoint(cell.seed for cell in found.cells)
 
 
