@@ -27,7 +27,7 @@ from hetlora import checkpoint_file
 from hetlora.config import Config, ConfigError
 from hetlora.data import FederatedData
 from hetlora.lock import LOCK, FolderLock
-from hetlora.run_folder import ADAPTER_FILE, CHECKPOINT, CONFIG, VERSIONS, WEIGHTS_FILE, WriteError, refuse_existing, sync_folder, write_atomic
+from hetlora.run_folder import ADAPTER_FILE, CHECKPOINT, CONFIG, VERSIONS, WEIGHTS_FILE, WriteError, origin, refuse_existing, sync_folder, write_atomic
 from hetlora.text_files import parse_json, read_text
 
 RESUME_INSTEAD = "choose another folder, or continue that run with --resume"
@@ -104,7 +104,7 @@ def create_run(cfg: Config, device: torch.device, lock: FolderLock | None = None
         if lock is not None:
             lock.take(staging)
         write_atomic(staging / CONFIG, cfg.to_json())
-        write_atomic(staging / VERSIONS, json.dumps(versions(device), indent=2) + "\n")
+        write_atomic(staging / VERSIONS, json.dumps({**versions(device), **origin()}, indent=2) + "\n")
         os.replace(staging, run)
         sync_folder(run.parent)
     except BaseException as error:

@@ -293,6 +293,7 @@ def _close(watched: _Watched, written: dict[str, Path]) -> None:
 
 
 def _finish_comparison(watched: _Watched, comparison: Any, opening: Sequence[str] = (), columns: Mapping[str, int] | None = None) -> None:
+    _loaded("hetlora.compare.saved").save(comparison, opening)
     pages = _loaded("hetlora.compare.page")
     table = _loaded("hetlora.compare.figures").tabulate(comparison)
     page = pages.write_comparison(table, opening)
@@ -397,7 +398,14 @@ def compare(config_file: str | None, **options: Any) -> None:
 @click.argument("run_dir", metavar="RUN")
 @click.option("-o", "--output", "out_dir", metavar="DIR", help="Folder for the report. [default: RUN]")
 def report(run_dir: str, out_dir: str | None) -> None:
-    """Write report.html and its pictures for the run folder RUN, finished or not."""
+    """Write report.html and its pictures for the run folder RUN, finished or not; or the page of the finished comparison in RUN."""
+    saved = _loaded("hetlora.compare.saved") if not is_run(Path(run_dir)) else None
+    if saved is not None and saved.is_comparison(Path(run_dir)):
+        if out_dir is not None:
+            raise ConfigError(f"--output: the page of a comparison stands in its own folder, {run_dir}; leave it out")
+        table = _loaded("hetlora.compare.figures").tabulate(saved.reopen(Path(run_dir)))
+        _say(f"report: {_loaded('hetlora.compare.page').write_comparison(table, saved.read(Path(run_dir)).get('opening', []))}")
+        return
     _say(f"report: {_loaded('hetlora.report.page').write_report(run_dir, out_dir)}")
 
 

@@ -17,8 +17,11 @@ import json
 import os
 import re
 import secrets
+import shlex
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -34,6 +37,14 @@ WEIGHTS_FILE, ADAPTER_FILE = "adapter_model.safetensors", "adapter_config.json" 
 REPORT = "report.html"
 PICTURES = ("perplexity.png", "ranks.png", "weights.png", "bytes.png")
 DIAGNOSTICS = "diagnostics.png"  # of runs that recorded them
+
+
+def origin() -> dict[str, str]:
+    """When and by what this process made something: for the reader of a report, nothing follows from it."""
+    program = Path(sys.argv[0]) if getattr(sys, "argv", None) else Path()
+    command = program.stem in ("hetlora", "hetlora-script") or program.parts[-2:] == ("hetlora", "__main__.py")
+    now = datetime.now(timezone.utc).isoformat(sep=" ", timespec="seconds")
+    return {"started": now, "command": shlex.join(["hetlora", *sys.argv[1:]]) if command else "a call from Python"}
 
 
 # ---------------------------------------------------------------- is there a run

@@ -12,12 +12,13 @@ from typing import Any
 
 from rich.console import Console
 
+from hetlora.compare import saved
 from hetlora.compare.differences import difference_rows, difference_text, differences, reference
 from hetlora.compare.figures import GLOBAL, METRICS, OWN, UNSEEN, Outcome, Table, gaps
 from hetlora.compare.pictures import draw_all
 from hetlora.report.page import environment, picture_data
 from hetlora.report.terminal import Column, fitted_table, print_text
-from hetlora.report.text import number, printable
+from hetlora.report.text import change_text, number, printable
 from hetlora.run_folder import write_atomic
 
 
@@ -132,6 +133,48 @@ def print_comparison(console: Console, table: Table, spare: Mapping[str, int] = 
         print_text(console, f"not shown at this width: {'; '.join(dropped)} (comparison.csv has all)")
 
 
+_PARTS = {
+    "The global adapter": ("global_final", "global_best", "unseen_final", "rouge_l", "gap", "effective_rank"),
+    "Clients' own text": ("own_final", "own_best", "own_small", "own_middle", "own_big"),
+    "What it costs": ("rounds_to_target", "megabytes_down", "megabytes_up", "trained_percent", "cpu_seconds", "seconds"),
+}
+"""The page's tables of results: one of all columns would fit no screen."""
+_RELATIVE = ("global_", "own_", "unseen_", "megabytes_", "cpu_")  # beginnings of the columns that are also shown against the reference method
+
+
+def _cells(table: Table, name: str) -> dict[str, tuple[str, str]]:
+    """Metric -> (value, its change against the reference method in percent; '' where that says nothing)."""
+    base = table.tallies[reference(table)]
+    found = {}
+    for m in table.metrics:
+        own = table.tallies[name][m.key]
+        beside = change_text(base[m.key].mean, own.mean) if m.key.startswith(_RELATIVE) and name != reference(table) else ""
+        found[m.key] = (own.text(m.digits), beside)
+    return found
+
+
+def sentence(table: Table) -> str:
+    """What the comparison found, and how sure it is."""
+    finals = {name: own["global_final"] for name, own in table.tallies.items()}
+    order = sorted((name for name, own in finals.items() if own.mean is not None and math.isfinite(own.mean)), key=lambda name: finals[name].mean or 0.0)
+    seeds = table.comparison.plan.seeds
+    if len(order) < 2:
+        return f"{len(order)} of {len(finals)} methods ended with a finite perplexity, which leaves nothing to compare."
+    best, second = order[:2]
+    pairs = [(a, b) for a, b in zip(finals[best].values, finals[second].values, strict=True) if a is not None and b is not None]
+    ahead = sum(a < b for a, b in pairs)
+    said = (
+        f"Of {len(finals)} methods {best} reached the lowest perplexity of the clients' held-out text, {finals[best].text(3)}, "
+        f"{change_text(finals[second].mean, finals[best].mean)} against the next, {second} ({finals[second].text(3)})"
+    )
+    if seeds == 1:
+        return said + "; this is one seed, which does not establish an order."
+    if ahead == len(pairs):
+        chance = f"chance alone would do that once in {2 ** len(pairs)} times"
+        return said + f"; it was ahead in all {len(pairs)} seeds ({chance})."
+    return said + f"; it was ahead in {ahead} of {len(pairs)} seeds only, so the order of the two is not established."
+
+
 def write_comparison(table: Table, opening: Sequence[str] = ()) -> Path:
     """Write comparison.html (pictures embedded), its PNGs, comparison.csv (a line per method and seed), .json and .md to the comparison's folder.
 
@@ -151,13 +194,19 @@ def write_comparison(table: Table, opening: Sequence[str] = ()) -> Path:
     write_atomic(folder / "comparison.md", text)
     page = folder / "comparison.html"
     first = next(iter(table.outcomes.values()))[0]
+    made = saved.read(folder).get("made", {}) if (folder / saved.RUNS).is_file() else {}
     html = (
         environment()
         .get_template("compare/page.html.j2")
         .render(
             table=table,
             opening=opening,
-            rows=[(name, table.text(name), _texts(table, name)) for name in table.tallies],
+            rows=[(name, table.text(name), _cells(table, name)) for name in table.tallies],
+            parts=[(title, own) for title, keys in _PARTS.items() if (own := [m for m in table.metrics if m.key in keys])],
+            against=reference(table),
+            sentence=sentence(table),
+            finished=made.get("started"),
+            command=made.get("command"),
             search=search_rows(table) if table.search else None,
             differences=difference_rows(table) if len(table.tallies) > 1 else None,
             differences_text=difference_text(table),

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from hetlora.compare.figures import GLOBAL, Outcome, Table, gaps
 from hetlora.report.diagnostics import CAPTION, diagnosed, draw_energy, energy_bar, mean_over_runs
-from hetlora.report.drawing import Picture, empty, log_axis, marker_size, render
+from hetlora.report.drawing import Picture, empty, is_narrow, log_axis, marker_size, panels, render, resize
 
 _LOOKS = {
     "hetlora": ("#0072B2", "o"),
@@ -89,9 +89,9 @@ def _seeds_text(table: Table) -> str:
 
 
 def _trade_off(table: Table, names: list[str], title: str, figure: Figure) -> tuple[str, str, str]:
-    figure.set_size_inches(13, 6)
+    resize(figure, 13, 6)
     figure.suptitle(title, x=0.01, ha="left", fontsize=13)
-    left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
+    left, right = panels(figure, 2)
     left.set_title("perplexity on the clients' held-out text by round")
     _curves(table, names, GLOBAL, left)
     left.set_ylabel("perplexity of the global adapter (lower is better)")
@@ -112,7 +112,7 @@ def _trade_off(table: Table, names: list[str], title: str, figure: Figure) -> tu
         if log_axis(right, sizes, right.xaxis):
             right.set_xlabel("MB sent up in the whole run, all clients (logarithmic)")
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, max(1, len(labels))))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(2 if is_narrow(figure) else 5, max(1, len(labels))))
     caption = f"{_seeds_text(table)} Lower left in the right panel is better. Bytes are sizes of the factors (or of the model), computed from the ranks."
     spoken = "; ".join(f"{name} {table.tallies[name]['global_final'].text(2)} at {table.tallies[name]['megabytes_up'].text(2)} MB" for name in names)
     return title, caption, f"{title}: {spoken}"
@@ -146,7 +146,7 @@ def _gap(table: Table, names: list[str], figure: Figure) -> tuple[str, str, str]
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("rank of the client at the end")
     axes.set_ylabel("nats per token")
-    figure.legend(loc="outside lower center", ncols=4)
+    figure.legend(loc="outside lower center", ncols=2 if is_narrow(figure) else 4)
     caption = (
         "How much further the loss on a client's own training text fell than on its own held-out text, from before training to the end, under the rank rows "
         "the client receives. A point: mean over the clients of that rank and over seeds; dotted: methods with one rank for all."
@@ -158,9 +158,9 @@ def _gap(table: Table, names: list[str], figure: Figure) -> tuple[str, str, str]
 def _diagnostics(table: Table, figure: Figure) -> tuple[str, str, str]:
     title = "Rank rows of the bank, effective rank and merge error"
     runs = {name: rows for name, own in table.outcomes.items() if all(rows := [diagnosed(outcome.run) for outcome in own])}
-    columns = 4
+    columns = 1 if is_narrow(figure) else 4
     lines = math.ceil((len(runs) + 2) / columns)
-    figure.set_size_inches(13, 2.9 * lines + 0.6)
+    resize(figure, 13, 2.9 * lines + 0.6)
     grid = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
     image = None
     for axes, (name, rows) in zip(grid, runs.items(), strict=False):
@@ -179,7 +179,7 @@ def _diagnostics(table: Table, figure: Figure) -> tuple[str, str, str]:
     if image is not None:
         energy_bar(figure, image, grid[: len(runs)])
     handles, labels = grid[len(runs)].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 if is_narrow(figure) else 6, fontsize=9)
     without = [name for name in table.outcomes if name not in runs]
     caption = f"{CAPTION} Heat maps: rank row (up) by round, mean over seeds." + (f" Without a bank that lasts: {', '.join(without)}." if without else "")
     spoken = []

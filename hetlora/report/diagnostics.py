@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
-from hetlora.report.drawing import BLUE, VERMILION, empty, marker_size
+from hetlora.report.drawing import BLUE, VERMILION, empty, is_narrow, marker_size, panels
 from hetlora.run_folder import Run
 
 Diagnosed = list[tuple[int, dict[str, Any]]]  # (round, its diagnostics)
@@ -45,6 +45,8 @@ def draw_energy(axes: Axes, runs: Sequence[Diagnosed], title: str) -> AxesImage:
     image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis", norm=LogNorm(_LEAST, 1), extent=extent, origin="lower")
     axes.grid(False)
     axes.set_title(title, fontsize=10)
+    axes.set_xlabel("round")
+    axes.set_ylabel("rank row")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     return image
@@ -69,10 +71,8 @@ def draw_run(run: Run, figure: Figure) -> tuple[str, str, str]:
         axes = figure.subplots()
         empty(axes, "No diagnostics are on record.")
         return title, "No diagnostics are on record.", title + ": none on record"
-    left, right = figure.subplots(1, 2)
+    left, right = panels(figure, 2)
     image = draw_energy(left, [rows], "share of the energy by rank row")
-    left.set_xlabel("round")
-    left.set_ylabel("rank row")
     energy_bar(figure, image, [left])
     rounds, ranks = mean_over_runs([rows], "effective_rank")
     right.plot(rounds, ranks, color=BLUE, marker="o", markersize=marker_size(rounds), label=f"effective rank: {ranks[-1]:.1f} at the end")
@@ -89,7 +89,7 @@ def draw_run(run: Run, figure: Figure) -> tuple[str, str, str]:
         other.set_ylabel("merge error (relative)")
         other.grid(False)
         lines = [*lines, *other.get_lines()]
-    figure.legend(handles=lines, loc="outside lower center", ncols=2)
+    figure.legend(handles=lines, loc="outside lower center", ncols=1 if is_narrow(figure) else 2)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     spoken = f"; merge error {errors[-1]:.3f}" if errors else ""
     return title, CAPTION, f"{title}: effective rank {ranks[0]:.1f} in round {rounds[0]}, {ranks[-1]:.1f} in round {rounds[-1]}{spoken}"

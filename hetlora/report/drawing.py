@@ -1,4 +1,4 @@
-"""What all pictures share: their style, the figure that becomes a PNG, and axes.
+"""What all pictures share: their style, the figure that becomes PNGs (wide and narrow, light and dark), and axes.
 
 Colours are Okabe and Ito's, distinct to colour-blind readers.
 """
@@ -6,17 +6,20 @@ Colours are Okabe and Ito's, distinct to colour-blind readers.
 from __future__ import annotations
 
 import io
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import matplotlib
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.colors import same_color, to_rgba
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
@@ -24,50 +27,120 @@ _CJK_FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic"
 MOST_LABELS = 50
 
 
+_NARROW = 4.3  # inches, of a telephone
+_PAPER, _INK = "#15171a", "#e6e8eb"  # of the dark pages (style.css)
+_ON_DARK = {"black": _INK, "#332288": "#9c8df0", "#882255": "#d9679f", BLUE: "#4ba3e3", GREY: "#a3aab4", "#999999": "#7d848e", "#eeeeee": "#2a2e33"}
+"""Colours that a dark page would swallow -> what stands for them there."""
+
+
 @dataclass
 class Picture:
-    """A drawn figure. `notes`: what the reader of the report must know about how it was drawn."""
+    """A drawn figure. `notes`: what the reader of the report must know about how it was drawn.
+
+    png: wide, on white.   others: 'narrow', 'dark' and 'narrow dark' -> the same drawn anew for a telephone, for a dark page.
+    """
 
     png: bytes
     title: str
     caption: str
     alt: str
     notes: list[str] = field(default_factory=list)
+    others: dict[str, bytes] = field(default_factory=dict)
 
 
 def render(draw: Callable[[Figure], tuple[str, str, str]]) -> Picture:
     """The picture of what `draw` puts into a figure; it returns title, caption and alternative text."""
-    with _style():
-        figure = Figure(figsize=(9, 5), layout="constrained")
+    png, missing, words = _drawn(draw, narrow=False, dark=False)
+    others = {f"{'narrow' * narrow} {'dark' * dark}".strip(): _drawn(draw, narrow, dark)[0] for narrow, dark in ((True, False), (False, True), (True, True))}
+    notes = ["No installed font has all characters of the clients' names; the pictures show boxes in their place."] if missing else []
+    return Picture(png, *words, notes, others)
+
+
+def _drawn(draw: Callable[[Figure], tuple[str, str, str]], narrow: bool, dark: bool) -> tuple[bytes, bool, tuple[str, str, str]]:
+    """(PNG, whether a font lacks characters, what `draw` returns)."""
+    with _style(narrow, dark):
+        figure = Figure(figsize=(_NARROW, 4.2) if narrow else (9, 5), layout="constrained")
         FigureCanvasAgg(figure)
-        title, caption, alt = draw(figure)
+        words = draw(figure)
+        if narrow:
+            _break_titles(figure)
+        if dark:
+            _lighten(figure)
         buffer = io.BytesIO()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            figure.savefig(buffer, format="png", dpi=130)
-    missing = any("missing from" in str(w.message) for w in caught)
-    notes = ["No installed font has all characters of the clients' names; the pictures show boxes in their place."] if missing else []
-    return Picture(buffer.getvalue(), title, caption, alt, notes)
+            figure.savefig(buffer, format="png", dpi=170 if narrow else 130)
+    return buffer.getvalue(), any("missing from" in str(w.message) for w in caught), words
+
+
+def is_narrow(figure: Figure | SubFigure) -> bool:
+    """Whether the figure is the one for telephones."""
+    root = figure.get_figure(root=True)
+    return isinstance(root, Figure) and bool(root.get_figwidth() <= _NARROW)
+
+
+def resize(figure: Figure, width: float, height: float) -> None:
+    """Inches; a narrow figure keeps its width."""
+    figure.set_size_inches(min(width, _NARROW) if is_narrow(figure) else width, height)
+
+
+def panels(figure: Figure, count: int) -> list[Axes]:
+    """Axes side by side; in a narrow figure one below the other."""
+    if not is_narrow(figure):
+        return list(figure.subplots(1, count, squeeze=False).flatten())
+    figure.set_size_inches(_NARROW, 3.2 * count + 0.8)
+    return list(figure.subplots(count, 1, squeeze=False).flatten())
+
+
+def _break_titles(figure: Figure) -> None:
+    for axes in figure.axes:
+        axes.set_title(textwrap.fill(axes.get_title(loc="left"), 30), fontsize=10)
+    above = getattr(figure, "_suptitle", None)
+    if above is not None:
+        above.set_text(textwrap.fill(above.get_text(), 42))
+
+
+def _lighten(figure: Figure) -> None:
+    """Replace the colours that a dark page would swallow."""
+    for artist in figure.findobj():
+        for name in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
+            read, write = getattr(artist, f"get_{name}", None), getattr(artist, f"set_{name}", None)
+            if read is None or write is None:
+                continue
+            colour: Any = read()
+            if not isinstance(colour, str) and getattr(colour, "ndim", 1) == 2:
+                if len(colour) != 1:
+                    continue
+                colour = colour[0]
+            if isinstance(colour, str) and colour in ("none", "auto"):
+                continue
+            for dull, bright in _ON_DARK.items():
+                if same_color(to_rgba(colour, 1), dull):
+                    write(to_rgba(bright, to_rgba(colour)[3]))
+                    break
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def _style(narrow: bool, dark: bool) -> Iterator[None]:
     installed = set(font_manager.get_font_names())
+    dark_colours: dict[Any, str] = dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), _PAPER)
+    dark_colours |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
     with matplotlib.rc_context(
         {
             "font.family": ["DejaVu Sans", *(font for font in _CJK_FONTS if font in installed)],
-            "font.size": 10,
+            "font.size": 8.5 if narrow else 10,
             "axes.titlesize": 12,
             "axes.titlelocation": "left",
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.grid": True,
-            "grid.color": "#dddddd",
+            "grid.color": "#3a3f46" if dark else "#dddddd",
             "axes.axisbelow": True,
             "figure.facecolor": "white",
             "legend.frameon": False,
             # Client names may hold '$', which is no mathematics.
             "text.parse_math": False,
+            **(dark_colours if dark else {}),
         }
     ):
         yield

@@ -13,7 +13,8 @@ from hetlora.config import Config, ConfigError
 from hetlora.kinds import TRAININGS
 from hetlora.report.drawing import Picture
 from hetlora.report.pictures import draw_all
-from hetlora.report.text import number, perplexity_of, rank_text, size_text
+from hetlora.report.text import change_text, number, perplexity_of, rank_text, size_text
+from hetlora.report.verdict import got_worse, group_rows, run_sentence
 from hetlora.run_folder import DIAGNOSTICS, PICTURES, REPORT, Run, read_run, write_atomic
 
 _GENERATOR = '<meta name="generator" content="hetlora">'
@@ -73,7 +74,8 @@ def _key_figures(run: Run) -> list[tuple[str, str, str]]:
         values = [value for value in (perplexity_of(evaluation, part) for evaluation in evaluated) if value is not None]
         if values:
             tokens = next(e[part].get("tokens") for e in evaluated if e.get(part))
-            figures.append((title, f"{number(values[0])} → {number(values[-1])}", f"global adapter, {tokens:,} tokens" if tokens else "global adapter"))
+            shown = f"{number(values[0])} → {number(values[-1])} ({change_text(values[0], values[-1])})"
+            figures.append((title, shown, f"global adapter, {tokens:,} tokens" if tokens else "global adapter"))
     answered = [evaluation["rouge_l"] for evaluation in evaluated if evaluation.get("rouge_l")]
     if answered:
         scores = " → ".join(number(100 * found["f1"]) for found in (answered[0], answered[-1]))
@@ -104,16 +106,37 @@ def _settings(run: Run) -> list[dict[str, Any]]:
 
 
 def environment() -> Environment:
-    """jinja2 with the package's templates and the filters `number` and `rank`."""
+    """jinja2 with the package's templates, the filters `number`, `rank` and `size`, and the functions `change` and `worse`."""
     made = Environment(loader=PackageLoader("hetlora", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    made.filters.update(number=number, rank=rank_text)
+    made.filters.update(number=number, rank=rank_text, size=size_text)
+    made.globals.update(change=change_text, worse=got_worse)
     return made
 
 
-def picture_data(pictures: dict[str, Picture]) -> list[dict[str, str]]:
-    """What a page needs to embed its pictures."""
+_MEDIA = {
+    "narrow dark": "(max-width: 40rem) and (prefers-color-scheme: dark)",
+    "narrow": "(max-width: 40rem)",
+    "dark": "(prefers-color-scheme: dark)",
+}
+"""Which drawing of a picture a browser takes: the first that fits."""
+
+
+def _embedded(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def picture_data(pictures: dict[str, Picture]) -> list[dict[str, Any]]:
+    """What a page needs to embed its pictures. `sources`: (media query, data) of the drawings for telephones and dark pages."""
     return [
-        {"name": name, "title": p.title, "caption": p.caption, "alt": p.alt, "data": base64.b64encode(p.png).decode("ascii")} for name, p in pictures.items()
+        {
+            "name": name,
+            "title": p.title,
+            "caption": p.caption,
+            "alt": p.alt,
+            "data": _embedded(p.png),
+            "sources": [(query, _embedded(p.others[kind])) for kind, query in _MEDIA.items() if kind in p.others],
+        }
+        for name, p in pictures.items()
     ]
 
 
@@ -127,6 +150,8 @@ def _render(run: Run, pictures: dict[str, Picture]) -> str:
         .render(
             run=run,
             clients=clients,
+            groups=group_rows(clients),
+            sentence=run_sentence(run),
             has_perplexity=any(client.get("perplexity_after") is not None for client in clients),
             dropped=[(record["round"], drop) for record in run.records for drop in record.get("dropped") or []],
             own_text=TRAININGS.get(str(run.config.get("train")), TRAININGS["adapters"]).own_text,  # the config may be lost or damaged

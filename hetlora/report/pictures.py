@@ -13,11 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hetlora.report.diagnostics import draw_run
-from hetlora.report.drawing import BLUE, GREY, MOST_LABELS, ORANGE, VERMILION, Picture, empty, log_axis, marker_size, render
+from hetlora.report.drawing import BLUE, GREY, MOST_LABELS, ORANGE, VERMILION, Picture, empty, is_narrow, log_axis, marker_size, render, resize
 from hetlora.report.text import perplexity_of
+from hetlora.report.verdict import rank_groups
 from hetlora.run_folder import DIAGNOSTICS, PICTURES, Run, mean_rank
 
 _MOST_NAMES = 3
+_MOST_ROWS = 40  # clients that the heat map shows one by one
 _SMALLEST_ROW = 7  # points that a row of the heat map needs for a name one can read
 
 
@@ -37,7 +39,7 @@ def _round_axis(axes: Axes, run: Run) -> None:
     last = max(run.records[-1]["round"], 1)
     margin = max(0.1, 0.015 * last)
     axes.set_xlim(-margin, last + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6 if is_narrow(axes.figure) else 12, min_n_ticks=1))
     axes.set_xlabel("round" if run.complete else "round (the run is not complete)")
 
 
@@ -113,7 +115,7 @@ def _ranks(run: Run, figure: Figure) -> tuple[str, str, str]:
     axes.set_ylim(bottom=0)
     axes.set_ylabel("rank" if run.config.get("prune_scope") != "module" else "rank (mean over modules)")
     _label_ends(axes, paths, last)
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center", ncols=1 if is_narrow(figure) else 2)
     caption = (
         "Each line is a client; a triangle is a round in which it pruned itself. Lines of equal rank lie on one another; the right edge says who ends there."
     )
@@ -137,7 +139,7 @@ def _label_ends(axes: Axes, paths: dict[str, list[tuple[int, float]]], last: int
             groups.append(([rank], list(ends[rank])))
     for ranks, names in groups:
         low, high = (f"{edge:g}" if float(edge).is_integer() else f"{edge:.1f}" for edge in (ranks[0], ranks[-1]))
-        whose = ", ".join(_short(name, 16) for name in names) if len(names) <= _MOST_NAMES else f"{len(names)} clients"
+        whose = ", ".join(_short(name, 16) for name in names) if len(names) <= (1 if is_narrow(axes.figure) else _MOST_NAMES) else f"{len(names)} clients"
         where = (last, sum(ranks) / len(ranks))
         text = f"{low if low == high else f'{low}-{high}'}: {whose}"
         axes.annotate(text, where, xytext=(8, 0), textcoords="offset points", va="center", fontsize=8, color=GREY, annotation_clip=False)
@@ -154,31 +156,52 @@ def _weights(run: Run, figure: Figure) -> tuple[str, str, str]:
     if not names:
         empty(axes, "No upload is on record.")
         return title, "No upload is on record.", title + ": none on record"
-    figure.set_size_inches(max(6.5, min(14, 3.5 + 0.32 * len(rounds))), max(2.8, min(16, 1.6 + 0.2 * len(names))))
+    grouped = len(names) > _MOST_ROWS
+    if grouped:  # one row for all clients of a rank: hundreds of rows cannot be read
+        groups = rank_groups({name: run.start_ranks[name] for name in names})
+        of = {name: f"rank {label}: {len(own)} clients" for label, own in groups.items() for name in own}
+    else:
+        of = {name: name for name in names}
+    names, sampled = list(dict.fromkeys(sorted(of.values(), key=list(of.values()).index))), set(names)
+    resize(figure, max(6.5, min(14, 3.5 + 0.32 * len(rounds))), max(3.2, min(16, 1.6 + (0.35 if grouped else 0.2) * len(names))))
     row, column = {name: i for i, name in enumerate(names)}, {round: i for i, round in enumerate(rounds)}
     grid = [[math.nan] * len(rounds) for _ in names]
     for (name, round), weight in uploads.items():
-        grid[row[name]][column[round]] = math.nan if weight is None else float(weight)
+        if weight is not None:
+            cell = grid[row[of[name]]]
+            cell[column[round]] = float(weight) + (0.0 if math.isnan(cell[column[round]]) else cell[column[round]])
     axes.set_facecolor("#eeeeee")
     axes.grid(False)
     image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis_r", vmin=0)
     if drops:
-        points = ([column[r] for _, r in drops], [row[n] for n, _ in drops])
+        points = ([column[r] for _, r in drops], [row[of[n]] for n, _ in drops])
         axes.plot(*points, linestyle="none", marker="x", color=VERMILION, markersize=7, markeredgewidth=2, label="dropped")
         figure.legend(loc="outside lower center")
     row_points = 72 * (figure.get_figheight() - 1.2) / len(names)
     every = math.ceil(_SMALLEST_ROW / row_points)
-    axes.set_yticks(range(0, len(names), every), [_short(name, 28) for name in names[::every]], fontsize=min(8, 0.75 * row_points * every))
-    step = math.ceil(len(rounds) / 25)
+    axes.set_yticks(
+        range(0, len(names), every),
+        [_short(name, 16 if is_narrow(figure) and not grouped else 28) for name in names[::every]],
+        fontsize=min(8, 0.75 * row_points * every),
+    )
+    axes.set_ylabel("clients by rank at the start" if grouped else "client")
+    step = math.ceil(len(rounds) / (10 if is_narrow(figure) else 25))
     axes.set_xticks(range(0, len(rounds), step), [str(round) for round in rounds[::step]])
     axes.set_xlabel("round" if run.complete else "round (the run is not complete)")
     by_module = run.config.get("weights") == "sparsity" and run.config.get("weight_scope") == "module"
-    figure.colorbar(image, ax=axes, label="weight" + (", mean over modules" if by_module else ""), aspect=max(15, 4 * figure.get_figheight()))
+    figure.colorbar(
+        image,
+        ax=axes,
+        label="weight" + (", mean over modules" if by_module else ""),
+        aspect=max(15, 4 * figure.get_figheight()),
+    )
     caption = f"Grey: not sampled in that round. The weights of a round add up to 1. Weights here: {run.config.get('weights', 'not recorded')}."
-    never = len(run.start_ranks.keys() - set(names))
+    if grouped:
+        caption += f" More than {_MOST_ROWS} clients: a row is all clients of a rank, its weight the sum of theirs."
+    never = len(run.start_ranks.keys() - sampled)
     caption += f" {never} clients that were never sampled are not shown." if never else ""
     caption += f" Every {every}th name is written." if every > 1 else ""
-    return title, caption, f"{title}: heat map of {len(names)} clients by {len(rounds)} rounds"
+    return title, caption, f"{title}: heat map of {len(names)} {'groups of ranks' if grouped else 'clients'} by {len(rounds)} rounds"
 
 
 def _bytes(run: Run, figure: Figure) -> tuple[str, str, str]:

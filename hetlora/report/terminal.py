@@ -15,6 +15,7 @@ from rich.text import Text
 from hetlora.config import Config
 from hetlora.observer import Observer
 from hetlora.report.text import cells, change_text, number, perplexity_of, printable, rank_text, round_line, size_text, wrap
+from hetlora.report.verdict import got_worse
 
 MOST_CLIENTS = 40
 SHOWN_CLIENTS = 20
@@ -227,12 +228,6 @@ def fitted_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], width
 
 
 _CLIENT_COLUMNS = (Column("client"), Column("rank"), Column("rounds", 1), Column("training sequences", 2), Column("perplexity"), Column("change"))
-
-
-def got_worse(client: dict[str, Any]) -> bool:
-    """Whether the perplexity of a client's own held-out text rose."""
-    before, after = client.get("perplexity_before"), client.get("perplexity_after")
-    return before is not None and after is not None and not after <= before
 
 
 def client_table(summary: dict[str, Any], width: int = _PLAIN_WIDTH) -> tuple[Table, str]:

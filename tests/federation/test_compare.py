@@ -249,7 +249,7 @@ def test_files_agree_with_one_another_and_the_page_stands_alone(finished):
     assert search.count(" *") == 2 + 1, "one value of each searched method is marked, and the line above says what the mark means"
     for name in ("comparison.png", "ablations.png", "gap.png", "diagnostics.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG") and name in html
-    assert "http" not in html.replace("http-equiv", "") and html.count("data:image/png;base64,") == 4
+    assert "http" not in html.replace("http-equiv", "") and html.count("data:image/png;base64,") == 4 * 4, "each wide and narrow, light and dark"
 
 
 def test_a_missing_value_is_counted_not_averaged():

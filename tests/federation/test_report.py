@@ -38,7 +38,7 @@ def test_page_is_self_contained_and_embeds_the_pngs(tmp_path):
     page = write_report(tmp_path / "run")
     assert page == tmp_path / "run" / "report.html"
     source = page.read_text(encoding="utf-8")
-    sources = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')>\s]+)""", source)
+    sources = re.findall(r"""\b(?:src|href|url)\s*[=(]\s*["']?([^"')>\s]+)""", source)
     assert len(sources) == len(PICTURES)
     for name, link in zip(PICTURES, sources, strict=True):
         png = (page.parent / name).read_bytes()

@@ -1,0 +1,192 @@
+"""What a page says first, and how it is laid out: sure or not, worse clients, telephones, dark mode, many clients, comparisons opened again."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from synthetic_run import write_run
+from test_compare import compared
+from test_report import text_of
+
+from hetlora.compare import saved
+from hetlora.compare.figures import Tally, tabulate
+from hetlora.compare.page import sentence, write_comparison
+from hetlora.config import ConfigError
+from hetlora.report import pictures
+from hetlora.report.drawing import Picture, render
+from hetlora.report.page import write_report
+from hetlora.report.verdict import group_rows, rank_groups, run_sentence
+from hetlora.run_folder import read_run
+
+
+def edited(folder: Path, changes: list[tuple[float, float]]) -> None:
+    """The synthetic run with these perplexities (before, after) of its clients."""
+    file = folder / "summary.json"
+    summary = json.loads(file.read_text())
+    for client, (before, after) in zip(summary["clients"], changes, strict=True):
+        client |= {"perplexity_before": before, "perplexity_after": after}
+    file.write_text(json.dumps(summary))
+
+
+def test_the_first_sentence_says_what_happened_and_how_sure_it_is(tmp_path):
+    write_run(tmp_path / "run", clients=4, rounds=3)
+    edited(tmp_path / "run", [(10.0, 9.0), (10.0, 8.0), (10.0, 9.0), (10.0, 8.0)])
+    said = run_sentence(read_run(tmp_path / "run"))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
+    first, last = (lines[i]["evaluation"]["client_text"]["perplexity"] for i in (0, -1))
+    assert said.startswith(f"In 3 rounds the perplexity of the clients' held-out text fell from {first:.2f} to {last:.2f} ({100 * (last / first - 1):+.1f} %)")
+    assert "4 of 4 clients got better, by -15.0 ± 2.9 % on average" in said, "5.77 / sqrt(4)"
+    assert "one seed" in said and "chance" not in said
+    source = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert source.index('class="verdict"') < source.index('class="tiles"')
+
+
+def test_it_says_where_chance_would_do(tmp_path):
+    write_run(tmp_path / "run", clients=4, rounds=3)
+    edited(tmp_path / "run", [(10.0, 9.0), (10.0, 11.0), (10.0, 8.0), (10.0, 11.5)])
+    assert "too little to tell from chance" in run_sentence(read_run(tmp_path / "run"))
+
+
+def test_a_stopped_run_says_so(tmp_path):
+    write_run(tmp_path / "run", rounds=10, done=3)
+    assert run_sentence(read_run(tmp_path / "run")).startswith("In 3 of 10 rounds (the run is not complete)")
+
+
+def test_worse_clients_are_marked_and_percentages_stand_beside(tmp_path):
+    names = write_run(tmp_path / "run", clients=3, rounds=2)
+    edited(tmp_path / "run", [(8.0, 7.0), (8.0, 8.2), (8.0, 6.0)])
+    source = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    rows = re.findall(r'<tr class="worse"><td data-label="client">(.*?)</td>', source)
+    assert rows == [sorted(names)[1]] and "+2.5 % <strong>worse</strong>" in source and "-12.5 %" in source
+
+
+def test_date_and_command_of_a_run_are_on_its_page(tmp_path, monkeypatch):
+    from hetlora.run_folder import origin
+
+    monkeypatch.setattr("sys.argv", ["/usr/bin/hetlora", "run", "--data", "my texts"])
+    made = origin()
+    assert made["command"] == "hetlora run --data 'my texts'" and re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\+00:00", made["started"])
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / "versions.json").write_text(json.dumps(made))
+    text = text_of(write_report(tmp_path / "run"))
+    assert f"Started {made['started']}" in text and "hetlora run --data 'my texts'" in text
+
+
+def size_and_corner(png: bytes) -> tuple[int, float]:
+    """(width in pixels, brightness of the first pixel)."""
+    pixels = matplotlib.image.imread(io.BytesIO(png))
+    return pixels.shape[1], float(np.asarray(pixels)[0, 0, :3].mean())
+
+
+def test_pictures_are_drawn_anew_for_telephones_and_dark_pages(tmp_path):
+    write_run(tmp_path / "run", clients=5, rounds=3)
+    drawn = pictures.draw_all(read_run(tmp_path / "run"))
+    source = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    for name, picture in drawn.items():
+        wide, light = size_and_corner(picture.png)
+        found = {kind: size_and_corner(png) for kind, png in picture.others.items()}
+        assert light == 1.0 and found["narrow"][1] == 1.0 and found["dark"][1] < 0.2 and found["narrow dark"][1] < 0.2, name
+        assert found["dark"][0] == wide > found["narrow"][0] == found["narrow dark"][0] == 731, name
+        assert all(base64.b64encode(png).decode() in source for png in picture.others.values())
+    queries = re.findall(r'<source media="([^"]*)"', source)
+    assert queries[:3] == ["(max-width: 40rem) and (prefers-color-scheme: dark)", "(max-width: 40rem)", "(prefers-color-scheme: dark)"]
+
+
+def test_no_line_is_as_dark_as_a_dark_page():
+    def draw(figure):
+        axes = figure.subplots()
+        axes.axhspan(0, 1, color="black")
+        axes.set_ylim(0, 1)
+        axes.set_axis_off()
+        return "", "", ""
+
+    def middle(png):
+        pixels = matplotlib.image.imread(io.BytesIO(png))
+        return float(pixels[pixels.shape[0] // 2, pixels.shape[1] // 2, :3].mean())
+
+    picture: Picture = render(draw)
+    assert middle(picture.png) == 0 and middle(picture.others["dark"]) > 0.8
+
+
+def test_every_heat_map_names_its_axes(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    seen: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: (seen.append(self), save(self, *args, **kwargs))[1])
+    write_run(tmp_path / "run", clients=5, rounds=3)
+    write_report(tmp_path / "run")
+    write_comparison(tabulate(compared(tmp_path / "c", "hetlora,homlora-min")))
+    maps = [axes for figure in seen for axes in figure.axes if axes.images]
+    assert len(maps) == 4 * 3, "weights of the run, energy of two methods, in four drawings"
+    assert all(axes.get_xlabel() == "round" and axes.get_ylabel() in ("client", "rank row") for axes in maps)
+
+
+def test_cells_of_a_telephone_have_labels(tmp_path):
+    """There the head of a table is hidden: each cell says what it is."""
+    write_run(tmp_path / "run", clients=5, rounds=2)
+    pages = [write_report(tmp_path / "run"), write_comparison(tabulate(compared(tmp_path / "c", "hetlora,homlora-min")))]
+    for page in pages:
+        tables = re.findall(r'<table class="cards">(.*?)</table>', page.read_text(encoding="utf-8"), re.DOTALL)
+        assert len(tables) >= 2
+        for table in tables:
+            cells, heads = re.findall(r"<td([^>]*)>", table), re.findall(r"<th[ >]", table)
+            assert cells and all('data-label="' in cell for cell in cells) and len(heads) <= 10, "more columns fit no page of 64rem"
+
+
+def test_hundreds_of_clients_are_grouped_by_rank(tmp_path):
+    write_run(tmp_path / "run", clients=300, rounds=6)
+    run = read_run(tmp_path / "run")
+    groups = rank_groups(run.start_ranks)
+    assert sum(map(len, groups.values())) == 300 and 2 <= len(groups) <= 8
+    assert "groups of ranks by 6 rounds" in pictures.draw_all(run)["weights.png"].alt
+    source = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert "<details><summary>Every client (300)</summary>" in source and all(f">{label}</td>" in source for label in groups)
+
+
+def test_a_group_has_the_mean_of_its_clients(tmp_path):
+    clients = [
+        {"name": name, "rank_start": rank, "perplexity_before": before, "perplexity_after": after}
+        for name, rank, before, after in (("a", 5, 4.0, 2.0), ("b", 5, 9.0, 8.0), ("c", 50, 3.0, 6.0))
+    ]
+    small, big = group_rows(clients)
+    assert (small["rank"], small["clients"], small["before"], small["after"], small["worse"]) == ("5", 2, pytest.approx(6.0), pytest.approx(4.0), 0)
+    assert (big["rank"], big["worse"]) == ("50", 1)
+
+
+def test_a_comparison_says_who_won_and_whether_that_is_established(tmp_path):
+    table = tabulate(compared(tmp_path / "c", "hetlora,homlora-min", seeds=2))
+
+    def said(ours, theirs):
+        for name, values in (("hetlora", ours), ("homlora-min", theirs)):
+            table.tallies[name]["global_final"] = Tally(values)
+        return sentence(table)
+
+    assert "hetlora reached the lowest" in said([6.0, 6.2], [7.0, 7.2]) and "ahead in all 2 seeds (chance alone would do that once in 4 times)" in sentence(
+        table
+    )
+    assert "ahead in 1 of 2 seeds only, so the order of the two is not established" in said([6.0, 7.2], [7.0, 6.4])
+    one = tabulate(compared(tmp_path / "one", "hetlora,homlora-min"))
+    assert "one seed, which does not establish an order" in sentence(one)
+    assert 'class="verdict"' in write_comparison(one).read_text(encoding="utf-8")
+
+
+def test_a_comparison_is_opened_again_with_the_same_page(tmp_path):
+    found = compared(tmp_path / "c", "hetlora,homlora-min", search="lr=0.001,0.05")
+    with pytest.raises(ConfigError, match="not finished; give its 'hetlora compare' command again"):
+        saved.reopen(tmp_path / "c")
+    saved.save(found)
+    page = write_comparison(tabulate(found)).read_text(encoding="utf-8")
+    again = saved.reopen(tmp_path / "c")
+    assert again.chosen == found.chosen and [c.cfg for c in again.cells] == [c.cfg for c in found.cells]
+    assert write_comparison(tabulate(again)).read_text(encoding="utf-8") == page
+    (tmp_path / "c" / saved.RUNS).write_text("{}")
+    with pytest.raises(ConfigError, match=r"comparison-runs\.json: damaged"):
+        saved.reopen(tmp_path / "c")
