@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,7 +35,7 @@ def _choices(kinds: Iterable[TrainingKind | MergeKind]) -> str:
 class Config(BaseModel):
     """Settings of one federated run. Units are in the descriptions; every default is what the paper uses where it says so.
 
-    Raises `ConfigError` (from `Config.create` and `Config.from_file`) naming the setting, what was expected and what came.
+    Raises `ConfigError` naming the setting, what was expected and what came.
 
     >>> import hetlora
     >>> cfg = hetlora.Config(data="stdlib:email,json", ranks="powerlaw:5:50", rounds=3)
@@ -150,6 +151,41 @@ class Config(BaseModel):
     output: str = _setting("runs/hetlora", "run", "Folder of the run; it must not exist unless --resume is given.", min_length=1)
     save_clients: bool = _setting(True, "run", "Keep each client's last trained adapter in the run folder.")
 
+    def __init__(self, **values: Any) -> None:
+        """Raises `ConfigError`: every fault in one line."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError("Config: " + "; ".join(self._faults(error))) from None
+
+    @classmethod
+    def _faults(cls, error: ValidationError) -> list[str]:
+        faults = []
+        for fault in error.errors():
+            name = ".".join(str(p) for p in fault["loc"]) or "settings"
+            if fault["type"] == "value_error":  # of `check`, which says all
+                faults.append(str(fault["ctx"]["error"]))
+            elif fault["type"] == "extra_forbidden":
+                faults.append(f"unknown setting '{name}'{_nearest(name, cls.model_fields)}")
+            else:
+                faults.append(f"{name}: {fault['msg'].lower()}, got {_shortened(repr(fault['input']))}")
+        return faults
+
+    def __repr__(self) -> str:
+        """The settings that are not at their defaults."""
+        return f"Config({', '.join(f'{name}={getattr(self, name)!r}' for name in type(self).model_fields if not self._at_default(name))})"
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a table of the settings that are not at their defaults."""
+        rows = [(name, getattr(self, name)) for name in type(self).model_fields if not self._at_default(name)]
+        return (
+            "<table><caption>hetlora.Config; all else at its default</caption>"
+            + "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows)
+            + "</table>"
+        )
+
     @model_validator(mode="before")
     @classmethod
     def _lists_to_text(cls, values: Any) -> Any:
@@ -212,17 +248,8 @@ class Config(BaseModel):
         """Validate `values`; every fault becomes one `ConfigError` line that names `source` and the setting."""
         try:
             return cls(**values)
-        except ValidationError as error:
-            faults = []
-            for fault in error.errors():
-                name = ".".join(str(p) for p in fault["loc"]) or "settings"
-                if fault["type"] == "value_error":  # of `check`, which says all
-                    faults.append(str(fault["ctx"]["error"]))
-                elif fault["type"] == "extra_forbidden":
-                    faults.append(f"unknown setting '{name}'{_nearest(name, cls.model_fields)}")
-                else:
-                    faults.append(f"{name}: {fault['msg'].lower()}, got {_shortened(repr(fault['input']))}")
-            raise ConfigError(f"{source}: " + "; ".join(faults)) from None
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {str(error).removeprefix('Config: ')}") from None
 
     @classmethod
     def read(cls, path: str | Path) -> dict[str, Any]:

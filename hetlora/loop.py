@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import html
+import importlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,16 +21,19 @@ from hetlora.config import Config, ConfigError
 from hetlora.federation import Federation, prepare
 from hetlora.fleet import Fleet, LocalFleet
 from hetlora.lock import FolderLock
+from hetlora.loggers import Observers, figures
 from hetlora.merge import Aggregate, aggregate
 from hetlora.observer import Observer
 from hetlora.ranks import ClientRanks, Scope, check_width, from_record, kept_rank, mean_rank, to_record
+from hetlora.report import text
+from hetlora.report.terminal import ConsoleObserver
 from hetlora.training import Trained
 
 TOTALS = ("bytes_down", "bytes_up", "bytes_down_homlora", "bytes_up_homlora", "trained_parameters")
 """What a round counts and a run adds up."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """What `simulate` returns: per-round records (as in rounds.jsonl), the summary, the global bank, and each client's rank at the end.
 
@@ -39,6 +45,27 @@ class Result:
     bank: hk.AdapterBank
     ranks: dict[str, int | dict[str, int]]
     run_dir: Path
+
+    def _lines(self) -> list[tuple[str, str]]:
+        before, after = (text.perplexity_of(self.summary[key], "client_text") for key in ("evaluation_before", "evaluation_after"))
+        perplexity = f"{text.number(before)} -> {text.number(after)} ({text.change_text(before, after)})"
+        rounds = str(self.history[-1]["round"])
+        return [("clients", str(len(self.ranks))), ("rounds", rounds), ("perplexity", perplexity), ("run_dir", str(self.run_dir))]
+
+    def __repr__(self) -> str:
+        return f"Result({', '.join(f'{name}: {value}' for name, value in self._lines())})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return "<table>" + "".join(f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>" for name, value in self._lines()) + "</table>"
+
+    def to_pandas(self) -> Any:
+        """A pandas frame of one line a round: what `hetlora.loggers.figures` names, `round` as its index. `ConfigError` where pandas is missing."""
+        try:
+            pandas = importlib.import_module("pandas")
+        except ImportError:
+            raise ConfigError("to_pandas: needs the 'pandas' package; pip install pandas") from None
+        return pandas.DataFrame([{"round": record["round"], **dict(figures(record))} for record in self.history]).set_index("round")
 
 
 @dataclass
@@ -54,12 +81,23 @@ class _Run:
         self.fingerprint = self.fleet.fingerprint()
 
 
-def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = None, federation: Federation | None = None) -> Result:
+def simulate(
+    cfg: Config,
+    *,
+    resume: bool = False,
+    observer: Observer | None = None,
+    federation: Federation | None = None,
+    quiet: bool = False,
+    on_round_end: Callable[[dict[str, Any]], object] | None = None,
+    loggers: Sequence[Observer] = (),
+) -> Result:
     """Run (or continue) a federation and write its run folder `cfg.output`.
 
     cfg: the settings.   resume: continue the run in cfg.output from its newest checkpoint, to the same bits as without the interruption (on the
     same device and versions; the number of threads is set to the run's, other differences are reported).
-    observer: receives progress.   federation: model and data loaded before by `prepare`, to share them between runs.
+    observer: receives progress; left out, it is shown in the terminal or notebook, unless quiet.
+    federation: model and data loaded before by `prepare`, to share them between runs.
+    on_round_end: called with each round's record (a line of rounds.jsonl).   loggers: further observers, such as those of `hetlora.loggers`.
 
     Raises `ConfigError` for settings, data or a folder that cannot be used; nothing that exists is overwritten.
 
@@ -71,20 +109,22 @@ def simulate(cfg: Config, *, resume: bool = False, observer: Observer | None = N
     >>> LlamaForCausalLM(sizes).save_pretrained(folder + "/model")
     >>> files = ByT5Tokenizer().save_pretrained(folder + "/model")
     >>> cfg = hetlora.Config(model=folder + "/model", data="unicode:GREEK,HEBREW", ranks="4,8", rounds=1, seq_len=32, device="cpu", output=folder + "/run")
-    >>> result = hetlora.simulate(cfg)
+    >>> result = hetlora.simulate(cfg, quiet=True)
     >>> result.ranks, result.bank.ranks, len(result.history)
     ({'GREEK': 4, 'HEBREW': 8}, (8,), 2)
     """
-    observer = observer or Observer()
+    shown = nullcontext(observer or Observer()) if observer or quiet else ConsoleObserver()
     folder = Path(cfg.output)
 
     def fleet() -> LocalFleet:
-        ready = federation or prepare(cfg, observer)
+        ready = federation or prepare(cfg, told)
         if ready.folded_by not in (None, folder):
             raise ConfigError(f"federation: its base model holds the folded updates of {ready.folded_by}; load it again with prepare()")
         return LocalFleet(ready)
 
-    return run_rounds(cfg, fleet, resume=resume, observer=observer)
+    with shown as first:
+        told = Observers([first, *loggers], on_round_end)
+        return run_rounds(cfg, fleet, resume=resume, observer=told)
 
 
 def run_rounds(cfg: Config, fleet: Callable[[], Fleet], *, resume: bool = False, observer: Observer | None = None) -> Result:

@@ -1,0 +1,106 @@
+"""Loggers for TensorBoard, Weights & Biases and MLflow, each through its own package: observers for `simulate(..., loggers=[...])`."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from hetlora.config import Config, ConfigError
+from hetlora.observer import Observer
+from hetlora.report.text import perplexity_of
+
+
+def figures(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """(name, value) of a round's numbers that a logger draws; those that are missing, infinite or not a number are left out."""
+    clients = record.get("clients") or []
+    evaluation = record.get("evaluation")
+    found = {
+        "perplexity/clients": perplexity_of(evaluation, "client_text"),
+        "perplexity/held_out_clients": perplexity_of(evaluation, "held_out_clients"),
+        "train_loss/first": sum(c["loss_first"] for c in clients) / len(clients) if clients else None,
+        "train_loss/last": sum(c["loss_last"] for c in clients) / len(clients) if clients else None,
+        **{name: record.get(name) for name in ("mean_rank", "bytes_down", "bytes_up", "lr", "seconds")},
+    }
+    return ((name, float(value)) for name, value in found.items() if value is not None and math.isfinite(value))
+
+
+def _package(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"loggers: needs the {package!r} package ({error}); pip install '.[{package}]' in a checkout, or pip install {package}") from None
+
+
+class TensorBoardLogger(Observer):
+    """Writes event files to `folder`, one step a round. Raises `ConfigError` where the package tensorboard is missing."""
+
+    def __init__(self, folder: str) -> None:
+        _package("tensorboard", "tensorboard")
+        self._writer = _package("torch.utils.tensorboard", "tensorboard").SummaryWriter(folder)
+
+    def start(self, cfg: Config, info: dict[str, Any]) -> None:
+        self._writer.add_text("config", cfg.to_json())
+
+    def round_end(self, record: dict[str, Any]) -> None:
+        for name, value in figures(record):
+            self._writer.add_scalar(name, value, record["round"])
+        self._writer.flush()
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self._writer.close()
+
+
+class WandbLogger(Observer):
+    """A run of Weights & Biases.   settings: of `wandb.init`, such as project or mode='offline'. Raises `ConfigError` where the package wandb is missing."""
+
+    def __init__(self, **settings: Any) -> None:
+        self._wandb, self._settings = _package("wandb", "wandb"), settings
+
+    def start(self, cfg: Config, info: dict[str, Any]) -> None:
+        self._run = self._wandb.init(config=cfg.model_dump(), **self._settings)
+
+    def round_end(self, record: dict[str, Any]) -> None:
+        self._run.log(dict(figures(record)), step=record["round"])
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self._run.finish()
+
+
+class MLflowLogger(Observer):
+    """A run of MLflow, at its tracking URI.   settings: of `mlflow.start_run`. Raises `ConfigError` where the package mlflow is missing."""
+
+    def __init__(self, **settings: Any) -> None:
+        self._mlflow, self._settings = _package("mlflow", "mlflow"), settings
+
+    def start(self, cfg: Config, info: dict[str, Any]) -> None:
+        self._mlflow.start_run(**self._settings)
+        self._mlflow.log_params(cfg.model_dump())
+
+    def round_end(self, record: dict[str, Any]) -> None:
+        self._mlflow.log_metrics(dict(figures(record)), step=record["round"])
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self._mlflow.end_run()
+
+
+_EVENTS = ("message", "pretrain", "work", "start", "round_start", "local_step", "evaluate", "round_end", "cell", "finish")
+
+
+class Observers(Observer):
+    """Several observers as one: each is told every event, in their order. `on_round_end`, where given, gets each round's record after them."""
+
+    def __init__(self, observers: list[Observer], on_round_end: Callable[[dict[str, Any]], object] | None = None) -> None:
+        self._observers, self._on_round_end = observers, on_round_end
+        for event in _EVENTS:
+            setattr(self, event, self._all(event))
+
+    def _all(self, event: str) -> Callable[..., None]:
+        def tell(*content: Any) -> None:
+            for observer in self._observers:
+                getattr(observer, event)(*content)
+            if event == "round_end" and self._on_round_end is not None:
+                self._on_round_end(*content)
+
+        return tell

@@ -1,0 +1,136 @@
+"""hetlora from Python: errors, short forms of objects, progress, callbacks, loggers and frames."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+from tiny import tiny_config, tiny_federation
+
+import hetlora
+from hetlora import loggers
+from hetlora.config import Config, ConfigError
+from hetlora.loop import simulate
+from hetlora.observer import Observer
+
+
+def run(folder, **settings):
+    return simulate(tiny_config(folder, rounds=2), federation=tiny_federation([3, 3], held_out=1), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"lr": -1}, "Config: lr: input should be greater than 0, got -1"), ({"round": 1}, "Config: unknown setting 'round' (did you mean 'rounds'?)")],
+)
+def test_a_config_made_in_python_raises_one_line(settings, message):
+    with pytest.raises(ConfigError) as caught:
+        hetlora.Config(**settings)
+    assert str(caught.value) == message
+
+
+def test_a_source_is_named_once():
+    with pytest.raises(ConfigError) as caught:
+        Config.create("my file", lr=-1)
+    assert str(caught.value) == "my file: lr: input should be greater than 0, got -1"
+
+
+def test_objects_are_short_in_a_terminal_and_tables_in_a_notebook(tmp_path):
+    cfg = Config(rounds=3, data="<b>")
+    assert repr(cfg) == "Config(data='<b>', rounds=3)" and "<td>&lt;b&gt;</td>" in cfg._repr_html_()
+    result = run(tmp_path / "run", quiet=True)
+    before, after = (result.summary[key]["client_text"]["perplexity"] for key in ("evaluation_before", "evaluation_after"))
+    shown = f"perplexity: {before:.2f} -> {after:.2f} ({100 * (after / before - 1):+.1f} %)"
+    assert repr(result) == f"Result(clients: 2, rounds: 2, {shown}, run_dir: {tmp_path / 'run'})"
+    assert result._repr_html_().startswith("<table><tr><th>clients</th><td>2</td>") and len(repr(result.bank)) < 200
+
+
+def test_progress_shows_by_itself_unless_quiet_or_observed(tmp_path, capsys):
+    run(tmp_path / "a")
+    assert "round 2/2" in capsys.readouterr().out
+    run(tmp_path / "b", quiet=True)
+    run(tmp_path / "c", observer=Observer())
+    assert capsys.readouterr().out == ""
+
+
+def test_callbacks_and_loggers_get_every_round_and_change_nothing(tmp_path):
+    class Seen(Observer):
+        def __init__(self):
+            self.events = []
+
+        def start(self, cfg, info):
+            self.events.append("start")
+
+        def round_end(self, record):
+            self.events.append(record["round"])
+
+        def finish(self, summary):
+            self.events.append("finish")
+
+    called, first, second = [], Seen(), Seen()
+    result = run(tmp_path / "a", observer=first, loggers=[second], on_round_end=called.append)
+    assert first.events == second.events == ["start", 0, 1, 2, "finish"]
+    assert called == result.history
+    plain = run(tmp_path / "b", quiet=True)
+    assert [r["evaluation"] for r in plain.history] == [r["evaluation"] for r in result.history]
+
+
+def test_every_event_of_an_observer_is_forwarded():
+    events = {name for name, value in vars(Observer).items() if not name.startswith("_") and callable(value)}
+    assert set(loggers._EVENTS) == events
+
+
+def test_an_error_of_a_callback_stops_the_run_which_can_be_continued(tmp_path):
+    def stop(record):
+        if record["round"] == 1:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        run(tmp_path / "a", quiet=True, on_round_end=stop)
+    assert len(run(tmp_path / "a", quiet=True, resume=True).history) == 3
+
+
+@pytest.mark.parametrize(("made", "package"), [("TensorBoardLogger", "tensorboard"), ("WandbLogger", "wandb"), ("MLflowLogger", "mlflow")])
+def test_a_missing_package_is_one_line(made, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=rf"'{package}' package .*pip install '\.\[{package}\]'"):
+        getattr(loggers, made)(*(["logs"] if package == "tensorboard" else []))
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_loggers_say_each_round_to_their_package(tmp_path, monkeypatch, name):
+    """Against a stand-in of the package with the calls that its documentation has."""
+    calls = []
+
+    def recorder(call):
+        return lambda *args, **kwargs: (calls.append((call, args, kwargs)), module)[1]
+
+    module = types.SimpleNamespace(**{c: recorder(c) for c in ("init", "log", "finish", "start_run", "log_params", "log_metrics", "end_run")})
+    monkeypatch.setitem(sys.modules, name, module)
+    logger = loggers.WandbLogger(project="p") if name == "wandb" else loggers.MLflowLogger(run_name="p")
+    result = run(tmp_path / "run", quiet=True, loggers=[logger])
+    rounds = [(args[0], kwargs["step"]) for call, args, kwargs in calls if call in ("log", "log_metrics")]
+    assert [step for _, step in rounds] == [0, 1, 2] and calls[0][2].get("project", calls[0][2].get("run_name")) == "p"
+    assert rounds[2][0]["perplexity/clients"] == result.history[2]["evaluation"]["client_text"]["perplexity"]
+    assert calls[-1][0] in ("finish", "end_run")
+
+
+def test_tensorboard_reads_what_was_logged(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs the extra 'tensorboard'")
+    result = run(tmp_path / "run", quiet=True, loggers=[loggers.TensorBoardLogger(str(tmp_path / "logs"))])
+    events = accumulator.EventAccumulator(str(tmp_path / "logs"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("perplexity/clients")]
+    assert found == [(r["round"], pytest.approx(r["evaluation"]["client_text"]["perplexity"], rel=2**-23)) for r in result.history]
+
+
+def test_a_run_as_a_frame(tmp_path, monkeypatch):
+    result = run(tmp_path / "run", quiet=True)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "pandas", None)
+        with pytest.raises(ConfigError, match="pip install pandas"):
+            result.to_pandas()
+    pytest.importorskip("pandas", reason="needs the extra 'pandas'")
+    frame = result.to_pandas()
+    assert list(frame.index) == [0, 1, 2]
+    assert list(frame["perplexity/clients"]) == [r["evaluation"]["client_text"]["perplexity"] for r in result.history]
