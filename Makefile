@@ -64,9 +64,10 @@ $(BASE):
 
 .venv/.installed: $(BASE) pyproject.toml setup.py $(wildcard csrc/*/*)
 	@echo "[3/3] installing hetlora and what its tests need (about 60 packages; a few quiet minutes)"
+	@# Compat mode puts the checkout itself on the path: scripts beside it, type checkers and editors find both packages there.
 	@# The constraint holds torch at the build just installed, whatever a dependency would rather have.
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > .venv/constraints.txt
-	@$(BIN)/python -m pip install -q --no-build-isolation -c .venv/constraints.txt -e '.[test]'
+	@$(BIN)/python -m pip install -q --no-build-isolation -c .venv/constraints.txt --config-settings editable_mode=compat -e '.[test]'
 	@touch $@
 	@$(BIN)/python -c 'import torch; print("ready: torch", torch.__version__, "with CUDA" if torch.cuda.is_available() else "on the CPU")'
 

@@ -10,6 +10,12 @@ from hetlora import _missing_extra, signals
 def main() -> int | None:
     """Run the command line; returns its exit status."""
     message = _missing_extra()
+    if message is not None and sys.argv[1:] == ["info"]:  # it needs the kernels alone
+        from hetlora.info import print_info
+
+        print_info()
+        print(f"\n{message}")
+        return 0
     if message is not None:
         print(message, file=sys.stderr)
         return 2

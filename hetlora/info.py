@@ -1,19 +1,18 @@
-"""`hetlora info`: versions, devices, packages, what the build decided, and the backend of each operation."""
+"""`hetlora info`: versions, devices, packages, what the build decided, and the backend of each operation. Plain text: the kernels alone suffice for it."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
+import sys
 from importlib import metadata
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 import hetlora_kernels
 from hetlora import __version__
-from hetlora.report.terminal import make_console
+from hetlora.report.text import printable, wrap
 from hetlora_kernels._library import build_info
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "pydantic", "rich", "click", "matplotlib", "datasets", "bitsandbytes", "flwr")
@@ -49,17 +48,22 @@ def _compiled_library() -> list[tuple[str, str]]:
     return rows
 
 
-def print_info(console: Console | None = None) -> None:
+def _print_rows(title: str, rows: list[tuple[str, ...]], width: int) -> None:
+    """The title, and below it the rows in columns; the last column goes on below itself."""
+    print(f"\n{title}")
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    for *first, last in rows:
+        head = "  " + "".join(f"{cell:<{size}}  " for cell, size in zip(first, widths, strict=True))
+        print("\n".join(wrap(head + printable(last), width, indent=" " * len(head))))
+
+
+def print_info() -> None:
     """Versions, devices, packages, and the backend of each operation with the reason for it."""
-    console = console or make_console()
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
     system = [("hetlora", __version__), ("python", platform.python_version()), ("platform", platform.platform())]
     parts = (("System", system), ("Devices", _devices()), ("Packages", [(p, _version_of(p)) for p in _PACKAGES]), ("Compiled kernels", _compiled_library()))
     for title, rows in parts:
-        table = Table(title=title, title_justify="left", show_header=False)
-        for name, value in rows:
-            table.add_row(Text(name), Text(value))
-        console.print(table)
-    table = Table("operation", "backend", "reason", title="Backend of each operation", title_justify="left")
-    for name, (rung, reason) in hetlora_kernels.backends().items():
-        table.add_row(Text(name), Text(rung), Text(reason))
-    console.print(table)
+        _print_rows(title, [(name, value) for name, value in rows], width)
+    backends = [(name, rung, reason) for name, (rung, reason) in hetlora_kernels.backends().items()]
+    _print_rows("Backend of each operation", [("operation", "backend", "reason"), *backends], width)
+    sys.stdout.flush()  # so that a reader that left is noticed here
