@@ -59,9 +59,10 @@ def test_the_federation_of_your_own_runs(tmp_path, monkeypatch):
     for client in ("alice", "bob"):
         (tmp_path / "texts" / client).mkdir(parents=True)
         (tmp_path / "texts" / client / "a.txt").write_text(f"{client} writes a line. " * 100)
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "federation.md").read_text(encoding="utf-8"), re.DOTALL)
+    code, with_loggers = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "federation.md").read_text(encoding="utf-8"), re.DOTALL)
     namespace = {}
     exec(code.replace("rounds=20", "rounds=1"), namespace)
+    exec(with_loggers.splitlines()[0], namespace)  # the loggers' own packages are tested in tests/federation/test_python.py
     assert set(namespace["result"].ranks) == {"alice", "bob"} and (tmp_path / "runs" / "mine" / "summary.json").is_file()
 
 
