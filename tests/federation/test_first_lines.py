@@ -27,11 +27,11 @@ def started(folder, **settings):
 
 def test_they_say_the_ranks_who_can_prune_and_what_bytes_are_compared_with(tmp_path):
     info, _ = started(tmp_path / "a", gamma=0.5, prune_lambda=2.0)
-    assert info["ranks"] == "2..6, mean 3.3; 2 of 3 clients have the least"
+    assert info["ranks"] == "2..6, mean 3.3; 2 of 3 clients have the least; the server's bank has 6 rows"
     assert info["pruning"] == "1 of 3 clients have rows to prune, by gamma = 0.5 and lambda = 2"
     assert info["bytes"] == "compared with HomLoRA at rank 6, the largest that a client has"
     assert started(tmp_path / "b", gamma=1.0)[0]["pruning"].startswith("0 of 3 clients")
-    assert started(tmp_path / "c", ranks="fixed:4")[0]["ranks"] == "4..4, mean 4.0; the same for all"
+    assert started(tmp_path / "c", ranks="fixed:4")[0]["ranks"] == "4..4, mean 4.0; the same for all; the server's bank has 4 rows"
     assert "pruning" not in started(tmp_path / "d", train="fold", weights="samples", **UNPRUNED)[0]
     info, _ = started(tmp_path / "e", train="full", weights="samples", ranks="powerlaw:5:50", **UNPRUNED)
     assert "full fine-tuning" in info["ranks"] and not {"pruning", "bytes"} & set(info)
@@ -39,7 +39,8 @@ def test_they_say_the_ranks_who_can_prune_and_what_bytes_are_compared_with(tmp_p
 
 @pytest.mark.parametrize("spec", ["powerlaw:2:8:0.3", "dealt:2:8:0.3"])
 def test_bytes_are_those_of_homlora_at_the_largest_rank_that_a_client_has(tmp_path, spec):
-    _, result = started(tmp_path / "a", ranks=spec)
+    info, result = started(tmp_path / "a", ranks=spec)
+    assert info["ranks"].endswith("the server's bank has 8 rows")
     largest = max(client["rank_start"] for client in result.summary["clients"])
     assert result.summary["homlora_rank"] == largest < 8, "or the bound and the largest rank are one, and this says nothing"
     record = lines(tmp_path / "a")[1]
