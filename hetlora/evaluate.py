@@ -61,7 +61,8 @@ def _token_losses(
     return sums, counts
 
 
-def _result(loss_sum: float, tokens: int) -> dict[str, Any]:
+def evaluation(loss_sum: float, tokens: int) -> dict[str, Any]:
+    """{"loss" (mean, nats per token), "perplexity", "tokens"} of summed losses."""
     loss = loss_sum / tokens if tokens else float("nan")
     return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "tokens": tokens}
 
@@ -73,7 +74,7 @@ def evaluate_bank(
     if not sequences:
         return None
     sums, counts = _token_losses(model, bank, [(0, s) for s in sequences], scale, max_tokens, progress)
-    return _result(float(sums[0]), counts[0])
+    return evaluation(float(sums[0]), counts[0])
 
 
 def evaluate_clients(
@@ -94,7 +95,7 @@ def evaluate_clients(
         own = bank.truncate(bank_ranks(list(ranks[start : start + CLIENTS_AT_ONCE]), bank.shapes))
         owned = [(k, s) for k, client in enumerate(group) for s in pool_text([client], tokens_per_client, part)]
         sums, counts = _token_losses(model, own, owned, scale, max_tokens, None)
-        results += [_result(float(total), count) for total, count in zip(sums, counts, strict=True)]
+        results += [evaluation(float(total), count) for total, count in zip(sums, counts, strict=True)]
         if progress:
             progress(len(results), len(clients))
     return results

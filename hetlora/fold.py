@@ -29,7 +29,7 @@ from hetlora.seeds import torch_generator
 from hetlora.server import ServerState, refused
 from hetlora.training import Trained, Work
 from hetlora_kernels.linear import linear_weight
-from hetlora_kernels.ops.quantize import code_bytes
+from hetlora_kernels.ops.quantize import CODES, code_bytes
 
 Shapes = Mapping[str, tuple[int, int]]
 BITS = {"8bit": 8, "4bit": 4}
@@ -48,21 +48,43 @@ class Download:
 
 def download(bank: hk.AdapterBank, kind: str) -> Download:
     """All rows of the server's bank, in '8bit' or '4bit' with one float32 scale a row of A and of B^T, or 'exact', in the bank's own type."""
-    if kind == "exact":
-        return Download(bank.to(), bank.num_bytes(0))
+    sent = encode(bank, kind)
+    rank = len(next(bank.parameters()))
+    return Download(decode(sent, bank.shapes, rank, kind, bank.dtype), sum(tensor.nbytes for tensor in sent))
+
+
+def encode(bank: hk.AdapterBank, kind: str) -> list[Tensor]:
+    """What travels of a bank of one client: A of every module, then B^T of every module; quantised, their codes and then their scales."""
     rows = [t.detach() for t in bank.parameters()]
+    if kind == "exact":
+        return rows
     codes, scales = hk.quantize_rows(rows, BITS[kind])
-    back = hk.dequantize_rows(codes, scales, [t.shape[1] for t in rows], dtype=bank.dtype)
-    rank, modules = len(rows[0]), len(bank.shapes)
-    a, bt = (dict(zip(bank.shapes, side, strict=True)) for side in (back[:modules], back[modules:]))
-    return Download(hk.AdapterBank.of(bank.shapes, [rank], a, bt), download_bytes(bank.shapes, rank, kind, bank.dtype))
+    return [*codes, *scales]
+
+
+def decode(sent: Sequence[Tensor], shapes: Shapes, rank: int, kind: str, dtype: torch.dtype) -> hk.AdapterBank:
+    """The bank of one client that `encode` was given, as far as its codes tell."""
+    widths = [n for _, n in shapes.values()] + [m for m, _ in shapes.values()]
+    if kind == "exact":
+        back = [rows.clone() for rows in sent]
+    else:
+        back = hk.dequantize_rows(list(sent[: len(widths)]), list(sent[len(widths) :]), widths, dtype=dtype)
+    a, bt = (dict(zip(shapes, side, strict=True)) for side in (back[: len(shapes)], back[len(shapes) :]))
+    return hk.AdapterBank.of(shapes, [rank], a, bt)
+
+
+def sent_shapes(shapes: Shapes, rank: int, kind: str, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """(shape, type) of each tensor that `encode` returns for a bank of `rank` rows."""
+    widths = [n for _, n in shapes.values()] + [m for m, _ in shapes.values()]
+    if kind == "exact":
+        return [((rank, width), dtype) for width in widths]
+    codes: list[tuple[tuple[int, ...], torch.dtype]] = [((rank, code_bytes(width, BITS[kind])), CODES[BITS[kind]]) for width in widths]
+    return codes + [((rank,), torch.float32) for _ in widths]
 
 
 def download_bytes(shapes: Shapes, rank: int, kind: str, dtype: torch.dtype) -> int:
     """Bytes of one download of `rank` rows."""
-    if kind == "exact":
-        return sum(rank * (m + n) * dtype.itemsize for m, n in shapes.values())
-    return sum(rank * (code_bytes(width, BITS[kind]) + 4) for shape in shapes.values() for width in shape)
+    return sum(math.prod(shape) * own.itemsize for shape, own in sent_shapes(shapes, rank, kind, dtype))
 
 
 @contextmanager
@@ -155,6 +177,14 @@ def fresh_bank(
     return hk.AdapterBank.of(shapes, ranks, a, bt).freeze_a()
 
 
+def drawn(cfg: Config, state: ServerState, names: Sequence[str], number: int) -> hk.AdapterBank:
+    """The fresh bank of the clients `names` in round `number`: what they start from, and what the server draws again to read what they sent."""
+    shapes = state.bank.shapes
+    means = mean_ranks(fresh_ranks(bank_ranks(list(state.ranks.values()), shapes), shapes))
+    ranks = fresh_ranks(bank_ranks([state.ranks[name] for name in names], shapes), shapes)
+    return fresh_bank(shapes, ranks, means, names, cfg.seed, number, state.bank.dtype, state.bank.device)
+
+
 def mean_ranks(ranks: Mapping[str, Sequence[int]]) -> dict[str, float]:
     """rho_bar of each module: the geometric mean of the fleet's fresh ranks, {module: one per client of the federation}."""
     return {name: math.exp(sum(math.log(max(1, rank)) for rank in own) / len(own)) for name, own in ranks.items()}
@@ -178,9 +208,8 @@ def train_fold(work: Work) -> Trained:
     """
     cfg, state, shapes = work.cfg, work.state, work.state.bank.shapes
     down = download(state.bank, cfg.download)
-    means = mean_ranks(fresh_ranks(bank_ranks(list(state.ranks.values()), shapes), shapes))
-    ranks = fresh_ranks(bank_ranks(work.ranks, shapes), shapes)
-    fresh = fresh_bank(shapes, ranks, means, work.names, cfg.seed, work.number, state.bank.dtype, state.bank.device)
+    fresh = drawn(cfg, state, work.names, work.number)
+    ranks = {name: layout.ranks for name, layout in fresh.layouts.items()}
     everyone = range(fresh.num_clients)
     with folded(work.model, down.bank, cfg.scale):
         if cfg.cobatch:

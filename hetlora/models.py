@@ -73,6 +73,21 @@ def load_model(cfg: Config, path: str) -> Any:
     return model
 
 
+def empty_model(cfg: Config, path: str) -> nn.Module:
+    """The model at `path` without weights (on torch's meta device), for its layers' names and widths. Errors as `load_model`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with quiet(path):
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=cfg.trust_remote_code)
+            with torch.device("meta"):
+                model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
+        except Exception as error:  # as above
+            _refuse_code(path, error)
+            raise ConfigError(f"model {path!r}: its configuration cannot be loaded ({first_line(error)}); {_advice(path)}") from None
+    return model
+
+
 def _refuse_code(path: str, error: Exception) -> None:
     """transformers asks on the terminal whether to run a model's own code, unless it is told; then it raises this."""
     if "custom code" in str(error) and "trust_remote_code" in str(error):

@@ -1,0 +1,149 @@
+"""Who takes part in a run: nodes come and go and have new numbers when they come back; clients are known by their names."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from hetlora import __version__, run_folder
+from hetlora.errors import ConfigError
+from hetlora.flower import messages
+from hetlora.flower.settings import Waiting
+
+ROSTER = "clients.json"
+"""The clients of the run, in its folder: those that had joined when it began."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """What the server knows of the base model; it needs no weights.   modules: the digest that clients must report."""
+
+    name: str
+    shapes: dict[str, tuple[int, int]]
+    parameters: int
+    modules: str
+
+
+@dataclass
+class Member:
+    """A client of the run.   node: where it is reached now; None while it is away."""
+
+    name: str
+    sequences: int
+    capability: float | None
+    node: int | None = None
+
+
+class Members:
+    """The clients behind Flower's grid.   folder: of the run.   say: receives a line for the user."""
+
+    def __init__(self, grid: Grid, base: Base, waiting: Waiting, folder: Path, say: Callable[[str], None]) -> None:
+        self.grid, self.base, self.waiting, self.roster, self.say = grid, base, waiting, folder / ROSTER, say
+        self.of: dict[str, Member] = {}
+        self._known: set[int] = set()  # nodes that were asked who they are
+        self._bases: dict[str, str] = {}
+
+    def gather(self) -> list[str]:
+        """Names of the run's clients, when enough have joined: as many as `min_clients`; where the run goes on, its clients are those on record."""
+        new = not self.waiting.resume
+        if not new:
+            self._read_roster()
+        least = self.waiting.min_clients if new else min(self.waiting.min_clients, len(self.of))
+        self._wait(least, f"of {least} clients joined", new)
+        self._one_base()
+        return sorted(self.of)
+
+    def present(self) -> list[str]:
+        """Names of the clients that are connected; waits for one where there is none."""
+        return self._wait(1, "of 1 clients were connected", False)
+
+    def node(self, name: str) -> int:
+        node = self.of[name].node
+        assert node is not None, name
+        return node
+
+    def _wait(self, least: int, what: str, new: bool) -> list[str]:
+        deadline = time.monotonic() + self.waiting.join_timeout
+        while len(found := self._look(new)) < least:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"{len(found)} {what} within {self.waiting.join_timeout:g} s ({', '.join(found) or 'none'}); "
+                    "start more nodes, lower min-clients or raise join-timeout"
+                )
+            time.sleep(POLL)
+        return found
+
+    def _look(self, new: bool) -> list[str]:
+        """Who is connected. Nodes that were not known are asked who they are; `new`: clients that are not on record may join."""
+        nodes = list(self.grid.get_node_ids())
+        for member in self.of.values():
+            if member.node not in nodes:
+                member.node = None
+        if asked := [Message(RecordDict(), node, MessageType.QUERY) for node in nodes if node not in self._known]:
+            replies = self.grid.send_and_receive(asked, timeout=self.waiting.join_timeout)
+            for message in sorted(replies, key=lambda reply: int(reply.metadata.src_node_id)):
+                node = int(message.metadata.src_node_id)
+                self._known.add(node)
+                try:
+                    self._meet(node, message, new)
+                except ConfigError as error:
+                    self.say(f"node {node} takes no part: {' '.join(str(error).split())[:300]}")
+        return sorted(name for name, member in self.of.items() if member.node is not None)
+
+    def _meet(self, node: int, message: Message, new: bool) -> None:
+        if message.has_error():
+            raise ConfigError(f"it failed: {message.error.reason or 'no reason given'}")
+        own = messages.introduction(message.content)
+        if own.version != __version__:
+            raise ConfigError(f"client {own.client!r} runs hetlora {own.version}, the server {__version__}; install the same")
+        if own.modules != self.base.modules:
+            raise ConfigError(f"client {own.client!r} has other target modules than {self.base.name!r} has; give it the same model and target_modules")
+        member = self.of.get(own.client)
+        if member is None:
+            if not new:
+                raise ConfigError(f"client {own.client!r} joined after the run had begun; it can take part in the next one")
+            self.of[own.client] = Member(own.client, own.sequences, None if math.isnan(own.capability) else own.capability, node)
+        else:
+            if member.node is not None:
+                raise ConfigError(f"client {own.client!r} is already there as node {member.node}; give every client a name of its own")
+            if (before := self._bases.get(own.client, own.base)) != own.base:
+                raise ConfigError(f"client {own.client!r} came back with another base model ({own.base[:8]}, it had {before[:8]})")
+            member.node = node
+            self.say(f"client {own.client!r} is back, as node {node}")
+        self._bases[own.client] = own.base
+
+    def _one_base(self) -> None:
+        """Every client computes on the same base; adapters trained on different ones have no sum that means anything."""
+        bases = Counter(self._bases.values())
+        if len(bases) > 1:
+            usual = bases.most_common(1)[0][0]
+            odd = sorted(name for name, base in self._bases.items() if base != usual)
+            raise ConfigError(f"{len(odd)} of {len(self._bases)} clients hold another base model than the others: {odd[:5]}; give all the same model")
+
+    # ---------------------------------------------------------------- on record
+
+    def write_roster(self) -> None:
+        """Once, when the run's folder is there."""
+        if not self.roster.exists():
+            clients = [{"name": own.name, "sequences": own.sequences, "capability": own.capability} for _, own in sorted(self.of.items())]
+            run_folder.write_atomic(self.roster, json.dumps({"clients": clients}, indent=2) + "\n")
+
+    def _read_roster(self) -> None:
+        problems: list[str] = []
+        found = run_folder.read_json(self.roster, problems)
+        try:
+            self.of = {own["name"]: Member(own["name"], int(own["sequences"]), own["capability"]) for own in (found or {})["clients"]}
+        except (KeyError, TypeError, ValueError):
+            raise ConfigError(f"{self.roster}: not the list of the run's clients; restore it from a copy, or start a new run") from None
+
+
+POLL = 1.0
+"""Seconds between two looks at who is connected."""

@@ -1,0 +1,158 @@
+"""The words of the messages: what is asked of a client and what it answers, as Flower's records, checked when they are read.
+
+A reply comes from a machine of its own. Nothing of it is believed: a value that is missing, of another type or out of range is named, and the reply refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
+
+from hetlora.client import LocalResult
+from hetlora.errors import ConfigError
+from hetlora.flower.exchange import Order, Reply
+
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+NAME_LENGTH = 200
+
+
+@dataclass(frozen=True)
+class Introduction:
+    """What a node says of itself before it takes part.
+
+    client: its name.   sequences: of its training text.   modules: digest of the names and widths of the modules that carry its adapters.
+    base: digest of what of its base model does not depend on how it is quantised.   capability: its number for `ranks = column:...`, NaN where it has none.
+    version: of hetlora.
+    """
+
+    client: str
+    sequences: int
+    modules: str
+    base: str
+    capability: float
+    version: str
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Summed losses (nats) and predicted tokens of a client's own text: under the whole bank, and under what it receives of it.
+
+    train: the second, of its training text; no tokens where the run does not ask.
+    """
+
+    whole: tuple[float, int]
+    own: tuple[float, int]
+    train: tuple[float, int]
+
+
+def introduction(content: RecordDict) -> Introduction:
+    values = _config(content)
+    found = Introduction(
+        _text(values, "client", NAME_LENGTH),
+        _whole(values, "sequences", 1),
+        _text(values, "modules", 64),
+        _text(values, "base", 64),
+        _number(values, "capability", finite=False),
+        _text(values, "version", 40),
+    )
+    if not found.client.strip() or not found.client.isprintable():
+        raise ConfigError(f"client: expected a printable name, got {found.client!r}")
+    return found
+
+
+def order_record(order: Order) -> ConfigRecord:
+    return ConfigRecord(asdict(order))
+
+
+def order(content: RecordDict) -> Order:
+    values = _config(content)
+    return Order(
+        _text(values, "name", NAME_LENGTH),
+        _whole(values, "number", 0),
+        _number(values, "lr"),
+        _wholes(values, "ranks"),
+        _whole(values, "r_min", 0),
+        _whole(values, "r_max", 0),
+        _wholes(values, "fleet"),
+        _whole(values, "place", 0),
+    )
+
+
+def reply_records(reply: Reply) -> dict[str, Any]:
+    result = reply.result
+    metrics = MetricRecord({**asdict(result), "tail_before": reply.tails[0], "tail_after": reply.tails[1]})
+    return {METRICS: metrics, CONFIG: ConfigRecord({"ranks": reply.ranks})}
+
+
+def reply(content: RecordDict, modules: int) -> Reply:
+    values = _metrics(content)
+    ranks = _wholes(_config(content), "ranks")
+    if len(ranks) != modules:
+        raise ConfigError(f"ranks: expected one for each of {modules} modules, got {len(ranks)}")
+    losses = [_number(values, name, finite=False) for name in ("loss_first", "loss_last")]
+    result = LocalResult(*(_whole(values, name, 1) for name in ("steps", "sequences", "tokens")), *losses)
+    return Reply(ranks, result, (_number(values, "tail_before"), _number(values, "tail_after")))
+
+
+def evaluated_record(found: Evaluated) -> MetricRecord:
+    return MetricRecord({f"{name}_{what}": value for name, pair in asdict(found).items() for what, value in zip(("loss", "tokens"), pair, strict=True)})
+
+
+def evaluated(content: RecordDict) -> Evaluated:
+    values = _metrics(content)
+    return Evaluated(*((_number(values, f"{name}_loss"), _whole(values, f"{name}_tokens", 0)) for name in ("whole", "own", "train")))
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _config(content: RecordDict) -> Mapping[str, Any]:
+    if CONFIG not in content.config_records:
+        raise ConfigError(f"expected the record {CONFIG!r}, got {sorted(map(str, content))[:5]}")
+    found: Mapping[str, Any] = content.config_records[CONFIG]
+    return found
+
+
+def _metrics(content: RecordDict) -> Mapping[str, Any]:
+    if METRICS not in content.metric_records:
+        raise ConfigError(f"expected the record {METRICS!r}, got {sorted(map(str, content))[:5]}")
+    found: Mapping[str, Any] = content.metric_records[METRICS]
+    return found
+
+
+def _value(values: Mapping[str, Any], name: str) -> Any:
+    if name not in values:
+        raise ConfigError(f"{name}: missing")
+    return values[name]
+
+
+def _text(values: Mapping[str, Any], name: str, longest: int) -> str:
+    value = _value(values, name)
+    if not isinstance(value, str) or not 0 < len(value) <= longest:
+        raise ConfigError(f"{name}: expected text of 1 to {longest} characters, got {str(value)[:40]!r}")
+    return value
+
+
+def _whole(values: Mapping[str, Any], name: str, least: int) -> int:
+    value = _value(values, name)
+    if not isinstance(value, int) or not least <= value < 2**53:
+        raise ConfigError(f"{name}: expected a whole number >= {least}, got {str(value)[:40]}")
+    return value
+
+
+def _wholes(values: Mapping[str, Any], name: str) -> list[int]:
+    value = _value(values, name)
+    if not isinstance(value, list) or not value or not all(isinstance(entry, int) and 0 <= entry < 2**31 for entry in value):
+        raise ConfigError(f"{name}: expected whole numbers >= 0, got {str(value)[:40]}")
+    return value
+
+
+def _number(values: Mapping[str, Any], name: str, finite: bool = True) -> float:
+    value = _value(values, name)
+    if not isinstance(value, (int, float)) or (finite and not math.isfinite(value)):
+        raise ConfigError(f"{name}: expected a{' finite' if finite else ''} number, got {str(value)[:40]}")
+    return float(value)

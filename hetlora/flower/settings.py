@@ -1,0 +1,66 @@
+"""A run's settings out of Flower's: the app's run configuration, and on a client its node's own configuration before it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hetlora.config import Config, ConfigError
+
+OF_A_NODE = ("model", "data", "dtype", "device", "quantize", "max_tokens_per_step")
+"""Settings of a run that a node may have otherwise: where its files lie, and how its machine computes."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """How long the server waits.
+
+    min_clients: clients that must have joined before the first round.   join_timeout: seconds it waits for them.
+    round_timeout: seconds it waits for the replies of a round; who has not replied is left out of the round.
+    resume: continue the run in `output`.
+    """
+
+    min_clients: int = 2
+    join_timeout: float = 600.0
+    round_timeout: float = 3600.0
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Node:
+    """Who a node is.   client: its name; '' = the only client of its data, or the one at place `partition_id` by name order."""
+
+    client: str = ""
+    partition_id: int | None = None
+
+
+def server_settings(run_config: Mapping[str, Any]) -> tuple[Config, Waiting]:
+    """Settings of `Config` and `Waiting` by their names, with '-' or '_'; `ConfigError` for others."""
+    values = _underscored(run_config)
+    waiting = {name: values.pop(name) for name in list(values) if name in Waiting.__dataclass_fields__}
+    for name, least, kind in (("min_clients", 1, int), ("join_timeout", 0, (int, float)), ("round_timeout", 0, (int, float)), ("resume", 0, bool)):
+        if name in waiting and (not isinstance(waiting[name], kind) or waiting[name] < least):
+            raise ConfigError(f"run config: {name}: expected {'true or false' if kind is bool else f'a number >= {least}'}, got {waiting[name]!r}")
+    return Config.create("run config", **values), Waiting(**waiting)
+
+
+def client_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> tuple[Config, Node]:
+    """The run's settings on a node, its own first, and who it is; `ConfigError` for what a node has no say in."""
+    values = {name: value for name, value in _underscored(run_config).items() if name not in Waiting.__dataclass_fields__}
+    own = _underscored(node_config)
+    node = Node(str(own.pop("client", "")), own.pop("partition_id", None))
+    own.pop("num_partitions", None)  # Flower's simulation gives it to every node
+    if unknown := [name for name in own if name not in OF_A_NODE]:
+        known = ["client", "partition_id", *OF_A_NODE]
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ConfigError(f"node config: {unknown[0]!r} is not a node's to set{hint}; a node has {', '.join(known)}")
+    if node.partition_id is not None and (not isinstance(node.partition_id, int) or node.partition_id < 0):
+        raise ConfigError(f"node config: partition_id: expected a whole number >= 0, got {node.partition_id!r}")
+    return Config.create("run config and node config", **{**values, **own}), node
+
+
+def _underscored(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {str(name).replace("-", "_"): value for name, value in settings.items()}

@@ -1,0 +1,299 @@
+"""The server's side: a Flower strategy under which the rounds of `hetlora.loop` ask nodes for what the simulation does in its own process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Result
+
+import hetlora_kernels as hk
+from hetlora import loop, server
+from hetlora.client import LocalResult
+from hetlora.config import Config, ConfigError
+from hetlora.evaluate import evaluation, mean_over_clients
+from hetlora.fleet import Progress
+from hetlora.flower import messages
+from hetlora.flower.exchange import Order, Reply, exchange
+from hetlora.flower.members import Base, Members
+from hetlora.flower.settings import Waiting
+from hetlora.flower.wire import size, to_array
+from hetlora.observer import Observer
+from hetlora.ranks import RankPlan
+from hetlora.server import ServerState
+from hetlora.training import Trained
+
+
+@dataclass
+class _Turn:
+    """What the loop asked for and the strategy sends."""
+
+    state: ServerState
+    names: list[str]
+    number: int
+    lr: float
+
+
+@dataclass
+class _Round:
+    """What came back of a round's training. Positions are those of the turn's names."""
+
+    replies: dict[int, Reply] = field(default_factory=dict)
+    uploads: dict[int, Any] = field(default_factory=dict)
+    bytes_up: dict[int, int] = field(default_factory=dict)
+    dropped: dict[int, str] = field(default_factory=dict)
+
+
+class HetLora(FedAvg):
+    """HETLORA, and every method of `hetlora run` that its clients can follow, as a strategy of Flower's Message API.
+
+    cfg: the settings of the run; `cfg.output` is the folder with its log, checkpoints, report and adapters.   base: from `server_app.describe_base`.
+    waiting: how long to wait for clients and replies.   observer: receives progress.
+
+    A round: each sampled node gets its own rank rows of the bank, trains, prunes and sends back what it kept. Every reply is checked before the bank is
+    touched: records, shapes, types, bytes, ranks against those granted, finite values; what fails is named and left out of the round. Updates above the
+    usual size are scaled (`clip_median`). Uploads are merged in name order, so that the result does not depend on who was first; the server holds the
+    bank and the uploads of one round. The numbers are those of `hetlora run --no-cobatch`, bit for bit on equal machines.
+
+    Raises `ConfigError`: settings that only the simulation knows, too few clients, clients with different base models or modules.
+
+    >>> from hetlora import Config
+    >>> from hetlora.flower import Base, HetLora
+    >>> HetLora(Config(merge="stack"), Base("demo", {"q_proj": (8, 8)}, 0, ""))
+    Traceback (most recent call last):
+        ...
+    hetlora.errors.ConfigError: merge = 'stack': changes the base, which every deployed client holds itself; use merge = 'factors' or 'svd', or hetlora run
+    """
+
+    def __init__(self, cfg: Config, base: Base, waiting: Waiting | None = None, observer: Observer | None = None) -> None:
+        super().__init__(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
+        cfg.check()
+        self.cfg, self.base, self.waiting = cfg, base, waiting or Waiting()
+        self.observer = observer or Observer()
+        self.exchange = exchange(cfg)
+        self._turn: _Turn | None = None
+        self._round = _Round()
+        self._node: Callable[[str], int] = lambda name: 0
+        self._evaluated: dict[str, messages.Evaluated] = {}
+
+    def summary(self) -> None:
+        """Nothing: the run says on what it works."""
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int | None = None,
+        timeout: float | None = None,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run or continue the federation; the arguments are Flower's. What the settings decide is refused where it says otherwise.
+
+        timeout: seconds to wait for a round's replies, default `waiting.round_timeout`.   evaluate_fn: of (round, the global adapter in PEFT's names).
+        """
+        if initial_arrays:
+            raise ConfigError("initial_arrays: the run draws its first adapter from its seed; leave them out")
+        if num_rounds not in (None, self.cfg.rounds):
+            raise ConfigError(f"num_rounds = {num_rounds}: the settings say rounds = {self.cfg.rounds}; leave it out")
+        if train_config or evaluate_config:
+            raise ConfigError("train_config, evaluate_config: clients take their settings from the app's run config; leave them out")
+        members = Members(grid, self.base, self.waiting, Path(self.cfg.output), self.observer.message)
+        fleet = FlowerFleet(self, members, timeout or self.waiting.round_timeout)
+        self._node = members.node
+        found = loop.run_rounds(self.cfg, fleet.gathered, resume=self.waiting.resume, observer=_Evaluating(self, fleet, evaluate_fn))
+        return Result(_adapter(found.bank), fleet.train_metrics, fleet.evaluate_metrics, fleet.from_evaluate_fn)
+
+    # -- Flower's calls; the loop decides who, when and with what
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """Each sampled node's rows and ranks."""
+        turn = self._asked()
+        records = self.exchange.down(self.cfg, turn.state, turn.names)
+        return [self._message(turn, name, own, MessageType.TRAIN) for name, own in zip(turn.names, records, strict=True)]
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check every reply and keep what passes, in name order; the loop merges it. Returns the bytes and clients that arrived."""
+        turn, found = self._asked(), _Round()
+        places = {self._node(name): k for k, name in enumerate(turn.names)}
+        for message in replies:
+            k = places.pop(message.metadata.src_node_id, None)
+            if k is None:
+                continue  # a node that was not asked, or answers twice
+            try:
+                reply, upload, received = self._read(turn, turn.names[k], message)
+            except (ConfigError, ValueError) as error:
+                found.dropped[k] = " ".join(str(error).split())[:300]
+            else:
+                found.replies[k], found.uploads[k], found.bytes_up[k] = reply, upload, received
+        found.dropped |= {k: f"no reply within {self.waiting.round_timeout:g} s" for k in places.values()}
+        self._round = found
+        return None, MetricRecord({"arrived": len(found.replies), "bytes_up": sum(found.bytes_up.values())})
+
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """The whole bank to every client that is there."""
+        turn = self._asked()
+        ranks = {name: dict.fromkeys(self.base.shapes, turn.state.r_max) for name in turn.names}
+        records = self.exchange.down(self.cfg, replace(turn.state, ranks=ranks), turn.names)
+        return [self._message(turn, name, own, MessageType.EVALUATE) for name, own in zip(turn.names, records, strict=True)]
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Keep what every client found on its own text."""
+        turn = self._asked()
+        names = {self._node(name): name for name in turn.names}
+        self._evaluated = {}
+        for message in replies:
+            name = names.pop(message.metadata.src_node_id, None)
+            if name is None:
+                continue
+            try:
+                if message.has_error():
+                    raise ConfigError(f"its client failed: {message.error.reason}")
+                self._evaluated[name] = messages.evaluated(message.content)
+            except ConfigError as error:
+                self.observer.message(f"evaluation: {name} is left out, {' '.join(str(error).split())[:300]}")
+        for name in names.values():
+            self.observer.message(f"evaluation: {name} is left out, no reply within {self.waiting.round_timeout:g} s")
+        return MetricRecord({"clients": len(self._evaluated)})
+
+    def _asked(self) -> _Turn:
+        if self._turn is None:
+            raise RuntimeError("HetLora: its rounds are led by start(); call that")
+        return self._turn
+
+    def _message(self, turn: _Turn, name: str, arrays: ArrayRecord, kind: str) -> Message:
+        state, everyone = turn.state, list(turn.state.ranks)
+        fleet = [max(state.ranks[other].values()) for other in everyone]
+        order = Order(name, turn.number, turn.lr, list(state.ranks[name].values()), state.r_min, state.r_max, fleet, everyone.index(name))
+        content = RecordDict({messages.ARRAYS: arrays, messages.CONFIG: messages.order_record(order)})
+        return Message(content, self._node(name), kind, group_id=str(turn.number))
+
+    def _read(self, turn: _Turn, name: str, message: Message) -> tuple[Reply, Any, int]:
+        if message.has_error():
+            raise ConfigError(f"its client failed: {message.error.reason or 'no reason given'}")
+        if messages.ARRAYS not in message.content.array_records:
+            raise ConfigError(f"its reply has no record {messages.ARRAYS!r}")
+        arrays = message.content.array_records[messages.ARRAYS]
+        reply = messages.reply(message.content, len(self.base.shapes))
+        upload = self.exchange.collect(self.cfg, turn.state, name, turn.number, reply, arrays)
+        if refused := server.refused(upload):
+            raise ConfigError(refused[0])
+        return reply, upload, size(arrays)
+
+
+class FlowerFleet:
+    """The clients of a run behind Flower's grid, as `hetlora.fleet.Fleet`."""
+
+    def __init__(self, strategy: HetLora, members: Members, timeout: float) -> None:
+        self.strategy, self.members, self.timeout = strategy, members, timeout
+        self.names: list[str] = []
+        self.model_name, self.shapes = strategy.base.name, strategy.base.shapes
+        self.device, self.model = torch.device("cpu"), None
+        self._round_evaluated: int | None = None
+        self.train_metrics: dict[int, MetricRecord] = {}
+        self.evaluate_metrics: dict[int, MetricRecord] = {}
+        self.from_evaluate_fn: dict[int, MetricRecord] = {}
+
+    def gathered(self) -> FlowerFleet:
+        """Itself, when the run's clients are known."""
+        self.names = self.members.gather()
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        return {"parameters": self.strategy.base.parameters, "data": "on the clients", "clients": len(self.names), "held_out_clients": 0}
+
+    def fingerprint(self) -> str:
+        return f"flower {self.names!r}"
+
+    def starting_ranks(self, cfg: Config) -> RankPlan:
+        return cfg.rank_rule.assign([self.members.of[name] for name in self.names], cfg.seed)
+
+    def base_weights(self, cfg: Config) -> dict[str, torch.nn.Parameter]:
+        return {}
+
+    def present(self) -> list[str]:
+        return self.members.present()
+
+    def sequences(self, name: str) -> int:
+        return self.members.of[name].sequences
+
+    def train(self, cfg: Config, state: ServerState, names: Sequence[str], number: int, lr: float, progress: Progress) -> Trained:
+        strategy, grid = self.strategy, self.members.grid
+        strategy._turn = _Turn(state, list(names), number, lr)
+        sent = list(strategy.configure_train(number, ArrayRecord(), ConfigRecord(), grid))
+        down = [size(message.content.array_records[messages.ARRAYS]) for message in sent]
+        _, metrics = strategy.aggregate_train(number, grid.send_and_receive(sent, timeout=self.timeout))
+        if metrics is not None:
+            self.train_metrics[number] = metrics
+        found = strategy._round
+        progress(len(found.replies), len(names))
+        arrived = sorted(found.replies)
+        replies = [found.replies.get(k) for k in range(len(names))]
+        nothing = LocalResult(0, 0, 0, math.nan, math.nan)
+        results = [reply.result if reply else nothing for reply in replies]
+        ranks = [
+            dict(zip(self.shapes, reply.ranks, strict=True)) if reply else state.ranks[name] for name, reply in zip(names, replies, strict=True)
+        ]
+        tails = [reply.tails if reply else (0.0, 0.0) for reply in replies]
+        parts = strategy.exchange.trained(cfg, state, names, number, replies, [found.uploads[k] for k in arrived]) if arrived else _NOTHING
+        return Trained(results, found.dropped, ranks, tails, bytes_down=down, bytes_up=[found.bytes_up[k] for k in arrived], **parts)
+
+    def _evaluations(self, state: ServerState) -> dict[str, messages.Evaluated]:
+        """What every client that is there finds under the bank of `state`; asked once a round."""
+        if self._round_evaluated != state.round:
+            strategy, grid = self.strategy, self.members.grid
+            strategy._turn = _Turn(state, self.present(), state.round, 0.0)
+            sent = list(strategy.configure_evaluate(state.round, ArrayRecord(), ConfigRecord(), grid))
+            metrics = strategy.aggregate_evaluate(state.round, grid.send_and_receive(sent, timeout=self.timeout))
+            if metrics is not None:
+                self.evaluate_metrics[state.round] = metrics
+            self._round_evaluated = state.round
+        return self.strategy._evaluated
+
+    def evaluate(self, cfg: Config, state: ServerState, progress: Progress) -> dict[str, Any]:
+        """Perplexity over the tokens of all clients; with `evaluate = all` also the mean over clients, held-out and training text."""
+        found = self._evaluations(state)
+        progress(len(found), len(self.names))
+        self.members.write_roster()
+        loss, tokens = (sum(own.whole[i] for own in found.values()) for i in (0, 1))
+        result: dict[str, Any] = {"client_text": evaluation(loss, int(tokens)) if tokens else None, "held_out_clients": None}
+        if cfg.evaluate == "all":
+            for name, pairs in (("own_text", [own.own for own in found.values()]), ("own_train", [own.train for own in found.values()])):
+                if means := [evaluation(*pair) for pair in pairs if pair[1]]:
+                    result[name] = mean_over_clients(means)
+        return result
+
+    def own_text(self, cfg: Config, state: ServerState, progress: Progress) -> dict[str, dict[str, Any]]:
+        return {name: evaluation(*own.own) for name, own in self._evaluations(state).items() if own.own[1]}
+
+
+_NOTHING: dict[str, Any] = {"uploads": None, "received": None, "parameters": 0}
+
+
+def _adapter(bank: hk.AdapterBank) -> ArrayRecord:
+    """The global adapter in PEFT's names."""
+    return ArrayRecord({name: to_array(tensor) for name, tensor in bank.adapter(0).items()})
+
+
+class _Evaluating(Observer):
+    """Passes every event on to the strategy's observer, and calls the user's `evaluate_fn` after every round."""
+
+    def __init__(self, strategy: HetLora, fleet: FlowerFleet, function: Callable[[int, ArrayRecord], MetricRecord | None] | None) -> None:
+        for event in ("message", "start", "round_start", "local_step", "evaluate", "finish"):
+            setattr(self, event, getattr(strategy.observer, event))
+        self._strategy, self._fleet, self._function = strategy, fleet, function
+
+    def round_end(self, record: dict[str, Any]) -> None:
+        self._strategy.observer.round_end(record)
+        turn = self._strategy._turn
+        if self._function is not None and turn is not None:
+            found = self._function(record["round"], _adapter(turn.state.bank))
+            if found is not None:
+                self._fleet.from_evaluate_fn[record["round"]] = found

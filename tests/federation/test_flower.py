@@ -1,0 +1,332 @@
+"""Deployment through Flower, in one process: the rounds are those of the simulation, and nothing a node answers can hurt them."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("flwr.serverapp", reason="Flower is not installed (pip install '.[flower]')")
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from flower_grid import LocalGrid
+from flwr.app import Array, Error, Message, MessageType
+from tiny import lines, tiny_clients, tiny_config, tiny_federation, tiny_model, tiny_state
+
+from hetlora import server
+from hetlora.config import Config, ConfigError
+from hetlora.flower import Base, HetLora, Waiting, client_app
+from hetlora.flower import members as members_module
+from hetlora.flower.client import base_digest, modules_digest
+from hetlora.flower.exchange import EXCHANGES
+from hetlora.flower.settings import Node, client_settings, server_settings
+from hetlora.flower.wire import from_array, size, to_array
+from hetlora.loop import simulate
+from hetlora.models import target_shapes
+from hetlora.observer import Observer
+
+SIZES = [3, 5, 2, 7]
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch):
+    monkeypatch.setattr(members_module, "POLL", 0.01)
+
+
+def base(cfg: Config) -> Base:
+    model = tiny_model()
+    shapes = target_shapes(model, cfg.target_modules)
+    return Base("tiny", shapes, sum(p.numel() for p in model.parameters()), modules_digest(shapes))
+
+
+class Said(Observer):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def deployed(cfg: Config, spoil=None, waiting: Waiting | None = None, nodes: list[dict] | None = None, grid_of=LocalGrid):
+    """(Flower's result, lines for the user, grid) of a run on nodes of this process."""
+    clients = tiny_clients(SIZES)
+    app = client_app(lambda cfg: tiny_model(), lambda cfg, node: clients[node.partition_id])
+    grid = grid_of(app, cfg.model_dump(), nodes or [{"partition-id": k} for k in range(len(SIZES))], spoil)
+    said = Said()
+    waiting = waiting or Waiting(min_clients=len(SIZES), join_timeout=0)
+    return HetLora(cfg, base(cfg), waiting, said).start(grid), said.lines, grid
+
+
+METHODS = {
+    "published": {},
+    "modules": {"prune_scope": "module"},
+    "owners": {"shared_rows": "owners", "weights": "samples"},
+    "svd": {"merge": "svd"},
+    "median": {"merge": "median", "weights": "uniform", "prune_lambda": 0.01},
+    "dropout": {"dropout": 0.1, "optimizer": "sgd", "local_epochs": 1, "local_steps": 5},
+    "fold": {"train": "fold", "gamma": 0.99, "download": "exact"},
+    "fold in 8 bits": {"train": "fold", "gamma": 0.99, "weights": "samples"},
+}
+
+
+@pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS)
+def test_a_deployed_run_has_the_bits_of_the_simulated_one(tmp_path, settings):
+    cfg = tiny_config(tmp_path / "here", cobatch=False, **settings)
+    simulate(cfg, federation=tiny_federation(SIZES))
+    deployed(cfg.model_copy(update={"output": str(tmp_path / "there")}))
+
+    ours, theirs = lines(tmp_path / "here"), lines(tmp_path / "there")
+    for mine, other in zip(ours, theirs, strict=True):
+        one, two = (record.pop("evaluation")["client_text"] for record in (mine, other))
+        assert mine == other
+        assert one["tokens"] == two["tokens"]
+        if settings.get("download", cfg.download) == "exact" or cfg.train != "fold":
+            assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
+
+
+# ---------------------------------------------------------------- what nodes may do wrong
+
+
+def change(kind: str, reply):
+    """A reply of node 12 that is wrong in one way."""
+    if kind == "lost":
+        return None
+    if kind == "crash":
+        return Message(Error(0, "it ran out of memory"), reply_to=reply_to(reply))
+    content = reply.content
+    arrays, metrics, config = content.array_records["arrays"], content.metric_records["metrics"], content.config_records["config"]
+    rows = arrays["rows"]
+    tensor = torch.frombuffer(bytearray(rows.data), dtype=torch.float32)
+    if kind == "nan":
+        tensor[3] = float("nan")
+        arrays["rows"] = to_array(tensor)
+    elif kind == "huge":
+        arrays["rows"] = to_array(tensor * 1e38)
+    elif kind == "bytes":
+        arrays["rows"] = to_array(tensor.repeat(100))
+    elif kind == "short":
+        arrays["rows"] = Array(rows.dtype, rows.shape, rows.stype, rows.data[:-4])
+    elif kind == "type":
+        arrays["rows"] = to_array(tensor.double())
+    elif kind == "numpy":
+        arrays["rows"] = Array(tensor.numpy())
+    elif kind == "key":
+        del arrays["rows"]
+    elif kind == "more":
+        arrays["extra"] = rows
+    elif kind == "rank":
+        config["ranks"] = [rank + 1 for rank in config["ranks"]]
+    elif kind == "modules":
+        config["ranks"] = config["ranks"][:1]
+    elif kind == "no ranks":
+        del config["ranks"]
+    elif kind == "negative":
+        metrics["tokens"] = -5
+    elif kind == "no metrics":
+        del content["metrics"]
+    elif kind == "no arrays":
+        del content["arrays"]
+    return reply
+
+
+def reply_to(reply):
+    return reply.asked
+
+
+WRONG = {
+    "lost": "no reply within 3600 s",
+    "crash": "its client failed: it ran out of memory",
+    "nan": "update has non-finite values in model.layers.0.self_attn.q_proj",
+    "huge": "update has non-finite values in",
+    "bytes": "upload: expected float32 [",
+    "short": "upload: expected float32 [",
+    "type": "upload: expected float32 [",
+    "numpy": "of kind 'numpy.ndarray'",
+    "key": "upload: expected the arrays ['rows'], got []",
+    "more": "upload: expected the arrays ['rows'], got ['extra', 'rows']",
+    "rank": "in model.layers.0.self_attn.q_proj, expected",
+    "modules": "ranks: expected one for each of 8 modules, got 1",
+    "no ranks": "ranks: missing",
+    "negative": "tokens: expected a whole number >= 1, got -5",
+    "no metrics": "expected the record 'metrics'",
+    "no arrays": "its reply has no record 'arrays'",
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_wrong_reply_is_named_and_left_out(tmp_path, kind):
+    """Its round is that of the others alone, and the client stays in the run."""
+
+    def spoil(node, message, reply):
+        if node == 12 and message.metadata.message_type == MessageType.TRAIN and message.metadata.group_id == "2":
+            reply.asked = message
+            return change(kind, reply)
+        return reply
+
+    cfg = tiny_config(tmp_path / "run", clients_per_round=4, rounds=2)
+    _, said, _ = deployed(cfg, spoil)
+    last = lines(tmp_path / "run")[-1]
+    assert [drop["name"] for drop in last["dropped"]] == ["client1"]
+    assert WRONG[kind] in last["dropped"][0]["reason"]
+    assert f"round 2: client1 is left out, {last['dropped'][0]['reason']}" in said
+    assert [line["name"] for line in last["clients"]] == ["client0", "client2", "client3"]
+    assert last["evaluation"]["client_text"]["tokens"] > 0
+
+
+def test_an_update_of_unusual_size_is_scaled_and_named(tmp_path):
+    def spoil(node, message, reply):
+        if node == 12 and message.metadata.message_type == MessageType.TRAIN:
+            rows = reply.content.array_records["arrays"]["rows"]
+            reply.content.array_records["arrays"]["rows"] = to_array(1e6 * torch.frombuffer(bytearray(rows.data), dtype=torch.float32))
+        return reply
+
+    _, said, _ = deployed(tiny_config(tmp_path / "run", clients_per_round=4, rounds=1), spoil)
+    assert any("the update of client1 is scaled by" in line for line in said)
+
+
+def test_a_round_without_any_reply_ends_the_run_and_it_goes_on(tmp_path):
+    def silent(node, message, reply):
+        return None if message.metadata.message_type == MessageType.TRAIN and message.metadata.group_id == "2" else reply
+
+    cfg = tiny_config(tmp_path / "run", cobatch=False)
+    with pytest.raises(ConfigError, match=r"round 2: no clients left.*no reply within 3600 s.*stands at round 1"):
+        deployed(cfg, silent)
+    deployed(cfg, waiting=Waiting(min_clients=4, join_timeout=0, resume=True))
+    deployed(cfg.model_copy(update={"output": str(tmp_path / "whole")}))
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes() == (tmp_path / "whole/adapter/adapter_model.safetensors").read_bytes()
+
+
+# ---------------------------------------------------------------- who takes part
+
+
+def test_clients_are_known_by_name_when_their_nodes_come_back(tmp_path):
+    class Restarting(LocalGrid):
+        """Node 12 goes away after its first round of training and comes back under another number."""
+
+        def send_and_receive(self, messages, *, timeout=None):
+            replies = super().send_and_receive(messages, timeout=timeout)
+            if 12 in self.nodes and (12, MessageType.TRAIN) in self.asked:
+                self.nodes[99] = self.nodes.pop(12)
+            return replies
+
+    cfg = tiny_config(tmp_path / "run", clients_per_round=4)
+    _, said, grid = deployed(cfg, grid_of=Restarting)
+    assert "client 'client1' is back, as node 99" in said
+    deployed(cfg.model_copy(update={"output": str(tmp_path / "steady")}))
+    assert lines(tmp_path / "run") == lines(tmp_path / "steady")
+    assert grid.asked.count((99, MessageType.QUERY)) == 1
+
+
+def introduced(**changes):
+    def spoil(node, message, reply):
+        if node == 12 and message.metadata.message_type == MessageType.QUERY:
+            reply.content.config_records["config"].update(changes)
+        return reply
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"client": "client0"}, "client 'client0' is already there as node 11; give every client a name of its own"),
+        ({"modules": "x"}, "client 'client1' has other target modules than 'tiny' has"),
+        ({"version": "0.0"}, "client 'client1' runs hetlora 0.0, the server"),
+        ({"client": "a\x1b[2Jb"}, "client: expected a printable name"),
+        ({"client": "n" * 300}, "client: expected text of 1 to 200 characters"),
+        ({"sequences": 0}, "sequences: expected a whole number >= 1, got 0"),
+    ],
+)
+def test_a_node_that_cannot_take_part_is_named(tmp_path, changes, line):
+    _, said, _ = deployed(tiny_config(tmp_path / "run", rounds=1), introduced(**changes), Waiting(min_clients=3, join_timeout=0))
+    assert any(text.startswith("node 12 takes no part: ") and line in text for text in said)
+    assert [client["name"] for client in json.loads((tmp_path / "run/clients.json").read_text())["clients"]] == ["client0", "client2", "client3"]
+
+
+def test_clients_with_different_base_models_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"1 of 4 clients hold another base model than the others: \['client1'\]"):
+        deployed(tiny_config(tmp_path / "run"), introduced(base="0" * 32))
+
+
+def test_the_digest_of_a_base_tells_models_apart_and_not_their_types():
+    assert base_digest(tiny_model()) == base_digest(tiny_model(torch.bfloat16)) == base_digest(tiny_model(torch.float64))
+    assert base_digest(tiny_model()) != base_digest(tiny_model(seed=1))
+
+
+def test_a_late_client_waits_for_the_next_run(tmp_path):
+    class Growing(LocalGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            replies = super().send_and_receive(messages, timeout=timeout)
+            if any(kind == MessageType.TRAIN for _, kind in self.asked):
+                self.nodes.setdefault(98, {"partition-id": 3})
+            return replies
+
+    _, said, _ = deployed(
+        tiny_config(tmp_path / "run"), nodes=[{"partition-id": k} for k in range(3)], waiting=Waiting(min_clients=3, join_timeout=0), grid_of=Growing
+    )
+    assert "node 98 takes no part: client 'client3' joined after the run had begun; it can take part in the next one" in said
+
+
+def test_too_few_clients_are_waited_for_and_then_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"4 of 5 clients joined within 0 s \(client0, client1, client2, client3\); start more nodes, lower min-clients"):
+        deployed(tiny_config(tmp_path / "run"), waiting=Waiting(min_clients=5, join_timeout=0))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"merge": "stack"}, "merge = 'stack': changes the base"),
+        ({"train": "full", "weights": "samples", "ranks": "powerlaw:5:50", "gamma": 0.99}, "train = 'full': runs in simulation only"),
+        ({"held_out_clients": 1}, "held_out_clients = 1: evaluated in simulation only"),
+        ({"rouge_examples": 2, "prompt_field": "q"}, "rouge_examples = 2: evaluated in simulation only"),
+    ],
+)
+def test_what_only_the_simulation_knows_is_refused(tmp_path, settings, reason):
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        HetLora(tiny_config(tmp_path / "run", **settings), Base("tiny", {}, 0, ""))
+
+
+# ---------------------------------------------------------------- what travels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.uint8])
+def test_arrays_carry_every_bit(dtype):
+    bits = torch.randint(-(2**7), 2**7, (6, 8 * dtype.itemsize), dtype=torch.int8, generator=torch.Generator().manual_seed(0)).view(dtype)
+    array = to_array(bits)
+    back = from_array(Array(array.dtype, array.shape, array.stype, bytes(array.data)), bits.shape, dtype, "x")
+    assert torch.equal(back.view(torch.int8), bits.view(torch.int8))
+
+
+def test_clients_of_different_ranks_share_the_arrays_of_the_rows_they_share():
+    federation = tiny_federation(SIZES)
+    state = tiny_state(federation, [2, 4, 4, 8])
+    records = EXCHANGES["adapters"].down(tiny_config(Path("run")), state, list(state.ranks))
+    assert [list(record) for record in records] == [["rows 0:2"], *[["rows 0:2", "rows 2:4"]] * 2, ["rows 0:2", "rows 2:4", "rows 4:8"]]
+    assert [size(record) for record in records] == [server.distribute(state, [name]).num_bytes(0) for name in state.ranks]
+    distinct = {array.object_id: len(array.data) for record in records for array in record.values()}
+    assert sum(distinct.values()) == state.bank.num_bytes(0)  # a row is stored once, whoever gets it
+
+
+def test_a_node_may_set_where_its_files_lie_and_nothing_of_the_method():
+    cfg, node = client_settings({"lr": 0.01, "min-clients": 3, "data": "stdlib"}, {"client": "me", "data": "/mine", "num-partitions": 4})
+    assert (cfg.lr, cfg.data, node) == (0.01, "/mine", Node("me"))
+    with pytest.raises(ConfigError, match=r"node config: 'lr' is not a node's to set; a node has client, partition_id, model, data"):
+        client_settings({}, {"lr": 1.0})
+    with pytest.raises(ConfigError, match="did you mean 'client'"):
+        client_settings({}, {"cleint": "me"})
+
+
+def test_the_server_reads_its_waiting_beside_the_settings():
+    cfg, waiting = server_settings({"min-clients": 3, "round-timeout": 5, "lr": 0.01, "resume": True})
+    assert (cfg.lr, waiting) == (0.01, Waiting(3, 600.0, 5, True))
+    for wrong, text in (({"min-clients": 0}, "min_clients: expected a number >= 1, got 0"), ({"resume": "yes"}, "resume: expected true or false, got 'yes'")):
+        with pytest.raises(ConfigError, match=text):
+            server_settings(wrong)
+    with pytest.raises(ConfigError, match="unknown setting 'min_client'"):
+        server_settings({"min-client": 3})
