@@ -1,4 +1,4 @@
-"""The `hetlora` command: demo, run, compare, report, export, info, tune. Bad input is one line on stderr and exit status 2.
+"""The `hetlora` command: demo, run, compare, report, export, info, tune, and those of cli_flower. Bad input is one line on stderr and exit status 2.
 
 A command loads what it needs when it runs: torch, transformers and matplotlib take seconds, and help and most faults need none of them.
 """
@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import click
 
-from hetlora import __version__, processor, signals
+from hetlora import __version__, cli_flower, processor, signals
 from hetlora.compare.methods import METHODS, OWNED, Plan, default_method, left_out, make_plan, method_settings
 from hetlora.config import Config, ConfigError, setting_group
 from hetlora.report.json_lines import JsonObserver, SilentObserver, print_line
@@ -437,6 +437,10 @@ def info() -> None:
 def tune() -> None:
     """Measure the launch parameters of the Triton kernels on this machine's CUDA device, and keep them for it."""
     _say(f"written: {_loaded('hetlora_kernels.triton.tune').tune(click.echo)}")
+
+
+for _command in (cli_flower.serve, cli_flower.join, cli_flower.flower):
+    cli.add_command(_command)
 
 
 def main() -> int | None:

@@ -1,14 +1,38 @@
-"""hetlora on many machines through Flower: a strategy, a client app and a server app. The simulation of `hetlora run` needs nothing of it."""
+"""hetlora on many machines through Flower: a strategy, a client app and a server app. The simulation of `hetlora run` needs nothing of it.
 
-try:
-    import flwr.app  # noqa: F401
-except ImportError as error:
-    raise ImportError(f"hetlora.flower needs Flower's Message API ({error}); install it with pip install '.[flower]'") from None
+The names are loaded at first use. `ImportError` names the extra to install where Flower is missing.
+"""
 
-from hetlora.flower.client import client_app
-from hetlora.flower.members import Base
-from hetlora.flower.server import describe_base, server_app
-from hetlora.flower.settings import Waiting
-from hetlora.flower.strategy import HetLora
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hetlora.flower.client import client_app
+    from hetlora.flower.members import Base
+    from hetlora.flower.server import describe_base, server_app
+    from hetlora.flower.settings import Waiting
+    from hetlora.flower.strategy import HetLora
 
 __all__ = ["Base", "HetLora", "Waiting", "client_app", "describe_base", "server_app"]
+
+_PLACES = {
+    "Base": "members",
+    "HetLora": "strategy",
+    "Waiting": "settings",
+    "client_app": "client",
+    "describe_base": "server",
+    "server_app": "server",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'hetlora.flower' has no attribute {name!r}")
+    if importlib.util.find_spec("flwr") is None:
+        raise ImportError("hetlora.flower needs Flower; install it with: pip install '.[flower]'")
+    value = getattr(importlib.import_module(f"hetlora.flower.{_PLACES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,170 @@
+"""The real thing on loopback: a SuperLink under TLS that admits known keys alone, three SuperNodes, a run that is killed and goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flwr.serverapp", reason="Flower is not installed (pip install '.[flower]')")
+
+import torch
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from tiny import lines
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+
+from hetlora.flower import launch
+from hetlora.flower.certificates import write_certificates
+
+SETTINGS = {"ranks": "2,4,8", "rounds": 2, "seq-len": 32, "local-steps": 2, "batch-size": 2, "device": "cpu"}
+CLIENTS = ("ARABIC", "GREEK", "HEBREW")
+DATA = f"unicode:{','.join(CLIENTS)}"
+PATIENCE = 240  # seconds that any step may take on a loaded machine before the test gives up
+
+
+def descendants(ancestor: int, word: str = "") -> list[int]:
+    """Processes that the ancestor started, or that these started, whose command holds `word`; some lead groups of their own."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdecimal():
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found, last = [], {ancestor}
+    while last:
+        last = {child for child, parent in parents.items() if parent in last}
+        found += sorted(last)
+    commands = {}
+    for process in found:
+        with contextlib.suppress(OSError):
+            commands[process] = Path(f"/proc/{process}/cmdline").read_bytes()
+    return [process for process, command in commands.items() if word.encode() in command]
+
+
+class Processes:
+    """Started programs; each is ended with all that it started."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.started: dict[str, subprocess.Popen] = {}
+        self.environment = {**launch.environment(), "FLWR_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+
+    def start(self, name: str, command: list[str]) -> subprocess.Popen:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.started[name] = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True, cwd=self.folder)
+        return self.started[name]
+
+    def end(self, name: str) -> None:
+        child = self.started.pop(name)
+        for process in [child.pid, *descendants(child.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        child.wait()
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
+    def run(self, *command: str) -> dict:
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, cwd=self.folder, timeout=PATIENCE)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(done.stdout)
+
+    def wait(self, what: str, condition) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            dead = [name for name, child in self.started.items() if child.poll() is not None and name != "stranger"]
+            assert not dead, f"{what}: {dead[0]} has ended\n{self.log(dead[0])[-3000:]}"
+            assert time.monotonic() < deadline, f"{what}\n" + "\n".join(f"--- {name}\n{self.log(name)[-1500:]}" for name in self.started)
+            time.sleep(0.5)
+
+
+@pytest.fixture
+def processes(tmp_path):
+    started = Processes(tmp_path)
+    try:
+        yield started
+    finally:
+        for name in list(started.started):
+            started.end(name)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def write_key(path: Path) -> Path:
+    key = ec.generate_private_key(ec.SECP384R1())
+    path.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()))
+    public = path.with_suffix(".pub")
+    public.write_bytes(key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH))
+    return public
+
+
+def make_app(folder: Path, output: Path) -> Path:
+    model = folder / "model"
+    torch.manual_seed(0)
+    sizes = LlamaConfig(vocab_size=384, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(sizes).save_pretrained(model)
+    ByT5Tokenizer().save_pretrained(model)
+    launch.write_app(folder / "app")
+    project = folder / "app" / "pyproject.toml"
+    text = project.read_text()
+    changes = {"model": str(model), "data": DATA, "output": str(output), "join-timeout": PATIENCE, "round-timeout": PATIENCE, **SETTINGS}
+    kept = [line for line in text.splitlines() if line.split(" = ")[0] not in changes]
+    project.write_text("\n".join([*kept, *(f"{name} = {json.dumps(value)}" for name, value in changes.items())]) + "\n")
+    return folder / "app"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_run_over_tls_that_is_killed_goes_on_to_the_bits_of_the_simulation(tmp_path, processes):
+    output, port = tmp_path / "there", free_port()
+    app = make_app(tmp_path, output)
+    write_certificates(tmp_path / "tls", ["localhost", "127.0.0.1"])
+    server, ca = f"127.0.0.1:{port}", tmp_path / "tls" / "ca.crt"
+    processes.start("server", launch.serve_command("127.0.0.1", port, tmp_path / "tls", True, None))
+    command = launch.run_command(app, server, [], tmp_path / "home", ca)
+    run = [part for part in command if part != "--stream"] + ["--format", "json"]
+    listing = [command[0], "ls", "hetlora", "--format", "json"]
+    processes.wait("the server did not answer", lambda: subprocess.run(listing, env=processes.environment, capture_output=True).returncode == 0)
+
+    for place, name in enumerate(("known0", "known1", "known2", "stranger")):
+        public = write_key(tmp_path / name)
+        if name != "stranger":
+            processes.run(command[0], "supernode", "register", str(public), "hetlora", "--format", "json")
+        node = launch.join_command(server, free_port(), [f"partition-id={min(place, 2)}"], ca, tmp_path / name)
+        processes.start(name, node)
+
+    processes.run(*run)
+    processes.wait("round 1 was not closed", lambda: (output / "rounds.jsonl").exists() and len(lines(output)) >= 2)
+    apps = descendants(processes.started["server"].pid, "flwr-serverapp")
+    assert apps, "the server's app was not found"
+    for app_process in apps:
+        os.kill(app_process, signal.SIGKILL)
+    assert not (output / "summary.json").exists(), "the run was over before it was killed"
+    assert len(lines(output)) == 2
+    processes.run(*run, "--run-config", "resume=true")
+    processes.wait("the run was not finished", lambda: (output / "summary.json").exists())
+
+    flags = {**SETTINGS, "output": tmp_path / "here", "model": tmp_path / "model", "data": DATA}
+    simulation = [sys.executable, "-m", "hetlora", "run", "--no-cobatch", *(f"--{name}={value}" for name, value in flags.items())]
+    here = subprocess.run(simulation, env=processes.environment, capture_output=True, text=True)
+    assert here.returncode == 0, here.stderr
+    for mine, other in zip(lines(tmp_path / "here"), lines(output), strict=True):
+        one, two = (record.pop("evaluation")["client_text"] for record in (mine, other))
+        assert mine == other
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+    adapter = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "here" / adapter).read_bytes() == (output / adapter).read_bytes()
+    assert processes.started["stranger"].poll() is not None or "registered" in processes.log("stranger") or "ermission" in processes.log("stranger")
+    assert [client["name"] for client in json.loads((output / "clients.json").read_text())["clients"]] == list(CLIENTS)
