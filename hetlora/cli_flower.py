@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import click
@@ -66,8 +67,8 @@ def run(app: Path, changes: tuple[str, ...], server: str, ca: Path | None) -> No
 def certificates(folder: Path, hosts: tuple[str, ...]) -> None:
     """Write certificates for a test into DIR, for a server that is reached as HOST (names or addresses)."""
     try:
-        from hetlora.flower.certificates import write_certificates
+        module = importlib.import_module("hetlora.flower.certificates")
     except ImportError as error:
         raise ImportError(f"certificates are made with Flower's cryptography package ({error}); install it with: pip install '.[flower]'") from None
-    for path in write_certificates(folder, list(hosts)):
+    for path in module.write_certificates(folder, list(hosts)):
         click.echo(f"written: {path}")

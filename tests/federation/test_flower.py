@@ -6,7 +6,10 @@ import pytest
 
 pytest.importorskip("flwr.serverapp", reason="Flower is not installed (pip install '.[flower]')")
 
+import doctest
+import importlib
 import json
+import random
 import re
 from pathlib import Path
 
@@ -292,6 +295,12 @@ def test_what_only_the_simulation_knows_is_refused(tmp_path, settings, reason):
         HetLora(tiny_config(tmp_path / "run", **settings), Base("tiny", {}, 0, ""))
 
 
+@pytest.mark.parametrize("name", ["client", "server", "strategy"])
+def test_the_examples_run(name):
+    found = doctest.testmod(importlib.import_module(f"hetlora.flower.{name}"))
+    assert found.attempted > 0 and not found.failed
+
+
 # ---------------------------------------------------------------- what travels
 
 
@@ -330,3 +339,30 @@ def test_the_server_reads_its_waiting_beside_the_settings():
             server_settings(wrong)
     with pytest.raises(ConfigError, match="unknown setting 'min_client'"):
         server_settings({"min-client": 3})
+
+
+@pytest.mark.slow
+def test_two_hundred_clients_of_which_a_third_fail_in_every_round_lose_nothing(tmp_path):
+    """20 rounds of 20 clients; a node that fails does so by error, silence or a NaN, in turn."""
+    clients = tiny_clients([2] * 200)
+    failing = random.Random(0)
+    failed: dict[str, list[str]] = {}
+
+    def spoil(node, message, reply):
+        if message.metadata.message_type == MessageType.TRAIN and failing.random() < 0.3:
+            failed.setdefault(message.metadata.group_id, []).append(clients[node - 11].name)
+            reply.asked = message
+            return change(("crash", "lost", "nan")[node % 3], reply)
+        return reply
+
+    cfg = tiny_config(tmp_path / "run", rounds=20, clients_per_round=20, local_steps=1, eval_every=20, save_clients=False, ranks="powerlaw:1:4:0.8")
+    model = tiny_model()
+    app = client_app(lambda cfg: model, lambda cfg, node: clients[node.partition_id])
+    grid = LocalGrid(app, cfg.model_dump(), [{"partition-id": k} for k in range(200)], spoil)
+    HetLora(cfg, base(cfg), Waiting(min_clients=200, join_timeout=0)).start(grid)
+    rounds = lines(tmp_path / "run")[1:]
+    for record in rounds:
+        gone = [drop["name"] for drop in record["dropped"]]
+        assert sorted(gone) == sorted(failed.get(str(record["round"]), []))
+        assert len(gone) + len(record["clients"]) == 20
+    assert len(rounds) == 20 and sum(map(len, failed.values())) > 80
