@@ -36,6 +36,11 @@ class ClientData:
     capability: float | None = None
     examples: tuple[tuple[Tensor, str], ...] = ()  # (prompt's tokens, response) of each sequence of `test`, where the data has prompts
 
+    @property
+    def sequences(self) -> int:
+        """Training sequences."""
+        return len(self.train)
+
 
 @dataclass(frozen=True)
 class FederatedData:

@@ -97,7 +97,7 @@ class LocalFleet:
         return self.names
 
     def sequences(self, name: str) -> int:
-        return len(self.clients[name].train)
+        return self.clients[name].sequences
 
     def train(self, cfg: Config, state: ServerState, names: Sequence[str], number: int, lr: float, progress: Progress) -> Trained:
         trained: Trained = cfg.training_kind.load()(Work(cfg, self.model, state, [self.clients[name] for name in names], number, lr, progress))

@@ -43,7 +43,7 @@ class Member(Protocol):
     def capability(self) -> float | None: ...
 
     @property
-    def train(self) -> Sequence[Any]: ...
+    def sequences(self) -> int: ...
 
 
 # ---------------------------------------------------------------- rules: the setting `ranks`, parsed
@@ -85,7 +85,7 @@ class Sized(Dealt):
     """The same quantiles, in the order of the clients' training text: the largest rank to the client with most sequences, the same in every run."""
 
     def assign(self, clients: Sequence[Member], seed: int) -> RankPlan:
-        by_size = sorted(clients, key=lambda client: (len(client.train), client.name))
+        by_size = sorted(clients, key=lambda client: (client.sequences, client.name))
         ranks = {client.name: rank for client, rank in zip(by_size, self.quantiles(len(clients)), strict=True)}
         return RankPlan(self.low, self.high, {client.name: ranks[client.name] for client in clients})
 
