@@ -154,7 +154,7 @@ if __name__ == "__main__":
     from hetlora.config import ConfigError
     from hetlora.loop import simulate
 
-    simulate(tiny_config(sys.argv[1], merge="last", diagnostics=True, weight_decay=0.1, lr=0.05), federation=tiny_federation(SIZES))
+    simulate(tiny_config(sys.argv[1], merge="last", diagnostics=True, weight_decay=0.1, lr=0.05), federation=tiny_federation(SIZES), quiet=True)
     try:
         tiny_config(sys.argv[1], merge="svd", weight_decay=0.1)
     except ConfigError as error:
