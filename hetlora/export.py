@@ -41,7 +41,8 @@ def export_adapter(run_dir: str | Path, out_dir: str | Path, rank: int | None = 
 
     run_dir: folder of a run.
     out_dir: folder to create; it must not exist or be empty.
-    rank: leading rank rows to keep of the global adapter; None = all.
+    rank: leading rank rows to keep of the global adapter; None = all but trailing dead rows (a row of A or a column of B that is zero), which add nothing
+        to B A. A warning says how many were left out. One row of every module stays, as PEFT has no rank 0.
     client: export this client's last trained adapter at its own rank instead. A client that has not trained
         gets what it would receive: the global adapter truncated to its rank, or with all its rows where the run's training gives every client all of them
         (train 'fold'). A warning says so.
@@ -59,7 +60,7 @@ def export_adapter(run_dir: str | Path, out_dir: str | Path, rank: int | None = 
     refuse_existing(out, "give a new folder, nothing is overwritten")
     if client is None:
         factors, scale, model = _read_adapter(run / ADAPTER)
-        ranks = _uniform_ranks(factors, rank, run)
+        ranks = _uniform_ranks(factors, rank, run) if rank is not None else _live_ranks(factors, run)
     else:
         factors, scale, model, ranks = _client_adapter(run, client)
     tensors: dict[str, Tensor] = {}
@@ -180,6 +181,21 @@ def _uniform_ranks(factors: Factors, rank: int | None, run: Path) -> dict[str, i
     if not 1 <= rank <= lowest:
         raise ConfigError(f"export: rank: expected 1 to {lowest} (the rank of the global adapter in {run}), got {rank}")
     return dict.fromkeys(available, rank)
+
+
+def _live_ranks(factors: Factors, run: Path) -> dict[str, int]:
+    """{module: its rank without trailing dead rows, at least 1}. B A stays what it was, as a dead row's product is zero."""
+    ranks: dict[str, int] = {}
+    for name, (a, b) in factors.items():
+        dead = ((a == 0).all(1) | (b == 0).all(0)) & a.isfinite().all(1) & b.isfinite().all(0)  # 0 times inf is no zero
+        live = (~dead).nonzero()
+        ranks[name] = int(live[-1]) + 1 if len(live) else 1
+    shorter = sum(ranks[name] < a.shape[0] for name, (a, _) in factors.items())
+    if shorter:
+        rows = sum(a.shape[0] - ranks[name] for name, (a, _) in factors.items())
+        where = f"in {shorter} of {len(ranks)} modules"
+        warnings.warn(f"{run}: {rows} trailing rows of the adapter, {where}, are zero and left out; it computes the same", stacklevel=3)
+    return ranks
 
 
 def _client_adapter(run: Path, client: str) -> tuple[Factors, float, str, dict[str, int]]:

@@ -82,6 +82,27 @@ def test_global_adapter_at_a_rank(run, base, tmp_path, rank):
     assert not torch.allclose(expected, without, atol=1e-2), "the adapter must change the logits for this test to say anything"
 
 
+def test_trailing_dead_rows_are_left_out_and_said(run, tmp_path):
+    factors = make_factors(dict.fromkeys(MODULES, 6))
+    short, inner, dead, odd, *_ = MODULES
+    factors[short][1][:, 4:] = 0  # rows 4 and 5 are dead
+    factors[inner][0][2] = 0  # a dead row in front of live ones stays
+    factors[dead][1].zero_()
+    factors[odd][1][:, 5], factors[odd][0][5, 0] = 0, torch.inf  # 0 times inf adds NaN, so the row stays
+    write_factors(run / "adapter", factors)
+    with pytest.warns(UserWarning, match=f"7 trailing rows of the adapter, in 2 of {len(MODULES)} modules"):
+        out = export_adapter(run, tmp_path / "out")
+    kept = read_factors(out)
+    assert {name: a.shape[0] for name, (a, _) in kept.items()} == dict.fromkeys(MODULES, 6) | {short: 4, dead: 1}
+    for name, (a, b) in factors.items():
+        rank = kept[name][0].shape[0]
+        assert torch.equal(kept[name][0], a[:rank])
+        assert torch.equal(kept[name][1], b[:, :rank])
+        assert not (b[:, rank:] @ a[rank:]).any(), "what is left out adds nothing"
+    with_all = export_adapter(run, tmp_path / "six", rank=6)
+    assert {a.shape[0] for a, _ in read_factors(with_all).values()} == {6}
+
+
 def test_clients_own_adapter_with_a_rank_per_module(run, base, tmp_path):
     name = "a/b c.한"
     ranks = {module: 1 + i % 5 for i, module in enumerate(MODULES)}
