@@ -90,7 +90,9 @@ def test_a_signal_during_imports_is_quiet(tmp_path, module, arguments, number):
     body = f"    os.kill(os.getpid(), {int(number)})\n    time.sleep(5)\n"
     (tmp_path / f"{module}.py").write_text(f"import os, time\ntry:\n{body}except BaseException:\n    raise ImportError('initialization failed')\n")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"}
-    done = subprocess.run([sys.executable, "-m", "hetlora", *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    heeded = lambda: signal.signal(number, signal.SIG_DFL)  # noqa: E731 - a shell's background jobs ignore SIGINT, and so would the child
+    command = [sys.executable, "-m", "hetlora", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120, preexec_fn=heeded)
     by = "" if number == signal.SIGINT else f" by {number.name}"
     assert (done.returncode, done.stderr) == (128 + number, f"hetlora: interrupted{by}\n")
     assert all(line.startswith(("threads: ", "method: ")) for line in done.stdout.splitlines())
