@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).resolve().parent
-INSTRUCTION_SETS = ("base", "avx2", "avx512")  # of csrc/cpu/simd.cpp; HETLORA_INSTRUCTION_SET takes the layer's and Gram's kernels no further than one of them
+# Of csrc/cpu/simd.cpp; HETLORA_INSTRUCTION_SET takes the layer's and Gram's kernels no further than one of them.
+INSTRUCTION_SETS = ("base", "avx2", "avx512", "amx")
 REBUILD = "rebuild with `pip install --no-build-isolation .`"
 
 

@@ -211,7 +211,7 @@ PanelKernel<E> panel_kernel() {
     constexpr int kPart = sizeof(E) == 8 ? 2 : 1;
 #if defined(HETLORA_X86)
     const InstructionSet set = instruction_set();
-    if (set == InstructionSet::avx512) {
+    if (set >= InstructionSet::avx512) {
         return {panel_avx512, 5, 6, 16 / kPart};
     }
     if (set == InstructionSet::avx2) {
@@ -226,7 +226,7 @@ template PanelKernel<double> panel_kernel<double>();
 
 PanelKernel<bf16> pair_kernel() {
 #if defined(HETLORA_PAIRS)
-    if (instruction_set() == InstructionSet::avx512 && __builtin_cpu_supports("avx512bf16")) {
+    if (instruction_set() >= InstructionSet::avx512 && __builtin_cpu_supports("avx512bf16")) {
         return {panel_pairs, 5, 6, 16};
     }
 #endif

@@ -8,9 +8,9 @@
 // Dropout is regenerated while a panel is made. bfloat16 and float16 are converted panel by panel, which the products repay from rank 4 on.
 // Bytes: x, S and the factors once each, the result once (out: twice). Against the framework's GEMMs at rank 16 these win by what they do not write: no
 // drop(x), no mask, no scaled or converted copy.
-#include "lora.h"
-
 #include <cmath>
+
+#include "lora_tiles.h"
 
 namespace hetlora {
 
@@ -113,11 +113,12 @@ struct Block {
     int64_t t, rows;
 };
 
-std::vector<Block> row_blocks(const Plan& plan) {
+// Of the clients that are not on the tiles.
+std::vector<Block> row_blocks(const Plan& plan, Type type) {
     std::vector<Block> out;
     out.reserve(static_cast<size_t>(plan.active_rows / kRows) + plan.segments.size());
     for (const Segment& segment : plan.segments) {
-        for (int64_t t = 0; t < segment.length; t += kRows) {
+        for (int64_t t = on_tiles(type, segment.rank) ? segment.length : 0; t < segment.length; t += kRows) {
             out.push_back({&segment, t, std::min(kRows, segment.length - t)});
         }
     }
@@ -126,8 +127,11 @@ std::vector<Block> row_blocks(const Plan& plan) {
 
 template <class E>
 void shrink_as(const Plan& plan, const Matrix& x, const Matrix& factor, const std::vector<double>& scale, E* out) {
+    const std::vector<Block> blocks = row_blocks(plan, x.type);
+    if (blocks.empty()) {
+        return;
+    }
     const Operand<E> rows(factor.type, factor.data, factor.rows * factor.width);
-    const std::vector<Block> blocks = row_blocks(plan);
     const int64_t count = static_cast<int64_t>(blocks.size()), n = x.width, parts = part_count(count, plan.active_rows * n * size_of(x.type));
     const bool moves = x.type != type_for<E>() || plan.gathers() || plan.drops();
     std::vector<E> panels(static_cast<size_t>(moves ? parts * kRows * n : 0));
@@ -143,8 +147,11 @@ void shrink_as(const Plan& plan, const Matrix& x, const Matrix& factor, const st
 
 template <class E>
 void expand_as(const Plan& plan, const Matrix& out, Type s_type, const void* s, const Matrix& factor) {
+    const std::vector<Block> blocks = row_blocks(plan, out.type);
+    if (blocks.empty()) {
+        return;
+    }
     const Operand<E> rows(factor.type, factor.data, factor.rows * factor.width), shrunk(s_type, s, plan.flat);
-    const std::vector<Block> blocks = row_blocks(plan);
     const LoraKernels<E>& kernels = lora_kernels<E>();
     const int64_t count = static_cast<int64_t>(blocks.size()), m = out.width, parts = part_count(count, 2 * plan.active_rows * m * size_of(out.type));
     const bool direct = out.type == type_for<E>() && !plan.gathers() && !plan.drops();
@@ -184,6 +191,9 @@ void gram_as(const Plan& plan, const Matrix& x, Type s_type, const void* s, Type
     E* result = convert ? sums.data() : static_cast<E*>(out);
     for_tasks(parts, segments * spans, [&](int64_t part, int64_t task) {
         const Segment& segment = plan.segments[task / spans];
+        if (on_tiles(x.type, segment.rank)) {
+            return;
+        }
         const int64_t first = task % spans * span, end = std::min(width, first + span), rank = segment.rank;
         for (int64_t t = 0; t < segment.length; t += kChunk) {
             const int64_t depth = std::min(kChunk, segment.length - t);
@@ -196,6 +206,11 @@ void gram_as(const Plan& plan, const Matrix& x, Type s_type, const void* s, Type
             }
         }
     });
+    if constexpr (sizeof(E) == 4) {
+        if (any_on_tiles(plan, x.type)) {
+            gram_on_tiles(plan, x, shrunk + 0, result);
+        }
+    }
     if (convert) {
         store_block(out_type, out, result, total * width);
     }
@@ -206,12 +221,18 @@ void gram_as(const Plan& plan, const Matrix& x, Type s_type, const void* s, Type
 void shrink(const Plan& plan, const Matrix& x, const Matrix& rows, const std::vector<double>& scale, void* out) {
     STD_TORCH_CHECK(rows.width == x.width, "rows: expected a width of ", x.width, ", got ", rows.width);
     x.type == Type::f64 ? shrink_as(plan, x, rows, scale, static_cast<double*>(out)) : shrink_as(plan, x, rows, scale, static_cast<float*>(out));
+    if (any_on_tiles(plan, x.type)) {
+        shrink_on_tiles(plan, x, rows, scale, static_cast<float*>(out));
+    }
 }
 
 void expand(const Plan& plan, const Matrix& out, const Shrunk& s, const Matrix& rows) {
     STD_TORCH_CHECK(rows.width == out.width, "rows: expected a width of ", out.width, ", got ", rows.width);
     STD_TORCH_CHECK(s.count == plan.flat, "s: expected ", plan.flat, " elements, got ", s.count);
     s.type == Type::f64 ? expand_as<double>(plan, out, s.type, s.data, rows) : expand_as<float>(plan, out, s.type, s.data, rows);
+    if (any_on_tiles(plan, out.type)) {
+        expand_on_tiles(plan, out, s.type, s.data, rows);
+    }
 }
 
 Tensor grouped_gram(const Plan& plan, Span ranks, const Shrunk& s, const Matrix& x, ScalarType dtype) {

@@ -254,9 +254,9 @@ const LoraKernels<E>& lora_kernels() {
 #if defined(HETLORA_X86)
     if (set != InstructionSet::base) {
         if constexpr (wide) {
-            return set == InstructionSet::avx512 ? kernels_avx512_double : kernels_avx2_double;
+            return set >= InstructionSet::avx512 ? kernels_avx512_double : kernels_avx2_double;
         } else {
-            return set == InstructionSet::avx512 ? kernels_avx512_float : kernels_avx2_float;
+            return set >= InstructionSet::avx512 ? kernels_avx512_float : kernels_avx2_float;
         }
     }
 #endif

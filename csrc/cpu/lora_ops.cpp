@@ -5,7 +5,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
-#include "lora.h"
+#include "lora_tiles.h"
 
 namespace hetlora {
 namespace {
@@ -43,7 +43,7 @@ Tensor grouped_gram_op(const Tensor& s, const Tensor& x_tensor, const MaybeTenso
 }
 
 // Which calls go the small way: on so few rows its base product is faster than the framework's, in 16-bit types only with so small a weight
-// (docs/kernels-lora.md). Tests force one way or the other through the op `_lora_way`.
+// (docs/kernels-lora.md), and no client is on the tiles: its bits are the same in any call. Tests force one way or the other through the op `_lora_way`.
 constexpr int64_t kFewRows = 8, kSmall16BitWeight = int64_t{1} << 18;
 
 enum Way : int64_t { by_size, small, framework };
@@ -55,6 +55,9 @@ int64_t lora_way(int64_t way) {
 }
 
 bool goes_small(const Layer& layer) {
+    if (any_on_tiles(layer.plan, layer.x.type)) {
+        return false;
+    }
     const int64_t way = forced_way.load(std::memory_order_relaxed);
     if (way != by_size) {
         return way == small;

@@ -7,7 +7,8 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says so of its own _mm512_undefined_epi32
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says both of its own _mm512_undefined_epi32
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 #endif

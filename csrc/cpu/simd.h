@@ -37,7 +37,8 @@
 
 namespace hetlora {
 
-enum class InstructionSet { base, avx2, avx512 };
+// In order: each contains those before.
+enum class InstructionSet { base, avx2, avx512, amx };
 InstructionSet instruction_set();
 
 template <class E, int W>

@@ -8,20 +8,22 @@ from itertools import accumulate
 import numpy
 import pytest
 import torch
-from kernel_cases import drawn, guarded, kept, leaf_tensors, make_layer, run_fused, same_bits
+from accuracy import assert_exact
+from kernel_cases import drawn, estimated, guarded, kept, leaf_tensors, make_layer, rounded, run_fused, same_bits
 
 import hetlora_kernels as hk
 from hetlora_kernels import _library, reference
 
 N, M = 584, 530  # past one panel of columns, multiples of no vector
 LENGTHS, RANKS = [150, 0, 65, 1, 24], [16, 4, 5, 8, 0]
+LARGE_RANKS = [70, 4, 33, 32, 0]  # in bfloat16 on the matrix tiles of a processor that has them
 
 
-def large_layer(p: float, shuffled: bool = False, n: int = N, m: int = M):
+def large_layer(p: float, shuffled: bool = False, n: int = N, m: int = M, ranks: list[int] = RANKS):
     ids = [k for k, length in enumerate(LENGTHS) for _ in range(length)] + [-1] * 3
     if shuffled:
         ids = [ids[i] for i in torch.randperm(len(ids), generator=drawn(3)).tolist()]
-    return make_layer(RANKS, ids, n, m, p=p)
+    return make_layer(ranks, ids, n, m, p=p)
 
 
 @pytest.fixture
@@ -34,11 +36,12 @@ def _threads() -> Iterator[None]:
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_no_bit_depends_on_the_number_of_threads(dtype, shuffled, backend, device):
+@pytest.mark.parametrize("ranks", [RANKS, LARGE_RANKS])
+def test_no_bit_depends_on_the_number_of_threads(dtype, shuffled, ranks, backend, device):
     """Of the kernels alone: a framework's own base product may split its sums by threads."""
     if backend == "reference":
         pytest.skip("the reference's products are the framework's")
-    layer = large_layer(0.1, shuffled)
+    layer = large_layer(0.1, shuffled, ranks=ranks)
     seg, flat = layer.segments(), sum(r * n for r, n in zip(layer.ranks, layer.segments().lengths, strict=True))
     x, a = (t.to(device, dtype) for t in (layer.x, layer.a))
     case = (torch.tensor(layer.seeds, device=device), seg.keys_on(device), seg.index_on(device), layer.ranks, seg.starts, seg.lengths, 0.1)
@@ -57,16 +60,35 @@ def test_no_bit_depends_on_the_number_of_threads(dtype, shuffled, backend, devic
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_factor_gradients_alone_and_co_batched_over_many_tiles(dtype, shuffled, device):
-    layer = large_layer(0.1, shuffled)
+@pytest.mark.parametrize("ranks", [RANKS, LARGE_RANKS])
+def test_factor_gradients_alone_and_co_batched_over_many_tiles(dtype, shuffled, ranks, device):
+    layer = large_layer(0.1, shuffled, ranks=ranks)
     together = run_fused(layer, dtype, device=device)
-    for k, (end, rank) in enumerate(zip(accumulate(RANKS), RANKS, strict=True)):
+    for k, (end, rank) in enumerate(zip(accumulate(ranks), ranks, strict=True)):
         rows, own = layer.client_rows(k), slice(end - rank, end)
         alone = make_layer([rank], [0] * len(rows), N, M, p=0.1)
         alone.x, alone.grad, alone.a, alone.bt = layer.x[rows], layer.grad[rows], layer.a[own], layer.bt[own]
         alone.weight, alone.scale, alone.seeds = layer.weight, layer.scale[k : k + 1], layer.seeds[k : k + 1]
         result = run_fused(alone, dtype, device=device)
         assert same_bits(together["d_a"][own], result["d_a"]) and same_bits(together["d_bt"][own], result["d_bt"])
+
+
+@pytest.mark.parametrize("length", [40, 1100])  # one part of a sum over rows, and two
+@pytest.mark.parametrize("factor_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_large_ranks_beside_bfloat16_rows_are_exact(length, factor_dtype, p, device):
+    layer = rounded(make_layer([33, 64], [0, 1] * (length // 2), 1100, 75, p=p), torch.bfloat16, factor_dtype)
+    assert_exact(run_fused(layer, torch.bfloat16, factor_dtype, device), estimated(layer, torch.bfloat16, device))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 3.4e38, 2.0**-100])
+def test_numbers_at_the_ends_of_float32_in_a_factor_of_large_rank(value, device):
+    """As S = x A^T has them, of which one element is this one times 1."""
+    x, a = torch.zeros(3, 40, device=device, dtype=torch.bfloat16), torch.zeros(64, 40, device=device)
+    x[1, 7], a[50, 7] = 1.0, value
+    s = _library.call("shrink")(x, a, torch.ones(1, device=device), None, None, None, [64], [0], [3], 0.0).view(3, 64)
+    torch.testing.assert_close(s[1, 50], a[50, 7], rtol=0, atol=0, equal_nan=True)
+    assert not s[1, :50].any() and not s[1, 51:].any()
 
 
 @pytest.mark.parametrize("columns", [63, 64, 65, 511, 513, 1100])

@@ -75,4 +75,4 @@ def test_the_variable_chooses_and_refuses():
     if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         assert base.stdout != avx512.stdout  # other widths of vectors add in another order
     wrong = run({"HETLORA_INSTRUCTION_SET": "sse9"}, "-c", "import hetlora_kernels")
-    assert wrong.returncode != 0 and "HETLORA_INSTRUCTION_SET: expected one of base, avx2, avx512, got 'sse9'" in wrong.stderr
+    assert wrong.returncode != 0 and "HETLORA_INSTRUCTION_SET: expected one of base, avx2, avx512, amx, got 'sse9'" in wrong.stderr
