@@ -10,13 +10,11 @@
 #include <iterator>
 #include <memory>
 
-#if defined(HETLORA_X86) && defined(__linux__)
-#define HETLORA_TILES 1
+#if defined(HETLORA_TILES)
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include "philox.h"
-#define HETLORA_AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")))
 #endif
 
 namespace hetlora {

@@ -72,8 +72,13 @@ InstructionSet instruction_set() {
     const bool up_to_avx2 = most != nullptr && std::strcmp(most, "avx2") == 0;
     if (!up_to_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw")) {
+#if defined(HETLORA_TILES)
         const bool up_to_avx512 = most != nullptr && std::strcmp(most, "avx512") == 0;
-        return !up_to_avx512 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") ? InstructionSet::amx : InstructionSet::avx512;
+        if (!up_to_avx512 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16")) {
+            return InstructionSet::amx;
+        }
+#endif
+        return InstructionSet::avx512;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
         return InstructionSet::avx2;

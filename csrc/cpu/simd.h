@@ -33,6 +33,11 @@
 #define HETLORA_X86 1
 #define HETLORA_AVX2 __attribute__((target("avx2,fma")))
 #define HETLORA_AVX512 __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")))
+// The compilers whose names for AMX were tried; Linux gives its registers on request.
+#if defined(__linux__) && __GNUC__ >= 12 && !defined(__clang__)
+#define HETLORA_TILES 1
+#define HETLORA_AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")))
+#endif
 #endif
 
 namespace hetlora {
