@@ -31,7 +31,8 @@ from hetlora.run_folder import ADAPTER_FILE, CHECKPOINT, CONFIG, VERSIONS, WEIGH
 from hetlora.text_files import parse_json, read_text
 
 RESUME_INSTEAD = "choose another folder, or continue that run with --resume"
-STATE = ("round", "ranks", "r_min", "r_max", "ranks_start", "rounds_trained", "perplexity_before", "stacked_bytes")  # of `ServerState`, besides the bank
+STATE = ("round", "ranks", "r_min", "r_max", "ranks_start", "rounds_trained", "perplexity_before", "seen", "stacked_bytes")
+"""Of `ServerState`, besides the bank."""
 
 
 def versions(device: torch.device) -> dict[str, str]:

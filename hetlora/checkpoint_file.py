@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from hetlora.config import ConfigError
 
-FORMAT = 2
+FORMAT = 3
 CHECKSUM, STATE = "checksum", "state"
 _METADATA = "hetlora"
 _CODES = {"I32": "i", "F64": "d"}  # safetensors' name of a type: that of `array`

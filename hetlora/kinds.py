@@ -33,7 +33,7 @@ class MergeKind:
     function: of `(merge.MergeCall) -> merge.Merged`.
     base: weights of the base model that the merge changes. They are in every checkpoint, and the model in memory then serves no other run.
     keeps_bank: the next round starts from the merged bank, and clients download their rows of it. Otherwise it starts from a fresh bank, which
-        everybody draws from the run's seed, so that only what the function calls `follow_bytes` is downloaded.
+        everybody draws from the run's seed, so that a client downloads only what the function called `follow_bytes` in each round since the client was here last.
     no_adapter: why no adapter of the run holds what it learned, and what does; '' where the bank does.
     settings: read by this merge alone, refused with every other.   refuses: settings of others that it cannot use.
     """

@@ -342,6 +342,7 @@ def _round(run: _Run, number: int) -> dict[str, Any]:
         "trained_parameters": trained.parameters,
     }
     lines = [_client_line(cfg, names[k], state.ranks[names[k]], trained, k) for k in arrived]
+    state.seen |= dict.fromkeys(names, number)  # those whose upload was refused have downloaded too
     samples = [run.fleet.sequences(names[k]) for k in arrived]
     merged = aggregate(state, trained.uploads, trained.received, samples, cfg, run.fleet.model, trained.weighed)
     for i, k in enumerate(arrived):

@@ -37,7 +37,7 @@ class Merged:
     """What a merge returns. bank: the next one, None exactly where its row in `kinds.MERGES` keeps none.
 
     rows: how many leading rows of the bank the uploads decided; None = all.   added_to: the bank that the uploads were added to, None where they replace it.
-    follow_bytes: `ServerState.stacked_bytes` from now on.
+    follow_bytes: of what the merge changed in the base model, as it travels: every client downloads it once, when it is here next.
     """
 
     bank: hk.AdapterBank | None
@@ -85,7 +85,8 @@ def aggregate(
         clips = clip_updates(uploads, received, limits, sizes)
     weights, norms = weighed or client_weights(uploads, samples, cfg, suspects)
     merged = cfg.merge_kind.load()(MergeCall(state.bank, uploads, weights, state.r_max, cfg, model))
-    state.stacked_bytes = merged.follow_bytes
+    if cfg.merge_kind.base != "none":
+        state.stacked_bytes.append(merged.follow_bytes)
     if merged.bank is None:
         state.bank = fresh_bank(state.bank.shapes, state.r_max, cfg, state.bank.device, state.round + 1)
         return Aggregate(weights, norms, clips)

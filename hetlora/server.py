@@ -25,7 +25,12 @@ class ServerState:
     rounds_trained: dict[str, int] = field(default_factory=dict)
     perplexity_before: dict[str, float] = field(default_factory=dict)
     ranks_start: dict[str, int] = field(default_factory=dict)
-    stacked_bytes: int = 0  # what every client must download, besides its rows of the bank, to follow the base model
+    seen: dict[str, int] = field(default_factory=dict)  # {client: the last round that it downloaded in}
+    stacked_bytes: list[int] = field(default_factory=list)  # of each round's change of the base model, as it travels; empty where the base stays
+
+    def missed_bytes(self, name: str) -> int:
+        """What a client must download, besides its rows of the bank, to have the base model of now: every change since its last download."""
+        return sum(self.stacked_bytes[self.seen.get(name, 1) - 1 :])  # in its round it had those of the rounds before
 
     @property
     def homlora_rank(self) -> int:

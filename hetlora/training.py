@@ -105,7 +105,7 @@ def train_adapters(work: Work) -> Trained:
         [(float(old.sum()), float(new.sum())) for old, new in zip(before, after, strict=True)],
         uploads,
         received.select(arrived).prune(left),
-        [state.stacked_bytes + (own if cfg.merge_kind.keeps_bank else 0) for own in rows],
+        [state.missed_bytes(name) + (own if cfg.merge_kind.keeps_bank else 0) for name, own in zip(work.names, rows, strict=True)],
         [uploads.num_bytes(i) for i in range(len(arrived))],
         sum(rows) // received.dtype.itemsize,
     )

@@ -249,10 +249,24 @@ def test_stack_folds_the_exact_sum_into_the_base(tmp_path, make):
     assert all(torch.equal(model.get_parameter(name), base.get_parameter(name)) for name in other)
 
 
-def test_stack_counts_what_a_client_must_download_to_follow_the_base(tmp_path):
-    history = simulate(tiny_config(tmp_path / "run", merge="stack", ranks="2,3,4,8", rounds=2), federation=tiny_federation([3, 5, 2, 7])).history
-    assert [client["bytes_down"] for client in history[1]["clients"]] == [0] * 3
-    assert [client["bytes_down"] for client in history[2]["clients"]] == [history[1]["bytes_up"]] * 3
+def test_stack_counts_every_stack_since_a_client_was_here_last(tmp_path, monkeypatch):
+    """One that skipped rounds, or was never here, follows the base through all of them; a refused upload was preceded by a download all the same."""
+
+    def spoil(number, names, bank):
+        if number == 3:
+            multiply(bank, 0, float("nan"))
+
+    seen = watch_training(monkeypatch, spoil)
+    cfg = tiny_config(tmp_path / "run", merge="stack", ranks="2,3,4,8", rounds=7, clients_per_round=2)
+    history = simulate(cfg, federation=tiny_federation([3, 5, 2, 7])).history
+    last, away = {}, set()
+    for number, (record, training) in enumerate(zip(history[1:], seen, strict=True), 1):
+        missed = {name: sum(history[i]["bytes_up"] for i in range(last.get(name, 1), number)) for name in training.names}
+        assert record["bytes_down"] == sum(missed.values())
+        assert {client["name"]: client["bytes_down"] for client in record["clients"]} == {c["name"]: missed[c["name"]] for c in record["clients"]}
+        away |= {number - last[name] for name in training.names if name in last}
+        last |= dict.fromkeys(training.names, number)
+    assert len(history[3]["dropped"]) == 1 and {1, 2} < away, "clients that came back at once, and later, or this says nothing"
 
 
 def test_prune_scope_module_gives_each_module_its_own_rank(tmp_path, federation, monkeypatch):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import SIZES, Interrupt, Stop, contents, lines, same_bits, tiny_config, tiny_federation, tiny_model
 
 from hetlora import checkpoint, run_folder
+from hetlora.checkpoint_file import FORMAT
 from hetlora.config import ConfigError
 from hetlora.data import ClientData, FederatedData
 from hetlora.loop import simulate
@@ -279,10 +280,10 @@ def test_damaged_checkpoints_are_named(stopped):
         path.write_bytes(damaged)
         refuse(cfg, folder, r"checkpoint\.safetensors: not a readable checkpoint")
     path.write_bytes(good)
-    for tensors, metadata in (({"x": torch.ones(2)}, None), (load_file(path), {"format": "pt"}), (load_file(path), {"hetlora": '{"format": 3}'})):
+    for tensors, metadata in (({"x": torch.ones(2)}, None), (load_file(path), {"format": "pt"}), (load_file(path), {"hetlora": f'{{"format": {FORMAT - 1}}}'})):
         save_file(tensors, path, metadata=metadata)
         refuse(cfg, folder, r"not a checkpoint of this version \(format")
-    for own in ("[", "{}", "[]", '{"format": 2}'):
+    for own in ("[", "{}", "[]", f'{{"format": {FORMAT}}}'):
         save_file({"x": torch.ones(2)}, path, metadata={"hetlora": own})
         refuse(cfg, folder, r"checkpoint\.safetensors: not a readable checkpoint")
 
