@@ -33,7 +33,7 @@ class MergeKind:
     function: of `(merge.MergeCall) -> merge.Merged`.
     base: weights of the base model that the merge changes. They are in every checkpoint, and the model in memory then serves no other run.
     keeps_bank: the next round starts from the merged bank, and clients download their rows of it. Otherwise it starts from a fresh bank, which
-        everybody draws from the run's seed, so that a client downloads only what the function called `follow_bytes` in each round since the client was here last.
+        everybody draws from the run's seed, so that a client downloads only what the function called `follow_bytes` in the rounds since it was here last.
     no_adapter: why no adapter of the run holds what it learned, and what does; '' where the bank does.
     settings: read by this merge alone, refused with every other.   refuses: settings of others that it cannot use.
     """
@@ -138,7 +138,9 @@ MERGES = {
     kind.name: kind
     for kind in (
         MergeKind("factors", "average the factors (as published)", "hetlora.merge:merge_factors", settings=("shared_rows", "unowned_rows")),
-        MergeKind("svd", "truncate the SVD of the exact sum", "hetlora.merge:merge_svd"),
+        MergeKind("delta", "average the factors' changes; a row that a client does not own counts as unchanged", "hetlora.merge:merge_delta"),
+        MergeKind("svd", "truncate the SVD of the exact sum (FlexLoRA)", "hetlora.merge:merge_svd"),
+        MergeKind("owners-svd", "truncate the SVD of the sum of each rank row's mean product over its owners (raFLoRA)", "hetlora.merge:merge_owners_svd"),
         MergeKind(
             "trimmed",
             "mean of each rank row's owners without the extremes",

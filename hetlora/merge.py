@@ -198,23 +198,67 @@ def merge_factors(call: MergeCall) -> Merged:
     """bank A <- sum p_k A_k, bank B <- sum p_k B_k, zero-padded to r_max (HETLORA section 3.3), with the choices for unowned and shared rows."""
     keep = call.bank if call.cfg.unowned_rows == "keep" else None
     bank = call.uploads.aggregate(call.weights.to(call.uploads.device), call.r_max, normalize=call.cfg.shared_rows, keep=keep)
-    return Merged(bank, rows=max(layout.max_rank for layout in call.uploads.layouts.values()))
+    return Merged(bank, rows=_owned_rows(call.uploads))
+
+
+@torch.no_grad()
+def merge_delta(call: MergeCall) -> Merged:
+    """bank row j <- row j + sum_k p_k (row j of client k - row j) over its owners, A and B apart: for all others the row counts as unchanged.
+
+    With one rank for all it is `merge_factors`; a row of weight P in all keeps 1 - P of its old value, where zero-padding fades it to P.
+    """
+    bank, uploads = call.bank, call.uploads
+    changes = uploads.select(range(uploads.num_clients))
+    for change, old in zip(changes.parameters(), bank.truncate({name: layout.ranks for name, layout in uploads.layouts.items()}).parameters(), strict=True):
+        change.sub_(old)
+    merged = changes.aggregate(call.weights.to(uploads.device), call.r_max)
+    for new, old in zip(merged.parameters(), bank.parameters(), strict=True):
+        new.add_(old)
+    return Merged(merged, rows=_owned_rows(uploads))
+
+
+def _owned_rows(uploads: hk.AdapterBank) -> int:
+    return max(layout.max_rank for layout in uploads.layouts.values())
 
 
 def merge_svd(call: MergeCall) -> Merged:
-    """The best rank-r_max approximation of sum p_k B_k A_k in the Frobenius norm (FlexLoRA, "Recon+SVD"), without forming it (`low_rank.best_rank`).
+    """The best rank-r_max approximation of sum p_k B_k A_k in the Frobenius norm (FlexLoRA, "Recon+SVD"), without forming it."""
+    uploads = call.uploads
+    weights = [row_weights(uploads, call.weights, module, name) for module, name in enumerate(uploads.shapes)]
+    return Merged(_truncated(call, [(uploads.bt[name], uploads.a[name]) for name in uploads.shapes], weights))
+
+
+def merge_owners_svd(call: MergeCall) -> Merged:
+    """The best rank-r_max approximation of sum_j M_j, without forming it (raFLoRA, arXiv 2602.13486, section 5; RB-LoRA's rule is the same).
+
+    M_j = sum_k p_k B_k[:, j] A_k[j, :] / P_j over the clients that own rank row j, with P_j the sum of their p_k; where nobody owns it, the old bank's piece
+    B[:, j] A[j, :]. An owned row whose owners all have p_k = 0 adds nothing.
+    """
+    bank, uploads = call.bank, call.uploads
+    stacks, weights, kept = [], [], {}
+    for module, (name, layout) in enumerate(uploads.layouts.items()):
+        p = row_weights(uploads, call.weights, module, name)
+        row = torch.cat([torch.arange(rank, device=p.device) for rank in layout.ranks])
+        owned = p.new_zeros(layout.max_rank).index_add(0, row, p)
+        kept[name] = (bank.bt[name].detach()[layout.max_rank :], bank.a[name].detach()[layout.max_rank :])
+        weights.append(torch.cat([p / owned[row].clamp_min(torch.finfo(p.dtype).tiny), p.new_ones(len(kept[name][0]))]))
+        stacks.append((torch.cat([uploads.bt[name].detach(), kept[name][0]]), torch.cat([uploads.a[name].detach(), kept[name][1]])))
+    ranks = {name: [len(bt)] for name, (bt, _) in kept.items()}
+    old = hk.AdapterBank.of(bank.shapes, ranks, {name: a for name, (_, a) in kept.items()}, {name: bt for name, (bt, _) in kept.items()})
+    return Merged(_truncated(call, stacks, weights), added_to=old)
+
+
+@torch.no_grad()
+def _truncated(call: MergeCall, stacks: Sequence[tuple[Tensor, Tensor]], weights: Sequence[Tensor]) -> hk.AdapterBank:
+    """A bank of the best approximations of the weighted sums of `stacks` (`low_rank.best_rank`).
 
     Rows past the rank of the sum take the old bank's A with B = 0, which training can revive; zeros in both could not.
     """
-    bank, uploads = call.bank, call.uploads
-    merged = bank.to()
-    weights = [row_weights(uploads, call.weights, module, name) for module, name in enumerate(bank.shapes)]
-    stacks = [(uploads.bt[name], uploads.a[name]) for name in bank.shapes]
-    with torch.no_grad():
-        for name, (bt, a) in zip(bank.shapes, best_rank(stacks, call.r_max, weights), strict=True):
-            merged.bt[name].copy_(bt)
-            merged.a[name].copy_(torch.where(bt.any(1, keepdim=True), a, merged.a[name]))
-    return Merged(merged)
+    merged = call.bank.to()
+    for name, (bt, a) in zip(merged.shapes, best_rank(stacks, call.r_max, weights), strict=True):
+        merged.bt[name].copy_(bt)
+        merged.a[name].copy_(torch.where(bt.any(1, keepdim=True), a, merged.a[name]))
+    return merged
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    methods: str = Field("main", description="Methods, groups (main, ablations, all) and variants 'NAME+setting=value', comma-separated.")
+    methods: str = Field("main", description="Methods, groups (main, field, ablations, all) and variants 'NAME+setting=value', comma-separated.")
     seeds: int = Field(3, description="Runs per method, with the seeds SEED, SEED + 1, ...", ge=1)
     target: float = Field(
         0.9, description="Count the rounds until the global adapter reaches this perplexity; below 1: this share of the perplexity before training.", gt=0
@@ -55,7 +55,7 @@ Ranks = Literal["own", "min", "mean", "max"]
 class Method:
     """One method: `settings` on top of the common ones. `ranks`: of the clients: their own, or all the least, the (rounded) mean or the largest.
 
-    `like`: the method whose searched setting an ablation takes over, so that it differs in one thing only.
+    `like`: the method whose searched setting an ablation takes over, so that it differs in one thing only.   `group`: of methods without `like`.
     """
 
     name: str
@@ -63,10 +63,18 @@ class Method:
     ranks: Ranks = "own"
     settings: Mapping[str, Any] = field(default_factory=dict)
     like: str | None = None
+    group: Literal["main", "field"] = "main"
 
 
 _FEDAVG = {"gamma": 1.0, "weights": "samples"}
 _FOLD = {"train": "fold", "weights": "samples"}
+
+
+def _field(name: str, text: str, **settings: Any) -> Method:
+    """A method of other papers: no pruning and sample weights, unless `settings` say otherwise."""
+    return Method(name, text, settings={**_FEDAVG, **settings}, group="field")
+
+
 _LIST = (
     Method("hetlora", "HETLORA: truncation, self-pruning, sparsity weights"),
     Method("hetlora-gamma1", "HETLORA without pruning (gamma = 1)", settings={"gamma": 1.0}),
@@ -77,6 +85,9 @@ _LIST = (
     Method("flora", "exact sum of B A by stacking, folded into the base each round (FLoRA)", settings={**_FEDAVG, "merge": "stack"}),
     Method("fold", "fresh rows on the folded bank: all rows down in 8 bits, B alone trained and sent, exact sum", settings=_FOLD),
     Method("fedavg-full", "full fine-tuning, FedAvg of all weights", settings={"train": "full", "weights": "samples"}),
+    _field("delta", "FedAvg of the factors' changes; rows that a client does not own count as unchanged", merge="delta"),
+    _field("raflora", "each rank row's mean product over its owners, then truncated SVD (raFLoRA, RB-LoRA)", merge="owners-svd"),
+    _field("rbla", "each rank row's mean over its owners, A and B apart (RBLA, FediLoRA)", shared_rows="owners"),
     Method("hetlora-uniform", "HETLORA with equal weights", settings={"weights": "uniform"}, like="hetlora"),
     Method("hetlora-samples", "HETLORA with sample-count weights", settings={"weights": "samples"}, like="hetlora"),
     Method("hetlora-owners", "HETLORA, rows divided by their owners' weight", settings={"shared_rows": "owners"}, like="hetlora"),
@@ -87,14 +98,15 @@ METHODS = {method.name: method for method in _LIST}
 DEFAULT_METHOD = "fold"
 """What `hetlora run` does where no setting says otherwise. The study of docs/results.md decided it."""
 GROUPS = {
-    "main": [method.name for method in _LIST if method.like is None],
+    "main": [method.name for method in _LIST if method.like is None and method.group == "main"],
+    "field": [method.name for method in _LIST if method.like is None and method.group == "field"],
     "ablations": [method.name for method in _LIST if method.like is not None],
     "all": [method.name for method in _LIST],
 }
 
 
 def parse_methods(text: str) -> list[Method]:
-    """A comma-separated list of methods, groups ('main', 'ablations', 'all') and variants 'NAME+setting=value+setting=value', each once.
+    """A comma-separated list of methods, groups ('main', 'field', 'ablations', 'all') and variants 'NAME+setting=value+setting=value', each once.
 
     A variant takes over its method's searched setting. Raises `ConfigError` naming what is unknown, and what there is.
     """

@@ -178,6 +178,9 @@ def test_methods_are_the_settings_that_the_papers_name():
     assert differs("homlora-max") == {"gamma": 1.0, "weights": "samples", "ranks": "fixed:9"}
     assert differs("recon-svd") == {"gamma": 1.0, "weights": "samples", "merge": "svd"}
     assert differs("flora") == {"gamma": 1.0, "weights": "samples", "merge": "stack"}
+    assert differs("delta") == {"gamma": 1.0, "weights": "samples", "merge": "delta"}
+    assert differs("raflora") == {"gamma": 1.0, "weights": "samples", "merge": "owners-svd"}
+    assert differs("rbla") == {"gamma": 1.0, "weights": "samples", "shared_rows": "owners"}
     assert differs("fedavg-full") == {"train": "full", "weights": "samples", "ranks": "powerlaw:5:50", "gamma": 0.99, "prune_lambda": 1e-3}
     assert [differs(f"hetlora-{name}") for name in ("uniform", "samples", "owners", "client-weights", "module-prune")] == [
         {"weights": "uniform"},
@@ -187,7 +190,19 @@ def test_methods_are_the_settings_that_the_papers_name():
         {"prune_scope": "module"},
     ]
     assert differs("recon-svd+lr=0.5+gamma=0.7") == {"gamma": 0.7, "weights": "samples", "merge": "svd", "lr": 0.5}
-    assert [m.name for m in parse_methods("main,flora,all")] == [*METHODS]
+    assert [m.name for m in parse_methods("main,flora,field,ablations")] == [m.name for m in parse_methods("all")] == [*METHODS]
+
+
+def test_the_page_of_methods_has_them_all():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert [name for name, method in METHODS.items() if method.like is None and f"`{name}`" not in page] == []
+
+
+def test_all_methods_of_the_field_run_side_by_side(tmp_path):
+    found = compared(tmp_path / "c", "field", settings={"rounds": 2})
+    table = figures.tabulate(found)
+    assert list(table.tallies) == [name for name, method in METHODS.items() if method.group == "field" and method.like is None]
+    assert len({own["global_final"].mean for own in table.tallies.values()}) == len(table.tallies), "each does something of its own"
 
 
 @pytest.fixture(scope="module")

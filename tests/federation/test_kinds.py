@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from tiny import SIZES, lines, tiny_config, tiny_federation
+from tiny import SIZES, Interrupt, Stop, contents, lines, tiny_config, tiny_federation
 
 from hetlora import checkpoint
 from hetlora.cli import cli
@@ -98,6 +98,18 @@ def test_a_row_says_which_adapters_are_saved_and_exported(finished, tmp_path, se
         assert str(error.value) == f"{folder}: {cfg.merge_kind.no_adapter}"
     else:
         assert (export_adapter(folder, tmp_path / "out") / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("settings", RUNS, ids=RUN_IDS)
+def test_every_kind_goes_on_after_a_stop_to_the_same_bits(finished, tmp_path, settings):
+    cfg, folder, *_ = finished(settings)
+    again = cfg.model_copy(update={"output": str(tmp_path / "run")})
+    with pytest.raises(Stop):
+        simulate(again, federation=tiny_federation(SIZES), observer=Interrupt("round_end", 2))  # rounds 0 and 1 are closed
+    simulate(again, resume=True, federation=tiny_federation(SIZES), quiet=True)
+    assert lines(tmp_path / "run") == lines(folder)
+    kept = {name: content for name, content in contents(folder).items() if name.startswith(("adapter/", "clients/", "checkpoint."))}
+    assert {name: content for name, content in contents(tmp_path / "run").items() if name in kept} == kept
 
 
 @pytest.mark.parametrize("settings", RUNS, ids=RUN_IDS)

@@ -1,0 +1,112 @@
+"""Merges of other papers, each against its equation in dense arithmetic. Numbers are small integers and weights powers of two, so that sums are exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import same_bits, tiny_config
+
+import hetlora_kernels as hk
+from hetlora import diagnostics, merge
+from hetlora.merge import MergeCall
+
+SHAPES = {"q": (6, 5), "v": (4, 7)}
+RANKS = [2, 5, 3]
+WEIGHTS = torch.tensor([[1, 2], [1, 1], [2, 1]], dtype=torch.float64) / 4  # of three clients in two modules
+R = 8
+EPS = torch.finfo(torch.float64).eps
+
+
+def whole_bank(ranks, seed, shapes=SHAPES):
+    """A bank of whole numbers from -4 to 4."""
+    generator = torch.Generator().manual_seed(seed)
+    bank = hk.AdapterBank(shapes, ranks, dtype=torch.float64)
+    with torch.no_grad():
+        for factor in bank.parameters():
+            factor.copy_(torch.randint(-4, 5, factor.shape, generator=generator))
+    return bank
+
+
+@pytest.fixture
+def old():
+    return whole_bank([R], 2)
+
+
+@pytest.fixture
+def uploads():
+    return whole_bank(RANKS, 1)
+
+
+def call(function, tmp_path, old, uploads, weights=WEIGHTS, model=None, **settings):
+    return function(MergeCall(old, uploads, weights, R, tiny_config(tmp_path, **settings), model or torch.nn.Module()))
+
+
+def row(bank, side, name, k, j):
+    """Rank row j of client k."""
+    return getattr(bank, side)[name].detach()[bank.layouts[name].rows(k)][j]
+
+
+def dense(bank, name):
+    return bank.bt[name].detach().t() @ bank.a[name].detach()
+
+
+def test_delta_counts_rows_that_a_client_does_not_own_as_unchanged(tmp_path, old, uploads):
+    merged = call(merge.merge_delta, tmp_path, old, uploads, merge="delta").bank
+    for i, name in enumerate(SHAPES):
+        for side in ("a", "bt"):
+            before = getattr(old, side)[name].detach()
+            for j in range(R):
+                seen = [row(uploads, side, name, k, j) if j < RANKS[k] else before[j] for k in range(3)]  # what each client ends with
+                expected = sum(p * own for p, own in zip(WEIGHTS[:, i], seen, strict=True))
+                assert torch.equal(getattr(merged, side)[name][j], expected)
+
+
+def test_delta_at_one_rank_is_the_average_of_the_factors(tmp_path, old):
+    uploads = whole_bank([R] * 3, 3)
+    delta, factors = (call(function, tmp_path, old, uploads).bank for function in (merge.merge_delta, merge.merge_factors))
+    assert same_bits(delta, factors)
+
+
+def owners_sum(old, uploads, weights):
+    """{module: sum over rank rows of the weighted mean of the owners' pieces, or of the old bank's piece}, dense."""
+    sums = {}
+    for i, (name, shape) in enumerate(SHAPES.items()):
+        sums[name] = torch.zeros(shape, dtype=torch.float64)
+        for j in range(old.layouts[name].max_rank):
+            owners = [k for k in range(uploads.num_clients) if uploads.layouts[name].ranks[k] > j]
+            if not owners:
+                sums[name] += torch.outer(old.bt[name].detach()[j], old.a[name].detach()[j])
+            elif share := float(weights[owners, i].sum()):
+                sums[name] += sum(float(weights[k, i]) * torch.outer(row(uploads, "bt", name, k, j), row(uploads, "a", name, k, j)) for k in owners) / share
+    return sums
+
+
+@pytest.mark.parametrize(("rank", "ranks"), [(8, RANKS), (3, [2, 3, 1]), (4, [1, 2, 1])], ids=["unowned rows, whole sum", "cut", "unowned rows, cut"])
+@pytest.mark.parametrize("weights", [WEIGHTS, torch.tensor([[1.0, 1], [0, 0], [0, 0]], dtype=torch.float64)], ids=["all", "owners of weight zero"])
+def test_owners_svd_is_the_best_approximation_of_each_rows_mean_product(tmp_path, rank, ranks, weights):
+    old, uploads = whole_bank([rank], 2), whole_bank(ranks, 1)
+    merged = merge.merge_owners_svd(MergeCall(old, uploads, weights, rank, tiny_config(tmp_path, merge="owners-svd"), torch.nn.Module())).bank
+    for name, total in owners_sum(old, uploads, weights).items():
+        u, s, vh = torch.linalg.svd(total)
+        kept = min(rank, len(s))
+        best = u[:, :kept] * s[:kept] @ vh[:kept]
+        # a truncation is as certain as the gap behind it (Wedin 1972)
+        gap = float(s[kept - 1] - s[kept]) if kept < len(s) and s[kept] > EPS * s[0] else float(s[0])
+        assert float((dense(merged, name) - best).norm()) <= 100 * EPS * float(s[0]) ** 2 / gap
+        assert float(total.norm()) > 1, "a sum of nothing would be no test"
+
+
+def test_owners_svd_of_equal_ranks_is_flexloras(tmp_path, old):
+    """Everybody owns every row: the sums are the same, to rounding of p / sum p."""
+    uploads = whole_bank([R] * 3, 3)
+    one, other = (call(function, tmp_path, old, uploads).bank for function in (merge.merge_owners_svd, merge.merge_svd))
+    for name in SHAPES:
+        assert float((dense(one, name) - dense(other, name)).norm()) <= 100 * EPS * float(dense(other, name).norm())
+
+
+def test_diagnostics_count_the_rows_that_stay_as_part_of_the_sum(tmp_path, old):
+    """Clients that own the same rows: the sum of products is FedAvg's, beside the old rows, and what the error says is truncation: none here."""
+    uploads = whole_bank([2, 2, 2], 3)
+    merged = call(merge.merge_owners_svd, tmp_path, old, uploads)
+    assert diagnostics.merge_error(merged.bank, uploads, WEIGHTS, merged.rows, merged.added_to) < (100 * EPS) ** 0.5  # the root of a difference of squares
+    assert diagnostics.merge_error(merged.bank, uploads, WEIGHTS) > 0.1
