@@ -217,8 +217,9 @@ class Config(BaseModel):
                     raise ConfigError(f"{self._shown(refused)}: {refusal.why}")
         in_force = {**self.model_dump(include={"weights", "optimizer"}), "train": self.training_kind.name, "merge": self.merge_kind.name}
         for setting, (chooser, needed) in {**own_settings(), **_OF_ONE_VALUE}.items():
-            if in_force[chooser] != needed and not self._at_default(setting):
-                raise ConfigError(f"{self._shown([setting])}: only for {chooser} = {needed!r}, got {chooser} = {in_force[chooser]!r}; leave it out")
+            if in_force[chooser] not in needed and not self._at_default(setting):
+                values = " or ".join(map(repr, needed))
+                raise ConfigError(f"{self._shown([setting])}: only for {chooser} = {values}, got {chooser} = {in_force[chooser]!r}; leave it out")
         if self.dropout and not 0 < round(65536 * self.dropout) < 65536:
             raise ConfigError(f"dropout: expected 0, or a probability from 1/65536 to 65535/65536, got {self.dropout}")
         if self.rouge_examples and not self.prompt_field:
@@ -279,8 +280,8 @@ class Config(BaseModel):
         return json.dumps(self.model_dump(), indent=2) + "\n"
 
 
-_OF_ONE_VALUE = {"weight_cap": ("weights", "sparsity"), "weight_scope": ("weights", "sparsity"), "momentum": ("optimizer", "sgd")}
-"""{setting: (another setting, the value of it with which this one is read)}, besides those of the kinds of run."""
+_OF_ONE_VALUE = {"weight_cap": ("weights", ("sparsity",)), "weight_scope": ("weights", ("sparsity",)), "momentum": ("optimizer", ("sgd",))}
+"""{setting: (another setting, the values of it with which this one is read)}, besides those of the kinds of run."""
 
 
 def setting_group(name: str) -> str:

@@ -62,6 +62,8 @@ class TrainingKind:
     saves: which adapters the run folder keeps: the 'global' one, and those of 'clients'.
     receives: function of `(ServerState, Config, model, client names)`: a context in which `model` with the leading rows of a bank is what a client computes
         with before it trains, and what its own held-out text is evaluated under; it yields (bank of one client, ranks of each client).
+    factors: which factors clients train and send, 'a', 'b' or 'ab', round by round, by turns; the others are frozen. What is frozen travels down only where
+        it changed since the client was here last.
     all_rows: a client receives every row of the bank, whatever its rank; otherwise as many leading rows as its rank.
     own_text: what the perplexity of a client in summaries and reports is that of.
     settings: read by this kind alone, refused with every other.   refuses: settings of others that it cannot use.
@@ -74,6 +76,7 @@ class TrainingKind:
     no_ranks: str = ""
     saves: tuple[Literal["global", "clients"], ...] = ("global", "clients")
     receives: str = "hetlora.training:leading_rows"
+    factors: tuple[str, ...] = ("ab",)
     all_rows: bool = False
     own_text: str = "the global adapter at the client's rank"
     settings: tuple[str, ...] = ()
@@ -84,6 +87,19 @@ class TrainingKind:
 
     def load_receives(self) -> Callable[..., Any]:
         return pkgutil.resolve_name(self.receives)
+
+    def trains(self, number: int) -> str:
+        """The factors that clients train in a round, counted from 1."""
+        return self.factors[(number - 1) % len(self.factors)]
+
+    def changed(self, since: int, number: int) -> str:
+        """The factors that a client lacks in round `number`, which has those of before round `since`, 0 for nothing but the common draw of A."""
+        rounds = range(since, min(number, since + len(self.factors) + 1))  # more have no other factors
+        return "".join(sorted(set("".join(self.trains(max(past, 1)) for past in rounds))))
+
+    @property
+    def prunes(self) -> bool:
+        return "gamma" not in self.unused
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -96,10 +112,30 @@ _OF_ADAPTERS = (
     *("weight_scope", "weight_cap", "clip_update", "clip_median", "shared_rows", "unowned_rows", "merge"),
 )
 
+_NO_PRUNING = ("gamma", "prune_lambda", "prune_scope")
+_ONE_FACTOR = Refusal(_NO_PRUNING, "of self-pruning, which multiplies norms of trained A and B, and this trains one of them at a time; leave it out")
+_OWN_MERGE = Refusal(("merge",), "of other merges, and this kind of training has its own; leave it out")
+
 TRAININGS = {
     kind.name: kind
     for kind in (
         TrainingKind("adapters", "adapters on the frozen base", "hetlora.training:train_adapters"),
+        TrainingKind(
+            "b-only",
+            "B alone, over the frozen A that everybody draws from the seed (FFA-LoRA)",
+            "hetlora.training:train_adapters",
+            merge="one-factor",
+            factors=("b",),
+            refuses=(_ONE_FACTOR, _OWN_MERGE),
+        ),
+        TrainingKind(
+            "alternating",
+            "B in odd rounds and A in even ones, the other frozen (RoLoRA)",
+            "hetlora.training:train_adapters",
+            merge="one-factor",
+            factors=("b", "a"),
+            refuses=(_ONE_FACTOR, _OWN_MERGE),
+        ),
         TrainingKind(
             "fold",
             "B alone, over fresh rows of A, on the base with the whole bank folded in",
@@ -110,7 +146,7 @@ TRAININGS = {
             own_text="the global adapter with all its rows, as a client downloads it",
             settings=("download",),
             refuses=(
-                Refusal(("gamma", "prune_lambda", "prune_scope"), "of self-pruning, and train = 'fold' has no rows that last to prune; leave it out"),
+                Refusal(_NO_PRUNING, "of self-pruning, and train = 'fold' has no rows that last to prune; leave it out"),
                 Refusal(("merge", "shared_rows", "unowned_rows"), "of other merges, and train = 'fold' has its own; leave it out"),
             ),
         ),
@@ -158,6 +194,12 @@ MERGES = {
             no_adapter="with merge 'stack' the run folded its updates into the base model, no adapter holds them; use merge 'factors' or 'svd'",
             refuses=(Refusal(("quantize",), "merge = 'stack' folds updates into the base weights, which a quantised base cannot take; use quantize = 'none'"),),
         ),
+        MergeKind(
+            "one-factor",
+            "average the factor that was trained, keep the other",
+            "hetlora.merge:merge_one_factor",
+            settings=("shared_rows", "unowned_rows"),
+        ),
         MergeKind("bank", "the bank of rank R nearest to the old one and the exact sum together", "hetlora.fold:merge_bank"),
         MergeKind(
             "models",
@@ -179,7 +221,12 @@ def merge_kind(train: str, merge: str) -> MergeKind:
     return MERGES[TRAININGS[train].merge or merge]
 
 
-def own_settings() -> dict[str, tuple[str, str]]:
-    """{setting: (the setting that names its kind, that kind)} of the settings that one kind alone reads."""
+def own_settings() -> dict[str, tuple[str, tuple[str, ...]]]:
+    """{setting: (the setting that names its kinds, those kinds)} of the settings that some kinds alone read."""
     rows: tuple[tuple[str, dict[str, Any]], ...] = (("train", TRAININGS), ("merge", MERGES))
-    return {setting: (chooser, kind.name) for chooser, kinds in rows for kind in kinds.values() for setting in kind.settings}
+    found: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for chooser, kinds in rows:
+        for kind in kinds.values():
+            for setting in kind.settings:
+                found[setting] = (chooser, (*found.get(setting, (chooser, ()))[1], kind.name))
+    return found

@@ -204,7 +204,7 @@ def _ranks_described(cfg: Config, state: server.ServerState) -> dict[str, str]:
     dealt = sorted(state.ranks_start.values())
     least = f"{dealt.count(dealt[0])} of {len(dealt)} clients have the least" if dealt[0] < dealt[-1] else "the same for all"
     said = {"ranks": f"{dealt[0]}..{dealt[-1]}, mean {_mean_rank(state):.1f}; {least}; the server's bank has {state.r_max} rows"}
-    if "gamma" not in kind.unused:
+    if kind.prunes:
         able = sum(kept_rank(rank, cfg.gamma, state.r_min) < rank for rank in dealt)
         said["pruning"] = f"{able} of {len(dealt)} clients have rows to prune, by gamma = {cfg.gamma:g} and lambda = {cfg.prune_lambda:g}"
     return said | {"bytes": f"compared with HomLoRA at rank {state.homlora_rank}, the largest that a client has"}

@@ -22,6 +22,7 @@ class MergeCall:
     """What a merge is given. weights: p [K, modules] float64 (what training weighed itself may have other columns), columns sum to 1.
 
     bank: the server's, of rank `r_max`.   uploads: of the K clients that arrived, weighted like `weights`; an `AdapterBank` where adapters are trained.
+    factors: those that were trained and sent, 'a', 'b' or 'ab'.
     """
 
     bank: hk.AdapterBank
@@ -30,6 +31,7 @@ class MergeCall:
     r_max: int
     cfg: Config
     model: torch.nn.Module
+    factors: str = "ab"
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def aggregate(
             uploads = uploads.select(range(uploads.num_clients))  # the caller's are the clients' own adapters
         clips = clip_updates(uploads, received, limits, sizes)
     weights, norms = weighed or client_weights(uploads, samples, cfg, suspects)
-    merged = cfg.merge_kind.load()(MergeCall(state.bank, uploads, weights, state.r_max, cfg, model))
+    merged = cfg.merge_kind.load()(MergeCall(state.bank, uploads, weights, state.r_max, cfg, model, cfg.training_kind.trains(state.round + 1)))
     if cfg.merge_kind.base != "none":
         state.stacked_bytes.append(merged.follow_bytes)
     if merged.bank is None:
@@ -199,6 +201,22 @@ def merge_factors(call: MergeCall) -> Merged:
     keep = call.bank if call.cfg.unowned_rows == "keep" else None
     bank = call.uploads.aggregate(call.weights.to(call.uploads.device), call.r_max, normalize=call.cfg.shared_rows, keep=keep)
     return Merged(bank, rows=_owned_rows(call.uploads))
+
+
+def merge_one_factor(call: MergeCall) -> Merged:
+    """bank B <- sum p_k B_k where B was trained, A as it is; or bank A <- sum p_k A_k, B as it is. Rows as in `merge_factors`.
+
+    The other factor is the same for all, so the average of this one is that of the products: sum p_k B_k A = (sum p_k B_k) A (FFA-LoRA, arXiv
+    2403.12313, section 3; RoLoRA, arXiv 2409.02346).
+    """
+    merged = merge_factors(call)
+    assert merged.bank is not None
+    with torch.no_grad():
+        for factor, new, old in (("a", merged.bank.a, call.bank.a), ("b", merged.bank.bt, call.bank.bt)):
+            if factor not in call.factors:
+                for name, rows in new.items():
+                    rows.copy_(old[name])
+    return merged
 
 
 @torch.no_grad()

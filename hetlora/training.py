@@ -76,15 +76,19 @@ def leading_rows(state: server.ServerState, cfg: Config, model: torch.nn.Module,
 
 
 def train_adapters(work: Work) -> Trained:
-    """Each client trains its own leading rows of the bank and decides on pruning (HETLORA sections 3.1 and 3.2).
+    """Each client trains the factors that are the round's, of its own leading rows of the bank, and decides on pruning (HETLORA sections 3.1 and 3.2).
 
-    Uploads are adapters, cut to the client's rank after the round. Down travel the client's rows where the server keeps a bank, and what else a
-    client needs to follow the base.
+    Uploads are adapters, cut to the client's rank after the round; of them the trained factors travel. Down travel the client's rows where the server keeps
+    a bank, of the factors that changed since it was here last, and what else it needs to follow the base.
     """
-    cfg, state, modules = work.cfg, work.state, work.state.bank.shapes
+    cfg, state, modules, kind = work.cfg, work.state, work.state.bank.shapes, work.cfg.training_kind
     keep = [tail_start(ranks, cfg.gamma, state.r_min) for ranks in work.ranks]
-    cuts = bank_ranks(keep, modules)
-    received = server.distribute(state, work.names)
+    cuts = bank_ranks(keep, modules) if kind.prunes else {}
+    received, factors = server.distribute(state, work.names), kind.trains(work.number)
+    if "a" not in factors:
+        received.freeze_a()
+    if "b" not in factors:
+        received.freeze_b()
     everyone = range(received.num_clients)
     if cfg.cobatch:
         trained = received.select(everyone)
@@ -92,20 +96,26 @@ def train_adapters(work: Work) -> Trained:
     else:
         trained, results = train_one_by_one(work.model, received, work.clients, cfg, work.number, work.lr, cuts, work.progress)
     dropped = server.refused(trained)
-    before, after = tail_scores(received, cuts), tail_scores(trained, cuts)
-    ranks = [own if k in dropped else prune_decision(own, keep[k], before[k], after[k], cfg.prune_scope) for k, own in enumerate(work.ranks)]
+    ranks, tails = work.ranks, [(0.0, 0.0)] * len(results)
+    if kind.prunes:
+        before, after = tail_scores(received, cuts), tail_scores(trained, cuts)
+        ranks = [own if k in dropped else prune_decision(own, keep[k], before[k], after[k], cfg.prune_scope) for k, own in enumerate(work.ranks)]
+        tails = [(float(old.sum()), float(new.sum())) for old, new in zip(before, after, strict=True)]
     arrived = [k for k in everyone if k not in dropped]
     left = bank_ranks([ranks[k] for k in arrived], modules)
     uploads = trained.select(arrived).prune(left)
-    rows = [received.num_bytes(k) for k in everyone]
+    down = [state.missed_bytes(name) for name in work.names]
+    if cfg.merge_kind.keeps_bank:
+        lacks = [kind.changed(state.seen.get(name, 0), work.number) for name in work.names]
+        down = [missed + received.num_bytes(k, lacks[k]) for k, missed in enumerate(down)]
     return Trained(
         results,
         dropped,
         ranks,
-        [(float(old.sum()), float(new.sum())) for old, new in zip(before, after, strict=True)],
+        tails,
         uploads,
         received.select(arrived).prune(left),
-        [state.missed_bytes(name) + (own if cfg.merge_kind.keeps_bank else 0) for name, own in zip(work.names, rows, strict=True)],
-        [uploads.num_bytes(i) for i in range(len(arrived))],
-        sum(rows) // received.dtype.itemsize,
+        down,
+        [uploads.num_bytes(i, factors) for i in range(len(arrived))],
+        sum(received.num_bytes(k, factors) for k in everyone) // received.dtype.itemsize,
     )

@@ -117,15 +117,24 @@ class AdapterBank:
 
     def freeze_a(self) -> AdapterBank:
         """Train B alone: A needs no gradient from here on, and layers and optimisers leave out what belongs to it. Copies by `select` are frozen too."""
-        for rows in self.a.values():
+        return self._freeze(self.a)
+
+    def freeze_b(self) -> AdapterBank:
+        """Train A alone, as `freeze_a` for B."""
+        return self._freeze(self.bt)
+
+    def _freeze(self, side: Mapping[str, Parameter]) -> AdapterBank:
+        for rows in side.values():
             rows.requires_grad_(False)
             rows.grad = None
         return self
 
-    def num_bytes(self, client: int) -> int:
-        """Bytes of one client's factors."""
-        size = self.dtype.itemsize
-        return sum(self.layouts[name].ranks[client] * (m + n) * size for name, (m, n) in self.shapes.items())
+    def num_bytes(self, client: int, factors: str = "ab") -> int:
+        """Bytes of one client's factors.   factors: 'a', 'b' or 'ab', those that count."""
+        if factors not in ("a", "b", "ab"):
+            raise ValueError(f"factors: expected 'a', 'b' or 'ab', got {factors!r}")
+        widths = {name: m * ("b" in factors) + n * ("a" in factors) for name, (m, n) in self.shapes.items()}
+        return sum(self.layouts[name].ranks[client] * width * self.dtype.itemsize for name, width in widths.items())
 
     def __repr__(self) -> str:
         return f"AdapterBank({len(self.shapes)} modules, ranks={self.ranks}, dtype={self.dtype}, device={self.device})"

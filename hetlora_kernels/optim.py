@@ -22,7 +22,8 @@ PerClient = float | Sequence[float] | Tensor
 class _BankOptimizer:
     """What AdamW and SGD share: the bank's factors, per-client settings and state.
 
-    bank: the `AdapterBank` to train. A factor that needs no gradient (`AdapterBank.freeze_a`) is left alone: it has no state and no part in the clipped norm.
+    bank: the `AdapterBank` to train. A factor that needs no gradient (`AdapterBank.freeze_a`, `freeze_b`) is left alone: it has no state and no part in the
+    clipped norm.
     lr: learning rate, a number or [K]; `opt.lr` is a float64 tensor [K] that may be written between steps.
     clip_norm: None or 0 = no clipping; else a number or [K]: the gradient of each client, over all its modules and the regulariser
     included, is scaled by min(1, clip / (norm + 1e-6)).

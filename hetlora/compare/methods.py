@@ -71,8 +71,9 @@ _FOLD = {"train": "fold", "weights": "samples"}
 
 
 def _field(name: str, text: str, **settings: Any) -> Method:
-    """A method of other papers: no pruning and sample weights, unless `settings` say otherwise."""
-    return Method(name, text, settings={**_FEDAVG, **settings}, group="field")
+    """A method of other papers: sample weights, and no pruning where its training could prune, unless `settings` say otherwise."""
+    prunes = TRAININGS[settings.get("train", "adapters")].prunes
+    return Method(name, text, settings={**({"gamma": 1.0} if prunes else {}), "weights": "samples", **settings}, group="field")
 
 
 _LIST = (
@@ -87,6 +88,8 @@ _LIST = (
     Method("fedavg-full", "full fine-tuning, FedAvg of all weights", settings={"train": "full", "weights": "samples"}),
     _field("delta", "FedAvg of the factors' changes; rows that a client does not own count as unchanged", merge="delta"),
     _field("raflora", "each rank row's mean product over its owners, then truncated SVD (raFLoRA, RB-LoRA)", merge="owners-svd"),
+    _field("ffa-lora", "B alone is trained and sent, over one frozen A (FFA-LoRA)", train="b-only"),
+    _field("rolora", "B in odd rounds, A in even ones, half the bytes (RoLoRA)", train="alternating"),
     _field("rbla", "each rank row's mean over its owners, A and B apart (RBLA, FediLoRA)", shared_rows="owners"),
     Method("hetlora-uniform", "HETLORA with equal weights", settings={"weights": "uniform"}, like="hetlora"),
     Method("hetlora-samples", "HETLORA with sample-count weights", settings={"weights": "samples"}, like="hetlora"),

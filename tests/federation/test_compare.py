@@ -180,6 +180,8 @@ def test_methods_are_the_settings_that_the_papers_name():
     assert differs("flora") == {"gamma": 1.0, "weights": "samples", "merge": "stack"}
     assert differs("delta") == {"gamma": 1.0, "weights": "samples", "merge": "delta"}
     assert differs("raflora") == {"gamma": 1.0, "weights": "samples", "merge": "owners-svd"}
+    assert differs("ffa-lora") == {"train": "b-only", "weights": "samples", "gamma": 0.99, "prune_lambda": 1e-3}
+    assert differs("rolora") == {"train": "alternating", "weights": "samples", "gamma": 0.99, "prune_lambda": 1e-3}
     assert differs("rbla") == {"gamma": 1.0, "weights": "samples", "shared_rows": "owners"}
     assert differs("fedavg-full") == {"train": "full", "weights": "samples", "ranks": "powerlaw:5:50", "gamma": 0.99, "prune_lambda": 1e-3}
     assert [differs(f"hetlora-{name}") for name in ("uniform", "samples", "owners", "client-weights", "module-prune")] == [

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import same_bits, tiny_config
+from tiny import dense, row, same_bits, tiny_config, whole_bank
 
-import hetlora_kernels as hk
 from hetlora import diagnostics, merge
 from hetlora.merge import MergeCall
 
@@ -17,37 +16,18 @@ R = 8
 EPS = torch.finfo(torch.float64).eps
 
 
-def whole_bank(ranks, seed, shapes=SHAPES):
-    """A bank of whole numbers from -4 to 4."""
-    generator = torch.Generator().manual_seed(seed)
-    bank = hk.AdapterBank(shapes, ranks, dtype=torch.float64)
-    with torch.no_grad():
-        for factor in bank.parameters():
-            factor.copy_(torch.randint(-4, 5, factor.shape, generator=generator))
-    return bank
-
-
 @pytest.fixture
 def old():
-    return whole_bank([R], 2)
+    return whole_bank(SHAPES, [R], 2)
 
 
 @pytest.fixture
 def uploads():
-    return whole_bank(RANKS, 1)
+    return whole_bank(SHAPES, RANKS, 1)
 
 
 def call(function, tmp_path, old, uploads, weights=WEIGHTS, model=None, **settings):
     return function(MergeCall(old, uploads, weights, R, tiny_config(tmp_path, **settings), model or torch.nn.Module()))
-
-
-def row(bank, side, name, k, j):
-    """Rank row j of client k."""
-    return getattr(bank, side)[name].detach()[bank.layouts[name].rows(k)][j]
-
-
-def dense(bank, name):
-    return bank.bt[name].detach().t() @ bank.a[name].detach()
 
 
 def test_delta_counts_rows_that_a_client_does_not_own_as_unchanged(tmp_path, old, uploads):
@@ -62,7 +42,7 @@ def test_delta_counts_rows_that_a_client_does_not_own_as_unchanged(tmp_path, old
 
 
 def test_delta_at_one_rank_is_the_average_of_the_factors(tmp_path, old):
-    uploads = whole_bank([R] * 3, 3)
+    uploads = whole_bank(SHAPES, [R] * 3, 3)
     delta, factors = (call(function, tmp_path, old, uploads).bank for function in (merge.merge_delta, merge.merge_factors))
     assert same_bits(delta, factors)
 
@@ -84,7 +64,7 @@ def owners_sum(old, uploads, weights):
 @pytest.mark.parametrize(("rank", "ranks"), [(8, RANKS), (3, [2, 3, 1]), (4, [1, 2, 1])], ids=["unowned rows, whole sum", "cut", "unowned rows, cut"])
 @pytest.mark.parametrize("weights", [WEIGHTS, torch.tensor([[1.0, 1], [0, 0], [0, 0]], dtype=torch.float64)], ids=["all", "owners of weight zero"])
 def test_owners_svd_is_the_best_approximation_of_each_rows_mean_product(tmp_path, rank, ranks, weights):
-    old, uploads = whole_bank([rank], 2), whole_bank(ranks, 1)
+    old, uploads = whole_bank(SHAPES, [rank], 2), whole_bank(SHAPES, ranks, 1)
     merged = merge.merge_owners_svd(MergeCall(old, uploads, weights, rank, tiny_config(tmp_path, merge="owners-svd"), torch.nn.Module())).bank
     for name, total in owners_sum(old, uploads, weights).items():
         u, s, vh = torch.linalg.svd(total)
@@ -98,7 +78,7 @@ def test_owners_svd_is_the_best_approximation_of_each_rows_mean_product(tmp_path
 
 def test_owners_svd_of_equal_ranks_is_flexloras(tmp_path, old):
     """Everybody owns every row: the sums are the same, to rounding of p / sum p."""
-    uploads = whole_bank([R] * 3, 3)
+    uploads = whole_bank(SHAPES, [R] * 3, 3)
     one, other = (call(function, tmp_path, old, uploads).bank for function in (merge.merge_owners_svd, merge.merge_svd))
     for name in SHAPES:
         assert float((dense(one, name) - dense(other, name)).norm()) <= 100 * EPS * float(dense(other, name).norm())
@@ -106,7 +86,7 @@ def test_owners_svd_of_equal_ranks_is_flexloras(tmp_path, old):
 
 def test_diagnostics_count_the_rows_that_stay_as_part_of_the_sum(tmp_path, old):
     """Clients that own the same rows: the sum of products is FedAvg's, beside the old rows, and what the error says is truncation: none here."""
-    uploads = whole_bank([2, 2, 2], 3)
+    uploads = whole_bank(SHAPES, [2, 2, 2], 3)
     merged = call(merge.merge_owners_svd, tmp_path, old, uploads)
     assert diagnostics.merge_error(merged.bank, uploads, WEIGHTS, merged.rows, merged.added_to) < (100 * EPS) ** 0.5  # the root of a difference of squares
     assert diagnostics.merge_error(merged.bank, uploads, WEIGHTS) > 0.1

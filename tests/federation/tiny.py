@@ -79,6 +79,26 @@ def trained_bank(shapes: dict[str, tuple[int, int]], ranks, dtype: torch.dtype =
     return bank
 
 
+def whole_bank(shapes: dict[str, tuple[int, int]], ranks, seed: int) -> hk.AdapterBank:
+    """A float64 bank of whole numbers from -4 to 4: sums of products with weights that are powers of two are exact in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    bank = hk.AdapterBank(shapes, ranks, dtype=torch.float64)
+    with torch.no_grad():
+        for factor in bank.parameters():
+            factor.copy_(torch.randint(-4, 5, factor.shape, generator=generator))
+    return bank
+
+
+def row(bank: hk.AdapterBank, side: str, name: str, k: int, j: int) -> torch.Tensor:
+    """Rank row j of client k, of `side` 'a' or 'bt'."""
+    return getattr(bank, side)[name].detach()[bank.layouts[name].rows(k)][j]
+
+
+def dense(bank: hk.AdapterBank, name: str) -> torch.Tensor:
+    """B A of a bank of one client, [m, n]."""
+    return bank.bt[name].detach().t() @ bank.a[name].detach()
+
+
 def tiny_state(federation: Federation, ranks: list[int], r_min: int = 1, r_max: int = 8, dtype: torch.dtype = torch.float32) -> ServerState:
     """A server in mid-run: a bank with non-zero B, and a rank per client."""
     names = [client.name for client in federation.data.clients]

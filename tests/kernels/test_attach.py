@@ -139,19 +139,21 @@ def test_trained_factors_are_the_banks_own(llama, device):
     assert same_bits(before, model.state_dict()["lm_head.weight"])
 
 
-def test_frozen_a_has_no_gradient_and_b_the_same_bits(llama, device):
+@pytest.mark.parametrize("frozen", ["a", "b"])
+def test_a_frozen_factor_has_no_gradient_and_the_other_the_same_bits(llama, frozen, device):
     tokens = token_batch(2, 5, device)
     grads = []
     for freeze in (False, True):
         model, bank = carried(llama, device)
         if freeze:
-            assert bank.freeze_a() is bank
+            assert (bank.freeze_a() if frozen == "a" else bank.freeze_b()) is bank
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="client_segments")  # nothing is amiss with an A that is frozen
+            warnings.filterwarnings("error", message="client_segments")  # nothing is amiss with a frozen factor
             with client_segments(model, [0, 1]):
                 model(tokens).logits.square().sum().backward()
-        assert all((t.grad is None) == freeze for t in bank.a.values())
-        grads.append([t.grad for t in bank.bt.values()])
+        cold, warm = (bank.a, bank.bt) if frozen == "a" else (bank.bt, bank.a)
+        assert all((t.grad is None) == freeze for t in cold.values())
+        grads.append([t.grad for t in warm.values()])
         detach(model)
     assert all(same_bits(one, other) and bool(one.any()) for one, other in zip(*grads, strict=True))
 

@@ -63,6 +63,10 @@ def test_what_it_says_of_itself(device):
     parameters = list(bank.parameters())
     assert [p.shape for p in parameters] == [(7, 25), (8, 4), (7, 6), (8, 9)] and all(p.is_leaf and p.requires_grad for p in parameters)
     assert [bank.num_bytes(k) for k in range(3)] == [4 * sum(t.numel() for t in factors(bank, k)) for k in range(3)]
+    assert all(bank.num_bytes(k, "a") == 4 * sum(t.numel() for t in factors(bank, k)[: len(SHAPES)]) for k in range(3))
+    assert all(bank.num_bytes(k, "a") + bank.num_bytes(k, "b") == bank.num_bytes(k) for k in range(3))
+    with pytest.raises(ValueError, match=r"^factors: expected 'a', 'b' or 'ab', got 'bt'"):
+        bank.num_bytes(0, "bt")
     assert filled(dtype=torch.bfloat16, device=device).num_bytes(0) * 2 == bank.num_bytes(0)
     assert "2 modules" in repr(bank)
 
@@ -105,6 +109,8 @@ def test_select_and_concat(device):
     assert all(p.requires_grad for p in picked.parameters())
     frozen = filled(device=device).freeze_a().select([1, 0])
     assert not any(p.requires_grad for p in frozen.a.values()) and all(p.requires_grad for p in frozen.bt.values())
+    frozen = filled(device=device).freeze_b().select([1, 0])
+    assert all(p.requires_grad for p in frozen.a.values()) and not any(p.requires_grad for p in frozen.bt.values())
 
 
 def test_of_holds_the_rows_it_is_given(device):

@@ -118,34 +118,40 @@ def test_defaults_are_those_of_torch_but_for_the_weight_decay(device):
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 @pytest.mark.parametrize("clip", [None, CLIP])
-def test_frozen_a_leaves_torch_on_b_alone(kind, clip, device):
-    """B steps as torch steps it with its own gradient clipped; A keeps its bits, without decay, and has no state."""
-    bank = make_bank(torch.float64, device).freeze_a()
-    before = [t.detach().clone() for t in bank.a.values()]
-    alone = [[factors[: len(SHAPES)], factors[len(SHAPES) :]] for factors in (own_factors(bank, k) for k in range(4))]
+@pytest.mark.parametrize("frozen", ["a", "b"])
+def test_a_frozen_factor_leaves_torch_on_the_other_alone(kind, clip, frozen, device):
+    """The other steps as torch steps it with its own gradient clipped; the frozen one keeps its bits, without decay, and has no state."""
+    bank = make_bank(torch.float64, device)
+    own = [own_factors(bank, k) for k in range(4)]  # A of all modules, then B
+    cold, warm = (bank.a, bank.bt) if frozen == "a" else (bank.bt, bank.a)
+    assert (bank.freeze_a() if frozen == "a" else bank.freeze_b()) is bank
+    before = [t.detach().clone() for t in cold.values()]
+    cut = len(SHAPES)
+    still, steps = (slice(cut), slice(cut, None)) if frozen == "a" else (slice(cut, None), slice(cut))
     if kind == "adamw":
         opt = hk.AdamW(bank, lr=LR, weight_decay=0.1, clip_norm=clip)
-        torch_opts = [torch.optim.AdamW(b, lr=LR[k], weight_decay=0.1) for k, (_, b) in enumerate(alone)]
+        torch_opts = [torch.optim.AdamW(factors[steps], lr=LR[k], weight_decay=0.1) for k, factors in enumerate(own)]
         state = [*opt.exp_avg, *opt.exp_avg_sq]
     else:
         opt = hk.SGD(bank, lr=LR, weight_decay=0.1, clip_norm=clip, momentum=0.9)
-        torch_opts = [torch.optim.SGD(b, lr=LR[k], weight_decay=0.1, momentum=0.9) for k, (_, b) in enumerate(alone)]
+        torch_opts = [torch.optim.SGD(factors[steps], lr=LR[k], weight_decay=0.1, momentum=0.9) for k, factors in enumerate(own)]
         state = opt.buffers
-    assert sum(t.numel() for t in state) == sum(t.numel() for t in bank.bt.values()) * (2 if kind == "adamw" else 1)
+    assert sum(t.numel() for t in state) == sum(t.numel() for t in warm.values()) * (2 if kind == "adamw" else 1)
     for step in range(4):
         opt.zero_grad()
         mine = [[t[bank.layouts[name].rows(k)] for side in (bank.a, bank.bt) for name, t in side.items()] for k in range(4)]
         sum(client_loss(factors, k, step, device) for k, factors in enumerate(mine)).backward()
-        assert all(t.grad is None for t in bank.a.values())
+        assert all(t.grad is None for t in cold.values())
         opt.step()
-        for k, ((a, b), torch_opt) in enumerate(zip(alone, torch_opts, strict=True)):
+        for k, (factors, torch_opt) in enumerate(zip(own, torch_opts, strict=True)):
             torch_opt.zero_grad()
-            client_loss([*(t.detach() for t in a), *b], k, step, device).backward()
+            fixed = [t.detach() for t in factors[still]]
+            client_loss([*fixed, *factors[steps]] if frozen == "a" else [*factors[steps], *fixed], k, step, device).backward()
             if clip is not None and clip[k]:
-                torch.nn.utils.clip_grad_norm_(b, clip[k])
+                torch.nn.utils.clip_grad_norm_(factors[steps], clip[k])
             torch_opt.step()
-    assert all(same_bits(t, old) for t, old in zip(bank.a.values(), before, strict=True))
-    assert_same_factors(bank, [[*a, *b] for a, b in alone])
+    assert all(same_bits(t, old) for t, old in zip(cold.values(), before, strict=True))
+    assert_same_factors(bank, own)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
