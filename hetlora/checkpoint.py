@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -133,10 +134,14 @@ def _clean_stagings(run: Path) -> None:
                 shutil.rmtree(staging)
 
 
-def save_checkpoint(run: Path, state: Mapping[str, Any], bank: hk.AdapterBank, base: Mapping[str, Tensor]) -> None:
-    """The whole state after a round as one file: bank, folded base weights and the state's tables as tensors, the rest as JSON, all under a checksum."""
+def save_checkpoint(
+    run: Path, state: Mapping[str, Any], bank: hk.AdapterBank, base: Mapping[str, Tensor], moments: Mapping[str, Tensor] = MappingProxyType({})
+) -> None:
+    """The whole state after a round as one file, under a checksum: bank, folded base weights, moments of the server's optimiser and the state's tables as
+    tensors, the rest as JSON."""
     tensors = {f"bank.{key}": value.cpu().contiguous() for key, value in bank.state_dict().items()}
     tensors |= {f"base.{key}": value.detach().cpu().contiguous() for key, value in base.items()}
+    tensors |= {f"server.{key}": value.cpu().contiguous() for key, value in moments.items()}
     for name, (dtype, shape, data) in checkpoint_file.pack(state).items():
         tensors[name] = torch.frombuffer(bytearray(data), dtype=_DTYPES[dtype]).view(shape)
     tensors[checkpoint_file.CHECKSUM] = torch.zeros(hashlib.sha256().digest_size, dtype=torch.uint8)
@@ -158,13 +163,13 @@ def load_state(run: Path) -> dict[str, Any] | None:
 
 
 def load_checkpoint(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """(state, tensors of the bank and the base) of the newest checkpoint; else as `load_state`."""
+    """(state, tensors of the bank, the base and the server's optimiser) of the newest checkpoint; else as `load_state`."""
     state = load_state(run)
     if state is None:
         return None
     try:
         with safe_open(run / CHECKPOINT, framework="pt") as file:
-            return state, {key: file.get_tensor(key) for key in file.keys() if key.startswith(("bank.", "base."))}
+            return state, {key: file.get_tensor(key) for key in file.keys() if key.startswith(("bank.", "base.", "server."))}
     except (SafetensorError, OSError, ValueError) as error:
         raise ConfigError(f"{run / CHECKPOINT}: not a readable checkpoint ({error}); restore it from a copy, or start a new run") from None
 

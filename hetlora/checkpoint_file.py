@@ -1,6 +1,6 @@
 """The checkpoint as a file: safetensors, in which every bit is under a checksum and the state of the run is tensors too. Torch is not needed here.
 
-Its tensors: `bank.*` and `base.*` (`checkpoint`), `state` (the state as UTF-8 JSON), `state.NAME` (the tables of the state as numbers: a table of
+Its tensors: `bank.*`, `base.*` and `server.*` (`checkpoint`), `state` (the state as UTF-8 JSON), `state.NAME` (the tables of the state as numbers: a table of
 12,000 clients by 224 modules would not fit the header), `checksum` (SHA-256 of the whole file, header included, with these 32 bytes as zeros).
 The header has one key of metadata alone, as safetensors writes several in another order each time: equal states give equal files.
 """

@@ -122,6 +122,13 @@ class Config(BaseModel):
     )
     trim: float = _setting(0.3, "federation", "Share of a rank row's owners that merge = 'trimmed' leaves out at either end.", ge=0, lt=0.5)
     merge: Merge = _setting("factors", "federation", "What the server does with the uploads: " + _choices(MERGES[name] for name in MERGE_CHOICES))
+    server_optimizer: Literal["none", "fedavgm", "fedadam"] = _setting(
+        "none", "federation", "What the server takes a round's change for: the change itself, or a gradient for momentum ('fedavgm') or Adam ('fedadam')."
+    )
+    server_lr: float = _setting(0.0, "federation", "Learning rate of the server's optimiser; 0 = 1 for 'fedavgm', 0.01 for 'fedadam'.", ge=0)
+    server_momentum: float = _setting(0.9, "federation", "Momentum of 'fedavgm', beta1 of 'fedadam'.", ge=0, lt=1)
+    server_beta2: float = _setting(0.99, "federation", "Decay of the squared changes, with 'fedadam'.", ge=0, lt=1)
+    server_tau: float = _setting(1e-3, "federation", "What 'fedadam' adds to the root of the squared changes.", gt=0)
 
     # local training
     local_steps: int = _setting(5, "training", "Optimiser steps per client and round (a client without that much data repeats it).", ge=1, le=100_000)
@@ -215,7 +222,7 @@ class Config(BaseModel):
                 refused = [name for name in refusal.settings if (getattr(self, name) in refusal.values if refusal.values else not self._at_default(name))]
                 if refused:
                     raise ConfigError(f"{self._shown(refused)}: {refusal.why}")
-        in_force = {**self.model_dump(include={"weights", "optimizer"}), "train": self.training_kind.name, "merge": self.merge_kind.name}
+        in_force = {**self.model_dump(include={"weights", "optimizer", "server_optimizer"}), "train": self.training_kind.name, "merge": self.merge_kind.name}
         for setting, (chooser, needed) in {**own_settings(), **_OF_ONE_VALUE}.items():
             if in_force[chooser] not in needed and not self._at_default(setting):
                 values = " or ".join(map(repr, needed))
@@ -280,7 +287,12 @@ class Config(BaseModel):
         return json.dumps(self.model_dump(), indent=2) + "\n"
 
 
-_OF_ONE_VALUE = {"weight_cap": ("weights", ("sparsity",)), "weight_scope": ("weights", ("sparsity",)), "momentum": ("optimizer", ("sgd",))}
+_OF_ONE_VALUE = {
+    **dict.fromkeys(("weight_cap", "weight_scope"), ("weights", ("sparsity",))),
+    "momentum": ("optimizer", ("sgd",)),
+    **dict.fromkeys(("server_lr", "server_momentum"), ("server_optimizer", ("fedavgm", "fedadam"))),
+    **dict.fromkeys(("server_beta2", "server_tau"), ("server_optimizer", ("fedadam",))),
+}
 """{setting: (another setting, the values of it with which this one is read)}, besides those of the kinds of run."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,13 +76,16 @@ def resolve_model(cfg: Config, progress: Progress | None = None, demo: DemoModel
     return cfg.model
 
 
-def base_weights(cfg: Config, federation: Federation) -> dict[str, torch.nn.Parameter]:
-    """{parameter: weight} of the base that the rounds change, as the run's merge says: none, those of the target modules, or all."""
+def base_weights(cfg: Config, model: torch.nn.Module, shapes: Iterable[str]) -> dict[str, torch.nn.Parameter]:
+    """{parameter: weight} of the base that the rounds change, as the run's merge says: none, those of the target modules, or all.
+
+    shapes: names of the target modules.
+    """
     if cfg.merge_kind.base == "none":
         return {}
     if cfg.merge_kind.base == "all":
-        return dict(federation.model.named_parameters())
-    return {f"{name}.weight": federation.model.get_parameter(f"{name}.weight") for name in federation.shapes}
+        return dict(model.named_parameters())
+    return {f"{name}.weight": model.get_parameter(f"{name}.weight") for name in shapes}
 
 
 def starting_ranks(cfg: Config, data: FederatedData) -> RankPlan:

@@ -89,7 +89,7 @@ class LocalFleet:
         return starting_ranks(cfg, self.federation.data)
 
     def base_weights(self, cfg: Config) -> dict[str, torch.nn.Parameter]:
-        if weights := base_weights(cfg, self.federation):
+        if weights := base_weights(cfg, self.model, self.shapes):
             self.federation.folded_by = Path(cfg.output)
         return weights
 

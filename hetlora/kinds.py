@@ -170,13 +170,23 @@ _UNWEIGHTED = Refusal(
     ("weights",), "this merge counts all clients the same, as weights are what an attacker inflates; use weights = 'uniform'", ("sparsity", "samples")
 )
 
+_TURNED = Refusal(
+    ("server_optimizer",),
+    "follows each number from round to round, and this merge makes all rows anew; leave it out, or take a merge of factors such as merge = 'delta'",
+)
+
 MERGES = {
     kind.name: kind
     for kind in (
         MergeKind("factors", "average the factors (as published)", "hetlora.merge:merge_factors", settings=("shared_rows", "unowned_rows")),
         MergeKind("delta", "average the factors' changes; a row that a client does not own counts as unchanged", "hetlora.merge:merge_delta"),
-        MergeKind("svd", "truncate the SVD of the exact sum (FlexLoRA)", "hetlora.merge:merge_svd"),
-        MergeKind("owners-svd", "truncate the SVD of the sum of each rank row's mean product over its owners (raFLoRA)", "hetlora.merge:merge_owners_svd"),
+        MergeKind("svd", "truncate the SVD of the exact sum (FlexLoRA)", "hetlora.merge:merge_svd", refuses=(_TURNED,)),
+        MergeKind(
+            "owners-svd",
+            "truncate the SVD of the sum of each rank row's mean product over its owners (raFLoRA)",
+            "hetlora.merge:merge_owners_svd",
+            refuses=(_TURNED,),
+        ),
         MergeKind(
             "trimmed",
             "mean of each rank row's owners without the extremes",
@@ -200,7 +210,7 @@ MERGES = {
             "hetlora.merge:merge_one_factor",
             settings=("shared_rows", "unowned_rows"),
         ),
-        MergeKind("bank", "the bank of rank R nearest to the old one and the exact sum together", "hetlora.fold:merge_bank"),
+        MergeKind("bank", "the bank of rank R nearest to the old one and the exact sum together", "hetlora.fold:merge_bank", refuses=(_TURNED,)),
         MergeKind(
             "models",
             "the mean of the clients' models becomes the base",

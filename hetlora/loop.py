@@ -221,7 +221,7 @@ def _save(run: _Run) -> None:
     state = run.state
     content = {name: getattr(state, name) for name in checkpoint.STATE} | {"data": run.fingerprint, "ranks": _ranks_on_record(run)}
     content["settings"] = run_folder.method_settings(run.cfg)
-    checkpoint.save_checkpoint(run.folder, content, state.bank, run.fleet.base_weights(run.cfg))
+    checkpoint.save_checkpoint(run.folder, content, state.bank, run.fleet.base_weights(run.cfg), state.moments)
     _write_adapter(run)
 
 
@@ -251,6 +251,7 @@ def _restore(run: _Run) -> list[dict[str, Any]]:
     with torch.no_grad():
         for name, weight in run.fleet.base_weights(run.cfg).items():
             weight.copy_(tensors[f"base.{name}"])
+    run.state.moments = {key[len("server.") :]: value.to(run.fleet.device) for key, value in tensors.items() if key.startswith("server.")}
     for name in checkpoint.STATE:
         setattr(run.state, name, content[name])
     run.state.ranks = {name: from_record(saved, run.cfg.prune_scope, run.state.bank.shapes) for name, saved in content["ranks"].items()}

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import hetlora_kernels as hk
-from hetlora import diagnostics
+from hetlora import diagnostics, server_optimizer
 from hetlora.config import Config
+from hetlora.federation import base_weights
 from hetlora.low_rank import best_rank
 from hetlora.server import ServerState, fresh_bank
 from hetlora_kernels.linear import linear_weight
@@ -86,7 +87,8 @@ def aggregate(
             uploads = uploads.select(range(uploads.num_clients))  # the caller's are the clients' own adapters
         clips = clip_updates(uploads, received, limits, sizes)
     weights, norms = weighed or client_weights(uploads, samples, cfg, suspects)
-    merged = cfg.merge_kind.load()(MergeCall(state.bank, uploads, weights, state.r_max, cfg, model, cfg.training_kind.trains(state.round + 1)))
+    call = MergeCall(state.bank, uploads, weights, state.r_max, cfg, model, cfg.training_kind.trains(state.round + 1))
+    merged = _with_optimizer(state, call) if cfg.server_optimizer != "none" else cfg.merge_kind.load()(call)
     if cfg.merge_kind.base != "none":
         state.stacked_bytes.append(merged.follow_bytes)
     if merged.bank is None:
@@ -94,6 +96,21 @@ def aggregate(
         return Aggregate(weights, norms, clips)
     state.bank = merged.bank
     return Aggregate(weights, norms, clips, diagnostics.describe(state.bank, uploads, weights, merged.rows, merged.added_to) if cfg.diagnostics else {})
+
+
+@torch.no_grad()
+def _with_optimizer(state: ServerState, call: MergeCall) -> Merged:
+    """The merge, and the server optimiser's step on what it changed: the trained factors of a bank that lasts, and weights of the base."""
+    weights = base_weights(call.cfg, call.model, call.bank.shapes)
+    old = {f"base.{name}": weight.detach().clone() for name, weight in weights.items()}
+    merged: Merged = call.cfg.merge_kind.load()(call)
+    new = {f"base.{name}": weight.detach() for name, weight in weights.items()}
+    if merged.bank is not None:
+        sides = [side for side, factor in (("a.", "a"), ("bt.", "b")) if factor in call.factors]
+        for banks, found in ((call.bank, old), (merged.bank, new)):
+            found |= {f"bank.{key}": rows for key, rows in banks.state_dict().items() if key.startswith(tuple(sides))}
+    server_optimizer.step(call.cfg, state.moments, old, new)
+    return merged
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ class ServerState:
     perplexity_before: dict[str, float] = field(default_factory=dict)
     ranks_start: dict[str, int] = field(default_factory=dict)
     seen: dict[str, int] = field(default_factory=dict)  # {client: the last round that it downloaded in}
+    moments: dict[str, torch.Tensor] = field(default_factory=dict)  # of the server's optimiser: {'m.<tensor>' or 'v.<tensor>': as the tensor}
     stacked_bytes: list[int] = field(default_factory=list)  # of each round's change of the base model, as it travels; empty where the base stays
 
     def missed_bytes(self, name: str) -> int:

@@ -12,7 +12,11 @@ from hetlora.config import Config, ConfigError, setting_group
 from hetlora.kinds import TRAININGS, own_settings
 from hetlora.ranks import RankPlan
 
-OWNED = ("train", "merge", "weights", "weight_scope", "weight_cap", "prune_scope", *own_settings())
+OWNED = (
+    *("train", "merge", "weights", "weight_scope", "weight_cap", "prune_scope"),
+    *("server_optimizer", "server_lr", "server_momentum", "server_beta2", "server_tau"),
+    *own_settings(),
+)
 """Settings that say which method a run is: a comparison takes them from its methods, never from its common settings."""
 
 _OF_ONE_RUN = ("train", "adapter_dtype", "scale", "dropout")

@@ -107,9 +107,9 @@ def test_trap_02_clients_of_a_run_start_from_the_truncated_bank(tmp_path, federa
     banks = []
     save = checkpoint.save_checkpoint
 
-    def keep(run, state, bank, base):
+    def keep(run, state, bank, *rest):
         banks.append((bank, dict(state["ranks"])))
-        save(run, state, bank, base)
+        save(run, state, bank, *rest)
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", keep)
     simulate(tiny_config(tmp_path / "run", lr=0.05), federation=federation)
