@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hetlora.compare.methods import default_method, left_out, method_settings
 from hetlora.config import Config, ConfigError
 
 OF_A_NODE = ("model", "data", "dtype", "device", "quantize", "max_tokens_per_step")
@@ -37,13 +38,13 @@ class Node:
 
 
 def server_settings(run_config: Mapping[str, Any]) -> tuple[Config, Waiting]:
-    """Settings of `Config` and `Waiting` by their names, with '-' or '_'; `ConfigError` for others."""
+    """Settings of `Config`, `method`, and `Waiting` by their names, with '-' or '_'; `ConfigError` for others."""
     values = _underscored(run_config)
     waiting = {name: values.pop(name) for name in list(values) if name in Waiting.__dataclass_fields__}
     for name, least, kind in (("min_clients", 1, int), ("join_timeout", 0, (int, float)), ("round_timeout", 0, (int, float)), ("resume", 0, bool)):
         if name in waiting and (not isinstance(waiting[name], kind) or waiting[name] < least):
             raise ConfigError(f"run config: {name}: expected {'true or false' if kind is bool else f'a number >= {least}'}, got {waiting[name]!r}")
-    return Config.create("run config", **values), Waiting(**waiting)
+    return Config.create("run config", **_of_a_method(values)), Waiting(**waiting)
 
 
 def client_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> tuple[Config, Node]:
@@ -59,7 +60,18 @@ def client_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any
         raise ConfigError(f"node config: {unknown[0]!r} is not a node's to set{hint}; a node has {', '.join(known)}")
     if node.partition_id is not None and (not isinstance(node.partition_id, int) or node.partition_id < 0):
         raise ConfigError(f"node config: partition_id: expected a whole number >= 0, got {node.partition_id!r}")
-    return Config.create("run config and node config", **{**values, **own}), node
+    return Config.create("run config and node config", **{**_of_a_method(values), **own}), node
+
+
+def _of_a_method(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the row of their `method`, or of the default one, as `hetlora run` takes them."""
+    values = dict(values)
+    name = values.pop("method", None)
+    if name is None:
+        return default_method(values)[0]
+    if others := left_out(name, values):
+        raise ConfigError(f"run config: method = {name!r} has other values of {', '.join(others)}; leave out one or the other")
+    return method_settings(name, values)
 
 
 def _underscored(settings: Mapping[str, Any]) -> dict[str, Any]:

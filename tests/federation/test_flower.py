@@ -366,3 +366,11 @@ def test_two_hundred_clients_of_which_a_third_fail_in_every_round_lose_nothing(t
         assert sorted(gone) == sorted(failed.get(str(record["round"]), []))
         assert len(gone) + len(record["clients"]) == 20
     assert len(rounds) == 20 and sum(map(len, failed.values())) > 80
+
+
+def test_a_run_is_the_method_that_hetlora_run_would_take():
+    assert server_settings({})[0].train == "fold"
+    assert client_settings({"method": "hetlora"}, {})[0].train == "adapters"
+    assert server_settings({"merge": "svd"})[0].train == "adapters"
+    with pytest.raises(ConfigError, match="method = 'hetlora' has other values of merge"):
+        server_settings({"method": "hetlora", "merge": "svd"})
