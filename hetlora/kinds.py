@@ -175,6 +175,8 @@ _TURNED = Refusal(
     "follows each number from round to round, and this merge makes all rows anew; leave it out, or take a merge of factors such as merge = 'delta'",
 )
 
+_FOLDS = Refusal(("quantize",), "this merge folds updates into the base weights, which a quantised base cannot take; use quantize = 'none'")
+
 MERGES = {
     kind.name: kind
     for kind in (
@@ -202,7 +204,16 @@ MERGES = {
             base="targets",
             keeps_bank=False,
             no_adapter="with merge 'stack' the run folded its updates into the base model, no adapter holds them; use merge 'factors' or 'svd'",
-            refuses=(Refusal(("quantize",), "merge = 'stack' folds updates into the base weights, which a quantised base cannot take; use quantize = 'none'"),),
+            refuses=(_FOLDS,),
+        ),
+        MergeKind(
+            "residual",
+            "average the factors, put what that leaves of the exact sum into the base (FedEx-LoRA)",
+            "hetlora.merge:merge_residual",
+            base="targets",
+            no_adapter="with merge 'residual' a part of what the run learned is in the base model, its adapter holds the rest; use merge 'factors' or 'svd'",
+            settings=("shared_rows", "unowned_rows"),
+            refuses=(_FOLDS,),
         ),
         MergeKind(
             "one-factor",

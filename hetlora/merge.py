@@ -299,10 +299,36 @@ def _truncated(call: MergeCall, stacks: Sequence[tuple[Tensor, Tensor]], weights
 @torch.no_grad()
 def merge_stack(call: MergeCall) -> Merged:
     """W <- W + s * sum p_k B_k A_k in every target module (FLoRA's stacking): exact, and the base model changes. Clients download the stack."""
-    uploads, cfg = call.uploads, call.cfg
+    uploads = call.uploads
     for module, name in enumerate(uploads.shapes):
-        p = row_weights(uploads, call.weights, module, name)
-        a, bt = uploads.a[name].detach(), uploads.bt[name].detach()
-        weight = linear_weight(call.model.get_submodule(name))
-        weight.add_((cfg.scale * (bt * p[:, None].to(bt.dtype)).t() @ a).to(weight.dtype))
-    return Merged(None, follow_bytes=sum(uploads.num_bytes(k) for k in range(uploads.num_clients)))
+        _add_to_base(call, name, uploads.bt[name], uploads.a[name], row_weights(uploads, call.weights, module, name))
+    return Merged(None, follow_bytes=_stack_bytes(uploads))
+
+
+@torch.no_grad()
+def merge_residual(call: MergeCall) -> Merged:
+    """Factors as `merge_factors`, and W <- W + s (sum p_k B_k A_k - B A) with B A of the averaged rows: what the average leaves of the exact sum goes into
+    the base (FedEx-LoRA, arXiv 2410.09432, section 3). B A is of the rows that a client owns; a row that nobody owns is no part of either.
+
+    Clients download the stack of the uploads, of which they make the difference: its rank is at most that of the stack.
+    """
+    uploads, merged = call.uploads, merge_factors(call)
+    assert merged.bank is not None
+    for module, (name, layout) in enumerate(uploads.layouts.items()):
+        p, owned = row_weights(uploads, call.weights, module, name), layout.max_rank
+        bt, a = (
+            torch.cat([rows.detach(), mean.detach()[:owned]])
+            for rows, mean in ((uploads.bt[name], merged.bank.bt[name]), (uploads.a[name], merged.bank.a[name]))
+        )
+        _add_to_base(call, name, bt, a, torch.cat([p, p.new_full((owned,), -1.0)]))
+    return Merged(merged.bank, rows=merged.rows, follow_bytes=_stack_bytes(uploads))
+
+
+def _add_to_base(call: MergeCall, name: str, bt: Tensor, a: Tensor, weights: Tensor) -> None:
+    """W <- W + s sum_j weights_j b_j a_j of one module, for rows [S, m] and [S, n]."""
+    weight = linear_weight(call.model.get_submodule(name))
+    weight.add_((call.cfg.scale * (bt.detach() * weights[:, None].to(bt.dtype)).t() @ a.detach()).to(weight.dtype))
+
+
+def _stack_bytes(uploads: hk.AdapterBank) -> int:
+    return sum(uploads.num_bytes(k) for k in range(uploads.num_clients))

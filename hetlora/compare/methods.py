@@ -94,6 +94,7 @@ _LIST = (
     _field("raflora", "each rank row's mean product over its owners, then truncated SVD (raFLoRA, RB-LoRA)", merge="owners-svd"),
     _field("ffa-lora", "B alone is trained and sent, over one frozen A (FFA-LoRA)", train="b-only"),
     _field("rolora", "B in odd rounds, A in even ones, half the bytes (RoLoRA)", train="alternating"),
+    _field("fedex-lora", "FedAvg of A and of B, the rest of the exact sum folded into the base each round (FedEx-LoRA)", merge="residual"),
     _field("rbla", "each rank row's mean over its owners, A and B apart (RBLA, FediLoRA)", shared_rows="owners"),
     Method("hetlora-uniform", "HETLORA with equal weights", settings={"weights": "uniform"}, like="hetlora"),
     Method("hetlora-samples", "HETLORA with sample-count weights", settings={"weights": "samples"}, like="hetlora"),

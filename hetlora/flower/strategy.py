@@ -238,9 +238,7 @@ class FlowerFleet:
         replies = [found.replies.get(k) for k in range(len(names))]
         nothing = LocalResult(0, 0, 0, math.nan, math.nan)
         results = [reply.result if reply else nothing for reply in replies]
-        ranks = [
-            dict(zip(self.shapes, reply.ranks, strict=True)) if reply else state.ranks[name] for name, reply in zip(names, replies, strict=True)
-        ]
+        ranks = [dict(zip(self.shapes, reply.ranks, strict=True)) if reply else state.ranks[name] for name, reply in zip(names, replies, strict=True)]
         tails = [reply.tails if reply else (0.0, 0.0) for reply in replies]
         parts = strategy.exchange.trained(cfg, state, names, number, replies, [found.uploads[k] for k in arrived]) if arrived else _NOTHING
         return Trained(results, found.dropped, ranks, tails, bytes_down=down, bytes_up=[found.bytes_up[k] for k in arrived], **parts)

@@ -59,8 +59,8 @@ def test_a_folder_that_cannot_be_made(tmp_path, federation):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"merge": "svd", "shared_rows": "owners"}, "shared_rows = 'owners': only for merge = 'factors' or 'one-factor', got merge = 'svd'"),
-        ({"merge": "stack", "unowned_rows": "zero"}, "unowned_rows = 'zero': only for merge = 'factors' or 'one-factor', got merge = 'stack'"),
+        ({"merge": "svd", "shared_rows": "owners"}, "shared_rows = 'owners': only for merge = 'factors' or 'residual' or 'one-factor', got merge = 'svd'"),
+        ({"merge": "stack", "unowned_rows": "zero"}, "unowned_rows = 'zero': only for merge = 'factors' or 'residual' or 'one-factor', got merge = 'stack'"),
         ({"merge": "stack", "quantize": "4bit"}, "quantised base cannot take; use quantize = 'none'"),
         ({"merge": "median"}, "weights = 'sparsity': this merge counts all clients the same, .*use weights = 'uniform'"),
         ({"weights": "uniform", "trim": 0.1}, "trim = 0.1: only for merge = 'trimmed', got merge = 'factors'"),
@@ -86,7 +86,7 @@ def test_settings_that_do_not_go_together(tmp_path, federation, settings, messag
     ("settings", "message"),
     [
         ({"gama": 0.9}, r"unknown setting 'gama' \(did you mean 'gamma'\?\)"),
-        ({"merge": "mean"}, "merge: .*'factors', 'delta', 'svd', 'owners-svd', 'trimmed', 'median' or 'stack', got 'mean'"),
+        ({"merge": "mean"}, "merge: .*'factors', 'delta', 'svd', 'owners-svd', 'trimmed', 'median', 'stack' or 'residual', got 'mean'"),
         ({"gamma": 0}, "gamma: .*greater than 0, got 0"),
         ({"gamma": 1.1}, "gamma: .*less than or equal to 1, got 1.1"),
         ({"clients_per_round": 0}, "clients_per_round: .*greater than or equal to 1, got 0"),

@@ -249,6 +249,39 @@ def test_stack_folds_the_exact_sum_into_the_base(tmp_path, make):
     assert all(torch.equal(model.get_parameter(name), base.get_parameter(name)) for name in other)
 
 
+@pytest.mark.parametrize("settings", [{}, {"shared_rows": "owners"}, {"unowned_rows": "zero"}], ids=str)
+def test_residual_makes_the_average_exact(tmp_path, settings):
+    """FedEx-LoRA: W + s B A of the next round is W + s sum p B A of this one, and the bank is FedAvg's."""
+    model, base = gpt2(), gpt2()
+    shapes = target_shapes(model, "attention")
+    uploads, old = trained_bank(shapes, RANKS, torch.float64), trained_bank(shapes, [8], torch.float64)
+    options = {"scale": 1.5, "adapter_dtype": "float64", "weights": "samples", **settings}
+    averaged, _ = aggregate(tiny_config(tmp_path, **options), uploads, old)
+    bank, result = aggregate(tiny_config(tmp_path, merge="residual", **options), uploads, old, model=model)
+    assert same_bits(bank, averaged) and max(RANKS) < 8
+    for i, name in enumerate(shapes):
+        exact = sum(p * d for p, d in zip(result.weights[:, i], deltas(uploads, name), strict=True))
+        unowned = bank.bt[name][max(RANKS) :].t() @ bank.a[name][max(RANKS) :]
+        change = (model.get_submodule(name).weight - base.get_submodule(name).weight).t()
+        assert change.norm() > 0.1 * exact.norm(), "averaged factors are far from the exact sum, or this says nothing"
+        torch.testing.assert_close(change + 1.5 * bank.bt[name].t() @ bank.a[name], 1.5 * (exact + unowned), rtol=1e-10, atol=1e-14)
+
+
+def test_residual_counts_rows_and_stacks(tmp_path, monkeypatch):
+    """A client downloads its rows of the bank and every round's stack since it was here last."""
+    seen = watch_training(monkeypatch)
+    cfg = tiny_config(tmp_path / "run", merge="residual", ranks="2,3,4,8", rounds=5, clients_per_round=2, gamma=1.0)
+    history = simulate(cfg, federation=tiny_federation([3, 5, 2, 7])).history
+    last = {}
+    for number, (record, training) in enumerate(zip(history[1:], seen, strict=True), 1):
+        for client in record["clients"]:
+            k = training.names.index(client["name"])
+            missed = sum(history[i]["bytes_up"] for i in range(last.get(client["name"], 1), number))
+            assert client["bytes_down"] == training.received.num_bytes(k) + missed and client["bytes_up"] == training.trained.num_bytes(k)
+        last |= dict.fromkeys(training.names, number)
+    assert len(set(last.values())) > 1
+
+
 def test_stack_counts_every_stack_since_a_client_was_here_last(tmp_path, monkeypatch):
     """One that skipped rounds, or was never here, follows the base through all of them; a refused upload was preceded by a download all the same."""
 
