@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from hetlora_kernels.casts import Casts
-from hetlora_kernels.layout import RankLayout
+from hetlora_kernels.layout import RankLayout, int_list
 from hetlora_kernels.ops._lists import FLOATS
 from hetlora_kernels.ops.aggregate import Normalize, aggregate
 from hetlora_kernels.ops.norms import delta_norms, tail_norms
@@ -130,11 +130,16 @@ class AdapterBank:
         return self
 
     def num_bytes(self, client: int, factors: str = "ab") -> int:
-        """Bytes of one client's factors.   factors: 'a', 'b' or 'ab', those that count."""
+        """Bytes of one client's factors.   factors: 'a', 'b' or 'ab', those that count. `IndexError` for a client that is none."""
         if factors not in ("a", "b", "ab"):
             raise ValueError(f"factors: expected 'a', 'b' or 'ab', got {factors!r}")
+        self._client(client)
         widths = {name: m * ("b" in factors) + n * ("a" in factors) for name, (m, n) in self.shapes.items()}
         return sum(self.layouts[name].ranks[client] * width * self.dtype.itemsize for name, width in widths.items())
+
+    def _client(self, client: int) -> int:
+        next(iter(self.layouts.values())).rows(client)
+        return client
 
     def __repr__(self) -> str:
         return f"AdapterBank({len(self.shapes)} modules, ranks={self.ranks}, dtype={self.dtype}, device={self.device})"
@@ -165,7 +170,8 @@ class AdapterBank:
         return self._build(self.shapes, layouts, a, bt)
 
     def select(self, clients: Sequence[int]) -> AdapterBank:
-        """A copy of some clients, in the order given; factors that are frozen stay so."""
+        """A copy of some clients, in the order given; factors that are frozen stay so. `IndexError` for a client that is none."""
+        clients = [self._client(client) for client in int_list("clients", clients)]
 
         def pick(rows: Mapping[str, Tensor]) -> list[Tensor]:
             return [torch.cat([t.detach()[self.layouts[name].rows(k)] for k in clients] or [t.detach()[:0]]) for name, t in rows.items()]
@@ -179,7 +185,7 @@ class AdapterBank:
     @classmethod
     def concat(cls, banks: Sequence[AdapterBank]) -> AdapterBank:
         """One bank of all clients of `banks`, in order. `ValueError` when the modules differ."""
-        first = banks[0]
+        first = _first(banks)
         if any(bank.shapes != first.shapes for bank in banks):
             raise ValueError("banks: expected the same modules and shapes in every bank")
         layouts = {name: RankLayout([r for bank in banks for r in bank.layouts[name].ranks]) for name in first.shapes}
@@ -189,7 +195,7 @@ class AdapterBank:
     @classmethod
     def stack(cls, banks: Sequence[AdapterBank]) -> AdapterBank:
         """Each client's rows of all `banks`, in order: B A of the result is the sum of theirs. `ValueError` when modules or numbers of clients differ."""
-        first = banks[0]
+        first = _first(banks)
         if any(bank.shapes != first.shapes or bank.num_clients != first.num_clients for bank in banks):
             raise ValueError("banks: expected the same modules, shapes and number of clients in every bank")
         clients = range(first.num_clients)
@@ -256,6 +262,7 @@ class AdapterBank:
         float8, sparse, quantised, without data); a value that is not finite, or is not in the bank's type.
         """
         expected = self.adapter(client)
+        _mapping(state_dict)
         unknown, missing = sorted(set(state_dict) - set(expected)), sorted(set(expected) - set(state_dict))
         if unknown or missing:
             raise ValueError(f"state_dict: unknown keys {unknown[:5]}, missing keys {missing[:5]} ({len(unknown)} and {len(missing)} in all)")
@@ -274,11 +281,23 @@ class AdapterBank:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Copy packed factors in, strictly and all or none: same keys, same shapes, dense floating-point tensors; whatever their values."""
         own = self.state_dict()
-        if set(own) != set(state_dict):
+        if set(own) != set(_mapping(state_dict)):
             raise ValueError(f"state_dict: expected the keys of this bank; unknown or missing: {sorted(set(own) ^ set(state_dict))[:5]}")
         ready = _checked(state_dict, own, finite=False)
         for key, tensor in own.items():
             tensor.copy_(ready[key])
+
+
+def _first(banks: Sequence[AdapterBank]) -> AdapterBank:
+    if not isinstance(banks, (list, tuple)) or not banks or not all(isinstance(bank, AdapterBank) for bank in banks):
+        raise TypeError(f"banks: expected a non-empty list of banks, got {banks!r}")
+    return banks[0]
+
+
+def _mapping(state_dict: Any) -> Mapping[str, Any]:
+    if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
+        raise TypeError(f"state_dict: expected a mapping from names to tensors, got {type(state_dict).__name__}")
+    return state_dict
 
 
 def _checked(state_dict: Mapping[str, Any], expected: Mapping[str, Tensor], finite: bool = True) -> dict[str, Tensor]:

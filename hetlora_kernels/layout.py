@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,14 +21,26 @@ def int_list(name: str, values: Sequence[int] | Tensor) -> list[int]:
         if values.dim() != 1 or values.dtype.is_floating_point or values.dtype in (torch.bool, torch.complex64, torch.complex128):
             raise TypeError(f"{name}: expected a sequence of integers, got a tensor of shape {tuple(values.shape)} and type {values.dtype}")
         return [int(v) for v in values.tolist()]
-    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+    # A set has no order, and of a mapping the keys would be taken.
+    if isinstance(values, (str, bytes, Mapping, set, frozenset)) or not hasattr(values, "__iter__"):
         raise TypeError(f"{name}: expected a sequence of integers, got {values!r}")
-    out = []
-    for value in values:
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"{name}: expected integers, got {value!r}")
-        out.append(int(value.__index__()))
+    out = [value if type(value) is int else whole(name, value, what="integers") for value in values]
+    if out and not -(2**63) <= min(out) <= max(out) < 2**63:
+        raise ValueError(f"{name}: expected integers of 64 bits, got {min(out)} to {max(out)}")
     return out
+
+
+def whole(name: str, value: Any, least: int = -(2**63), what: str = "an integer") -> int:
+    """`value` as a Python integer of 64 bits, at least `least`; `TypeError` or `ValueError` naming the argument."""
+    try:
+        number = None if isinstance(value, bool) or (isinstance(value, Tensor) and value.is_meta) else int(value.__index__())
+    except (AttributeError, TypeError, RuntimeError):  # tensors that are no single integer have the method too
+        number = None
+    if number is None:
+        raise TypeError(f"{name}: expected {what}, got {value!r}")
+    if not least <= number < 2**63:
+        raise ValueError(f"{name}: expected {what}{f' >= {least}' if least >= 0 else ''} of 64 bits, got {number}")
+    return number
 
 
 def joined(lists: Sequence[Sequence[int]]) -> list[int]:
@@ -118,7 +130,7 @@ class RankLayout:
 
     def rows(self, client: int) -> slice:
         """Rows of `client` in a packed buffer. `IndexError` unless 0 <= client < K: a negative index would give an empty slice."""
-        if not 0 <= client < len(self.ranks):
+        if not 0 <= whole("client", client) < len(self.ranks):
             raise IndexError(f"client: expected 0 <= client < {len(self.ranks)}, got {client}")
         return slice(self.offsets[client], self.offsets[client + 1])
 
@@ -135,11 +147,19 @@ class RankLayout:
             raise ValueError("scale: expected a constant, got a tensor that requires a gradient; scale is not trained")
         clients = len(self.ranks)
         if isinstance(scale, (float, int)):
+            _check_finite([scale], dtype)
             return torch.full((clients,), scale, dtype=dtype, device=device)
         if isinstance(scale, Tensor):  # copied: the backward pass needs it as it is now
+            if scale.is_complex() or scale.is_quantized or scale.layout != torch.strided or (scale.is_meta and device.type != "meta"):
+                raise TypeError(f"scale: expected real numbers, got a tensor of type {scale.dtype}, {scale.layout} on {scale.device}")
             values = scale.detach().to(device, dtype, copy=True)
         else:  # a plain number would become float32 first
-            values = uploaded("scale", torch.as_tensor(scale, dtype=dtype, device="cpu").detach(), device)
+            try:
+                numbers = [value if type(value) is float else float(value) for value in scale]
+            except (TypeError, ValueError, RuntimeError, OverflowError):
+                raise TypeError(f"scale: expected a number or {clients} numbers, one per client, got {scale!r}") from None
+            _check_finite(numbers, dtype)
+            values = uploaded("scale", torch.tensor(numbers, dtype=dtype, device="cpu"), device)
         if values.dim() > 1 or (values.dim() == 1 and values.numel() != clients):
             raise ValueError(f"scale: expected a number or {clients} numbers, one per client, got shape {tuple(values.shape)}")
         return values.expand(clients).contiguous()
@@ -244,7 +264,7 @@ class Segments:
         device = ids.device if isinstance(ids, Tensor) else torch.device("cpu")
         flat = torch.tensor(int_list("ids", ids), dtype=torch.int64, device="cpu")
         highest = int(flat.max()) if flat.numel() else -1
-        count = highest + 1 if num_clients is None else int(num_clients)
+        count = highest + 1 if num_clients is None else whole("num_clients", num_clients, 0)
         if flat.numel() and int(flat.min()) < -1:
             raise ValueError(f"ids: expected -1 (base only) or a client >= 0, got {int(flat.min())}")
         if highest >= count:
@@ -291,6 +311,12 @@ class Segments:
 
     def __repr__(self) -> str:
         return f"Segments(num_rows={self.num_rows}, lengths={self.lengths}, gathered={self.index is not None})"
+
+
+def _check_finite(scale: Sequence[float], dtype: torch.dtype) -> None:
+    for value in scale:
+        if not abs(value) <= torch.finfo(dtype).max:
+            raise ValueError(f"scale: expected finite numbers in {dtype}, got {value}")
 
 
 def _check_keys(row_keys: Tensor | None, rows: int) -> None:

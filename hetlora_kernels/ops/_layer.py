@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hetlora_kernels.ops._lists import FLOATS
@@ -23,6 +24,9 @@ def check_layer(x: Tensor, a: Tensor, bt: Tensor, total: int, rows: int, transpo
             raise ValueError(f"bias: expected a tensor of shape ({m},) or None, got {_seen(bias)}")
     if not isinstance(x, Tensor) or x.dtype not in FLOATS:
         raise TypeError(f"x: expected a float32, bfloat16, float16 or float64 tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+    for name, given in {"x": x, "a": a, "bt": bt, **base}.items():
+        if isinstance(given, Tensor) and given.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got {given.layout}")
     if x.dim() < 1 or (n is not None and x.shape[-1] != n):
         raise ValueError(f"x: expected a last dimension of {'in_features' if n is None else n}, got shape {tuple(x.shape)}")
     if "base_out" in base:

@@ -29,6 +29,8 @@ def module_list(name: str, tensors: Tensor | Sequence[Tensor]) -> tuple[list[Ten
             raise ValueError(f"{where}: expected 2 dimensions [rows, width], got shape {tuple(tensor.shape)}")
         if tensor.dtype not in FLOATS:
             raise TypeError(f"{where}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{where}: expected a dense tensor, got {tensor.layout}")
         if tensor.dtype != first.dtype or tensor.device != first.device:
             raise ValueError(f"{where}: expected the type and device of the first module ({first.dtype}, {first.device}), got {tensor.dtype}, {tensor.device}")
     return [t.detach() for t in listed], many
@@ -36,9 +38,10 @@ def module_list(name: str, tensors: Tensor | Sequence[Tensor]) -> tuple[list[Ten
 
 def module_layouts(layout: Layouts, modules: int) -> list[RankLayout]:
     """One `RankLayout` per module, all with the same number of clients."""
-    layouts = [layout] * modules if isinstance(layout, RankLayout) else list(layout)
-    if not all(isinstance(each, RankLayout) for each in layouts):
-        raise TypeError(f"layout: expected a RankLayout or one per module, got {[type(each).__name__ for each in layouts]}")
+    layouts = [layout] * modules if isinstance(layout, RankLayout) else list(layout) if isinstance(layout, (list, tuple)) else []
+    if not layouts or not all(isinstance(each, RankLayout) for each in layouts):
+        got = [type(each).__name__ for each in layouts] or type(layout).__name__
+        raise TypeError(f"layout: expected a RankLayout or one per module, got {got}")
     if len(layouts) != modules:
         raise ValueError(f"layout: expected one RankLayout or {modules} of them (one per module), got {len(layouts)}")
     if len({each.num_clients for each in {id(each): each for each in layouts}.values()}) > 1:
@@ -91,11 +94,14 @@ def outputs(
     """`out` checked against what the op writes, or fresh tensors. `ValueError` where one shares memory with another or with what the op reads, `inputs`."""
     if out is None:
         return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
-    listed = [out] if isinstance(out, Tensor) else list(out)
+    listed = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, (list, tuple)) else []
+    if not all(isinstance(tensor, Tensor) for tensor in listed) or not (listed or isinstance(out, (list, tuple))):
+        raise TypeError(f"{name}: expected a tensor or a list of tensors, got {[type(each).__name__ for each in listed] or type(out).__name__}")
     if len(listed) != len(shapes):
         raise ValueError(f"{name}: expected {len(shapes)} tensors, got {len(listed)}")
     for position, (tensor, shape) in enumerate(zip(listed, shapes, strict=True)):
-        if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+        usable = tensor.layout == torch.strided and tensor.is_contiguous()
+        if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or tensor.device != device or not usable:
             raise ValueError(
                 f"{name}[{position}]: expected a contiguous {dtype} tensor of shape {tuple(shape)} on {device}, got {tensor.dtype} {tuple(tensor.shape)} "
                 f"on {tensor.device}"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hetlora_kernels._library import call, register_fake
 from hetlora_kernels._uploads import capturing, uploaded
+from hetlora_kernels.layout import whole
 from hetlora_kernels.ops._lists import FLOATS, Layouts, flat_ranks, module_list, outputs, prepare, written
 from hetlora_kernels.reference import compute_dtype
 
@@ -33,8 +34,14 @@ def _check_keep(keep: Tensor | Sequence[Tensor] | None, shapes: Sequence[tuple[i
 
 def client_weights(weights: Tensor | Sequence[float], clients: int, modules: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[K, M] from [K] or [K, M], in the type of the sums; `ValueError` unless all are finite and >= 0."""
-    table = torch.as_tensor(weights)  # on the host, where it comes from there: the check below then waits for no device
-    if table.dtype.is_complex or tuple(table.shape) not in ((clients,), (clients, modules)):
+    try:
+        # On the host, where it comes from there: the check below then waits for no device. Plain numbers would become float32 first.
+        table = torch.as_tensor(weights, dtype=None if isinstance(weights, Tensor) else torch.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"weights: expected numbers, one per client or [clients, modules], got {weights!r}") from None
+    if table.dtype.is_complex or table.is_quantized or table.layout != torch.strided or (table.is_meta and device.type != "meta"):
+        raise ValueError(f"weights: expected real numbers, got a tensor of type {table.dtype}, {table.layout} on {table.device}")
+    if tuple(table.shape) not in ((clients,), (clients, modules)):
         raise ValueError(f"weights: expected shape ({clients},) or ({clients}, {modules}), got {tuple(table.shape)} {table.dtype}")
     table = table.detach().to(dtype)
     unseen = torch.compiler.is_compiling() or table.is_meta or (table.is_cuda and capturing(device))  # no value may be asked for: nothing is checked
@@ -76,7 +83,7 @@ def aggregate(
     """
     listed, many, layouts = prepare("rows", rows, layout)
     owners = _check_normalize(normalize)
-    largest = max(own.max_rank for own in layouts)
+    largest, max_rank = max(own.max_rank for own in layouts), whole("max_rank", max_rank)
     if max_rank < largest:
         raise ValueError(f"max_rank: expected at least the largest rank {largest}, got {max_rank}")
     shapes = [(max_rank, tensor.shape[1]) for tensor in listed]
@@ -109,7 +116,8 @@ class Accumulator:
     """
 
     def __init__(self, like: Sequence[Tensor], max_rank: int) -> None:
-        listed, _ = module_list("like", list(like))
+        listed, _ = module_list("like", like)
+        max_rank = whole("max_rank", max_rank, 0)
         self._dtype = listed[0].dtype
         sums = compute_dtype(self._dtype)
         self._total = [torch.zeros(max_rank, t.shape[1], dtype=sums, device=t.device) for t in listed]
@@ -121,7 +129,7 @@ class Accumulator:
 
     def add(self, rows: Sequence[Tensor], weight: float | Tensor) -> None:
         """Add one client's rows [r_m, d_m] of every module with `weight`: a number, or [modules], finite and >= 0; `ValueError` otherwise, nothing added."""
-        listed, _ = module_list("rows", list(rows))
+        listed, _ = module_list("rows", rows)
         if len(listed) != len(self._total):
             raise ValueError(f"rows: expected {len(self._total)} modules, got {len(listed)}")
         for position, (tensor, total) in enumerate(zip(listed, self._total, strict=True)):
@@ -131,8 +139,13 @@ class Accumulator:
                     f"on {tensor.device}"
                 )
         sums = self._total[0].dtype
-        if not torch.is_tensor(weight) or weight.dim() == 0:
-            weight = torch.as_tensor(weight, dtype=sums).expand(len(listed))
+        if isinstance(weight, Tensor):
+            weight = weight.expand(len(listed)) if weight.dim() == 0 else weight
+        else:
+            try:
+                weight = torch.tensor(float(weight), dtype=torch.float64, device="cpu").expand(len(listed))
+            except (TypeError, ValueError, OverflowError):
+                raise TypeError(f"weight: expected a number, or a tensor [modules], got {weight!r}") from None
         weights = client_weights(weight[None], 1, len(listed), self._total[0].device, sums)[0]
         call("accumulate_")(self._total, listed, weights)
         written(self._total)
@@ -144,14 +157,17 @@ class Accumulator:
     def result(self, normalize: Normalize = "none", keep: Sequence[Tensor] | None = None, dtype: torch.dtype | None = None) -> list[Tensor]:
         """The aggregate so far, [R, d] per module, in the type of `like` unless `dtype` says else; more clients may be added afterwards."""
         owners = _check_normalize(normalize)
-        kept = _check_keep(None if keep is None else list(keep), [(self.max_rank, t.shape[1]) for t in self._total], self._total[0].device)
+        dtype = self._dtype if dtype is None else dtype
+        if dtype not in FLOATS:
+            raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
+        kept = _check_keep(keep, [(self.max_rank, t.shape[1]) for t in self._total], self._total[0].device)
         out = []
         for module, (total, owned) in enumerate(zip(self._total, self._owned, strict=True)):
             value = total
             if owners:
                 weight = self._owner_weight[module][:, None]
                 value = torch.where(weight != 0, total / weight, 0.0)
-            value = value.to(dtype or self._dtype, copy=True)
+            value = value.to(dtype, copy=True)
             if kept:
                 value[owned:] = kept[module][owned:].to(value.dtype)
             out.append(value)

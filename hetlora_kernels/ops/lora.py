@@ -177,8 +177,10 @@ def _explain(error: Exception, x, a, bt, layout, seg, transposed, **base) -> Exc
     return error
 
 
-def _check_seeds(dropout: float, seeds: Tensor | KeptSeeds | None, clients: int, device: torch.device) -> Tensor | None:
+def _check_seeds(dropout: Any, seeds: Tensor | KeptSeeds | None, clients: int, device: torch.device) -> Tensor | None:
     """int64 [K] on `device`, or None where nothing is dropped."""
+    if not isinstance(dropout, (int, float)):
+        raise TypeError(f"dropout: expected a number, got {dropout!r}")
     if not 0 <= dropout < 1 or dropout_threshold(dropout) > 65535:
         raise ValueError(f"dropout: expected a probability in [0, 1 - 1/131072), got {dropout}")
     if dropout_threshold(dropout) == 0:

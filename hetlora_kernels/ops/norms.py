@@ -42,6 +42,9 @@ def unpack_gram(packed: Tensor, layout) -> list[Tensor]:
     >>> [own.tolist() for own in hk.unpack_gram(packed, layout)]
     [[[5.0]], [[9.0, 0.0], [0.0, 1.0]]]
     """
+    size = sum(rank * rank for rank in layout.ranks)
+    if not isinstance(packed, Tensor) or tuple(packed.shape) != (size,):
+        raise ValueError(f"packed: expected the {size} elements that `gram` gives, got {tuple(packed.shape) if isinstance(packed, Tensor) else packed!r}")
     blocks = packed.split([rank * rank for rank in layout.ranks])
     return [block.view(rank, rank) for block, rank in zip(blocks, layout.ranks, strict=True)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -51,14 +51,14 @@ def quantize_rows(
     ([[127, -1, 2]], [1.0])
     """
     listed, many = module_list("rows", rows)
-    if bits not in CODES:
+    if not isinstance(bits, int) or bits not in CODES:
         raise ValueError(f"bits: expected 8 or 4, got {bits!r}")
     device = listed[0].device
     codes = [torch.empty(t.shape[0], code_bytes(t.shape[1], bits), dtype=CODES[bits], device=device) for t in listed]
     together = torch.empty(sum(t.shape[0] for t in listed), dtype=torch.float32, device=device)  # one look for what is not finite
     scales = list(together.split([t.shape[0] for t in listed]))
     call("quantize_rows_")(codes, scales, listed, bits)
-    if not bool(torch.isfinite(together).all()):
+    if not together.is_meta and not bool(torch.isfinite(together).all()):
         module, row = next((m, int(bad[0])) for m, own in enumerate(scales) if len(bad := (~torch.isfinite(own)).nonzero()))
         where = f"rows[{module}]" if many else "rows"
         raise ValueError(f"{where}: expected finite values with a scale in float32, got a scale of {float(scales[module][row])} in row {row}")
@@ -97,8 +97,8 @@ def dequantize_rows(
     [[127.0, -1.0, 2.0]]
     """
     many = not isinstance(codes, Tensor)
-    listed, bits = _codes([codes] if isinstance(codes, Tensor) else list(codes))
-    scaled = [scales] if isinstance(scales, Tensor) else list(scales)
+    listed, bits = _codes(codes)
+    scaled: list[Any] = list(scales) if isinstance(scales, (list, tuple)) else [scales]
     widths = _widths(listed, bits, width)
     if dtype not in FLOATS:
         raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
@@ -114,10 +114,11 @@ def dequantize_rows(
     return result if many else result[0]
 
 
-def _codes(listed: list[Tensor]) -> tuple[list[Tensor], int]:
+def _codes(codes: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], int]:
     """The checked codes of every module, and the bits of one."""
     kinds = {kind: bits for bits, kind in CODES.items()}
-    if not listed or not all(isinstance(own, Tensor) for own in listed):
+    listed: list[Any] = list(codes) if isinstance(codes, (list, tuple)) else [codes]
+    if not listed or not all(isinstance(own, Tensor) and own.layout == torch.strided for own in listed):
         raise TypeError("codes: expected a tensor or a non-empty list of tensors")
     for position, own in enumerate(listed):
         if own.dim() != 2 or own.dtype not in kinds or own.dtype != listed[0].dtype or own.device != listed[0].device:
