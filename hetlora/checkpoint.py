@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
 import sys
 import tempfile
@@ -28,7 +29,21 @@ from hetlora import checkpoint_file
 from hetlora.config import Config, ConfigError
 from hetlora.data import FederatedData
 from hetlora.lock import LOCK, FolderLock
-from hetlora.run_folder import ADAPTER_FILE, CHECKPOINT, CONFIG, VERSIONS, WEIGHTS_FILE, WriteError, origin, refuse_existing, sync_folder, write_atomic
+from hetlora.run_folder import (
+    ADAPTER_FILE,
+    BEST,
+    CHECKPOINT,
+    CONFIG,
+    SUMMARY,
+    VERSIONS,
+    WEIGHTS_FILE,
+    WriteError,
+    origin,
+    read_config,
+    refuse_existing,
+    sync_folder,
+    write_atomic,
+)
 from hetlora.text_files import parse_json, read_text
 
 RESUME_INSTEAD = "choose another folder, or continue that run with --resume"
@@ -122,6 +137,14 @@ def create_run(cfg: Config, device: torch.device, lock: FolderLock | None = None
     return run
 
 
+def set_rounds(run: Path, rounds: int) -> None:
+    """The run has this many rounds from now on; it is no finished one if it was."""
+    saved = read_config(run)
+    if saved.rounds != rounds:
+        (run / SUMMARY).unlink(missing_ok=True)
+        write_atomic(run / CONFIG, saved.model_copy(update={"rounds": rounds}).to_json())
+
+
 def _clean_stagings(run: Path) -> None:
     """Remove what a kill inside `create_run` left beside the run: folders of its making that no living process holds."""
     for staging in run.parent.glob(f".{glob.escape(run.name)}.staging-*"):
@@ -148,12 +171,25 @@ def save_checkpoint(
     write_atomic(run / CHECKPOINT, checkpoint_file.sealed(save(tensors, metadata=checkpoint_file.metadata())))
 
 
+def keep_as_best(run: Path) -> None:
+    """best.safetensors <- the newest checkpoint: one more name of its file, which is never written again, or a copy where names cannot be shared."""
+    temporary = run / f".{BEST}.{secrets.token_hex(8)}.tmp"
+    try:
+        os.link(run / CHECKPOINT, temporary)
+    except OSError:
+        write_atomic(run / BEST, (run / CHECKPOINT).read_bytes())
+        return
+    os.replace(temporary, run / BEST)
+    temporary.unlink(missing_ok=True)  # it stays where both were one file before
+    sync_folder(run)
+
+
 _DTYPES = {"U8": torch.uint8, "I32": torch.int32, "F64": torch.float64}
 
 
-def load_state(run: Path) -> dict[str, Any] | None:
-    """The state in the newest checkpoint, None before the first; `ConfigError` when the file is damaged or not one of ours."""
-    path = run / CHECKPOINT
+def load_state(run: Path, name: str = CHECKPOINT) -> dict[str, Any] | None:
+    """The state in the newest checkpoint, None before the first; `ConfigError` when the file is damaged or not one of ours.   name: of another one."""
+    path = run / name
     if not path.is_file():
         return None
     state = checkpoint_file.read_state(path)
@@ -162,16 +198,16 @@ def load_state(run: Path) -> dict[str, Any] | None:
     return state
 
 
-def load_checkpoint(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+def load_checkpoint(run: Path, name: str = CHECKPOINT) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """(state, tensors of the bank, the base and the server's optimiser) of the newest checkpoint; else as `load_state`."""
-    state = load_state(run)
+    state = load_state(run, name)
     if state is None:
         return None
     try:
-        with safe_open(run / CHECKPOINT, framework="pt") as file:
+        with safe_open(run / name, framework="pt") as file:
             return state, {key: file.get_tensor(key) for key in file.keys() if key.startswith(("bank.", "base.", "server."))}
     except (SafetensorError, OSError, ValueError) as error:
-        raise ConfigError(f"{run / CHECKPOINT}: not a readable checkpoint ({error}); restore it from a copy, or start a new run") from None
+        raise ConfigError(f"{run / name}: not a readable checkpoint ({error}); restore it from a copy, or start a new run") from None
 
 
 def fingerprint(data: FederatedData) -> str:

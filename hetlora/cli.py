@@ -24,11 +24,11 @@ from typing import Any, NoReturn
 import click
 
 from hetlora import __version__, cli_flower, processor, signals
-from hetlora.compare.methods import METHODS, OWNED, Plan, default_method, left_out, make_plan, method_settings
+from hetlora.compare.methods import ALONE, METHODS, OWNED, Plan, default_method, left_out, make_plan, method_settings
 from hetlora.config import Config, ConfigError, setting_group
 from hetlora.report.json_lines import JsonObserver, SilentObserver, print_line
 from hetlora.report.text import printable, wrap
-from hetlora.run_folder import BITS_ONLY, is_run, read_config
+from hetlora.run_folder import BITS_ONLY, LENGTH, is_run, read_config
 
 _SHOWN = "hetlora.shown"  # of click's context: 'quiet' or 'json' where that was asked for
 _OF_OWN_RANKS = [name for name, method in METHODS.items() if method.ranks == "own"]
@@ -194,12 +194,12 @@ def _given(config_file: str | None, flags: dict[str, Any]) -> tuple[str, dict[st
 
 
 def _saved_settings(config_file: str | None, flags: dict[str, Any]) -> Config:
-    """The config of the run folder to continue; what the file or the flags ask for must agree with it, but for `BITS_ONLY`."""
+    """The config of the run folder to continue; what the file or the flags ask for must agree with it, but for `BITS_ONLY` and `LENGTH`."""
     source, asked = _given(config_file, flags)
     output = Path(asked.pop("output", Config.model_fields["output"].default))
     saved = read_config(output)
     wanted = Config.create(source, **{**saved.model_dump(), **asked})
-    contradicting = [name for name in asked if name not in BITS_ONLY and getattr(wanted, name) != getattr(saved, name)]
+    contradicting = [name for name in asked if name not in (*BITS_ONLY, *LENGTH) and getattr(wanted, name) != getattr(saved, name)]
     if contradicting:
         what = ", ".join(f"--{name.replace('_', '-')} {getattr(wanted, name)} (the run has {getattr(saved, name)})" for name in contradicting)
         raise ConfigError(f"--resume: the run in {output} goes on with its own settings; leave out {what}, or start a new run in another folder")
@@ -340,7 +340,9 @@ def demo(fast: bool, **given: Any) -> None:
 @json_option
 @click.option("--config", "config_file", metavar="FILE", help="YAML, TOML or JSON file with settings of these names; flags override it.")
 @click.option("--method", metavar="NAME", help=f"Take the settings that make up a method: {', '.join(_OF_OWN_RANKS)}.")
-@click.option("--resume", is_flag=True, help="Continue the run in --output with its own settings, to the same result as without the stop.")
+@click.option(
+    "--resume", is_flag=True, help="Continue the run in --output with its own settings, to the same result as without the stop; --rounds N lengthens it."
+)
 def run(config_file: str | None, resume: bool, **options: Any) -> None:
     """A federation of your own: your model, your data.
 
@@ -369,7 +371,7 @@ class _PlanOption(click.Option):
 def comparison_options(command: click.Command) -> click.Command:
     """Add an option for every field of `Plan`, and of `Config` but those that the methods set."""
     config_options(command)
-    command.params = [_PlanOption(name) for name in Plan.model_fields] + [p for p in command.params if p.name not in OWNED]
+    command.params = [_PlanOption(name) for name in Plan.model_fields] + [p for p in command.params if p.name not in (*OWNED, *ALONE)]
     return command
 
 

@@ -66,6 +66,7 @@ class Config(BaseModel):
     )
     quantize: Literal["none", "8bit", "4bit"] = _setting("none", "model", "Load the frozen base through bitsandbytes in 8 or 4 bits.")
     train: Train = _setting("adapters", "model", "What clients train: " + _choices(TRAININGS.values()))
+    init_adapter: str = _setting("", "model", "Folder of a LoRA in PEFT's format that the global adapter starts from; '' = A drawn, B = 0.")
     scale: float = _setting(2.0, "model", "Constant s in dW = s * B A, the same for every rank.", gt=0)
     dropout: float = _setting(0.0, "model", "Probability of dropping an input element in front of A while training.", ge=0, lt=1)
 
@@ -136,6 +137,7 @@ class Config(BaseModel):
     batch_size: int = _setting(8, "training", "Sequences per client and step.", ge=1, le=1_000_000)
     lr: float = _setting(3e-3, "training", "Learning rate.", gt=0)
     lr_schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "training", "Learning rate over the rounds.")
+    warmup_rounds: int = _setting(0, "training", "Rounds in which the learning rate rises to lr in equal steps, before lr_schedule begins.", ge=0)
     optimizer: Literal["adamw", "sgd"] = _setting("adamw", "training", "Local optimiser; its state starts fresh each round.")
     weight_decay: float = _setting(0.0, "training", "Decoupled weight decay (adamw) or L2 (sgd).", ge=0)
     momentum: float = _setting(0.0, "training", "Momentum (sgd).", ge=0, lt=1)
@@ -146,6 +148,8 @@ class Config(BaseModel):
     # run
     seed: int = _setting(0, "run", "Seed of everything drawn in the run.", ge=0)
     eval_every: int = _setting(1, "run", "Evaluate every this many rounds (and after the last).", ge=1)
+    keep_best: bool = _setting(False, "run", "End with the global adapter (or model) of the round with the lowest held-out loss, instead of the last round's.")
+    patience: int = _setting(0, "run", "Stop after this many evaluations in a row that brought no lower held-out loss; 0 = never.", ge=0)
     eval_tokens: int = _setting(65536, "run", "Evaluate on at most this many tokens of each held-out set; 0 = all.", ge=0)
     rouge_examples: int = _setting(
         0, "run", "With prompt_field: answer this many held-out prompts before the first and after the last round, scored by ROUGE-L; 0 = none.", ge=0
@@ -229,6 +233,8 @@ class Config(BaseModel):
                 raise ConfigError(f"{self._shown([setting])}: only for {chooser} = {values}, got {chooser} = {in_force[chooser]!r}; leave it out")
         if self.dropout and not 0 < round(65536 * self.dropout) < 65536:
             raise ConfigError(f"dropout: expected 0, or a probability from 1/65536 to 65535/65536, got {self.dropout}")
+        if self.warmup_rounds >= self.rounds:
+            raise ConfigError(f"warmup_rounds: expected fewer than rounds = {self.rounds}, got {self.warmup_rounds}")
         if self.rouge_examples and not self.prompt_field:
             raise ConfigError("rouge_examples: answers prompts, and prompt_field names none; set --prompt-field, or leave it out")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hetlora import init_adapter
 from hetlora.config import Config, ConfigError
 from hetlora.data import FederatedData, load_data
 from hetlora.demo_model import DemoModel, Progress, demo_folder
@@ -44,7 +45,9 @@ def prepare(cfg: Config, observer: Observer | None = None) -> Federation:
     path = resolve_model(cfg, progress=observer.pretrain)
     tokenizer = load_tokenizer(path, cfg.trust_remote_code)
     data = load_data(cfg, tokenizer)
-    starting_ranks(cfg, data)  # likewise ranks that do not fit the clients
+    plan = starting_ranks(cfg, data)  # likewise ranks that do not fit the clients
+    if cfg.init_adapter:
+        init_adapter.check_ranks(init_adapter.read(cfg), cfg, plan.r_max)
     model = load_model(cfg, path)
     vocabulary = model.get_input_embeddings().num_embeddings
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf

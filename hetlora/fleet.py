@@ -60,6 +60,10 @@ class Fleet(Protocol):
         """The `evaluation` of a round's record: the global adapter on everybody's held-out text, and what else the settings ask for."""
         ...
 
+    def answers(self, cfg: Config, state: ServerState, progress: Progress) -> dict[str, Any]:
+        """What an `evaluation` has besides before the first and after the last round; {} where the settings ask for nothing."""
+        ...
+
     def own_text(self, cfg: Config, state: ServerState, progress: Progress) -> dict[str, dict[str, Any]]:
         """{client: loss, perplexity, tokens} of every client's own held-out text under what it receives of the bank."""
         ...
@@ -113,9 +117,10 @@ class LocalFleet:
         if cfg.evaluate == "all":
             parts: dict[str, Part] = {"own_text": "test", "own_train": "train"}
             found |= {name: mean_over_clients(list(self.own_text(cfg, state, progress, part).values())) for name, part in parts.items()}
-        if cfg.rouge_examples and state.round in (0, cfg.rounds):
-            found["rouge_l"] = rouge.evaluate(self.federation, state.bank, cfg, progress)
-        return found
+        return found | (self.answers(cfg, state, progress) if state.round in (0, cfg.rounds) else {})
+
+    def answers(self, cfg: Config, state: ServerState, progress: Progress) -> dict[str, Any]:
+        return {"rouge_l": rouge.evaluate(self.federation, state.bank, cfg, progress)} if cfg.rouge_examples else {}
 
     def own_text(self, cfg: Config, state: ServerState, progress: Progress, part: Part = "test") -> dict[str, dict[str, Any]]:
         clients: list[ClientData] = list(self.clients.values())

@@ -108,7 +108,7 @@ class TrainingKind:
 
 
 _OF_ADAPTERS = (
-    *("adapter_dtype", "target_modules", "quantize", "scale", "dropout", "ranks", "gamma", "prune_lambda", "prune_scope"),
+    *("adapter_dtype", "target_modules", "quantize", "init_adapter", "scale", "dropout", "ranks", "gamma", "prune_lambda", "prune_scope"),
     *("weight_scope", "weight_cap", "clip_update", "clip_median", "shared_rows", "unowned_rows", "merge"),
 )
 
@@ -204,7 +204,10 @@ MERGES = {
             base="targets",
             keeps_bank=False,
             no_adapter="with merge 'stack' the run folded its updates into the base model, no adapter holds them; use merge 'factors' or 'svd'",
-            refuses=(_FOLDS,),
+            refuses=(
+                _FOLDS,
+                Refusal(("init_adapter",), "merge = 'stack' starts every round from a fresh bank; merge the adapter into the model and give that as model"),
+            ),
         ),
         MergeKind(
             "residual",

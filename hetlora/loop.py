@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import importlib
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 import hetlora_kernels as hk
-from hetlora import checkpoint, run_folder, server
+from hetlora import checkpoint, course, init_adapter, run_folder, server
 from hetlora.config import Config, ConfigError
 from hetlora.federation import Federation, prepare
 from hetlora.fleet import Fleet, LocalFleet
@@ -75,6 +74,7 @@ class _Run:
     state: server.ServerState
     folder: Path
     observer: Observer
+    history: list[dict[str, Any]] = field(default_factory=list)
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -94,7 +94,8 @@ def simulate(
     """Run (or continue) a federation and write its run folder `cfg.output`.
 
     cfg: the settings.   resume: continue the run in cfg.output from its newest checkpoint, to the same bits as without the interruption (on the
-    same device and versions; the number of threads is set to the run's, other differences are reported).
+    same device and versions; the number of threads is set to the run's, other differences are reported). With another cfg.rounds than the run was made
+    with it becomes the run that would have had them from the start.
     observer: receives progress; left out, it is shown in the terminal or notebook, unless quiet.
     federation: model and data loaded before by `prepare`, to share them between runs.
     on_round_end: called with each round's record (a line of rounds.jsonl).   loggers: further observers, such as those of `hetlora.loggers`.
@@ -148,8 +149,12 @@ def _rounds(cfg: Config, folder: Path, lock: FolderLock, resume: bool, observer:
         said = _check_resumable(cfg, folder, lock)
     else:
         run_folder.refuse_existing(folder, checkpoint.RESUME_INSTEAD)
+    begun = resume and (folder / run_folder.CHECKPOINT).is_file()
+    start = init_adapter.read(cfg) if cfg.init_adapter and not begun else None
     fleet = make()
     state = _initial_state(cfg, fleet)
+    if start:
+        said.append(init_adapter.fill(state.bank, start, cfg))
     if not resume:
         checkpoint.create_run(cfg, fleet.device, lock)
     run = _Run(cfg, fleet, state, folder, observer)
@@ -158,12 +163,15 @@ def _rounds(cfg: Config, folder: Path, lock: FolderLock, resume: bool, observer:
     observer.start(cfg, _describe(run))
     if cfg.clients_per_round > len(fleet.names):
         observer.message(f"clients_per_round = {cfg.clients_per_round}: there are {len(fleet.names)} clients, all of them take part in every round")
-    history = _restore(run) if resume else []
-    if not history:
-        history.append(_before_training(run))
+    if resume:
+        run.history = _restore(run)
+    if not run.history:
+        _before_training(run)
     for number in range(state.round + 1, cfg.rounds + 1):
-        history.append(_round(run, number))
-    return _finish(run, history)
+        if course.stalled(run.history, cfg.patience):
+            break
+        _round(run, number)
+    return _finish(run)
 
 
 def _check_resumable(cfg: Config, folder: Path, lock: FolderLock) -> list[str]:
@@ -171,10 +179,13 @@ def _check_resumable(cfg: Config, folder: Path, lock: FolderLock) -> list[str]:
     run_folder.require_run(folder)
     lock.take(folder)
     run_folder.clean_leftovers(folder)
-    said = run_folder.check_same_config(folder, cfg)
+    said = run_folder.check_same_config(folder, cfg, run_folder.LENGTH)
     checkpoint.saved_versions(folder)
     recorded = checkpoint.load_state(folder)
-    return run_folder.check_recorded_config(folder, recorded, cfg) if recorded else said
+    if recorded:
+        said = run_folder.check_recorded_config(folder, recorded, cfg, run_folder.LENGTH)
+        course.check_length(cfg, recorded["settings"]["rounds"], recorded["round"])
+    return said
 
 
 def _initial_state(cfg: Config, fleet: Fleet) -> server.ServerState:
@@ -238,8 +249,22 @@ def _restore(run: _Run) -> list[dict[str, Any]]:
         if any(record["round"] > 0 for record in run_folder.read_rounds(run.folder)):
             raise ConfigError(f"{run.folder / run_folder.CHECKPOINT}: missing, though rounds are on record; restore it from a copy, or start a new run")
         rounds.unlink(missing_ok=True)
+        checkpoint.set_rounds(run.folder, run.cfg.rounds)
         return []
-    content, tensors = loaded
+    _take(run, *loaded)
+    history = course.as_planned(run_folder.read_rounds(run.folder, last=run.state.round), run.cfg)
+    if [record["round"] for record in history] != list(range(run.state.round + 1)):
+        raise ConfigError(f"{rounds}: expected one line for each of the rounds 0 to {run.state.round}; restore it from a copy, or start a new run")
+    checkpoint.set_rounds(run.folder, run.cfg.rounds)  # before what an earlier plan evaluated leaves the log
+    _write_adapter(run)
+    _note_best(run, history)
+    run_folder.write_atomic(rounds, "".join(json.dumps(record) + "\n" for record in history))
+    run.observer.message(f"continuing after round {run.state.round} of {run.cfg.rounds}")
+    return history
+
+
+def _take(run: _Run, content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """The state of a checkpoint becomes the run's. `ConfigError` where it is that of other data, ranks or another model."""
     if content["data"] != run.fingerprint:
         raise ConfigError(f"{run.folder}: the data is not the data this run began with; restore it, or start a new run in another folder")
     if any(content[name] != getattr(run.state, name) for name in ("r_min", "r_max", "ranks_start")):
@@ -255,20 +280,36 @@ def _restore(run: _Run) -> list[dict[str, Any]]:
     for name in checkpoint.STATE:
         setattr(run.state, name, content[name])
     run.state.ranks = {name: from_record(saved, run.cfg.prune_scope, run.state.bank.shapes) for name, saved in content["ranks"].items()}
-    history = run_folder.read_rounds(run.folder, last=run.state.round)
-    if [record["round"] for record in history] != list(range(run.state.round + 1)):
-        raise ConfigError(f"{rounds}: expected one line for each of the rounds 0 to {run.state.round}; restore it from a copy, or start a new run")
+
+
+def _note_best(run: _Run, history: list[dict[str, Any]]) -> None:
+    """With keep_best: where the newest round is the best so far, its checkpoint is kept."""
+    if run.cfg.keep_best and course.best_round(history) == run.state.round:
+        checkpoint.keep_as_best(run.folder)
+
+
+def _return_to_best(run: _Run) -> dict[str, Any]:
+    """With keep_best: the state of the best round becomes that of the run, on the run's way to its end. Returns the round's record."""
+    best, last = course.best_round(run.history), run.state.round
+    if not run.cfg.keep_best or best is None or best == last:
+        return run.history[-1]
+    found = checkpoint.load_checkpoint(run.folder, run_folder.BEST)
+    if found is None or found[0]["round"] != best:
+        what = f"{run.folder / run_folder.BEST}: {'missing' if found is None else 'of another round'}, the best round was {best}"
+        raise ConfigError(f"{what}; restore it from a copy, or start a new run")
+    trained = run.state.rounds_trained
+    _take(run, *found)
+    run.state.rounds_trained = trained
     _write_adapter(run)
-    run_folder.write_atomic(rounds, "".join(json.dumps(record) + "\n" for record in history))
-    run.observer.message(f"continuing after round {run.state.round} of {run.cfg.rounds}")
-    return history
+    run.observer.message(f"kept: round {best} of {last}, whose held-out loss is the lowest")
+    return run.history[best]
 
 
 # ---------------------------------------------------------------- rounds
 
 
-def _before_training(run: _Run) -> dict[str, Any]:
-    """Round 0: the base model on everybody's held-out text."""
+def _before_training(run: _Run) -> None:
+    """Round 0: what the run starts from on everybody's held-out text."""
     start = _Clock()
     state = run.state
     state.perplexity_before = {name: result["perplexity"] for name, result in run.fleet.own_text(run.cfg, state, run.observer.evaluate).items()}
@@ -281,7 +322,7 @@ def _before_training(run: _Run) -> dict[str, Any]:
         "mean_rank": _mean_rank(state),
         "evaluation": run.fleet.evaluate(run.cfg, state, run.observer.evaluate),
     }
-    return _close_round(run, record, start)
+    _close_round(run, record, start)
 
 
 def _ranks_on_record(run: _Run) -> dict[str, int | dict[str, int]]:
@@ -298,18 +339,14 @@ class _Clock:
         return {"seconds": round(time.perf_counter() - self._wall, 3), "cpu_seconds": round(time.process_time() - self._cpu, 3)}
 
 
-def _close_round(run: _Run, record: dict[str, Any], start: _Clock) -> dict[str, Any]:
+def _close_round(run: _Run, record: dict[str, Any], start: _Clock) -> None:
     """Log first, then checkpoint: after a kill in between, the line is dropped and the round repeated."""
     record |= start.read()
     run_folder.append_round(run.folder, record)
+    run.history.append(record)
     _save(run)
+    _note_best(run, run.history)
     run.observer.round_end(record)
-    return record
-
-
-def _learning_rate(cfg: Config, number: int) -> float:
-    done = (number - 1) / cfg.rounds
-    return cfg.lr * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[cfg.lr_schedule]
 
 
 def _train(run: _Run, number: int, lr: float) -> tuple[list[str], Trained]:
@@ -328,11 +365,11 @@ def _train(run: _Run, number: int, lr: float) -> tuple[list[str], Trained]:
     return names, trained
 
 
-def _round(run: _Run, number: int) -> dict[str, Any]:
-    """One round of HETLORA (arXiv 2401.06432, section 3): train, merge, evaluate, checkpoint; returns its record."""
+def _round(run: _Run, number: int) -> None:
+    """One round of HETLORA (arXiv 2401.06432, section 3): train, merge, evaluate, checkpoint."""
     start = _Clock()
     cfg, state = run.cfg, run.state
-    lr = _learning_rate(cfg, number)
+    lr = course.learning_rate(cfg, number)
     names, trained = _train(run, number, lr)
     arrived, homlora = trained.arrived, state.bank.num_bytes(0) * state.homlora_rank // max(state.r_max, 1)
     moved = {
@@ -368,7 +405,7 @@ def _round(run: _Run, number: int) -> dict[str, Any]:
         "evaluation": run.fleet.evaluate(cfg, state, run.observer.evaluate) if evaluated else None,
         **({"diagnostics": merged.diagnostics} if cfg.diagnostics else {}),
     }
-    return _close_round(run, record, start)
+    _close_round(run, record, start)
 
 
 def _client_line(cfg: Config, name: str, before: ClientRanks, trained: Trained, k: int) -> dict[str, Any]:
@@ -391,11 +428,15 @@ def _rank_shown(ranks: ClientRanks, scope: Scope) -> float:
     return next(iter(ranks.values())) if scope == "client" else round(mean_rank(ranks), 3)
 
 
-def _finish(run: _Run, history: list[dict[str, Any]]) -> Result:
+def _finish(run: _Run) -> Result:
     """Every client's own text under its share of the final bank, the totals, and summary.json."""
-    cfg, state = run.cfg, run.state
+    cfg, state, history = run.cfg, run.state, run.history
+    done, notes = state.round, [f"round {r['round']}: {d['name']} left out, {d['reason']}" for r in history for d in r["dropped"]]
+    if done < cfg.rounds:
+        notes.append(f"stopped after round {done} of {cfg.rounds}: {cfg.patience} evaluations in a row brought no lower held-out loss (patience)")
+        run.observer.message(notes[-1])
+    kept = _return_to_best(run)
     after = run.fleet.own_text(cfg, state, run.observer.evaluate)
-    evaluations = [record["evaluation"] for record in history if record["evaluation"]]
     totals = {key: sum(record[key] for record in history) for key in (*TOTALS, "seconds", "cpu_seconds")}
     summary = {
         "clients": [
@@ -410,13 +451,14 @@ def _finish(run: _Run, history: list[dict[str, Any]]) -> Result:
             }
             for name in run.fleet.names
         ],
-        "evaluation_before": evaluations[0],
-        "evaluation_after": evaluations[-1],
+        "evaluation_before": history[0]["evaluation"],
+        "evaluation_after": kept["evaluation"] | (run.fleet.answers(cfg, state, run.observer.evaluate) if 0 < kept["round"] < cfg.rounds else {}),
         **totals,
         "parameters": run.fleet.describe()["parameters"],
-        "rounds": cfg.rounds,
+        "rounds": done,
+        **({"best_round": kept["round"]} if cfg.keep_best else {}),
         "homlora_rank": state.homlora_rank,
-        "notes": [f"round {r['round']}: {d['name']} left out, {d['reason']}" for r in history for d in r["dropped"]],
+        "notes": notes,
     }
     run_folder.write_atomic(run.folder / run_folder.SUMMARY, json.dumps(summary, indent=2) + "\n")
     run.observer.finish(summary)

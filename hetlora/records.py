@@ -93,6 +93,7 @@ class Summary(_Record):
     evaluation_before: _Evaluation | None = None
     evaluation_after: _Evaluation | None = None
     homlora_rank: int | None = None
+    best_round: int | None = None
     notes: list[str] | None = None
 
 

@@ -3,6 +3,7 @@
 config.json  versions.json     settings and what a repeat needs (`checkpoint.create_run`)
 rounds.jsonl                   one line a round
 checkpoint.safetensors         the whole state after the newest round (`checkpoint_file`)
+best.safetensors               the same after the best round, with keep_best
 adapter/  clients/<name>/      adapters in PEFT's format, of the server and of each client
 summary.json                   when the run is complete
 report.html and its pictures   (`report.page`)
@@ -31,7 +32,7 @@ from hetlora.config import Config, ConfigError
 from hetlora.text_files import parse_json, read_bytes, read_text
 
 CONFIG, VERSIONS, ROUNDS, SUMMARY = "config.json", "versions.json", "rounds.jsonl", "summary.json"
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
 ADAPTER, CLIENTS = "adapter", "clients"
 WEIGHTS_FILE, ADAPTER_FILE = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
 REPORT = "report.html"
@@ -118,7 +119,7 @@ def sync_folder(folder: Path) -> None:
 
 def clean_leftovers(run: Path) -> None:
     """Remove the temporary files that a kill left in a run folder. For the owner of its lock alone."""
-    own = {CONFIG, VERSIONS, ROUNDS, SUMMARY, CHECKPOINT, WEIGHTS_FILE, ADAPTER_FILE, REPORT, *PICTURES, DIAGNOSTICS}
+    own = {CONFIG, VERSIONS, ROUNDS, SUMMARY, CHECKPOINT, BEST, WEIGHTS_FILE, ADAPTER_FILE, REPORT, *PICTURES, DIAGNOSTICS}
     for folder in (run, run / ADAPTER, *(run / CLIENTS).glob("*")):
         for path in folder.glob(".*.tmp") if folder.is_dir() else ():
             found = _TEMPORARY.fullmatch(path.name)
@@ -171,6 +172,8 @@ def read_config(folder: Path) -> Config:
 
 BITS_ONLY = ("device", "cobatch", "max_tokens_per_step")
 """Settings that change the order of sums and no more: a run may go on with another value, which is said."""
+LENGTH = ("rounds",)
+"""Settings with another value of which a run goes on as one that had it from the start, where `course.check_length` allows it."""
 
 
 def method_settings(cfg: Config) -> dict[str, Any]:
@@ -185,29 +188,29 @@ def different_settings(saved: Mapping[str, Any], cfg: Config) -> list[str]:
     return [name for name in now if defaults[name] != now[name]] + [name for name in saved if name not in now]
 
 
-def check_same_config(folder: Path, cfg: Config) -> list[str]:
+def check_same_config(folder: Path, cfg: Config, may: tuple[str, ...] = ()) -> list[str]:
     """Compare `cfg` with config.json of the run it is to continue; returns what differs in `BITS_ONLY`, as lines for the user.
 
-    Raises `ConfigError` naming the settings that differ otherwise.
+    may: further settings that may differ. Raises `ConfigError` naming the settings that differ otherwise.
     """
     saved = method_settings(read_config(folder))
-    method, lines = _compare(saved, cfg)
+    method, lines = _compare(saved, cfg, may)
     if method:
         raise ConfigError(f"{folder}: cannot resume with other settings ({method}); leave them out, or start a new run in another folder")
     return lines
 
 
-def check_recorded_config(folder: Path, state: Mapping[str, Any], cfg: Config) -> list[str]:
+def check_recorded_config(folder: Path, state: Mapping[str, Any], cfg: Config, may: tuple[str, ...] = ()) -> list[str]:
     """As `check_same_config`, with the settings that the checkpoint was made with: config.json may have been changed after the run began."""
-    method, lines = _compare(state["settings"], cfg)
+    method, lines = _compare(state["settings"], cfg, may)
     if method:
         raise ConfigError(f"{folder / CONFIG}: not what the checkpoint was made with ({method}); put back the one that was changed, or start a new run")
     return lines
 
 
-def _compare(saved: Mapping[str, Any], cfg: Config) -> tuple[str, list[str]]:
+def _compare(saved: Mapping[str, Any], cfg: Config, may: tuple[str, ...]) -> tuple[str, list[str]]:
     """(the settings that change the method, as text; what else differs, as lines for the user)."""
-    different = different_settings(saved, cfg)
+    different = [name for name in different_settings(saved, cfg) if name not in may]
     if method := [name for name in different if name not in BITS_ONLY]:
         return _changes(saved, cfg, method), []
     return "", [f"{_changes(saved, cfg, different)}: the result may differ in the last bits from that of an uninterrupted run"] if different else []
@@ -293,6 +296,11 @@ class Run:
     @property
     def complete(self) -> bool:
         return self.summary is not None
+
+    @property
+    def best_round(self) -> int | None:
+        """The round whose adapter a finished run ended with, where keep_best chose it."""
+        return self.summary.get("best_round") if self.summary else None
 
     @property
     def homlora_rank(self) -> int | None:

@@ -107,6 +107,8 @@ def train_adapters(work: Work) -> Trained:
     down = [state.missed_bytes(name) for name in work.names]
     if cfg.merge_kind.keeps_bank:
         lacks = [kind.changed(state.seen.get(name, 0), work.number) for name in work.names]
+        if cfg.init_adapter:  # its A is no draw that everybody makes
+            lacks = [lack if name in state.seen else "ab" for name, lack in zip(work.names, lacks, strict=True)]
         down = [missed + received.num_bytes(k, lacks[k]) for k, missed in enumerate(down)]
     return Trained(
         results,

@@ -19,6 +19,13 @@ OWNED = (
 )
 """Settings that say which method a run is: a comparison takes them from its methods, never from its common settings."""
 
+ALONE = {
+    "init_adapter": "some methods have no bank that could start from an adapter; merge it into the model and give that as --model",
+    "keep_best": "all methods are compared after their last round, and the tables have the best one beside it",
+    "patience": "all methods run the same rounds",
+}
+"""Settings of `hetlora run` that a comparison cannot have, and why."""
+
 _OF_ONE_RUN = ("train", "adapter_dtype", "scale", "dropout")
 SHARED = tuple(name for name in Config.model_fields if setting_group(name) == "data" or (setting_group(name) == "model" and name not in _OF_ONE_RUN))
 """Settings that say which model and data are loaded. All runs of a comparison share these, so no variant and no search has its own."""
@@ -142,7 +149,9 @@ def _variant(method: Method, name: str, changes: list[str]) -> Method:
 
 
 def refuse_shared(where: str, key: str, value: str) -> None:
-    """`ConfigError` for a setting of one method that would need a model or data of its own."""
+    """`ConfigError` for a setting of one method that would need a model or data of its own, or that no comparison has."""
+    if key in ALONE:
+        raise ConfigError(f"{where}: {key}: {ALONE[key]}; leave it out")
     if key in SHARED or (key == "ranks" and value.strip().startswith("column:")):
         shown = "ranks = 'column:...' (read with the data)" if key == "ranks" else key
         raise ConfigError(f"{where}: all runs of a comparison share one model and its data, {shown} cannot differ; set it for all, or make a comparison each")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hetlora import run_folder
-from hetlora.compare.methods import METHODS, OWNED, Method, Plan, method_config, parse_methods, refuse_shared
+from hetlora.compare.methods import ALONE, METHODS, OWNED, Method, Plan, method_config, parse_methods, refuse_shared
 from hetlora.config import Config, ConfigError
 from hetlora.data import FederatedData, load_data
 from hetlora.federation import Federation, prepare, starting_ranks
@@ -186,6 +186,9 @@ def _with_defaults(common: Config) -> Config:
     given = [name for name in OWNED if getattr(common, name) != Config.model_fields[name].default]
     if given:
         raise ConfigError(f"{', '.join(given)}: set by the methods of a comparison; leave it out, or add a method 'hetlora+{given[0]}=...'")
+    for name, why in ALONE.items():
+        if getattr(common, name) != Config.model_fields[name].default:
+            raise ConfigError(f"{name}: {why}; leave it out")
     return common.model_copy(update={name: value for name, value in EVERY_CELL.items() if name not in common.model_fields_set})
 
 

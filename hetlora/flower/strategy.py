@@ -268,6 +268,9 @@ class FlowerFleet:
                     result[name] = mean_over_clients(means)
         return result
 
+    def answers(self, cfg: Config, state: ServerState, progress: Progress) -> dict[str, Any]:
+        return {}  # the server has no text; what asks for answers is refused
+
     def own_text(self, cfg: Config, state: ServerState, progress: Progress) -> dict[str, dict[str, Any]]:
         return {name: evaluation(*own.own) for name, own in self._evaluations(state).items() if own.own[1]}
 

@@ -14,7 +14,7 @@ from hetlora.kinds import TRAININGS
 from hetlora.report.drawing import Picture
 from hetlora.report.pictures import draw_all
 from hetlora.report.text import change_text, number, perplexity_of, rank_text, size_text
-from hetlora.report.verdict import got_worse, group_rows, run_sentence
+from hetlora.report.verdict import evaluations, got_worse, group_rows, run_sentence
 from hetlora.run_folder import DIAGNOSTICS, PICTURES, REPORT, Run, read_run, write_atomic
 
 _GENERATOR = '<meta name="generator" content="hetlora">'
@@ -68,8 +68,8 @@ def _client_rows(run: Run) -> list[dict[str, Any]]:
 def _key_figures(run: Run) -> list[tuple[str, str, str]]:
     """(title, value, remark) of what one wants to know first."""
     rounds = run.config.get("rounds")
-    figures = [("Rounds", f"{run.records[-1]['round']}" + (f" of {rounds}" if not run.complete else ""), f"{len(run.start_ranks)} clients")]
-    evaluated = [record["evaluation"] for record in run.records if record.get("evaluation")]
+    figures = [("Rounds", f"{run.records[-1]['round']}" + (f" of {rounds}" if run.records[-1]["round"] != rounds else ""), f"{len(run.start_ranks)} clients")]
+    evaluated = evaluations(run)
     for part, title in (("client_text", "Perplexity, clients' held-out text"), ("held_out_clients", "Perplexity, held-out clients")):
         values = [value for value in (perplexity_of(evaluation, part) for evaluation in evaluated) if value is not None]
         if values:

@@ -55,11 +55,20 @@ def got_worse(client: dict[str, Any]) -> bool:
     return before is not None and after is not None and not after <= before
 
 
+def evaluations(run: Run) -> list[dict[str, Any]]:
+    """Those of the rounds on record; after them that of the round which a finished run kept, where it is another than the last."""
+    found = [record["evaluation"] for record in run.records if record.get("evaluation")]
+    end = run.summary.get("evaluation_after") if run.summary else None
+    return [*found, end] if end and found and end != found[-1] else found
+
+
 def run_sentence(run: Run) -> str:
     """What happened, and how sure it is."""
     done, planned = run.records[-1]["round"], run.config.get("rounds", "?")
     rounds = f"{done} round{'s' if done != 1 else ''}" if run.complete else f"{done} of {planned} rounds (the run is not complete)"
-    values = [p for record in run.records if (p := perplexity_of(record.get("evaluation"), "client_text")) is not None]
+    values = [p for evaluation in evaluations(run) if (p := perplexity_of(evaluation, "client_text")) is not None]
+    if run.best_round is not None and run.best_round < done:
+        rounds += f", of which round {run.best_round} is kept,"
     if len(values) < 2:
         return f"After {rounds} there is nothing to compare yet: the clients' held-out text was evaluated {len(values)} time{'s' if len(values) != 1 else ''}."
     first, last = values[0], values[-1]

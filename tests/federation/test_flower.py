@@ -374,3 +374,22 @@ def test_a_run_is_the_method_that_hetlora_run_would_take():
     assert server_settings({"merge": "svd"})[0].train == "adapters"
     with pytest.raises(ConfigError, match="method = 'hetlora' has other values of merge"):
         server_settings({"method": "hetlora", "merge": "svd"})
+
+
+def test_the_course_of_a_deployed_run_is_that_of_the_simulated_one(tmp_path):
+    """From an adapter, with warm-up, lengthened from 2 rounds to 3, ended with the best round: the same adapter and lines."""
+    simulate(tiny_config(tmp_path / "first", lr=0.05), federation=tiny_federation(SIZES), quiet=True)
+    settings = {"cobatch": False, "lr": 20.0, "warmup_rounds": 1, "keep_best": True, "init_adapter": str(tmp_path / "first" / "adapter")}
+    ours = simulate(tiny_config(tmp_path / "here", **settings), federation=tiny_federation(SIZES), quiet=True)
+    assert ours.summary["best_round"] < 3
+    deployed(tiny_config(tmp_path / "there", **settings, rounds=2))
+    waiting = Waiting(min_clients=len(SIZES), join_timeout=0, resume=True)
+    deployed(tiny_config(tmp_path / "there", **settings), waiting=waiting)
+    for one, two in zip(lines(tmp_path / "here"), lines(tmp_path / "there"), strict=True):
+        mine, theirs = (record.pop("evaluation")["client_text"]["loss"] for record in (one, two))
+        assert one == two and mine == pytest.approx(theirs, rel=1e-6)
+    summary = json.loads((tmp_path / "there" / "summary.json").read_text())
+    assert summary["best_round"] == ours.summary["best_round"]
+    assert (tmp_path / "here/adapter/adapter_model.safetensors").read_bytes() == (tmp_path / "there/adapter/adapter_model.safetensors").read_bytes()
+    known = {client["name"]: client["perplexity_after"] for client in ours.summary["clients"]}
+    assert {client["name"]: client["perplexity_after"] for client in summary["clients"]} == pytest.approx(known, rel=1e-6)

@@ -228,8 +228,8 @@ def refuse(cfg, folder, message, federation=None):
 
 def test_other_settings_are_named(stopped):
     _, folder = stopped
-    other = config(folder, **SETTINGS["default"] | {"lr": 0.06, "rounds": 9})
-    refuse(other, folder, r"rounds was 4, now 9, lr was 0\.05, now 0\.06|lr was 0\.05, now 0\.06, .*rounds was 4, now 9")
+    other = config(folder, **SETTINGS["default"] | {"lr": 0.06, "batch_size": 9})
+    refuse(other, folder, r"lr was 0\.05, now 0\.06, .*batch_size was 2, now 9|batch_size was 2, now 9, .*lr was 0\.05, now 0\.06")
 
 
 def changed_data(change):
