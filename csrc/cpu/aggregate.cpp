@@ -83,7 +83,7 @@ template <class Sum>
 struct Owners {
     std::vector<const void*> from;
     std::vector<Sum> weights;
-    std::vector<int64_t> counts;
+    Integers counts;
     explicit Owners(int64_t clients) : from(clients), weights(clients), counts(clients) {}
 };
 
@@ -192,12 +192,11 @@ void aggregate_as(std::vector<Matrix>& outs, std::vector<Matrix>& rows, std::vec
     run(modules, tiles, bytes);
 }
 
-void aggregate(const std::vector<Tensor>& out_list, const std::vector<Tensor>& row_list, const Tensor& weights, const std::vector<Tensor>& keep_list,
-               const std::vector<int64_t>& rank_list, bool owners) {
+void aggregate(const Tensors& out_list, const Tensors& row_list, const Tensor& weights, const Tensors& keep_list, const Integers& rank_list, bool owners) {
     std::vector<Matrix> rows = matrices("rows", row_list, row_list.size());
     std::vector<Matrix> outs = matrices("out", out_list, rows.size());
     std::vector<Matrix> keep = matrices("keep", keep_list, keep_list.empty() ? 0 : rows.size());
-    const std::vector<int64_t> ranks = expanded("ranks", rank_list, rows.size());
+    const Integers ranks = expanded("ranks", rank_list, rows.size());
     const Layout layout(ranks, rows.size(), rows_of(rows));
     for (int64_t m = 0; m < layout.modules(); ++m) {
         STD_TORCH_CHECK(outs[m].width == rows[m].width, "out: expected width ", rows[m].width, ", got ", outs[m].width);
@@ -235,7 +234,7 @@ void accumulate_as(std::vector<Matrix>& totals, const std::vector<Matrix>& rows,
     });
 }
 
-void accumulate(const std::vector<Tensor>& total_list, const std::vector<Tensor>& row_list, const Tensor& weights) {
+void accumulate(const Tensors& total_list, const Tensors& row_list, const Tensor& weights) {
     std::vector<Matrix> rows = matrices("rows", row_list, row_list.size());
     std::vector<Matrix> totals = matrices("total", total_list, rows.size());
     for (size_t m = 0; m < rows.size(); ++m) {

@@ -8,25 +8,11 @@
 // Dropout is regenerated while a panel is made. bfloat16 and float16 are converted panel by panel, which the products repay from rank 4 on.
 // Bytes: x, S and the factors once each, the result once (out: twice). Against the framework's GEMMs at rank 16 these win by what they do not write: no
 // drop(x), no mask, no scaled or converted copy.
-#include <cmath>
-
 #include "lora_tiles.h"
 
 namespace hetlora {
 
 constexpr int64_t kRows = 24, kColumns = 512, kChunk = 64, kSpan = 64;
-
-namespace {
-
-// The layer's ops take the rows of x, K ranks, K first rows and K numbers of rows as one list: each list costs 0.4 us on the way through the dispatcher.
-Segments split(const MaybeTensor& seeds, const MaybeTensor& row_keys, const MaybeTensor& index, const Integers& segments, double dropout) {
-    STD_TORCH_CHECK(segments.size() % 3 == 1, "segments: expected the rows of x and three integers for each client, got ", segments.size());
-    const size_t clients = segments.size() / 3;
-    const int64_t* data = segments.data() + 1;
-    return {seeds, row_keys, index, {data, clients}, {data + clients, clients}, {data + 2 * clients, clients}, dropout};
-}
-
-}  // namespace
 
 Layer::Layer(const Tensor& x_tensor, const MaybeTensor& weight, const Tensor& a_tensor, const Tensor& bt_tensor, const Tensor& scales, const MaybeTensor& seeds,
              const MaybeTensor& row_keys, const MaybeTensor& index, const Integers& segments, double dropout, bool as_b)
@@ -36,9 +22,8 @@ Layer::Layer(const Tensor& x_tensor, const MaybeTensor& weight, const Tensor& a_
       bt("bt", bt_tensor, transposed && !as_b),
       total(a.rows),
       m(transposed ? bt.rows : bt.width),
-      ranks(split(seeds, row_keys, index, segments, dropout).ranks),
-      scale(numbers("scale", scales, static_cast<int64_t>(ranks.size))),
-      plan(split(seeds, row_keys, index, segments, dropout), x.rows, total),
+      scale(numbers("scale", scales, static_cast<int64_t>(segments.size() / 3))),
+      plan(segments_of(seeds, row_keys, index, segments, dropout), x.rows, total),
       weight(weight) {
     STD_TORCH_CHECK(segments[0] == (x.width == 0 ? 0 : x.rows), "segments: expected the ", x.rows, " rows of x, got ", segments[0]);
     STD_TORCH_CHECK(a_tensor.dim() == 2 && a.width == x.width, "a: expected a width of ", x.width, ", got ", a.width);
@@ -71,38 +56,15 @@ const int64_t* Plan::integers(const char* name, const MaybeTensor& tensor, int64
     return static_cast<const int64_t*>((*held)->const_data_ptr());
 }
 
-Plan::Plan(const Segments& given, int64_t rows, int64_t factor_rows) {
-    STD_TORCH_CHECK(given.starts.size == given.lengths.size && given.lengths.size <= given.ranks.size, "starts, lengths: expected at most ", given.ranks.size,
-                    " integers each, got ", given.starts.size, " and ", given.lengths.size);
-    const int64_t gathered = given.index ? given.index->numel() : 0, limit = given.index ? gathered : rows;
-    int64_t row = 0, last = 0;
-    for (size_t k = 0; k < given.ranks.size; ++k) {
-        const int64_t rank = given.ranks[k], length = k < given.lengths.size ? given.lengths[k] : 0;
-        STD_TORCH_CHECK(rank >= 0 && rank < (int64_t{1} << 40) && length >= 0, "ranks, lengths: expected integers >= 0, got ", rank, " and ", length);
-        if (length > 0) {
-            const int64_t start = given.starts[k];
-            STD_TORCH_CHECK(start >= 0 && start <= limit - length, "starts: expected segments within ", limit, " rows, got ", start, " + ", length);
-            last = std::max(last, start + length);
-            if (rank > 0) {
-                segments.push_back({static_cast<int64_t>(k), row, rank, start, length, flat});
-                active_rows += length;
-            }
-            flat += rank * length;
-        }
-        row += rank;
-    }
-    STD_TORCH_CHECK(factor_rows < 0 || row == factor_rows, "ranks: expected a sum of ", factor_rows, " (the rows of the factor), got ", row);
+Plan::Plan(const Segments& given, int64_t rows, int64_t factor_rows) : Walk(given, rows), dropout_(dropout_of(given)) {
+    STD_TORCH_CHECK(factor_rows < 0 || rank_rows == factor_rows, "ranks: expected a sum of ", factor_rows, " (the rows of the factor), got ", rank_rows);
     index_ = integers("index", given.index, last, &index_held_);
-    for (int64_t i = 0; i < gathered; ++i) {
+    for (int64_t i = 0; index_ && i < given.index->numel(); ++i) {
         STD_TORCH_CHECK(index_[i] >= 0 && index_[i] < rows, "index: expected rows of x below ", rows, ", got ", index_[i]);
     }
-    if (given.seeds.has_value()) {
-        STD_TORCH_CHECK(given.row_keys.has_value(), "row_keys: expected a tensor beside seeds");
-        STD_TORCH_CHECK(given.dropout >= 0 && given.dropout < 1, "dropout: expected a probability in [0, 1), got ", given.dropout);
+    if (given.seeds) {
         seeds_ = integers("seeds", given.seeds, static_cast<int64_t>(given.lengths.size), &seeds_held_);
         keys_ = integers("row_keys", given.row_keys, last, &keys_held_);
-        threshold_ = static_cast<uint32_t>(std::nearbyint(65536 * given.dropout));  // ties to even, as Python rounds
-        inverse_ = 1 / (1 - threshold_ / 65536.0);
     }
 }
 
@@ -235,20 +197,14 @@ void expand(const Plan& plan, const Matrix& out, const Shrunk& s, const Matrix& 
     }
 }
 
-Tensor grouped_gram(const Plan& plan, Span ranks, const Shrunk& s, const Matrix& x, ScalarType dtype) {
+Tensor grouped_gram(const Plan& plan, const Shrunk& s, const Matrix& x, ScalarType dtype) {
     STD_TORCH_CHECK(s.count == plan.flat, "s: expected ", plan.flat, " elements, got ", s.count);
     STD_TORCH_CHECK((s.type == Type::f64) == (x.type == Type::f64), "s: expected float64 exactly where x is");
-    int64_t total = 0, filled = 0;
-    for (size_t k = 0; k < ranks.size; ++k) {
-        total += ranks[k];
-    }
-    for (const Segment& segment : plan.segments) {
-        filled += segment.rank;
-    }
+    const int64_t total = plan.rank_rows;
     const Tensor out = empty({total, x.width}, dtype);
     const Type out_type = type_of("dtype", out);
     void* data = const_cast<void*>(out.const_data_ptr());
-    if (filled != total) {
+    if (plan.active_ranks != total) {
         std::memset(data, 0, static_cast<size_t>(total * x.width * size_of(out_type)));
     }
     s.type == Type::f64 ? gram_as<double>(plan, x, s.type, s.data, out_type, data, total) : gram_as<float>(plan, x, s.type, s.data, out_type, data, total);

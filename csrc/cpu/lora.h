@@ -4,37 +4,14 @@
 // one pass (lora_small.cpp); up to eight rows it is the faster one.
 #pragma once
 
+#include "../segments.h"
 #include "lora_kernels.h"
 #include "tensors.h"
 
 namespace hetlora {
 
-using MaybeTensor = std::optional<Tensor>;
-using Integers = std::vector<int64_t>;
-
-struct Segment {
-    int64_t client, row, rank, start, length, flat;  // first rank row; first of the client's rows in x (or in the index); first element of its S
-};
-
-// Integers that lie elsewhere.
-struct Span {
-    Span(const Integers& all) : data(all.data()), size(all.size()) {}
-    Span(const int64_t* data, size_t size) : data(data), size(size) {}
-    int64_t operator[](size_t i) const { return data[i]; }
-
-    const int64_t* data;
-    size_t size;
-};
-
-// The arguments that every LoRA op takes.
-struct Segments {
-    MaybeTensor seeds, row_keys, index;
-    Span ranks, starts, lengths;
-    double dropout;
-};
-
-// `Segments` against x with `rows` rows and packed factors with `factor_rows`.
-class Plan {
+// `Segments` against x with `rows` rows and packed factors with `factor_rows`; -1: not known.
+class Plan : public Walk {
   public:
     Plan(const Segments& given, int64_t rows, int64_t factor_rows);
 
@@ -43,25 +20,21 @@ class Plan {
     bool gathers() const { return index_ != nullptr; }
     bool drops() const { return seeds_ != nullptr; }
     DropRow drop_row(const Segment& segment, int64_t t, int64_t column) const {
-        return {static_cast<uint64_t>(seeds_[segment.client]), static_cast<uint64_t>(keys_[segment.start + t]), column, threshold_};
+        return {static_cast<uint64_t>(seeds_[segment.client]), static_cast<uint64_t>(keys_[segment.start + t]), column, dropout_.threshold};
     }
-    double inverse() const { return inverse_; }
+    double inverse() const { return dropout_.inverse; }
     Plan without_dropout() const {
         Plan out(*this);
         out.seeds_ = nullptr;
         return out;
     }
 
-    std::vector<Segment> segments;  // those with work
-    int64_t flat = 0, active_rows = 0;
-
   private:
-    const int64_t* integers(const char* name, const MaybeTensor& tensor, int64_t at_least, MaybeTensor* held);
+    static const int64_t* integers(const char* name, const MaybeTensor& tensor, int64_t at_least, MaybeTensor* held);
 
     MaybeTensor seeds_held_, keys_held_, index_held_;
     const int64_t *seeds_ = nullptr, *keys_ = nullptr, *index_ = nullptr;
-    uint32_t threshold_ = 0;
-    double inverse_ = 1;
+    Dropout dropout_;
 };
 
 template <class E>
@@ -131,7 +104,6 @@ struct Layer {
     bool transposed;  // bt lies in memory as [m, S], as PEFT keeps its lora_B
     Matrix bt;        // as it lies
     int64_t total, m;
-    Span ranks;
     std::vector<double> scale;
     Plan plan;
     const MaybeTensor& weight;
@@ -148,6 +120,6 @@ inline Type shrunk_type(Type type) { return type == Type::f64 ? Type::f64 : Type
 // scale [K] -> S in `shrunk_type`, plan.flat elements at `out`.
 void shrink(const Plan& plan, const Matrix& x, const Matrix& rows, const std::vector<double>& scale, void* out);
 void expand(const Plan& plan, const Matrix& out, const Shrunk& s, const Matrix& rows);
-Tensor grouped_gram(const Plan& plan, Span ranks, const Shrunk& s, const Matrix& x, ScalarType dtype);
+Tensor grouped_gram(const Plan& plan, const Shrunk& s, const Matrix& x, ScalarType dtype);
 
 }  // namespace hetlora

@@ -39,7 +39,7 @@ void expand_op(Tensor out_tensor, const Tensor& s, const Tensor& rows_tensor, co
 Tensor grouped_gram_op(const Tensor& s, const Tensor& x_tensor, const MaybeTensor& seeds, const MaybeTensor& row_keys, const MaybeTensor& index,
                        const Integers& ranks, const Integers& starts, const Integers& lengths, double dropout, ScalarType dtype) {
     const Matrix x("x", x_tensor);
-    return grouped_gram(Plan({seeds, row_keys, index, ranks, starts, lengths, dropout}, x.rows, -1), ranks, shrunk(s), x, dtype);
+    return grouped_gram(Plan({seeds, row_keys, index, ranks, starts, lengths, dropout}, x.rows, -1), shrunk(s), x, dtype);
 }
 
 // Which calls go the small way: on so few rows its base product is faster than the framework's, in 16-bit types only with so small a weight
@@ -83,15 +83,6 @@ void product(const Tensor& out, const Tensor& left, const Tensor& right, const M
     const AOTITorchError error =
         bias ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), left.get(), right.get(), 1.0, 1.0) : aoti_torch_cpu_mm_out(out.get(), left.get(), right.get());
     STD_TORCH_CHECK(error == 0, "hetlora: the base product failed");
-}
-
-// Sizes of `tensor` with another last one.
-Integers sizes_of(const Tensor& tensor, int64_t last) {
-    Integers out(static_cast<size_t>(tensor.dim()), last);
-    for (size_t i = 0; i + 1 < out.size(); ++i) {
-        out[i] = tensor.size(static_cast<int64_t>(i));
-    }
-    return out;
 }
 
 // d_bt [S, m] in the memory of B [m, S]; seen as [S, m] or as B.
@@ -169,11 +160,11 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& d_y_given, const 
     if (need_x) {
         expand(layer.plan, Matrix::flat("d_x", d_x), d_s, layer.a);
     }
-    const Tensor d_a = need_a ? grouped_gram(layer.plan, layer.ranks, d_s, layer.x, a_type) : empty({0}, a_type);
+    const Tensor d_a = need_a ? grouped_gram(layer.plan, d_s, layer.x, a_type) : empty({0}, a_type);
     if (!need_bt) {
         return {d_x, d_a, empty({0}, bt_type)};
     }
-    const Tensor d_bt = grouped_gram(without, layer.ranks, own_s, d_out, bt_type);
+    const Tensor d_bt = grouped_gram(without, own_s, d_out, bt_type);
     return {d_x, d_a, layer.transposed ? turned(d_bt, !transposed) : d_bt};
 }
 

@@ -312,7 +312,7 @@ void gram_of_rows(const Plan& plan, const std::vector<Segment>& all, const Matri
     std::vector<Segment> segments;
     std::copy_if(all.begin(), all.end(), std::back_inserter(segments), [&](const Segment& segment) { return segment.length > begin; });
     const int64_t n = x.width;
-    std::vector<int64_t> places;
+    Integers places;
     int64_t size = 0, longest = 0;
     for (const Segment& segment : segments) {
         const int64_t length = std::min(kPart, segment.length - begin);
@@ -380,7 +380,7 @@ void shrink_on_tiles(const Plan& plan, const Matrix& x, const Matrix& factor, co
     const int64_t n = x.width;
     const Numbers numbers(factor.type, factor.data, factor.rows * n);
     const Packed right(0, n, numbers.parts), left(kBlock, n, 1);
-    std::vector<int64_t> places;
+    Integers places;
     int64_t size = 0;
     for (const Segment& segment : segments) {
         places.push_back(size);
@@ -432,7 +432,7 @@ void expand_on_tiles(const Plan& plan, const Matrix& out, Type s_type, const voi
     const int64_t m = out.width;
     const Numbers numbers(factor.type, factor.data, factor.rows * m);
     const Operand<float> s(s_type, s_data, plan.flat);
-    std::vector<int64_t> places;
+    Integers places;
     int64_t size = 0, widest = 0;
     for (const Segment& segment : segments) {
         places.push_back(size);

@@ -103,7 +103,7 @@ void for_units(const std::vector<Matrix>& rows, const Layout& layout, int64_t gr
         bytes += rows[m].rows * rows[m].width * size_of(rows[m].type);
     }
     const int64_t count = static_cast<int64_t>(units.size()), parts = part_count(count, bytes);
-    std::vector<int64_t> begins{0};
+    Integers begins{0};
     for (int64_t i = 0; i < count; ++i) {  // a unit belongs to the part that its middle falls into
         const double middle = ((i == 0 ? 0 : units[i - 1].cost) + units[i].cost) / 2;
         while (static_cast<int64_t>(begins.size()) < parts && middle * static_cast<double>(parts) >= cost * static_cast<double>(begins.size())) {
@@ -129,7 +129,7 @@ void for_units(const std::vector<Matrix>& rows, const Layout& layout, int64_t gr
 
 template <class E, class Out>
 void gram_as(const std::vector<Matrix>& rows, const Layout& layout, const std::vector<Out*>& out) {
-    std::vector<int64_t> first(static_cast<size_t>(layout.modules() * layout.clients()));
+    Integers first(static_cast<size_t>(layout.modules() * layout.clients()));
     for (int64_t m = 0; m < layout.modules(); ++m) {
         int64_t at = 0;
         for (int64_t k = 0; k < layout.clients(); ++k) {
@@ -143,12 +143,12 @@ void gram_as(const std::vector<Matrix>& rows, const Layout& layout, const std::v
     });
 }
 
-std::vector<Tensor> gram(const std::vector<Tensor>& row_list, const std::vector<int64_t>& rank_list, bool exact) {
+Tensors gram(const Tensors& row_list, const Integers& rank_list, bool exact) {
     const std::vector<Matrix> rows = matrices("rows", row_list, row_list.size());
-    const std::vector<int64_t> ranks = expanded("ranks", rank_list, rows.size());
+    const Integers ranks = expanded("ranks", rank_list, rows.size());
     const Layout layout(ranks, rows.size(), rows_of(rows));
     const bool wide = exact || (!rows.empty() && rows[0].type == Type::f64);
-    std::vector<Tensor> out;
+    Tensors out;
     for (int64_t m = 0; m < layout.modules(); ++m) {
         int64_t size = 0;
         for (int64_t k = 0; k < layout.clients(); ++k) {
@@ -195,10 +195,10 @@ void delta_norms_as(const std::vector<Matrix>& a, const std::vector<Matrix>& bt,
     });
 }
 
-Tensor delta_norms(const std::vector<Tensor>& a_list, const std::vector<Tensor>& bt_list, const std::vector<int64_t>& rank_list, bool exact) {
+Tensor delta_norms(const Tensors& a_list, const Tensors& bt_list, const Integers& rank_list, bool exact) {
     STD_TORCH_CHECK(!a_list.empty(), "a: expected at least one module");
     const std::vector<Matrix> a = matrices("a", a_list, a_list.size()), bt = matrices("bt", bt_list, a_list.size());
-    const std::vector<int64_t> ranks = expanded("ranks", rank_list, a.size());
+    const Integers ranks = expanded("ranks", rank_list, a.size());
     const Layout layout(ranks, a.size(), rows_of(a));
     STD_TORCH_CHECK(rows_of(a) == rows_of(bt), "bt: expected as many rows as a in every module");
     STD_TORCH_CHECK((a[0].type == Type::f64) == (bt[0].type == Type::f64), "bt: expected float64 exactly where a is");
@@ -212,13 +212,13 @@ Tensor delta_norms(const std::vector<Tensor>& a_list, const std::vector<Tensor>&
     return table(a_list[0], layout.clients(), layout.modules(), wide, norms);
 }
 
-Tensor tail_norms(const std::vector<Tensor>& row_list, const std::vector<int64_t>& rank_list, const std::vector<int64_t>& keep_list) {
+Tensor tail_norms(const Tensors& row_list, const Integers& rank_list, const Integers& keep_list) {
     constexpr int64_t kChunk = 16384;
     STD_TORCH_CHECK(!row_list.empty(), "rows: expected at least one module");
     const std::vector<Matrix> rows = matrices("rows", row_list, row_list.size());
-    const std::vector<int64_t> ranks = expanded("ranks", rank_list, rows.size());
+    const Integers ranks = expanded("ranks", rank_list, rows.size());
     const Layout layout(ranks, rows.size(), rows_of(rows));
-    const std::vector<int64_t> keep = expanded("keep", keep_list, rows.size());
+    const Integers keep = expanded("keep", keep_list, rows.size());
     STD_TORCH_CHECK(keep.size() == ranks.size(), "keep: expected ", ranks.size(), " integers, got ", keep.size());
     struct Chunk {
         int64_t module, slot, begin, n;

@@ -109,7 +109,7 @@ struct Bank {
     std::vector<Matrix> params, grads;
     Layout layout;
     std::vector<double> lr, active, clip, lam;
-    std::vector<int64_t> keep;
+    Integers keep;
     std::vector<Job> jobs;
     std::vector<double> pull, factor;  // [2 M][K] of the regulariser's gradient; [K] of clipping
     int64_t bytes = 0;
@@ -120,8 +120,8 @@ struct Bank {
     bool wide() const { return !params.empty() && params[0].type == Type::f64; }
 };
 
-std::vector<int64_t> module_rows(const std::vector<Matrix>& params) {
-    std::vector<int64_t> rows = rows_of(params);
+Integers module_rows(const std::vector<Matrix>& params) {
+    Integers rows = rows_of(params);
     rows.resize(rows.size() / 2);
     return rows;
 }
@@ -145,8 +145,8 @@ void make_jobs(Bank& bank) {
     }
 }
 
-Bank make_bank(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const Tensor& lr, const Tensor& active, const std::optional<Tensor>& clip,
-               const std::optional<Tensor>& lam, const std::vector<int64_t>& ranks, const std::vector<int64_t>& keep) {
+Bank make_bank(const Tensors& params, const Tensors& grads, const Tensor& lr, const Tensor& active, const MaybeTensor& clip, const MaybeTensor& lam,
+               const Integers& ranks, const Integers& keep) {
     STD_TORCH_CHECK(params.size() % 2 == 0, "params: expected the A factors, then as many B factors, got ", params.size(), " tensors");
     std::vector<Matrix> values = matrices("params", params, params.size()), slopes = matrices("grads", grads, params.size());
     Layout layout(ranks, params.size() / 2, module_rows(values));
@@ -301,7 +301,7 @@ void cast_jobs(const Bank& bank, std::vector<Matrix>& copies) {
     write_back(copies);
 }
 
-std::vector<Matrix> casts_of(const Bank& bank, const std::vector<Tensor>& casts) {
+std::vector<Matrix> casts_of(const Bank& bank, const Tensors& casts) {
     std::vector<Matrix> copies = matrices("casts", casts, casts.empty() ? 0 : bank.params.size());
     for (size_t f = 0; f < copies.size(); ++f) {
         STD_TORCH_CHECK(copies[f].rows == bank.params[f].rows && copies[f].width == bank.params[f].width, "casts: expected the shapes of params");
@@ -309,11 +309,10 @@ std::vector<Matrix> casts_of(const Bank& bank, const std::vector<Tensor>& casts)
     return copies;
 }
 
-void adamw(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avg, const std::vector<Tensor>& exp_avg_sq,
-           const std::vector<Tensor>& casts, const Tensor& lr, Tensor step, const Tensor& active, const std::optional<Tensor>& clip,
-           const std::optional<Tensor>& lam, const std::vector<int64_t>& rank_list, const std::vector<int64_t>& keep_list, double beta1, double beta2,
-           double eps, double weight_decay) {
-    const std::vector<int64_t> ranks = expanded("ranks", rank_list, params.size() / 2), keep = expanded("keep", keep_list, params.size() / 2);
+void adamw(const Tensors& params, const Tensors& grads, const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensors& casts, const Tensor& lr, Tensor step,
+           const Tensor& active, const MaybeTensor& clip, const MaybeTensor& lam, const Integers& rank_list, const Integers& keep_list, double beta1,
+           double beta2, double eps, double weight_decay) {
+    const Integers ranks = expanded("ranks", rank_list, params.size() / 2), keep = expanded("keep", keep_list, params.size() / 2);
     Bank bank = make_bank(params, grads, lr, active, clip, lam, ranks, keep);
     std::vector<Matrix> means = matrices("exp_avg", exp_avg, params.size()), squares = matrices("exp_avg_sq", exp_avg_sq, params.size());
     check_state("exp_avg", bank, means);
@@ -350,10 +349,9 @@ void sgd_run(Bank& bank, std::vector<Matrix>& buffers, double momentum, double w
     step_jobs(bank, state, steps, [](Type type, const Span& span, const Step<Sum>& s) { sgd_block(type, span, s); });
 }
 
-void sgd(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& buffer_list, const std::vector<Tensor>& casts,
-         const Tensor& lr, const Tensor& active, const std::optional<Tensor>& clip, const std::optional<Tensor>& lam, const std::vector<int64_t>& rank_list,
-         const std::vector<int64_t>& keep_list, double momentum, double weight_decay) {
-    const std::vector<int64_t> ranks = expanded("ranks", rank_list, params.size() / 2), keep = expanded("keep", keep_list, params.size() / 2);
+void sgd(const Tensors& params, const Tensors& grads, const Tensors& buffer_list, const Tensors& casts, const Tensor& lr, const Tensor& active,
+         const MaybeTensor& clip, const MaybeTensor& lam, const Integers& rank_list, const Integers& keep_list, double momentum, double weight_decay) {
+    const Integers ranks = expanded("ranks", rank_list, params.size() / 2), keep = expanded("keep", keep_list, params.size() / 2);
     Bank bank = make_bank(params, grads, lr, active, clip, lam, ranks, keep);
     std::vector<Matrix> buffers = matrices("buffers", buffer_list, buffer_list.empty() ? 0 : params.size());
     check_state("buffers", bank, buffers);

@@ -103,7 +103,7 @@ struct Row {
 };
 
 // Checks of codes and scales beside the rows of float values; the tasks of one call, and its bytes.
-std::vector<Row> row_tasks(const std::vector<Matrix>& rows, const std::vector<Tensor>& codes, const std::vector<Tensor>& scales, int64_t bits, int64_t* bytes) {
+std::vector<Row> row_tasks(const std::vector<Matrix>& rows, const Tensors& codes, const Tensors& scales, int64_t bits, int64_t* bytes) {
     STD_TORCH_CHECK(bits == 8 || bits == 4, "bits: expected 8 or 4, got ", bits);
     STD_TORCH_CHECK(codes.size() == rows.size() && scales.size() == rows.size(), "codes, scales: expected ", rows.size(), " tensors each");
     std::vector<Row> tasks;
@@ -122,7 +122,7 @@ std::vector<Row> row_tasks(const std::vector<Matrix>& rows, const std::vector<Te
     return tasks;
 }
 
-void quantize_rows(const std::vector<Tensor>& codes, const std::vector<Tensor>& scales, const std::vector<Tensor>& row_list, int64_t bits) {
+void quantize_rows(const Tensors& codes, const Tensors& scales, const Tensors& row_list, int64_t bits) {
     const std::vector<Matrix> rows = matrices("rows", row_list, row_list.size());
     int64_t bytes = 0;
     const std::vector<Row> tasks = row_tasks(rows, codes, scales, bits, &bytes);
@@ -137,7 +137,7 @@ void quantize_rows(const std::vector<Tensor>& codes, const std::vector<Tensor>& 
     });
 }
 
-void dequantize_rows(const std::vector<Tensor>& out_list, const std::vector<Tensor>& codes, const std::vector<Tensor>& scales, int64_t bits) {
+void dequantize_rows(const Tensors& out_list, const Tensors& codes, const Tensors& scales, int64_t bits) {
     std::vector<Matrix> outs = matrices("out", out_list, out_list.size());
     int64_t bytes = 0;
     const std::vector<Row> tasks = row_tasks(outs, codes, scales, bits, &bytes);

@@ -107,7 +107,7 @@ class Matrix {
     Tensor tensor_, dense_;
 };
 
-inline std::vector<Matrix> matrices(const char* name, const std::vector<Tensor>& tensors, size_t expected, int64_t dim = 2) {
+inline std::vector<Matrix> matrices(const char* name, const Tensors& tensors, size_t expected, int64_t dim = 2) {
     STD_TORCH_CHECK(tensors.size() == expected, name, ": expected ", expected, " tensors, got ", tensors.size());
     std::vector<Matrix> out;
     out.reserve(tensors.size());
@@ -122,7 +122,7 @@ inline std::vector<Matrix> matrices(const char* name, const std::vector<Tensor>&
 // Ranks and first rows of K clients in M modules, from the flat list of the schemas. `rows[m]` is what the ranks of module m must sum to; -1: not known.
 class Layout {
   public:
-    Layout(const std::vector<int64_t>& ranks, size_t modules, const std::vector<int64_t>& rows) : modules_(static_cast<int64_t>(modules)), ranks_(ranks) {
+    Layout(const Integers& ranks, size_t modules, const Integers& rows) : modules_(static_cast<int64_t>(modules)), ranks_(ranks) {
         STD_TORCH_CHECK(modules == 0 ? ranks.empty() : ranks.size() % modules == 0, "ranks: expected a multiple of ", modules, " integers, got ", ranks.size());
         clients_ = modules == 0 ? 0 : static_cast<int64_t>(ranks.size() / modules);
         first_.resize(ranks.size());
@@ -152,12 +152,12 @@ class Layout {
 
   private:
     int64_t modules_, clients_;
-    const std::vector<int64_t>& ranks_;
-    std::vector<int64_t> first_;
+    const Integers& ranks_;
+    Integers first_;
 };
 
-inline std::vector<int64_t> rows_of(const std::vector<Matrix>& list) {
-    std::vector<int64_t> out;
+inline Integers rows_of(const std::vector<Matrix>& list) {
+    Integers out;
     for (const Matrix& each : list) {
         out.push_back(each.rows);
     }

@@ -34,11 +34,11 @@ const char* converted(const Matrix& bank, const Matrix& out, int64_t begin, int6
     return buffer;
 }
 
-void truncate(const std::vector<Tensor>& out_list, const std::vector<Tensor>& bank_list, const std::vector<int64_t>& rank_list, bool dense) {
+void truncate(const Tensors& out_list, const Tensors& bank_list, const Integers& rank_list, bool dense) {
     std::vector<Matrix> banks = matrices("bank", bank_list, bank_list.size());
     std::vector<Matrix> outs = matrices("out", out_list, banks.size(), dense ? 3 : 2);
-    const std::vector<int64_t> ranks = expanded("ranks", rank_list, banks.size());
-    const Layout layout(ranks, banks.size(), dense ? std::vector<int64_t>(banks.size(), -1) : rows_of(outs));
+    const Integers ranks = expanded("ranks", rank_list, banks.size());
+    const Layout layout(ranks, banks.size(), dense ? Integers(banks.size(), -1) : rows_of(outs));
     std::vector<Tile> tiles;
     int64_t bytes = 0;
     for (int64_t m = 0; m < layout.modules(); ++m) {

@@ -3,8 +3,8 @@
 
 namespace {
 
-void aggregate_(const Tensors& out, const Tensors& rows_in, const Tensor& weights_in, const Tensors& keep_in, const Ints& rank_list, bool owners) {
-    const Ints ranks = hetlora::expanded("ranks", rank_list, out.size());
+void aggregate_(const Tensors& out, const Tensors& rows_in, const Tensor& weights_in, const Tensors& keep_in, const Integers& rank_list, bool owners) {
+    const Integers ranks = hetlora::expanded("ranks", rank_list, out.size());
     const Tensors rows = contiguous(rows_in), keep = contiguous(keep_in);
     const int clients = clients_of(ranks, rows.size());
     check_count(out.size(), rows.size(), "out");

@@ -19,14 +19,15 @@
 
 namespace {
 
+using hetlora::Integers;
+using hetlora::MaybeTensor;
 using hetlora::Module;
 using hetlora::sums_of;
 using hetlora::TableBuilder;
+using hetlora::Tensors;
 using hetlora::Type;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-using Ints = std::vector<int64_t>;
 
 inline Type type_of(const Tensor& t) { return hetlora::type_of("hetlora", t); }
 inline ScalarType scalar_of(Type type) { return type == Type::f64 ? ScalarType::Double : ScalarType::Float; }
@@ -52,7 +53,7 @@ inline void check_count(size_t got, size_t expected, const char* name) {
     STD_TORCH_CHECK(got == expected, name, ": expected ", expected, " entries, got ", got);
 }
 
-inline int clients_of(const Ints& ranks, size_t modules) {
+inline int clients_of(const Integers& ranks, size_t modules) {
     STD_TORCH_CHECK(modules > 0 && modules <= 65535 && ranks.size() % modules == 0, "ranks: expected one list for each of 1 to 65535 modules");
     return static_cast<int>(ranks.size() / modules);
 }
@@ -119,7 +120,7 @@ class Launch {
 };
 
 // offsets of one module, checked against its rows.
-inline std::vector<int> checked_offsets(const Ints& ranks, size_t module, int clients, int64_t rows) {
+inline std::vector<int> checked_offsets(const Integers& ranks, size_t module, int clients, int64_t rows) {
     const int64_t* own = ranks.data() + module * clients;
     int64_t total = 0;
     for (int k = 0; k < clients; ++k) {
@@ -131,7 +132,7 @@ inline std::vector<int> checked_offsets(const Ints& ranks, size_t module, int cl
 }
 
 // offsets [K + 1], then the first tail row of each client [K]; without cuts nothing is a tail.
-inline std::vector<int> cut_layout(const Ints& ranks, const Ints& keep, size_t module, int clients, int64_t rows) {
+inline std::vector<int> cut_layout(const Integers& ranks, const Integers& keep, size_t module, int clients, int64_t rows) {
     std::vector<int> values = checked_offsets(ranks, module, clients, rows);
     for (int k = 0; k < clients; ++k) {
         const int64_t rank = ranks[module * clients + k], cut = keep.empty() ? rank : keep[module * clients + k];
@@ -140,7 +141,7 @@ inline std::vector<int> cut_layout(const Ints& ranks, const Ints& keep, size_t m
     return values;
 }
 
-inline int64_t largest(const Ints& ranks, size_t module, int clients) {
+inline int64_t largest(const Integers& ranks, size_t module, int clients) {
     int64_t out = 0;
     for (int k = 0; k < clients; ++k) out = std::max(out, ranks[module * clients + k]);
     return out;

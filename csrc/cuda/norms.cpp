@@ -5,7 +5,7 @@ namespace {
 
 // Queues the Gram matrices of every module; the result is one tensor per module. `after` runs on the same table.
 template <class After>
-Tensors launch_gram(const Tensors& rows, const Ints& ranks, Type result, const char* op, After after) {
+Tensors launch_gram(const Tensors& rows, const Integers& ranks, Type result, const char* op, After after) {
     const int clients = clients_of(ranks, rows.size());
     check_rows(rows, rows[0], "rows");
     Launch launch(rows[0], clients, op);
@@ -36,19 +36,19 @@ Tensors launch_gram(const Tensors& rows, const Ints& ranks, Type result, const c
     return out;
 }
 
-Tensors gram(const Tensors& rows_in, const Ints& rank_list, bool exact) {
+Tensors gram(const Tensors& rows_in, const Integers& rank_list, bool exact) {
     const Tensors rows = contiguous(rows_in);
     return launch_gram(rows, hetlora::expanded("ranks", rank_list, rows.size()), exact ? Type::f64 : sums_of(type_of(rows[0])), "gram",
                        [](const HetloraCall*, int) {});
 }
 
-Tensor delta_norms(const Tensors& a, const Tensors& bt, const Ints& rank_list, bool exact) {
+Tensor delta_norms(const Tensors& a, const Tensors& bt, const Integers& rank_list, bool exact) {
     check_count(bt.size(), a.size(), "bt");
     const int64_t modules = static_cast<int64_t>(a.size());
     Tensors rows = contiguous(a);
     for (const Tensor& t : bt) rows.push_back(torch::stable::contiguous(t));
-    const Ints ranks = hetlora::expanded("ranks", rank_list, a.size());
-    Ints twice(ranks);
+    const Integers ranks = hetlora::expanded("ranks", rank_list, a.size());
+    Integers twice(ranks);
     twice.insert(twice.end(), ranks.begin(), ranks.end());
     const Type result = exact ? Type::f64 : sums_of(type_of(rows[0]));
     std::optional<Tensor> out;
@@ -59,9 +59,9 @@ Tensor delta_norms(const Tensors& a, const Tensors& bt, const Ints& rank_list, b
     return *out;
 }
 
-Tensor tail_norms(const Tensors& rows_in, const Ints& rank_list, const Ints& keep_list) {
+Tensor tail_norms(const Tensors& rows_in, const Integers& rank_list, const Integers& keep_list) {
     const Tensors rows = contiguous(rows_in);
-    const Ints ranks = hetlora::expanded("ranks", rank_list, rows.size()), keep = hetlora::expanded("keep", keep_list, rows.size());
+    const Integers ranks = hetlora::expanded("ranks", rank_list, rows.size()), keep = hetlora::expanded("keep", keep_list, rows.size());
     const int clients = clients_of(ranks, rows.size());
     check_count(keep.size(), ranks.size(), "keep");
     check_rows(rows, rows[0], "rows");

@@ -19,11 +19,11 @@ struct PerClient {
 // What is common to both: table, norms, prepare. `update` queues the optimiser's own kernel.
 template <class Update>
 void optimise(const Tensors& params, const Tensors& grads_in, const std::vector<const Tensors*>& states, const Tensors& casts, const PerClient& each,
-              const Ints& rank_list, const Ints& keep_list, const double (&rule)[3], const char* op, Update update) {
+              const Integers& rank_list, const Integers& keep_list, const double (&rule)[3], const char* op, Update update) {
     const Tensors grads = contiguous(grads_in);
     STD_TORCH_CHECK(params.size() % 2 == 0, "params: expected the A factors and then the Bt factors");
     const size_t modules = params.size() / 2;
-    const Ints ranks = hetlora::expanded("ranks", rank_list, modules), keep = hetlora::expanded("keep", keep_list, modules);
+    const Integers ranks = hetlora::expanded("ranks", rank_list, modules), keep = hetlora::expanded("keep", keep_list, modules);
     const int clients = clients_of(ranks, modules);
     if (each.lam) check_count(keep.size(), ranks.size(), "keep");
     Launch launch(params[0], clients, op);
@@ -41,7 +41,7 @@ void optimise(const Tensors& params, const Tensors& grads_in, const std::vector<
     int64_t count = 0;
     for (size_t i = 0; i < params.size(); ++i) {
         const int64_t width = params[i].size(1), items = items_of(params[i].size(0), width, type);
-        const std::vector<int> layout = cut_layout(ranks, each.lam ? keep : Ints(), i % modules, clients, params[i].size(0));
+        const std::vector<int> layout = cut_layout(ranks, each.lam ? keep : Integers(), i % modules, clients, params[i].size(0));
         Module module{{}, count, static_cast<int>(width), static_cast<int>(params[i].size(0)), launch.layout(layout), 1};
         for (size_t at = 0; at < lists.size(); ++at) {
             const Tensor& t = (*lists[at])[i];
@@ -79,14 +79,15 @@ void optimise(const Tensors& params, const Tensors& grads_in, const std::vector<
 }
 
 void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensors& casts, const Tensor& lr,
-            const Tensor& step, const Tensor& active, const std::optional<Tensor>& clip, const std::optional<Tensor>& lam, const Ints& ranks, const Ints& keep,
-            double beta1, double beta2, double eps, double weight_decay) {
+            const Tensor& step, const Tensor& active, const std::optional<Tensor>& clip, const std::optional<Tensor>& lam, const Integers& ranks,
+            const Integers& keep, double beta1, double beta2, double eps, double weight_decay) {
     optimise(params, grads, {&exp_avg, &exp_avg_sq}, casts, {lr, step, active, clip, lam}, ranks, keep, {beta1, beta2, weight_decay}, "adamw_",
              [&](const HetloraCall* call, Type type, const HetloraStep* prepared) { return hetlora_adamw(call, type, prepared, beta1, beta2, eps); });
 }
 
 void sgd_(const Tensors& params, const Tensors& grads, const Tensors& buffers, const Tensors& casts, const Tensor& lr, const Tensor& active,
-          const std::optional<Tensor>& clip, const std::optional<Tensor>& lam, const Ints& ranks, const Ints& keep, double momentum, double weight_decay) {
+          const std::optional<Tensor>& clip, const std::optional<Tensor>& lam, const Integers& ranks, const Integers& keep, double momentum,
+          double weight_decay) {
     std::vector<const Tensors*> states;
     if (!buffers.empty()) states.push_back(&buffers);
     optimise(params, grads, states, casts, {lr, std::nullopt, active, clip, lam}, ranks, keep, {0, 0, 0}, "sgd_",

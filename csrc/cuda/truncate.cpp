@@ -3,8 +3,8 @@
 
 namespace {
 
-void truncate_(const Tensors& out, const Tensors& bank_in, const Ints& rank_list, bool dense) {
-    const Ints ranks = hetlora::expanded("ranks", rank_list, out.size());
+void truncate_(const Tensors& out, const Tensors& bank_in, const Integers& rank_list, bool dense) {
+    const Integers ranks = hetlora::expanded("ranks", rank_list, out.size());
     const Tensors bank = contiguous(bank_in);
     const int clients = clients_of(ranks, bank.size());
     check_count(out.size(), bank.size(), "out");
