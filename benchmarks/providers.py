@@ -14,6 +14,7 @@ from torch import Tensor
 
 import hetlora_kernels as hk
 from hetlora_kernels import _library
+from hetlora_kernels.ops.quantize import CODES, code_bytes
 
 
 @dataclass
@@ -252,6 +253,81 @@ def tail_loop(p: Problem) -> Run:
     return run, lambda: out
 
 
+# ---------------------------------------------------------------- quantised rows
+
+
+def _codes(p: Problem, bits: int) -> list[Tensor]:
+    kind = CODES[bits]
+    return [torch.empty(p.layout.total, code_bytes(width, bits), dtype=kind, device=p.device) for width in p.widths]
+
+
+def _scales(p: Problem) -> list[Tensor]:
+    return [torch.empty(p.layout.total, device=p.device) for _ in p.widths]
+
+
+def quantize_native(p: Problem, bits: int) -> Run:
+    codes, scales = _codes(p, bits), _scales(p)
+    return lambda: _native("quantize_rows_", codes, scales, p.rows, bits), lambda: [*codes, *scales]
+
+
+def quantize_torch(p: Problem, bits: int) -> Run:
+    """abs, amax, div and round in a buffer that is kept; of 4 bits two codes are put into a byte. Other forms of the maximum (a norm, aminmax) take longer."""
+    codes, scales = _codes(p, bits), _scales(p)
+    magnitudes = {width: torch.empty(p.layout.total, width, dtype=p.dtype, device=p.device) for width in p.widths}
+    buffers = {width: torch.empty(p.layout.total, width, device=p.device) for width in p.widths}
+
+    def run() -> None:
+        for code, scale, rows in zip(codes, scales, p.rows, strict=True):
+            width = rows.shape[1]
+            torch.div(torch.abs(rows, out=magnitudes[width]).amax(1).float(), 2 ** (bits - 1) - 1, out=scale)
+            numbers = torch.div(rows, scale[:, None], out=buffers[width]).round_()
+            if bits == 8:
+                code.copy_(numbers)
+                continue
+            integers = numbers.to(torch.int8)
+            code.copy_(integers[:, ::2] & 15)
+            code[:, : width // 2] |= (integers[:, 1::2] << 4).view(torch.uint8)
+
+    return run, lambda: [*codes, *scales]
+
+
+def _quantized(p: Problem, bits: int) -> tuple[list[Tensor], list[Tensor]]:
+    codes, scales = hk.quantize_rows(p.rows, bits)
+    return codes, scales
+
+
+def dequantize_native(p: Problem, bits: int) -> Run:
+    (codes, scales), out = _quantized(p, bits), p.like(p.layout.total)
+    return lambda: _native("dequantize_rows_", out, codes, scales, bits), lambda: out
+
+
+def dequantize_mul(p: Problem, bits: int) -> Run:
+    (codes, scales), out = _quantized(p, bits), p.like(p.layout.total)
+
+    def run() -> None:
+        for target, code, scale in zip(out, codes, scales, strict=True):
+            if bits == 8:
+                torch.mul(code, scale[:, None], out=target)
+                continue
+            signed = code.view(torch.int8)
+            target[:, ::2] = (signed << 4) >> 4
+            target[:, 1::2] = (signed >> 4)[:, : target.shape[1] // 2]
+            target.mul_(scale[:, None])
+
+    return run, lambda: out
+
+
+def dequantize_copy(p: Problem) -> Run:
+    """Of 8 bits: codes up to 127 are exact in every type, so that the product is rounded once here too."""
+    (codes, scales), out = _quantized(p, 8), p.like(p.layout.total)
+
+    def run() -> None:
+        for target, code, scale in zip(out, codes, scales, strict=True):
+            target.copy_(code).mul_(scale[:, None])
+
+    return run, lambda: out
+
+
 PROVIDERS: dict[str, dict[str, Provider]] = {
     "aggregate": {"hetlora out=": aggregate_out, "hetlora fresh": aggregate_fresh, "torch add_ loop": aggregate_loop, "torch pad+stack+sum": aggregate_pad},
     "truncate": {"hetlora out=": truncate_out, "hetlora fresh": truncate_fresh, "torch copy_ loop": truncate_loop, "torch slices cloned": truncate_clones},
@@ -259,4 +335,8 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
     "gram": {"hetlora": gram_native, "torch loop": gram_loop},
     "delta_norms": {"hetlora": delta_native, "torch loop": delta_loop},
     "tail_norms": {"hetlora": tail_native, "torch loop": tail_loop},
+    "quantize_rows": {"hetlora": lambda p: quantize_native(p, 8), "torch abs+amax+div+round": lambda p: quantize_torch(p, 8)},
+    "quantize_rows, 4 bits": {"hetlora": lambda p: quantize_native(p, 4), "torch abs+amax+div+round": lambda p: quantize_torch(p, 4)},
+    "dequantize_rows": {"hetlora": lambda p: dequantize_native(p, 8), "torch mul out=": lambda p: dequantize_mul(p, 8), "torch copy_+mul_": dequantize_copy},
+    "dequantize_rows, 4 bits": {"hetlora": lambda p: dequantize_native(p, 4), "torch shifts+mul_": lambda p: dequantize_mul(p, 4)},
 }

@@ -14,7 +14,9 @@ from benchmarks.providers import PROVIDERS, Problem, Run
 from benchmarks.shapes import SERVER_SHAPES, TINY, elements_per_rank, power_law_ranks
 from benchmarks.steps import STEPS, step_bytes
 from benchmarks.timing import ENDLESS_SECONDS, interleaved, peak_extra_bytes
+from hetlora_kernels.ops.quantize import code_bytes
 
+QUANTIZED = tuple(op for op in PROVIDERS if "quantize_rows" in op)
 YARDSTICK_BYTES = 256 << 20  # a copy longer than this is timed on this much and scaled
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float64: 1e-10}
 
@@ -47,7 +49,7 @@ def cases(options: Any, device: torch.device) -> Iterator[Case]:
 
 def operations(shape: list[tuple[int, int]], clients: int, dtype: torch.dtype, memory_gb: float) -> list[str]:
     batch = ["aggregate", "truncate"] if fits(shape, clients, dtype, memory_gb) else []
-    return [*batch, "accumulate"] + (["gram", "delta_norms", "tail_norms", *STEPS] if clients <= 100 else [])
+    return [*batch, "accumulate"] + (["gram", "delta_norms", "tail_norms", *QUANTIZED, *STEPS] if clients <= 100 else [])
 
 
 def upload_bytes(shape: list[tuple[int, int]], clients: int, dtype: torch.dtype) -> int:
@@ -64,7 +66,7 @@ def make_case(op: str, name: str, shape: list[tuple[int, int]], ranks: list[int]
         # Parameters, gradients and two moments, for this project, for PyTorch and for the reference.
         few = ranks if 16 * upload_bytes(shape, len(ranks), dtype) <= memory_gb * 1e9 else power_law_ranks(8)
         p = Problem(shape, few, dtype, device)
-        return Case(op, name, p, dict(STEPS[op]), step_bytes(p, op != "adamw"))
+        return Case(op, name, p, dict(STEPS[op]), step_bytes(p, op))
     size, clients, note = dtype.itemsize, len(ranks), ""
     if op == "accumulate":
         ranks = [power_law_ranks(8)[k % 8] for k in range(clients)]
@@ -75,7 +77,8 @@ def make_case(op: str, name: str, shape: list[tuple[int, int]], ranks: list[int]
     uploads, bank = p.layout.total * width * size, p.max_rank * width * size
     moved = {"aggregate": uploads + bank, "truncate": uploads + bank, "accumulate": uploads + 2 * p.layout.total * width * 4}
     moved |= {"gram": uploads, "delta_norms": uploads, "tail_norms": sum(rank - rank // 2 for rank in ranks) * width * size}
-    return Case(op, name, p, PROVIDERS[op], moved[op], "copy" if op in ("aggregate", "truncate", "accumulate") else "read", note)
+    moved |= {op: uploads + p.layout.total * sum(code_bytes(d, 4 if "4 bits" in op else 8) + 4 for d in p.widths) for op in QUANTIZED}
+    return Case(op, name, p, PROVIDERS[op], moved[op], "read" if op in ("gram", "delta_norms", "tail_norms") else "copy", note)
 
 
 def check(case: Case, name: str, run: Run, truth: list[Tensor]) -> None:

@@ -14,9 +14,6 @@ from hetlora_kernels import _library, reference
 ROOT = Path(__file__).resolve().parent.parent
 OF_THE_LORA_SUITE = {"lora_forward", "lora_backward"}  # through `lora_linear`
 LACKING = {
-    "sgd_": {"benchmark row"},  # not measured: AdamW's pass with one state less
-    "quantize_rows_": {"benchmark row"},  # not measured
-    "dequantize_rows_": {"benchmark row"},
     "shrink": {"benchmark row"},  # the layer's three steps: the layer is measured
     "expand_": {"benchmark row"},
     "grouped_gram": {"benchmark row"},

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import plots, providers, run, saved, server, tables, timing
+from benchmarks import plots, providers, run, saved, server, steps, tables, timing
 from benchmarks.shapes import power_law_ranks
 
 OPTIONS = argparse.Namespace(quick=True, only=["aggregate"], memory_gb=1.0, seconds=0.01)
@@ -26,7 +26,7 @@ def test_a_quick_run_writes_every_figure(tmp_path):
     data = saved.read(file)
     assert data["schema"] == saved.SCHEMA and data["date"].startswith("measured 20") and data["device"]["cpu"]
     assert data["versions"]["torch"] == torch.__version__ and "--quick" in data["command"]
-    assert {record["op"] for record in data["results"]} == {*providers.PROVIDERS, "adamw", "adamw, clipped and regularised"}
+    assert {record["op"] for record in data["results"]} == {*providers.PROVIDERS, *steps.STEPS}
     for record in data["results"]:
         assert 0 < record["p20_s"] <= record["median_s"] <= record["p80_s"] and record["ratio"] > 0 and record["bytes"] > 0 and record["rounds"] >= 3
     table = "\n".join(tables.summary_table(data) + tables.server_table(data))
