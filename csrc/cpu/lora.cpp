@@ -22,8 +22,9 @@ Layer::Layer(const Tensor& x_tensor, const MaybeTensor& weight, const Tensor& a_
       bt("bt", bt_tensor, transposed && !as_b),
       total(a.rows),
       m(transposed ? bt.rows : bt.width),
-      scale(numbers("scale", scales, static_cast<int64_t>(segments.size() / 3))),
-      plan(segments_of(seeds, row_keys, index, segments, dropout), x.rows, total),
+      given(segments_of(seeds, row_keys, index, segments, dropout)),
+      scale(numbers("scale", scales, static_cast<int64_t>(given.ranks.size))),
+      plan(given, x.rows, total),
       weight(weight) {
     STD_TORCH_CHECK(segments[0] == (x.width == 0 ? 0 : x.rows), "segments: expected the ", x.rows, " rows of x, got ", segments[0]);
     STD_TORCH_CHECK(a_tensor.dim() == 2 && a.width == x.width, "a: expected a width of ", x.width, ", got ", a.width);

@@ -104,6 +104,7 @@ struct Layer {
     bool transposed;  // bt lies in memory as [m, S], as PEFT keeps its lora_B
     Matrix bt;        // as it lies
     int64_t total, m;
+    Segments given;
     std::vector<double> scale;
     Plan plan;
     const MaybeTensor& weight;
