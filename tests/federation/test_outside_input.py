@@ -6,18 +6,13 @@ import codecs
 import json
 import os
 import random
-import signal
 import string
 import subprocess
-import sys
-import time
-import types
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from rich.console import Console
 from test_cli import assert_one_line_error, invoke
 from test_data import TOKENIZER, fails, fill, jsonl, load, text_of
@@ -25,7 +20,6 @@ from tiny import tiny_model
 from transformers import ByT5Tokenizer
 
 from hetlora import data, models
-from hetlora.cli import cli
 from hetlora.config import Config, ConfigError
 from hetlora.federation import prepare
 from hetlora.models import target_shapes
@@ -33,77 +27,6 @@ from hetlora.report.terminal import ConsoleObserver
 from hetlora.report.text import printable
 
 NAUGHTY = "e\x1b[2J\x07\x9b31m\u202e\r\n\u2028x"
-
-
-# ---------------------------------------------------------------- signals
-
-
-ENDLESS = """
-import sys, types, time
-from hetlora import cli, run_folder
-from hetlora.config import Config
-loop = types.ModuleType("hetlora.loop")
-def simulate(cfg, *, resume=False, observer=None):
-    observer.start(cfg, {})
-    run = __import__("pathlib").Path(cfg.output)
-    run.mkdir(parents=True)
-    (run / "config.json").write_text(cfg.to_json())
-    print("going", flush=True)
-    time.sleep(60)
-loop.simulate = simulate
-sys.modules["hetlora.loop"] = loop
-cli.main()
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_end_a_run_in_one_line_that_says_how_to_continue(tmp_path, number):
-    child = subprocess.Popen(
-        [sys.executable, "-c", ENDLESS, "run", "--output", str(tmp_path / "run")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # whoever runs the tests may ignore it, as nohup does
-    )
-    assert "going\n" in iter(child.stdout.readline, "")
-    child.send_signal(number)
-    _, text = child.communicate(timeout=120)
-    by = "" if number == signal.SIGINT else f" by {number.name}"
-    assert text == f"interrupted{by}; continue with hetlora run --resume --output {tmp_path / 'run'}\n"
-    assert child.returncode == 128 + number
-
-
-def test_a_hangup_that_is_ignored_stays_ignored(tmp_path):
-    """As under nohup."""
-    script = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + ENDLESS.replace("time.sleep(60)", "time.sleep(0.5); raise ValueError('the end')")
-    command = [sys.executable, "-c", script, "run", "--output", str(tmp_path / "run")]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert "going\n" in iter(child.stdout.readline, "")
-    child.send_signal(signal.SIGHUP)
-    assert child.communicate(timeout=120)[1] == "hetlora: error: the end\n" and child.returncode == 2
-
-
-@pytest.mark.parametrize(("module", "arguments"), [("pydantic", ["info"]), ("torch", ["info"]), ("torch", ["run", "--output", "x"])])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_during_imports_is_quiet(tmp_path, module, arguments, number):
-    """The stand-in sends itself the signal and turns what it raises into an error of its own, as compiled modules do."""
-    body = f"    os.kill(os.getpid(), {int(number)})\n    time.sleep(5)\n"
-    (tmp_path / f"{module}.py").write_text(f"import os, time\ntry:\n{body}except BaseException:\n    raise ImportError('initialization failed')\n")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"}
-    heeded = lambda: signal.signal(number, signal.SIG_DFL)  # noqa: E731 - a shell's background jobs ignore SIGINT, and so would the child
-    command = [sys.executable, "-m", "hetlora", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120, preexec_fn=heeded)
-    by = "" if number == signal.SIGINT else f" by {number.name}"
-    assert (done.returncode, done.stderr) == (128 + number, f"hetlora: interrupted{by}\n")
-    assert all(line.startswith(("threads: ", "method: ")) for line in done.stdout.splitlines())
-
-
-def test_an_interrupt_outside_a_run_is_one_line(monkeypatch, tmp_path):
-    module = types.ModuleType("hetlora.report.page")
-    module.write_report = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-    monkeypatch.setitem(sys.modules, "hetlora.report.page", module)
-    result = invoke("report", tmp_path)
-    assert (result.exit_code, result.stderr) == (130, "hetlora: interrupted\n")
 
 
 # ---------------------------------------------------------------- names on a terminal
@@ -433,95 +356,3 @@ def test_a_model_with_code_of_its_own_runs_where_it_is_trusted(model_with_code, 
     with pytest.raises(ConfigError) as error:  # the configuration loads, and transformers knows no model for it
         models.load_model(Config(model=str(model_with_code), trust_remote_code=True), str(model_with_code))
     assert "brings Python code" not in str(error.value) and (tmp_path / "ran").exists()
-
-
-# ---------------------------------------------------------------- bounded fuzzing
-
-
-def noise(draw: random.Random) -> object:
-    """A value as nobody would give it."""
-    numbers = [0, -1, 10**30, 1e999, float("nan"), 5e-324, 0.5, True]
-    texts = [
-        "",
-        " ",
-        "\0",
-        NAUGHTY,
-        "\ud800",
-        "../..",
-        "a" * 5000,
-        "{}",
-        "[",
-        "powerlaw:1:",
-        "column:x:1:2",
-        "fixed:" + "9" * 5000,
-        "hub:",
-        "stdlib:",
-        "(" * 500,
-    ]
-    return draw.choice([*numbers, *texts, None, [], [[]], {}, {"a": [1]}, [1, "x", None]])
-
-
-@pytest.mark.slow
-def test_fuzzed_settings_are_accepted_or_refused_by_name():
-    draw = random.Random(0)
-    names = list(Config.model_fields)
-    for _ in range(400):
-        values = {draw.choice([*names, "x" * draw.randrange(300)]): noise(draw) for _ in range(draw.randrange(1, 4))}
-        try:
-            Config.create("here", **values)
-        except ConfigError as error:
-            assert str(error).startswith("here: ") and "\n" not in printable(error) and len(str(error)) < 20_000
-            assert any(name in str(error) for name in values) or "settings" in str(error), (values, str(error)[:300])
-
-
-@pytest.mark.slow
-def test_fuzzed_files_and_command_lines_end_in_one_line(tmp_path, monkeypatch):
-    calls = []
-    module = types.ModuleType("hetlora.loop")
-    module.simulate = lambda cfg, **_: calls.append(cfg) or (_ for _ in ()).throw(ConfigError("accepted"))
-    monkeypatch.setitem(sys.modules, "hetlora.loop", module)
-    draw = random.Random(1)
-    names = list(Config.model_fields)
-    start = time.monotonic()
-    for turn in range(300):
-        suffix = draw.choice([".yaml", ".json", ".toml", "", ".jsonl"])
-        values = {draw.choice(names): noise(draw) for _ in range(draw.randrange(3))}
-        content = json.dumps(values).encode()
-        if suffix == ".toml":
-            content = "\n".join(f"{name} = {json.dumps(value)}" for name, value in values.items()).encode()
-        content = bytearray(content)
-        for _ in range(draw.choice([0, 0, 1, 5])):
-            if content:
-                content[draw.randrange(len(content))] = draw.randrange(256)
-        file = tmp_path / f"{turn}{suffix}"
-        file.write_bytes(content)
-        flags = []
-        for name in draw.sample(names, draw.randrange(3)):
-            value = str(noise(draw))
-            flags += [f"--{name.replace('_', '-')}", value] if "\0" not in value and draw.random() < 0.9 else [f"--{name}"]
-        result = CliRunner().invoke(cli, ["run", "--config", str(file), *flags, "--output", str(tmp_path / "run")])
-        assert result.exit_code == 2 and result.stderr.count("\n") == 1, (content, flags, result.output, result.exception)
-        assert all(c.isprintable() for c in result.stderr[:-1])
-    assert calls and time.monotonic() > start
-
-
-@pytest.mark.slow
-def test_fuzzed_data_is_read_or_refused(tmp_path):
-    draw = random.Random(2)
-    good = json.dumps({"client": "a", "text": "x" * 40, "n": 3, "p": "why"}).encode()
-    for turn in range(300):
-        rows = []
-        for _ in range(6):
-            row = bytearray(good)
-            for _ in range(draw.choice([0, 0, 1, 3])):
-                row[draw.randrange(len(row))] = draw.randrange(256)
-            rows.append(bytes(row) if draw.random() < 0.8 else json.dumps({"client": noise(draw), "text": noise(draw)}).encode())
-        path = tmp_path / f"{turn}.jsonl"
-        path.write_bytes(b"\n".join(rows))
-        settings = draw.choice([{}, {"prompt_field": "p"}, {"ranks": "column:n:1:4"}, {"skip_bad_rows": True, "skip_empty": True}])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                assert load(path, **settings).clients
-            except ConfigError as error:
-                assert "\n" not in printable(error) and str(path) in str(error)

@@ -16,7 +16,23 @@ import torch
 from hetlora_kernels import _library
 
 ROOT = Path(__file__).parents[2]
-KERNELS = ("accuracy", "lora", "lora_calls", "lora_small", "lora_tiles", "norms", "dropout", "aggregate", "optim", "truncate", "quantize", "bank", "attach")
+KERNELS = (
+    "accuracy",
+    "lora",
+    "lora_calls",
+    "lora_small",
+    "lora_tiles",
+    "norms",
+    "dropout",
+    "aggregate",
+    "optim",
+    "optim_clients",
+    "truncate",
+    "quantize",
+    "bank",
+    "attach",
+    "client_losses",
+)
 FILES = [*(f"tests/kernels/test_{name}.py" for name in KERNELS), *(f"tests/peft/test_{name}.py" for name in ("training", "fuse", "mixed"))]
 LEFT_OUT = "not compile and not compiles and not trainer"  # no numbers of their own
 
