@@ -305,7 +305,7 @@ def _checked(state_dict: Mapping[str, Any], expected: Mapping[str, Tensor], fini
     ready = {}
     for key, like in expected.items():
         value = state_dict[key]
-        if type(value) not in (Tensor, Parameter) or value.dtype not in FLOATS or value.layout != torch.strided or value.is_meta:
+        if type(value) not in (Tensor, Parameter) or value.dtype not in FLOATS or value.layout != torch.strided or value.is_nested or value.is_meta:
             got = f"{type(value).__name__} of type {value.dtype}, {value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"state_dict: expected a dense float32, float64, bfloat16 or float16 tensor for {key}, got {got}")
         if tuple(value.shape) != tuple(like.shape):

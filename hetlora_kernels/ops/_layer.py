@@ -25,8 +25,8 @@ def check_layer(x: Tensor, a: Tensor, bt: Tensor, total: int, rows: int, transpo
     if not isinstance(x, Tensor) or x.dtype not in FLOATS:
         raise TypeError(f"x: expected a float32, bfloat16, float16 or float64 tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
     for name, given in {"x": x, "a": a, "bt": bt, **base}.items():
-        if isinstance(given, Tensor) and given.layout != torch.strided:
-            raise TypeError(f"{name}: expected a dense tensor, got {given.layout}")
+        if isinstance(given, Tensor) and (given.layout != torch.strided or given.is_nested):
+            raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if given.is_nested else given.layout}")
     if x.dim() < 1 or (n is not None and x.shape[-1] != n):
         raise ValueError(f"x: expected a last dimension of {'in_features' if n is None else n}, got shape {tuple(x.shape)}")
     if "base_out" in base:

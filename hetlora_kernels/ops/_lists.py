@@ -29,8 +29,8 @@ def module_list(name: str, tensors: Tensor | Sequence[Tensor]) -> tuple[list[Ten
             raise ValueError(f"{where}: expected 2 dimensions [rows, width], got shape {tuple(tensor.shape)}")
         if tensor.dtype not in FLOATS:
             raise TypeError(f"{where}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{where}: expected a dense tensor, got {tensor.layout}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise TypeError(f"{where}: expected a dense tensor, got {'a nested one' if tensor.is_nested else tensor.layout}")
         if tensor.dtype != first.dtype or tensor.device != first.device:
             raise ValueError(f"{where}: expected the type and device of the first module ({first.dtype}, {first.device}), got {tensor.dtype}, {tensor.device}")
     return [t.detach() for t in listed], many
