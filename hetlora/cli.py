@@ -415,9 +415,19 @@ def report(run_dir: str, out_dir: str | None) -> None:
 @click.argument("run_dir", metavar="RUN")
 @click.option("--rank", type=int, help="Keep this many leading rank rows of the global adapter. [default: all]")
 @click.option("--client", metavar="NAME", help="This client's own adapter, at its own rank, instead of the global one.")
-@click.option("-o", "--output", "out_dir", metavar="DIR", required=True, help="Folder to write; it must not exist or be empty.")
-def export(run_dir: str, rank: int | None, client: str | None, out_dir: str) -> None:
-    """Write an adapter of the run folder RUN in PEFT's format, for PeftModel.from_pretrained."""
+@click.option("-o", "--output", "out_dir", metavar="DIR", help="Folder to write the adapter to; it must not exist or be empty.")
+@click.option("--merged", "merged_dir", metavar="DIR", help="Folder to write the whole model to, base and adapter in one.")
+@click.option("--dtype", help="Type of the weights that --merged writes: float32, bfloat16, float16 or float64. [default: that of the run]")
+def export(run_dir: str, rank: int | None, client: str | None, out_dir: str | None, merged_dir: str | None, dtype: str | None) -> None:
+    """Write an adapter of the run folder RUN in PEFT's format, for PeftModel.from_pretrained, or the whole model with --merged; each with a model card."""
+    if out_dir is None and merged_dir is None:
+        raise click.UsageError("export: expected -o DIR for the adapter or --merged DIR for the whole model, got neither")
+    if dtype is not None and merged_dir is None:
+        raise click.UsageError("--dtype: of the weights that --merged DIR writes; an adapter keeps its own type")
+    if merged_dir is not None:
+        _say(f"merged model: {_loaded('hetlora.export_model').export_merged(run_dir, merged_dir, rank=rank, client=client, dtype=dtype)}")
+    if out_dir is None:
+        return
     exports = _loaded("hetlora.export")
     folder = exports.export_adapter(run_dir, out_dir, rank=rank, client=client)
     saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))

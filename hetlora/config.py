@@ -257,6 +257,11 @@ class Config(BaseModel):
     def merge_kind(self) -> MergeKind:
         return merge_kind(self.train, self.merge)
 
+    @property
+    def saves(self) -> tuple[str, ...]:
+        """Which adapters the run folder keeps, 'global' and 'clients'; none where what is learned goes into the base, on which an adapter would be no use."""
+        return () if self.merge_kind.no_adapter else self.training_kind.saves
+
     @classmethod
     def create(cls, source: str = "settings", **values: Any) -> Config:
         """Validate `values`; every fault becomes one `ConfigError` line that names `source` and the setting."""

@@ -17,10 +17,14 @@ from torch import Tensor
 
 from hetlora.checkpoint import write_adapter
 from hetlora.config import ConfigError
+from hetlora.model_card import CARD, write_card
 from hetlora.run_folder import (
     ADAPTER,
     ADAPTER_FILE,
+    BEST,
+    CHECKPOINT,
     CLIENTS,
+    SUMMARY,
     WEIGHTS_FILE,
     client_folder,
     mean_rank,
@@ -48,21 +52,15 @@ def export_adapter(run_dir: str | Path, out_dir: str | Path, rank: int | None = 
         (train 'fold'). A warning says so.
 
     lora_alpha = s * rank, so the scale s stays what it was in training. Returns `out_dir`.
-    Raises ConfigError: no run or no adapter there, `rank` out of range, unknown client, both `rank` and `client`, `out_dir` not empty,
-    a run whose updates are in the base weights (merge 'stack', train 'full'), an adapter that does not read back, or that PEFT loads as another one (some
-    model types' names it rewrites on loading): nothing is left in `out_dir` then.
+    Raises ConfigError: no run or no adapter there, `rank` out of range, unknown client, both `rank` and `client`, `out_dir` not empty, a run whose updates
+    are in the base weights (`export_model.export_merged` writes these), an adapter that does not read back, or that PEFT loads as another one (some model
+    types' names it rewrites on loading): nothing is left in `out_dir` then.
     """
     run, out = Path(run_dir), Path(out_dir)
-    if rank is not None and client is not None:
-        raise ConfigError("export: give a rank or a client, not both (a client's adapter has the client's own rank)")
     if reason := read_config(run).merge_kind.no_adapter:
         raise ConfigError(f"{run}: {reason}")
     refuse_existing(out, "give a new folder, nothing is overwritten")
-    if client is None:
-        factors, scale, model = _read_adapter(run / ADAPTER)
-        ranks = _uniform_ranks(factors, rank, run) if rank is not None else _live_ranks(factors, run)
-    else:
-        factors, scale, model, ranks = _client_adapter(run, client)
+    factors, scale, model, ranks = choose_factors(run, rank, client)
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in factors.items():
         tensors[_PREFIX + name + _A], tensors[_PREFIX + name + _B] = a[: ranks[name]].clone(), b[:, : ranks[name]].contiguous()
@@ -70,11 +68,29 @@ def export_adapter(run_dir: str | Path, out_dir: str | Path, rank: int | None = 
     try:
         _check_written(out, tensors, scale)
         _check_loads(out, tensors, scale, model)
+        low, high = min(ranks.values()), max(ranks.values())
+        write_card(run, out, ranks=str(low) if low == high else f"{low} to {high}, by module", client=client)
     except BaseException:
-        for name in (WEIGHTS_FILE, ADAPTER_FILE):
+        for name in (WEIGHTS_FILE, ADAPTER_FILE, CARD):
             (out / name).unlink(missing_ok=True)
         raise
     return out
+
+
+def choose_factors(run: Path, rank: int | None, client: str | None) -> tuple[Factors, float, str, dict[str, int]]:
+    """(factors, scale, base model, {module: leading rows of it that count}) of the global adapter, or a client's; arguments as for `export_adapter`."""
+    if rank is not None and client is not None:
+        raise ConfigError("export: give a rank or a client, not both (a client's adapter has the client's own rank)")
+    if client is not None:
+        return _client_adapter(run, client)
+    factors, scale, model = _read_adapter(run / ADAPTER)
+    return factors, scale, model, _uniform_ranks(factors, rank, run) if rank is not None else _live_ranks(factors, run)
+
+
+def from_best(run: Path) -> str:
+    """Name of the checkpoint whose adapter is the run's: that of the best round where a finished run returned to it, else the newest."""
+    summary = read_summary(run, []) if (run / SUMMARY).is_file() else None
+    return BEST if summary and summary.get("best_round") is not None and (run / BEST).is_file() else CHECKPOINT
 
 
 def _check_written(folder: Path, tensors: Mapping[str, Tensor], scale: float) -> None:

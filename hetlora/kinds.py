@@ -203,7 +203,7 @@ MERGES = {
             "hetlora.merge:merge_stack",
             base="targets",
             keeps_bank=False,
-            no_adapter="with merge 'stack' the run folded its updates into the base model, no adapter holds them; use merge 'factors' or 'svd'",
+            no_adapter="with merge 'stack' the run folded its updates into the base model, no adapter holds them; export the whole model with --merged DIR",
             refuses=(
                 _FOLDS,
                 Refusal(("init_adapter",), "merge = 'stack' starts every round from a fresh bank; merge the adapter into the model and give that as model"),
@@ -214,7 +214,7 @@ MERGES = {
             "average the factors, put what that leaves of the exact sum into the base (FedEx-LoRA)",
             "hetlora.merge:merge_residual",
             base="targets",
-            no_adapter="with merge 'residual' a part of what the run learned is in the base model, its adapter holds the rest; use merge 'factors' or 'svd'",
+            no_adapter="with merge 'residual' the run folded a part into the base model, no adapter holds it; export the whole model with --merged DIR",
             settings=("shared_rows", "unowned_rows"),
             refuses=(_FOLDS,),
         ),
@@ -231,7 +231,7 @@ MERGES = {
             "hetlora.full_finetuning:merge_models",
             base="all",
             keeps_bank=False,
-            no_adapter="with train 'full' the run has no adapter; its weights are the tensors 'base.*' of checkpoint.safetensors",
+            no_adapter="with train 'full' the run has no adapter; export the whole model with --merged DIR",
         ),
     )
 }

@@ -237,7 +237,7 @@ def _save(run: _Run) -> None:
 
 
 def _write_adapter(run: _Run) -> None:
-    if "global" in run.cfg.training_kind.saves:
+    if "global" in run.cfg.saves:
         checkpoint.write_adapter(run.folder / run_folder.ADAPTER, run.state.bank.adapter(0), run.cfg.scale, run.fleet.model_name)
 
 
@@ -390,7 +390,7 @@ def _round(run: _Run, number: int) -> None:
             run.observer.message(f"round {number}: the update of {names[k]} is {scaled}")
         state.ranks[names[k]] = trained.ranks[k]
         state.rounds_trained[names[k]] = state.rounds_trained.get(names[k], 0) + 1
-        if cfg.save_clients and "clients" in cfg.training_kind.saves:
+        if cfg.save_clients and "clients" in cfg.saves:
             adapter = (trained.adapters or trained.uploads).adapter(i)
             checkpoint.write_adapter(run_folder.client_folder(run.folder, names[k]), adapter, cfg.scale, run.fleet.model_name)
     state.round = number

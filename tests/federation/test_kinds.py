@@ -88,7 +88,7 @@ def test_a_row_says_whether_a_bank_lasts(finished, settings):
 @pytest.mark.parametrize("settings", RUNS, ids=RUN_IDS)
 def test_a_row_says_which_adapters_are_saved_and_exported(finished, tmp_path, settings):
     cfg, folder, history, *_ = finished(settings)
-    saves = cfg.training_kind.saves
+    saves = cfg.saves
     assert (folder / "adapter" / "adapter_model.safetensors").is_file() == ("global" in saves)
     names = {client["name"] for record in history[1:] for client in record["clients"]} if "clients" in saves else set()
     assert {path.name for path in folder.glob("clients/*")} == names
