@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import hetlora_kernels as hk
@@ -17,7 +18,7 @@ from hetlora.config import Config
 from hetlora.data import ClientData
 from hetlora.ranks import ClientRanks, Scope
 from hetlora.seeds import derive_seed, host_generator
-from hetlora_kernels.peft import attach, client_segments, detach
+from hetlora_kernels.peft import HeadError, attach, client_losses, client_segments, detach, hidden_states
 
 IGNORED = -100  # label of positions that are not predicted
 
@@ -107,6 +108,26 @@ def prune_decision(ranks: ClientRanks, keep: ClientRanks, before: Tensor, after:
     return {module: keep[module] if fell[i] else rank for i, (module, rank) in enumerate(ranks.items())}
 
 
+_takes_logits: WeakSet[torch.nn.Module] = WeakSet()
+
+
+def token_losses(model: torch.nn.Module, ids: Tensor, labels: Tensor, owner: Sequence[int] | Tensor, num_clients: int) -> Tensor:
+    """[K] summed token losses of each client in one batch, in one forward of the model.
+
+    ids, labels: [batch, seq], as `collate` gives them.   owner: [batch], client of each sequence.
+    Logits are made for a few rows at a time. A model that does more with its logits than `hidden_states` can follow makes all of them, and a warning says so.
+    """
+    if model not in _takes_logits:
+        try:
+            with hidden_states(model) as hidden:
+                model(input_ids=ids, use_cache=False)
+            return client_losses(hidden.states, labels, owner, num_clients, reduction="sum", head=hidden.head)
+        except HeadError as error:
+            _takes_logits.add(model)
+            warnings.warn(f"losses are made from all logits of a batch, which take more memory: {error}", stacklevel=2)
+    return client_losses(model(input_ids=ids, use_cache=False).logits, labels, owner, num_clients, reduction="sum")
+
+
 class LocalOptimizer(Protocol):
     """What local training needs of an optimiser."""
 
@@ -139,9 +160,7 @@ def local_steps(
         for part in micro_batches([len(s) for s in sequences], cfg.max_tokens_per_step):
             ids, labels = collate(sequences[part], device)
             with segments(torch.arange(len(sequences), dtype=torch.int64)[part], step):
-                logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-                logits = logits if logits.dtype == torch.float64 else logits.float()
-                part_loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum") / predicted
+                part_loss = token_losses(model, ids, labels, [0] * len(ids), 1)[0] / predicted
                 part_loss.backward()
             loss += float(part_loss.detach())
         losses.append(loss)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import hetlora_kernels as hk
-from hetlora.client import LocalResult, collate, dropout_seed, make_optimizer, micro_batches, plan_steps, train_client
+from hetlora.client import LocalResult, collate, dropout_seed, make_optimizer, micro_batches, plan_steps, token_losses, train_client
 from hetlora.config import Config
 from hetlora.data import ClientData
-from hetlora_kernels.peft import attach, client_losses, client_segments, detach
+from hetlora_kernels.peft import attach, client_segments, detach
 
 
 def train_cohort(
@@ -76,8 +76,7 @@ def _backward(
         owner = torch.tensor([k for k, _, _ in rows[part]], dtype=torch.int64)
         index = torch.tensor([position for _, position, _ in rows[part]], dtype=torch.int64)
         with client_segments(model, owner, seeds=seeds, step=step, sequence_index=index):
-            logits = model(input_ids=ids, use_cache=False).logits
-            sums = client_losses(logits, labels, owner, len(clients), reduction="sum")
+            sums = token_losses(model, ids, labels, owner, len(clients))
             losses = sums / predicted.to(sums.dtype)
             losses.sum().backward()
         means += losses.detach()

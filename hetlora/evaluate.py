@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import hetlora_kernels as hk
-from hetlora.client import collate, micro_batches
+from hetlora.client import collate, micro_batches, token_losses
 from hetlora.data import ClientData
 from hetlora.ranks import ClientRanks, bank_ranks
-from hetlora_kernels.peft import attach, client_losses, client_segments, detach
+from hetlora_kernels.peft import attach, client_segments, detach
 
 Progress = Callable[[int, int], None]
 Part = Literal["test", "train"]
@@ -50,8 +50,7 @@ def _token_losses(
             ids, labels = collate([s for _, s in owned[part]], bank.device)
             owner = torch.tensor([k for k, _ in owned[part]], dtype=torch.int64)
             with client_segments(model, owner):
-                logits = model(input_ids=ids, use_cache=False).logits
-            sums += client_losses(logits, labels, owner, slots, reduction="sum").double().cpu()
+                sums += token_losses(model, ids, labels, owner, slots).double().cpu()
             for k, sequence in owned[part]:
                 counts[k] += len(sequence) - 1
             if progress:

@@ -1,7 +1,8 @@
 """Drop-in for PEFT and transformers models.
 
 `fuse`, `unfuse`, `enable`: fused LoRA layers for a PEFT model. `attach`, `detach`: a bank of K clients' adapters on any model. `client_segments`,
-`client_losses`: many clients in one batch, on either. The first three need the `peft` package and load it at first use.
+`client_losses`: many clients in one batch, on either. `hidden_states`, `Head`: their losses without logits. The first three need the `peft` package and
+load it at first use.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hetlora_kernels.peft.attached import attach, detach
 from hetlora_kernels.peft.batch import SEQUENCE_STRIDE
 from hetlora_kernels.peft.context import client_segments
+from hetlora_kernels.peft.head import Head, HeadError, Hidden, hidden_states
 from hetlora_kernels.peft.losses import client_losses
 from hetlora_kernels.peft.seeds import layer_seeds
 
@@ -21,12 +23,16 @@ __all__ = [
     "SEQUENCE_STRIDE",
     "FuseReport",
     "FusedLinear",
+    "Head",
+    "HeadError",
+    "Hidden",
     "attach",
     "client_losses",
     "client_segments",
     "detach",
     "enable",
     "fuse",
+    "hidden_states",
     "layer_seeds",
     "unfuse",
 ]

@@ -1,53 +1,178 @@
-"""A loss for each client of a mixed batch."""
+"""A loss for each client of a mixed batch, from logits, or from hidden states and the head without ever holding the logits of a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hetlora_kernels.peft.batch import client_table
+from hetlora_kernels.peft.head import Head
+
+IGNORED = -100
+CHUNK = {"cpu": 1 << 24, "cuda": 1 << 26}
+"""Logits that one chunk of rows holds at most, by device type: 64 and 256 MiB in float32. Other types: as 'cuda'."""
 
 
 def client_losses(
-    logits: Tensor,  # [batch, seq, vocab]
+    states: Tensor,  # [batch, seq, vocab], or [batch, seq, d] with a head
     labels: Tensor,  # [batch, seq]
     ids: Sequence[int] | Tensor,  # [batch] or [batch, seq]
     num_clients: int,
     shift: bool = True,
     reduction: str = "mean",
+    *,
+    head: Head | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
-    """[K] loss of each client: the mean (or sum) over its own tokens of -log softmax(logits)[label]; 0 for a client without tokens.
+    """[K] loss of each client: the mean (or sum) over its own tokens of -log softmax(z)[label]; 0 for a client without tokens.
 
+    states: logits z; with `head` the hidden states that it takes, z = head(states). Then logits are made for a chunk of rows at a time and no more are ever
+        held, which is the larger part of a step's memory at a large vocabulary. The gradient of the states is made in the same pass. Rows without a label
+        are left out on a CPU. `hidden_states` runs a model up to here.
     labels: token ids, -100 = ignored.   ids: client of each sequence or token, -1 = none (its tokens count for nobody).
-    shift: True for causal models, the logits at position t predict label t + 1.
+    shift: True for causal models, the states at position t predict label t + 1.
     reduction: 'mean' over the client's tokens, or 'sum' (micro-batches divide by the step's own count).
+    label_smoothing: e in [0, 1): the target is 1 - e for the label and e / V for each of the V words (Szegedy et al., arXiv 1512.00567).
+    z_loss: c >= 0, adds c logsumexp(z)^2 to a token's loss (PaLM, arXiv 2204.02311).
 
-    Differentiable. In float32 (float64 for float64). A non-finite loss of one client does not touch another's.
+    Differentiable, once. Losses are in float32 (float64 for float64). A non-finite loss of one client does not touch another's. Raises ValueError for shapes
+    and values that do not fit.
 
     >>> import torch
-    >>> from hetlora_kernels.peft import client_losses
-    >>> logits, labels = torch.randn(3, 5, 7, requires_grad=True), torch.randint(0, 7, (3, 5))
+    >>> from hetlora_kernels.peft import Head, client_losses
+    >>> labels = torch.randint(0, 7, (3, 5))
+    >>> logits = torch.randn(3, 5, 7, requires_grad=True)
     >>> losses = client_losses(logits, labels, ids=[0, 1, 0], num_clients=2)
     >>> losses.shape
     torch.Size([2])
     >>> losses.sum().backward()  # each client gets the gradient of its own mean: never take one mean over the batch
+    >>> hidden, weight = torch.randn(3, 5, 4, requires_grad=True), torch.randn(7, 4)
+    >>> client_losses(hidden, labels, ids=[0, 1, 0], num_clients=2, head=Head(weight)).sum().backward()
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
-    if logits.dim() != 3 or tuple(labels.shape) != tuple(logits.shape[:2]):
-        raise ValueError(f"labels: expected shape {tuple(logits.shape[:2])} as logits [batch, seq, vocab], got {tuple(labels.shape)}")
-    table = client_table(ids, num_clients).to(logits.device)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing: expected a number from 0 to below 1, got {label_smoothing!r}")
+    if not 0 <= z_loss < float("inf"):
+        raise ValueError(f"z_loss: expected a finite number >= 0, got {z_loss!r}")
+    name, last = ("logits", "vocab") if head is None else ("states", "d")
+    if states.dim() != 3 or tuple(labels.shape) != tuple(states.shape[:2]):
+        raise ValueError(f"labels: expected shape {tuple(states.shape[:2])} as {name} [batch, seq, {last}], got {tuple(labels.shape)}")
+    if head is not None and states.shape[-1] != head.weight.shape[-1]:
+        raise ValueError(f"states: expected {head.weight.shape[-1]} columns as the head's weight {tuple(head.weight.shape)}, got {states.shape[-1]}")
+    table = client_table(ids, num_clients).to(states.device)
     if table.shape[0] != labels.shape[0] or (table.dim() == 2 and table.shape != labels.shape):
         raise ValueError(f"ids: expected shape ({labels.shape[0]},) or {tuple(labels.shape)}, got {tuple(table.shape)}")
     table = table[:, None].expand(labels.shape) if table.dim() == 1 else table
     if shift:
-        logits, labels, table = logits[:, :-1], labels[:, 1:], table[:, 1:]
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    losses = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).to(dtype), labels.reshape(-1), ignore_index=-100, reduction="none")
-    counted = torch.where(labels.reshape(-1) == -100, -1, table.reshape(-1))
-    own = counted[None, :] == torch.arange(num_clients, device=logits.device)[:, None]
+        states, labels, table = states[:, :-1], labels[:, 1:], table[:, 1:]
+    targets, extras = labels.reshape(-1), (label_smoothing, z_loss)
+    counted = torch.where(targets == IGNORED, -1, table.reshape(-1))
+    rows = states.reshape(-1, states.shape[-1])
+    losses = _from_logits(rows, targets, *extras) if head is None else _from_states(rows, targets.where(counted >= 0, IGNORED), head, extras)
+    own = counted[None, :] == torch.arange(num_clients, device=states.device)[:, None]
     sums = torch.where(own, losses[None, :], 0.0).sum(1)
     return sums if reduction == "sum" else sums / own.sum(1).clamp_min(1)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _from_logits(logits: Tensor, targets: Tensor, smoothing: float, z_loss: float) -> Tensor:
+    """[T] losses of rows of logits, 0 for ignored ones."""
+    logits = logits.to(_wide(logits.dtype))
+    losses = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing)
+    return losses + z_loss * logits.logsumexp(1).square().where(targets != IGNORED, 0.0) if z_loss else losses
+
+
+def _from_states(states: Tensor, targets: Tensor, head: Head, extras: tuple[float, float]) -> Tensor:
+    """The same of hidden states [T, d]."""
+    device = states.device.type
+    if torch.is_autocast_enabled(device):  # what a Linear would do
+        dtype = torch.get_autocast_dtype(device)
+        states, head = states.to(dtype), head._replace(weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))
+    if states.dtype != head.weight.dtype:
+        raise ValueError(f"states: expected the dtype of the head's weight, {head.weight.dtype}, got {states.dtype}")
+    with torch.autocast(device, enabled=False):
+        return _StatesLoss.apply(states, head.weight, head.bias, targets, head.scale, head.softcap, extras)
+
+
+class _StatesLoss(torch.autograd.Function):
+    """Losses [T] of rows of states. For a loss l_t of row t alone, d l_t / d h_t needs no upstream gradient g_t but as a factor: it is made with the loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float, extras: tuple[float, float]
+    ) -> Tensor:
+        head = Head(weight, bias, scale, softcap)
+        kept = (targets != IGNORED).nonzero()[:, 0] if states.device.type == "cpu" else None  # elsewhere counting rows would wait for the device
+        rows, labels = (states, targets.clamp_min(0)) if kept is None else (states[kept], targets[kept])
+        losses = rows.new_empty(len(rows), dtype=_wide(states.dtype))
+        slopes = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        for part in _chunks(rows, weight):
+            logits, total, losses[part] = _chunk_losses(rows[part], labels[part], head, extras)
+            if slopes is not None:
+                torch.mm(_slopes(logits, total, labels[part], head, extras).to(rows.dtype), weight, out=slopes[part])
+        ctx.save_for_backward(states, weight, bias, targets, kept, slopes)
+        ctx.head, ctx.extras = (scale, softcap), extras
+        if kept is None:
+            return losses.where(targets != IGNORED, 0.0)
+        return losses.new_zeros(len(states)).index_copy_(0, kept, losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        states, weight, bias, targets, kept, slopes = ctx.saved_tensors
+        rows, labels, grads = (states, targets.clamp_min(0), grad) if kept is None else (states[kept], targets[kept], grad[kept])
+        nobody = (targets == IGNORED)[:, None]
+        d_states = d_weight = d_bias = None
+        if slopes is not None:
+            d_states = (slopes * grads[:, None]).to(states.dtype)  # the product in the losses' type
+            d_states = d_states.masked_fill_(nobody, 0.0) if kept is None else torch.zeros_like(states).index_copy_(0, kept, d_states)
+        if any(ctx.needs_input_grad[1:3]):
+            head, dtype = Head(weight, bias, *ctx.head), grads.dtype
+            d_weight, d_bias = torch.zeros(weight.shape, dtype=dtype, device=weight.device), torch.zeros(len(weight), dtype=dtype, device=weight.device)
+            for part in _chunks(rows, weight):
+                logits, total, _ = _chunk_losses(rows[part], labels[part], head, ctx.extras)
+                slope = _slopes(logits, total, labels[part], head, ctx.extras) * grads[part, None]
+                slope = slope.masked_fill_(nobody[part], 0.0) if kept is None else slope
+                d_weight += (slope.to(rows.dtype).t() @ rows[part]).to(dtype)
+                d_bias += slope.sum(0)
+            d_weight = d_weight.to(weight.dtype)
+            d_bias = None if bias is None else d_bias.to(bias.dtype)
+        return d_states, d_weight, d_bias, None, None, None, None
+
+
+def _chunks(rows: Tensor, weight: Tensor) -> Iterator[slice]:
+    size = max(1, CHUNK.get(rows.device.type, CHUNK["cuda"]) // len(weight))
+    return (slice(start, start + size) for start in range(0, len(rows), size))
+
+
+def _chunk_losses(rows: Tensor, labels: Tensor, head: Head, extras: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits, their logsumexp, losses) of some rows, in float32 or float64."""
+    smoothing, z_loss = extras
+    logits = head.logits(rows).to(_wide(rows.dtype))
+    total = logits.logsumexp(1)
+    losses = total - (1 - smoothing) * logits.gather(1, labels[:, None])[:, 0]
+    if smoothing:
+        losses -= smoothing * logits.mean(1)
+    return logits, total, losses + z_loss * total.square() if z_loss else losses
+
+
+def _slopes(logits: Tensor, total: Tensor, labels: Tensor, head: Head, extras: tuple[float, float]) -> Tensor:
+    """d loss / d (h W^T + b) of each row, in place of the logits."""
+    smoothing, z_loss = extras
+    steep = (1 - (logits / head.softcap).square()).mul_(head.scale) if head.softcap else head.scale
+    slopes = logits.sub_(total[:, None]).exp_()
+    if z_loss:
+        slopes *= 1 + 2 * z_loss * total[:, None]
+    if smoothing:
+        slopes -= smoothing / logits.shape[1]
+    slopes.scatter_add_(1, labels[:, None], slopes.new_full((len(labels), 1), smoothing - 1))
+    return slopes.mul_(steep)
