@@ -35,11 +35,27 @@ class Head(NamedTuple):
 
 
 class HeadError(ValueError):
-    """A model's logits are more than a head with a known scale and softcap makes: its losses are to be made from its logits."""
+    """A model's logits are more than a head with a known scale and softcap makes: its losses are to be made from its logits.
+
+    >>> import torch
+    >>> from hetlora_kernels.peft import HeadError, hidden_states
+    >>> try:
+    ...     with hidden_states(torch.nn.Linear(2, 2)):
+    ...         pass
+    ... except HeadError as error:
+    ...     print(error)
+    hidden_states: Linear has no output embeddings (get_output_embeddings); take the logits
+    """
 
 
 class Hidden:
-    """What `hidden_states` gives: `states` [batch, seq, d] and `head`, of the model's latest call in its block."""
+    """What `hidden_states` gives: `states` [batch, seq, d] and `head`, of the model's latest call in its block. RuntimeError before the first.
+
+    >>> from hetlora_kernels.peft import Hidden
+    >>> Hidden().states
+    Traceback (most recent call last):
+    RuntimeError: hidden_states: call the model inside the block first
+    """
 
     def __init__(self) -> None:
         self._calls: list[Tensor] = []
@@ -75,6 +91,7 @@ def hidden_states(model: nn.Module) -> Iterator[Hidden]:
     softcap are seen, not believed. Raises `HeadError`, which says why, where logits are more than that: a head with adapters, hooks or another class, one
     called twice or never, other arithmetic after it. Take the logits then. Not for several threads at once on one model.
 
+    >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from hetlora_kernels.peft import client_losses, hidden_states
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2))
