@@ -1,8 +1,8 @@
 """`python -m benchmarks.model`: what each GPU kernel should take, *modelled* from bytes, operations and launches. Nothing here was measured on a GPU.
 
-A kernel takes its launches and the longest of four: bytes over bandwidth, products over the peak of their pipe, the integer operations of dropout, and the
-chain of stages that a block goes through one after another. The devices are their makers' public figures. The assumptions are the constants below; expect
-+-25 %. That the longest hides the others is one of them. A measurement that disagrees is a finding: about the kernel, or about an assumption.
+A kernel takes its launches and the longest of five: bytes over bandwidth, bytes from and to L2, products over the peak of their pipe, the integer operations
+of dropout, and the chain of stages that a block goes through one after another. The devices are their makers' public figures. The assumptions are the constants
+below; expect +-25 %. That the longest hides the others is one of them. A measurement that disagrees is a finding: about the kernel, or about an assumption.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from benchmarks.shapes import LLAMA_8B_ATTENTION_LAYER, elements_per_rank
 
 COPY_SHARE = 0.9  # of the public bandwidth that a copy reaches
 PRODUCT_SHARE = 0.7  # of the public 16-bit peak that the framework's large products reach
+CACHE_BYTES = 24  # that L2 gives a multiprocessor in a clock: 6.3 TB/s on an H100; no maker's figure
 LAUNCH_US = 2.0  # start and end of one kernel on the device
 STAGE_CLOCKS = 480  # of a block of the layer's kernels for 64 columns or rows: copies, barrier, products
 DROPOUT_CLOCKS = 470  # more with dropout
@@ -24,8 +25,9 @@ DROPOUT_INTEGERS = 38  # integer instructions for eight columns: counted in the 
 GRAM_SHARE = 0.5  # of the float32 peak in the server's Gram kernel: a 4 x 4 tile of sums a thread is bound by shared memory
 CASTS = 0  # of float32 factors to the base's type, each way: the optimiser keeps them in it (`cast=`); 2 without
 
-# of csrc/cuda/lora.h and gram.cu
-ROWS, COLUMNS, DEPTH, SPLIT, CHUNK = 64, 64, 64, 1024, 1024
+# of csrc/cuda: lora.h, lora_layer.h, gram.cu
+ROWS, COLUMNS, DEPTH, SPLIT, SPLITS, CHUNK = 64, 64, 64, 1024, 8, 1024
+WIDEST, BLOCKS, EXPAND_PLANES = 256, 256, 16 << 20
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Work:
 
     kernel: str
     launches: int
-    bytes: int  # in and out of memory; what stays in L2 is left out
+    bytes: int  # in and out of memory
+    cached: int = 0  # from L2 beside them, where the model has counted it
     products: float = 0  # multiplications and additions
     pipe: str = "bfloat16"
     share: float = 1.0  # of that pipe's peak that can be had
@@ -70,6 +73,7 @@ class Work:
         peak = (gpu.bfloat16_tflops if self.pipe == "bfloat16" else gpu.float32_tflops) * self.share
         return {
             "memory": self.bytes / (COPY_SHARE * gpu.gb_per_s * 1e3),
+            "cache": (self.bytes + self.cached) / (CACHE_BYTES * gpu.multiprocessors * gpu.gigahertz * 1e3),
             "products": self.products / (peak * 1e6),
             "integers": self.units * DROPOUT_INTEGERS / (gpu.integer_lanes * gpu.multiprocessors * gpu.gigahertz * 1e3),
             "stages": waves * self.stages * clocks / (gpu.gigahertz * 1e3),
@@ -88,38 +92,71 @@ class Work:
 
 def base_product(rows: int, n: int, m: int, adds: bool) -> Work:
     """x W^T by the framework; `adds`: onto what lies in the result."""
-    return Work("base product" + (", adding" if adds else ""), 1, 2 * (rows * n + n * m + (2 if adds else 1) * rows * m), 2 * rows * n * m, share=PRODUCT_SHARE)
+    return Work(
+        "base product" + (", adding" if adds else ""), 1, 2 * (rows * n + n * m + (2 if adds else 1) * rows * m), products=2 * rows * n * m, share=PRODUCT_SHARE
+    )
 
 
 def cast(elements: int) -> Work:
     return Work("cast of a factor", 1, 6 * elements)
 
 
-def shrink(rows: int, n: int, rank: int, drop: bool) -> Work:
-    splits = math.ceil(n / SPLIT)
-    blocks, stages = math.ceil(rows / ROWS) * splits, math.ceil(min(n, SPLIT) / DEPTH)
-    return Work("shrink", 1 + (splits > 1), 2 * (rows * n + rank * n + rows * rank), 2 * rows * n * rank, "bfloat16", 1.0, drop * rows * n // 8, blocks, stages)
+def splits_of(n: int) -> int:
+    """Of the columns of x in shrink: of 1024, or an eighth of them in steps of 64."""
+    return math.ceil(n / max(SPLIT, math.ceil(n / (SPLITS * 64)) * 64))
 
 
-def expand(rows: int, m: int, rank: int, drop: bool, in_place: bool) -> Work:
-    blocks, stages = math.ceil(rows / ROWS) * math.ceil(m / COLUMNS), 1 + math.ceil(rank / DEPTH)
+def columns_of_a_block(rows: int, m: int) -> int:
+    """Of expand: as many as leave blocks for a whole device."""
+    columns = WIDEST
+    while columns > COLUMNS and math.ceil(rows / ROWS) * math.ceil(m / columns) < BLOCKS:
+        columns //= 2
+    return columns
+
+
+def expand_adds(rows: int, n: int, m: int, rank: int) -> bool:
+    """Whether expand adds the planes of shrink, instead of a launch in between."""
+    columns, plane_row = columns_of_a_block(rows, m), splits_of(n) * rank * 4
+    return rank <= 2 * DEPTH and (plane_row <= 2 * columns or plane_row * rows * math.ceil(m / columns) <= EXPAND_PLANES)
+
+
+def shrink(rows: int, n: int, rank: int, drop: bool, then: int = 0) -> Work:
+    """`then`: columns of the expand that follows."""
+    splits = splits_of(n)
+    blocks, stages = math.ceil(rows / ROWS) * splits, math.ceil(n / splits / DEPTH)
+    own = splits > 1 and not (then and expand_adds(rows, n, then, rank))
+    cached = 2 * math.ceil(rows / ROWS) * rank * n + (4 * splits * rows * rank * (1 + own) if splits > 1 else 0)
+    moved = 2 * (rows * n + rank * n + rows * rank)
+    return Work("shrink", 1 + own, moved, cached, 2 * rows * n * rank, units=drop * rows * n // 8, blocks=blocks, stages=stages)
+
+
+def expand(rows: int, m: int, rank: int, drop: bool, in_place: bool, shrunk_from: int = 0) -> Work:
+    """`shrunk_from`: columns of the x that S comes from."""
+    columns = columns_of_a_block(rows, m)
+    across, tiles = math.ceil(m / columns), math.ceil(rows / ROWS)
+    adds = shrunk_from > 0 and splits_of(shrunk_from) > 1 and expand_adds(rows, shrunk_from, m, rank)
+    cached = across * rows * rank * (4 * splits_of(shrunk_from) if adds else 2) + 2 * tiles * rank * m
     moved = 2 * ((2 if in_place else 1) * rows * m + rows * rank + rank * m)
-    return Work("expand" + (", in place" if in_place else ""), 1, moved, 2 * rows * m * rank, "bfloat16", 1.0, drop * rows * m // 8, blocks, stages)
+    stages = 1 + math.ceil(min(m, columns) / COLUMNS) * math.ceil(rank / DEPTH)
+    name = "expand" + (", in place" if in_place else "") + (", adds planes" if adds else "")
+    return Work(name, 1, moved, cached, 2 * rows * m * rank, units=drop * rows * m // 8, blocks=tiles * across, stages=stages)
 
 
 def grouped_gram(rows: int, d: int, rank: int, drop: bool) -> Work:
     chunks = math.ceil(rows / CHUNK)
     blocks, stages = chunks * math.ceil(d / COLUMNS), math.ceil(min(rows, CHUNK) / DEPTH)
     moved = 2 * (rows * d + rows * rank) + 4 * rank * d
-    return Work("grouped_gram", 1 + (chunks > 1), moved, 2 * rows * d * rank, "bfloat16", 1.0, drop * rows * d // 8, blocks, stages)
+    cached = 2 * math.ceil(d / COLUMNS) * rows * rank + (2 * 4 * chunks * rank * d if chunks > 1 else 0)
+    return Work("grouped_gram", 1 + (chunks > 1), moved, cached, 2 * rows * d * rank, units=drop * rows * d // 8, blocks=blocks, stages=stages)
 
 
 def layer(rows: int, n: int, m: int, rank: int, drop: bool) -> list[Work]:
     """Every launch of a forward and a backward pass where each row has a client and every gradient is asked for."""
     casts = [cast(rank * n), cast(rank * m)] * CASTS
-    forward = [shrink(rows, n, rank, drop), expand(rows, m, rank, False, False), base_product(rows, n, m, True)]
-    backward = [shrink(rows, m, rank, False), expand(rows, n, rank, drop, False), base_product(rows, m, n, True)]
-    return [*casts, *forward, *backward, grouped_gram(rows, n, rank, drop), grouped_gram(rows, m, rank, False)]
+    forward = [shrink(rows, n, rank, drop, m), expand(rows, m, rank, False, False, n), base_product(rows, n, m, True)]
+    backward = [shrink(rows, m, rank, False, n), expand(rows, n, rank, drop, False, m), base_product(rows, m, n, True)]
+    grams = [replace(grouped_gram(rows, n, rank, drop), launches=1), grouped_gram(rows, m, rank, False)]  # one launch adds the planes of both
+    return [*casts, *forward, *backward, *grams]
 
 
 def frozen(rows: int, n: int, m: int) -> list[Work]:
@@ -151,7 +188,7 @@ def gram(elements: int, ranks: Sequence[int]) -> Work:
         across = math.ceil(rank / side)
         return across * (across + 1) // 2 * side * side
 
-    return Work("gram", 3, 4 * elements * sum(ranks), 2 * elements * sum(map(tile, ranks)), "float32", GRAM_SHARE)
+    return Work("gram", 3, 4 * elements * sum(ranks), products=2 * elements * sum(map(tile, ranks)), pipe="float32", share=GRAM_SHARE)
 
 
 def delta_norms(elements: int, ranks: Sequence[int]) -> Work:
@@ -210,7 +247,10 @@ def table() -> list[str]:
     for tokens in (8192, 2048):
         for p, drop in (("0", False), ("0.1", True)):
             load = f"T={tokens}, 4096 columns, r=16, p={p}"
-            rows += [(load, work) for work in (shrink(tokens, 4096, 16, drop), expand(tokens, 4096, 16, drop, False), grouped_gram(tokens, 4096, 16, drop))]
+            rows += [
+                (load, work)
+                for work in (shrink(tokens, 4096, 16, drop, 4096), expand(tokens, 4096, 16, drop, False, 4096), grouped_gram(tokens, 4096, 16, drop))
+            ]
         rows += [(f"T={tokens}, 4096->4096", base_product(tokens, 4096, 4096, adds)) for adds in (False, True)]
     rows += [("T=8192, 4096 columns, r=16, p=0", expand(8192, 4096, 16, False, True)), ("16 x 4096", cast(16 * 4096))]
     ranks, elements = [4, 8, 16, 32, 64] * 20, elements_per_rank(LLAMA_8B_ATTENTION_LAYER)

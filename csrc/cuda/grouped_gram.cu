@@ -2,7 +2,8 @@
 //
 // One block owns 64 columns, all ranks of one client and one chunk of GRAM_ROWS of its rows; x and S pass through 2 to 4 stages by cp.async, both read from
 // shared memory transposed (ldmatrix.trans). A client with one chunk is stored at once; the planes of the others are added in the order of the rows by a
-// second launch. Chunks are counted from the client's own first row and there are no atomics: its gradient has the same bits alone and beside others.
+// second launch, one for both factors. Chunks are counted from the client's own first row and there are no atomics: its gradient has the same bits alone and
+// beside others.
 // Bytes: T d in, S r d out; S again from L2 for every 64 columns, x again for every further 128 ranks; planes: T / GRAM_ROWS r d twice.
 #include <algorithm>
 
@@ -104,37 +105,45 @@ __global__ void __launch_bounds__(LORA_THREADS, LORA_BLOCKS<T>) grouped_gram_ker
 
 constexpr int SUM_THREADS = 256;
 
-// Grid: columns, clients, rank rows.
+// Grid: columns, clients, rank rows of both gradients in turn.
 template <class Acc>
-__global__ void __launch_bounds__(SUM_THREADS) grouped_gram_sum_kernel(const __grid_constant__ LoraCall call) {
-    const LoraClient& client = (call.table.far ? call.table.far : call.table.near)[blockIdx.y];
+__global__ void __launch_bounds__(SUM_THREADS) grouped_gram_sum_kernel(const __grid_constant__ GramSums sums) {
+    const LoraClient& client = (sums.table.far ? sums.table.far : sums.table.near)[blockIdx.y];
+    const int which = blockIdx.z % sums.count, width = sums.width[which];
     const int column = blockIdx.x * SUM_THREADS + threadIdx.x, chunks = (client.length + GRAM_ROWS - 1) / GRAM_ROWS;
-    if (client.plane < 0 || column >= call.width) return;
-    for (int rank = blockIdx.z; rank < client.rank; rank += gridDim.z) {
+    if (client.plane < 0 || column >= width) return;
+    const Acc* planes = static_cast<const Acc*>(sums.planes[which]) + column;
+    for (int rank = blockIdx.z / sums.count; rank < client.rank; rank += gridDim.z / sums.count) {
         Acc total = 0;
-        for (int chunk = 0; chunk < chunks; ++chunk)
-            total += static_cast<const Acc*>(call.planes)[(client.plane + static_cast<int64_t>(chunk) * client.rank + rank) * call.width + column];
-        store_one_as(call.out_type, call.out, static_cast<int64_t>(client.row + rank) * call.width + column, total);
+        for (int chunk = 0; chunk < chunks; ++chunk) total += planes[(client.plane + static_cast<int64_t>(chunk) * client.rank + rank) * width];
+        store_one_as(sums.type[which], sums.out[which], static_cast<int64_t>(client.row + rank) * width + column, total);
     }
 }
 
 }  // namespace hetlora
 
-cudaError_t hetlora_grouped_gram(const hetlora::LoraCall* call, hetlora::Type type, int64_t chunks, int rank, cudaStream_t stream) {
+cudaError_t hetlora_grouped_gram(const hetlora::LoraCall* call, hetlora::Type type, int64_t chunks, cudaStream_t stream) {
     using namespace hetlora;
     const int64_t blocks = chunks * divide_up(call->width, LORA_COLUMNS);
     if (blocks == 0) return cudaSuccess;
     if (blocks > INT32_MAX || call->table.count > 65535) return cudaErrorInvalidConfiguration;
     return with_type(type, [&](auto value) {
         using T = decltype(value);
-        using Acc = typename Accumulator<T>::type;
         const dim3 grid(static_cast<unsigned>(blocks)), block(LORA_THREADS);
         if (call->seeds) HETLORA_LAUNCH((grouped_gram_kernel<T, true>), grid, block, stream, *call);
         else HETLORA_LAUNCH((grouped_gram_kernel<T, false>), grid, block, stream, *call);
-        const cudaError_t error = cudaGetLastError();
-        if (error != cudaSuccess || !call->planes) return error;
-        const dim3 sums(divide_up(call->width, SUM_THREADS), call->table.count, std::min(rank, 64));
-        HETLORA_LAUNCH((grouped_gram_sum_kernel<Acc>), sums, dim3(SUM_THREADS), stream, *call);
+        return cudaGetLastError();
+    });
+}
+
+cudaError_t hetlora_grouped_gram_sum(const hetlora::GramSums* sums, hetlora::Type type, int rank, cudaStream_t stream) {
+    using namespace hetlora;
+    const int width = std::max(sums->width[0], sums->count == 2 ? sums->width[1] : 0);
+    if (width == 0 || sums->table.count == 0) return cudaSuccess;
+    return with_type(type, [&](auto value) {
+        using Acc = typename Accumulator<decltype(value)>::type;
+        const dim3 grid(divide_up(width, SUM_THREADS), sums->table.count, std::min(rank, 64) * sums->count);
+        HETLORA_LAUNCH((grouped_gram_sum_kernel<Acc>), grid, dim3(SUM_THREADS), stream, *sums);
         return cudaGetLastError();
     });
 }

@@ -65,11 +65,14 @@ cudaError_t hetlora_sgd(const HetloraCall* call, hetlora::Type type, const Hetlo
 
 // The LoRA layer. `type` is that of x and S; `tiles` and `chunks` are the sums over clients, `rank` the largest.
 extern "C" {
-// planes null: x has one split of columns.
+// Into call->planes where x has several splits of columns, else into call->s.
 cudaError_t hetlora_shrink(const hetlora::LoraCall* call, hetlora::Type type, int64_t tiles, cudaStream_t stream);
+// call->s, and call->wide where there is one, from call->planes: unless hetlora_expand does it.
+cudaError_t hetlora_shrink_sum(const hetlora::LoraCall* call, hetlora::Type type, int64_t tiles, cudaStream_t stream);
 // call->wide from call->s.
 cudaError_t hetlora_widen(const hetlora::LoraCall* call, hetlora::Type type, int64_t tiles, cudaStream_t stream);
 cudaError_t hetlora_expand(const hetlora::LoraCall* call, hetlora::Type type, int64_t tiles, cudaStream_t stream);
-// planes null: no client has more than one chunk.
-cudaError_t hetlora_grouped_gram(const hetlora::LoraCall* call, hetlora::Type type, int64_t chunks, int rank, cudaStream_t stream);
+// Clients with more than one chunk into call->planes, the others into call->out.
+cudaError_t hetlora_grouped_gram(const hetlora::LoraCall* call, hetlora::Type type, int64_t chunks, cudaStream_t stream);
+cudaError_t hetlora_grouped_gram_sum(const hetlora::GramSums* sums, hetlora::Type type, int rank, cudaStream_t stream);
 }

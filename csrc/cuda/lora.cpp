@@ -34,14 +34,14 @@ Tensor shrink(const Tensor& x_in, const Tensor& rows, const Tensor& scale, const
               const Integers& ranks, const Integers& starts, const Integers& lengths, double dropout) {
     const Rows x("x", x_in);
     const Segments segments{seeds, row_keys, index, ranks, starts, lengths, dropout};
-    return Layer(x.dense, segments, x.rows(), "shrink", false).shrink(x, rows, scale, true);
+    return Layer(x.dense, segments, x.rows(), "shrink", false).shrink(x, rows, scale, true, 0).s;
 }
 
 void expand_(Tensor out_in, const Tensor& s, const Tensor& rows, const MaybeTensor& seeds, const MaybeTensor& row_keys, const MaybeTensor& index,
              const Integers& ranks, const Integers& starts, const Integers& lengths, double dropout) {
     const Rows out("out", out_in);
     const Segments segments{seeds, row_keys, index, ranks, starts, lengths, dropout};
-    Layer(out.dense, segments, out.rows(), "expand_", false).expand(out, s, rows, true, out.dense);
+    Layer(out.dense, segments, out.rows(), "expand_", false).expand(out, {s}, rows, true, out.dense);
     if (!out_in.is_contiguous()) torch::stable::copy_(out_in, out.dense);
 }
 
@@ -49,7 +49,10 @@ Tensor grouped_gram(const Tensor& s, const Tensor& x_in, const MaybeTensor& seed
                     const Integers& starts, const Integers& lengths, double dropout, ScalarType dtype) {
     const Rows x("x", x_in);
     const Segments segments{seeds, row_keys, index, ranks, starts, lengths, dropout};
-    return Layer(x.dense, segments, x.rows(), "grouped_gram", false).grouped_gram(s, x, true, dtype);
+    const Layer layer(x.dense, segments, x.rows(), "grouped_gram", false);
+    Gram out = layer.grouped_gram(s, x, true, dtype);
+    layer.sum_grams({&out});
+    return out.out;
 }
 
 // One of the layer's ops, checked: all on one device, and shapes that fit together. `rows`: the first integer of `segments`, which the lists were made for.
@@ -87,14 +90,14 @@ std::tuple<Tensor, Tensor> lora_forward(const Tensor& x_in, const MaybeTensor& w
     STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == width && bias->scalar_type() == x.dense.scalar_type()), "bias: expected [", width,
                     "] in the type of x");
     const Layer layer(x.dense, segments, x.rows(), "lora_forward");
-    const Tensor s = layer.shrink(x, a, scale, true);
+    const Shrunk s = layer.shrink(x, a, scale, true, width);
     const Integers sizes = sizes_of(x_in, width);
     if (base) {
         STD_TORCH_CHECK(base->dim() == x_in.dim(), "base: expected the leading shape of x");
         for (size_t i = 0; i < sizes.size(); ++i) STD_TORCH_CHECK(base->size(static_cast<int64_t>(i)) == sizes[i], "base: expected the leading shape of x");
         const Tensor dense = torch::stable::contiguous(*base), out = layer.covers_all() ? torch::stable::empty_like(dense) : torch::stable::clone(dense);
         layer.expand(Rows("base", matrix(out)), s, bt, false, matrix(dense));
-        return {out, s};
+        return {out, s.s};
     }
     const Tensor out = torch::stable::new_empty(x.dense, sizes);
     const Rows rows("out", matrix(out));
@@ -107,7 +110,7 @@ std::tuple<Tensor, Tensor> lora_forward(const Tensor& x_in, const MaybeTensor& w
         product(rows.dense, x.dense, transpose(*weight), shift.has_value());
         layer.expand(rows, s, bt, false, rows.dense);
     }
-    return {out, s};
+    return {out, s.s};
 }
 
 // (d_x, d_a, d_bt), without elements where not needed; d_bt lies as bt does.
@@ -124,8 +127,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& d_y_in, const Ten
     check_layer(x.dense, weight, a, bt, bt.size(1), all[0], {&own_s, &scales, &seeds, &row_keys, &index, &out_gradient});
     STD_TORCH_CHECK(d_y.rows() == x.rows() && d_y.width() == bt.size(1), "d_y: expected [", x.rows(), ", ", bt.size(1), "]");
     const Layer layer(x.dense, segments, x.rows(), "lora_backward");
-    MaybeTensor d_s;
-    if (need_x || need_a) d_s = layer.shrink(d_y, bt, scale, false);
+    std::optional<Shrunk> d_s;
+    if (need_x || need_a) d_s = layer.shrink(d_y, bt, scale, false, need_x ? x.width() : 0);
     Tensor d_x = torch::stable::new_empty(x.dense, need_x ? sizes_of(x_in, x.width()) : Integers{0});
     if (need_x) {
         const Rows rows("d_x", matrix(d_x));
@@ -135,12 +138,15 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& d_y_in, const Ten
         layer.expand(rows, *d_s, a, true, first ? std::nullopt : MaybeTensor(rows.dense));
         if (first && weight) product(rows.dense, d_y.dense, *weight, true);
     }
-    const Tensor d_a = need_a ? layer.grouped_gram(*d_s, x, true, type_a) : torch::stable::new_empty(a, {0}, type_a);
-    if (!need_bt) return {d_x, d_a, torch::stable::new_empty(bt, {0}, type_bt)};
-    const Tensor d_bt = layer.grouped_gram(s, d_y, false, type_bt);
-    if (transposed) return {d_x, d_a, torch::stable::contiguous(transpose(d_bt))};
+    Gram d_a{torch::stable::new_empty(a, {0}, type_a), type_a, x.type, std::nullopt},
+        d_bt{torch::stable::new_empty(bt, {0}, type_bt), type_bt, x.type, std::nullopt};
+    if (need_a) d_a = layer.grouped_gram(d_s->s, x, true, type_a);
+    if (need_bt) d_bt = layer.grouped_gram(s, d_y, false, type_bt);
+    layer.sum_grams({&d_a, &d_bt});
+    if (!need_bt) return {d_x, d_a.out, d_bt.out};
+    if (transposed) return {d_x, d_a.out, torch::stable::contiguous(transpose(d_bt.out))};
     const bool lies_transposed = !bt.is_contiguous() && bt.stride(0) == 1 && bt.stride(1) == bt.size(0);
-    return {d_x, d_a, lies_transposed ? transpose(torch::stable::contiguous(transpose(d_bt))) : d_bt};
+    return {d_x, d_a.out, lies_transposed ? transpose(torch::stable::contiguous(transpose(d_bt.out))) : d_bt.out};
 }
 
 }  // namespace

@@ -21,7 +21,7 @@ template <class T>
 constexpr int LORA_BLOCKS = sizeof(T) == 8 ? 2 : 3;
 
 template <class T>
-constexpr int DEPTH = 128 / static_cast<int>(sizeof(T));  // k of one stage
+constexpr int DEPTH = LORA_DEPTH / static_cast<int>(sizeof(T));  // k of one stage
 
 HETLORA_HOST_DEVICE constexpr int larger(int a, int b) { return a < b ? b : a; }
 HETLORA_HOST_DEVICE constexpr int round_up(int value, int step) { return (value + step - 1) / step * step; }
@@ -100,6 +100,42 @@ __device__ __forceinline__ void copy_factor(T* tile, int pitch, const LoraCall& 
 template <class T>
 __device__ __forceinline__ T* wide_row(const LoraCall& call, const LoraClient& client, int t) {
     return static_cast<T*>(call.wide) + static_cast<int64_t>(client.start + t) * call.pitch;
+}
+
+// What the products of a client's row are multiplied by in S; 1 / (1 - p) is 1 without dropout.
+template <class Acc>
+__device__ __forceinline__ Acc scale_of(const LoraCall& call, const LoraClient& client) {
+    return static_cast<const Acc*>(call.scale)[client.client] * static_cast<Acc>(call.shrink_inverse);
+}
+
+// Eight ranks of row t of the client's S from the planes of shrink, added in the order of the columns; zero from the client's rank on. The rows of a plane
+// start at multiples of 16 bytes.
+template <class T>
+__device__ __forceinline__ Pack<T, DRAWS> sum_planes(const LoraCall& call, const LoraClient& client, int t, int first) {
+    using Acc = typename Accumulator<T>::type;
+    const Acc* from = static_cast<const Acc*>(call.planes) + static_cast<int64_t>(client.start + t) * call.pitch + first;
+    Pack<Acc, DRAWS> total = *reinterpret_cast<const Pack<Acc, DRAWS>*>(from);
+#pragma unroll 4
+    for (int split = 1; split < call.splits; ++split) {
+        const auto next = *reinterpret_cast<const Pack<Acc, DRAWS>*>(from + split * call.plane_size);
+#pragma unroll
+        for (int e = 0; e < DRAWS; ++e) total.v[e] += next.v[e];
+    }
+    const Acc scale = scale_of<Acc>(call, client);
+    Pack<T, DRAWS> out;
+#pragma unroll
+    for (int e = 0; e < DRAWS; ++e) out.v[e] = first + e < client.rank ? convert<T>(total.v[e] * scale) : T{};
+    return out;
+}
+
+// Those eight ranks in S and in its copy with a pitch.
+template <class T>
+__device__ __forceinline__ void store_shrunk(const LoraCall& call, const LoraClient& client, int t, int first, const Pack<T, DRAWS>& value) {
+    T* s = static_cast<T*>(call.s) + client.flat + static_cast<int64_t>(t) * client.rank + first;
+#pragma unroll
+    for (int e = 0; e < DRAWS; ++e)
+        if (first + e < client.rank) s[e] = value.v[e];
+    if (call.wide) *reinterpret_cast<Pack<T, DRAWS>*>(wide_row<T>(call, client, t) + first) = value;
 }
 
 // Rows t .. t + rows - 1 of the client's S below `end`, ranks from `first`, `units` times eight of them.

@@ -22,6 +22,28 @@ struct Rows {
     Type type;
 };
 
+// S [flat], or what there is of it until expand has run: planes of partial sums, and what their sums are multiplied by.
+struct Shrunk {
+    Tensor s;
+    MaybeTensor planes, scale;
+    int splits = 0;  // planes that are still to be added
+    double inverse = 1;
+};
+
+// A gradient [S, width], and the partial sums of clients with many rows until they are added.
+struct Gram {
+    Tensor out;
+    ScalarType dtype;
+    Type type;  // of x
+    MaybeTensor planes;
+};
+
+#ifndef HETLORA_EXPAND_BLOCKS  // fewer where the tests run small shapes
+#define HETLORA_EXPAND_BLOCKS 256
+#endif
+constexpr int WIDEST = 256, BLOCKS = HETLORA_EXPAND_BLOCKS;  // columns of a block of expand at most; blocks that are to be left when they are made wide
+constexpr int64_t EXPAND_PLANES = 16 << 20;  // bytes of planes that expand reads in all rather than leave them to a launch: 3 us of an H100's L2
+
 // One call of an op: its segments as a table that all its launches share, uploaded only where it does not fit into kernel arguments.
 class Layer : Walk {
   public:
@@ -47,32 +69,44 @@ class Layer : Walk {
         }
     }
 
-    // S [flat] of x in x's type.
-    Tensor shrink(const Rows& x, const Tensor& factor, const Tensor& scale, bool drop) const {
+    // S [flat] of x in x's type. `then`: columns of the expand that follows, which may be left to add the planes of partial sums; 0: none follows.
+    Shrunk shrink(const Rows& x, const Tensor& factor, const Tensor& scale, bool drop, int64_t then) const {
         STD_TORCH_CHECK(x.rows() == x_rows_, "x: expected ", x_rows_, " rows, got ", x.rows());
         LoraCall call = with_dropout(drop);
         const Tensor rows = set_factor(call, factor, x.dense, x.width());
         const Tensor scales = torch::stable::contiguous(scale);
         STD_TORCH_CHECK(scales.scalar_type() == scalar_of(sums_of(x.type)) && scales.numel() == static_cast<int64_t>(given_.ranks.size),
                         "scale: expected one entry per client in the type of the sums");
-        const Tensor s = torch::stable::new_empty(x.dense, {flat});
-        const int splits = hetlora::divide_up(x.width(), hetlora::SHRINK_COLUMNS);
-        MaybeTensor planes;
-        if (splits > 1) planes = torch::stable::new_empty(x.dense, {splits * flat}, scalar_of(sums_of(x.type)));
-        call.planes = planes ? planes->mutable_data_ptr() : nullptr;
-        call.flat = flat;
-        add_wide(call, s, false);
+        Shrunk out{torch::stable::new_empty(x.dense, {flat})};
+        call.splits = hetlora::shrink_splits(static_cast<int>(x.width()));
+        call.pitch = pitch();
+        call.plane_size = last * call.pitch;
+        if (call.splits > 1) {
+            out.planes = torch::stable::new_empty(x.dense, {call.splits * call.plane_size}, scalar_of(sums_of(x.type)));
+            call.planes = out.planes->mutable_data_ptr();
+        }
+        add_wide(call, out.s, false);
         call.x = x.dense.const_data_ptr();
-        call.s = s.mutable_data_ptr();
+        call.s = out.s.mutable_data_ptr();
         call.scale = scales.const_data_ptr();
         call.width = static_cast<int>(x.width());
         call.aligned = aligned(x.type, x.width(), x.dense);
         check(hetlora_shrink(&call, x.type, tiles_, device_.stream), op_);
-        return s;
+        if (!out.planes) return out;
+        out.splits = call.splits;
+        out.scale = scales;
+        out.inverse = call.shrink_inverse;
+        if (!expand_adds(x.type, call, then)) {
+            check(hetlora_shrink_sum(&call, x.type, tiles_, device_.stream), op_);
+            out.splits = 0;
+        }
+        return out;
     }
 
     // out = before + S factor on the rows of clients; before: out, a matrix like it, or one row for all (a bias), in out's type; zero without one.
-    void expand(const Rows& out, const Tensor& s, const Tensor& factor, bool drop, const MaybeTensor& before) const {
+    // Writes S, too, where shrink has left it in planes.
+    void expand(const Rows& out, const Shrunk& shrunk, const Tensor& factor, bool drop, const MaybeTensor& before) const {
+        const Tensor& s = shrunk.s;
         STD_TORCH_CHECK(out.rows() == x_rows_, "out: expected ", x_rows_, " rows, got ", out.rows());
         check_shrunk(s);
         LoraCall call = with_dropout(drop);
@@ -82,7 +116,16 @@ class Layer : Walk {
                                     (before->dim() == 1 || before->size(0) == x_rows_)),
                         "base, bias: expected the type of the result and its shape, or one entry per column");
         call.s = const_cast<void*>(s.const_data_ptr());
-        add_wide(call, s, true);
+        call.splits = shrunk.splits;
+        call.pitch = pitch();
+        if (shrunk.splits) {
+            call.planes = const_cast<void*>(shrunk.planes->const_data_ptr());
+            call.plane_size = last * call.pitch;
+            call.scale = shrunk.scale->const_data_ptr();
+            call.shrink_inverse = shrunk.inverse;
+        }
+        add_wide(call, s, !shrunk.splits);
+        call.columns = columns_of_a_block(out.width());
         call.out = out.dense.mutable_data_ptr();
         call.out_type = out.type;
         call.before = before ? before->const_data_ptr() : nullptr;
@@ -93,7 +136,8 @@ class Layer : Walk {
     }
 
     // [S, width]: S_k^T drop(x_k), exactly zero where a client has no rows.
-    Tensor grouped_gram(const Tensor& s, const Rows& x, bool drop, ScalarType dtype) const {
+    // Not whole before `sum_grams`.
+    Gram grouped_gram(const Tensor& s, const Rows& x, bool drop, ScalarType dtype) const {
         STD_TORCH_CHECK(x.rows() == x_rows_ && s.scalar_type() == x.dense.scalar_type(), "s, x: expected one type and ", x_rows_, " rows, got ", x.rows());
         check_shrunk(s);
         const ScalarType sums = scalar_of(sums_of(x.type));
@@ -101,9 +145,9 @@ class Layer : Walk {
         const Tensor out = active_ranks != rank_rows ? torch::stable::new_zeros(x.dense, {rank_rows, x.width()}, direct ? dtype : sums)
                                                      : torch::stable::new_empty(x.dense, {rank_rows, x.width()}, direct ? dtype : sums);
         LoraCall call = with_dropout(drop);
-        MaybeTensor planes;
-        if (planes_) planes = torch::stable::new_empty(x.dense, {planes_ * x.width()}, sums);
-        call.planes = planes ? planes->mutable_data_ptr() : nullptr;
+        Gram gram{out, dtype, x.type, std::nullopt};
+        if (planes_) gram.planes = torch::stable::new_empty(x.dense, {planes_ * x.width()}, sums);
+        call.planes = gram.planes ? gram.planes->mutable_data_ptr() : nullptr;
         call.x = x.dense.const_data_ptr();
         call.s = const_cast<void*>(s.const_data_ptr());
         add_wide(call, s, true);
@@ -111,8 +155,24 @@ class Layer : Walk {
         call.out_type = type_of(out);
         call.width = static_cast<int>(x.width());
         call.aligned = aligned(x.type, x.width(), x.dense);
-        check(hetlora_grouped_gram(&call, x.type, chunks_, rank_, device_.stream), op_);
-        return direct ? out : torch::stable::to(out, dtype);
+        check(hetlora_grouped_gram(&call, x.type, chunks_, device_.stream), op_);
+        return gram;
+    }
+
+    // Adds the partial sums of one or both gradients, in one launch, and converts what has a third type.
+    void sum_grams(std::initializer_list<Gram*> grams) const {
+        hetlora::GramSums sums{};
+        sums.table = call_.table;
+        for (Gram* gram : grams) {
+            if (!gram->planes) continue;
+            sums.planes[sums.count] = gram->planes->const_data_ptr();
+            sums.out[sums.count] = gram->out.mutable_data_ptr();
+            sums.type[sums.count] = type_of(gram->out);
+            sums.width[sums.count++] = static_cast<int>(gram->out.size(1));
+        }
+        if (sums.count) check(hetlora_grouped_gram_sum(&sums, (*grams.begin())->type, rank_, device_.stream), op_);
+        for (Gram* gram : grams)
+            if (gram->out.scalar_type() != gram->dtype) gram->out = torch::stable::to(gram->out, gram->dtype);
     }
 
     // Every row of x belongs to a client with rank: the layer may start from its LoRA term.
@@ -146,7 +206,7 @@ class Layer : Walk {
     void set_dropout() {
         const hetlora::Dropout dropout = dropout_of(given_);
         call_.threshold = dropout.threshold;
-        call_.inverse = dropout.inverse;
+        call_.inverse = call_.shrink_inverse = dropout.inverse;
         if (!given_.seeds) return;
         call_.seeds = integers("seeds", *given_.seeds, static_cast<int64_t>(given_.lengths.size));
         call_.keys = integers("row_keys", *given_.row_keys, last);
@@ -156,7 +216,7 @@ class Layer : Walk {
         LoraCall call = call_;
         if (!drop) {
             call.seeds = nullptr;
-            call.inverse = 1;
+            call.inverse = call.shrink_inverse = 1;
         }
         return call;
     }
@@ -182,12 +242,30 @@ class Layer : Walk {
         const int unit = static_cast<int>(16 / hetlora::size_of(type));
         if (!whole_ || !odd(unit)) return;
         const auto known = std::find_if(wide_.begin(), wide_.end(), [&](const auto& own) { return own.first == s.const_data_ptr(); });
-        const int pitch = hetlora::divide_up(rank_, unit) * unit;
         const bool made = known == wide_.end();
-        if (made) wide_.emplace_back(s.const_data_ptr(), torch::stable::new_empty(s, {last * pitch}));
+        if (made) wide_.emplace_back(s.const_data_ptr(), torch::stable::new_empty(s, {last * pitch()}));
         call.wide = made ? wide_.back().second.mutable_data_ptr() : known->second.mutable_data_ptr();
-        call.pitch = pitch;
+        call.pitch = pitch();
         if (made && filled) check(hetlora_widen(&call, type, tiles_, device_.stream), op_);
+    }
+
+    // Elements of a row of S that starts at a multiple of 16 bytes in every type.
+    int pitch() const { return hetlora::divide_up(rank_, 8) * 8; }
+
+    // As many columns as leave blocks for a whole device.
+    int columns_of_a_block(int64_t width) const {
+        int columns = WIDEST;
+        while (columns > hetlora::LORA_COLUMNS && tiles_ * hetlora::divide_up(width, columns) < BLOCKS) columns /= 2;
+        return columns;
+    }
+
+    // Whether expand adds the planes: S has to fit into its two stages. Each of its blocks reads those of its rows. Where these are no more bytes than the
+    // block writes, they cost nothing that a launch would not; nor where they are few in all. By whom they are added changes no bit.
+    bool expand_adds(Type type, const LoraCall& call, int64_t width) const {
+        const int size = static_cast<int>(hetlora::size_of(type)), columns = columns_of_a_block(width);
+        if (width == 0 || rank_ > 2 * hetlora::LORA_DEPTH / size) return false;
+        const int64_t plane_row = call.splits * rank_ * static_cast<int64_t>(hetlora::size_of(sums_of(type)));
+        return plane_row <= columns * size || plane_row * last * hetlora::divide_up(width, columns) <= EXPAND_PLANES;
     }
 
     bool odd(int unit) const {

@@ -1,23 +1,16 @@
 // shrink: S_k = scale_k drop(x_k) A_k^T, [T_k, r_k] packed.
 //
-// One block owns 64 rows of one client, all its ranks and 1024 columns: x passes through shared memory once (again for every further 128 ranks), A_k comes from
-// L2 once per 64 rows. 2 to 4 stages of 128 bytes a row, filled by cp.async up to 3 ahead. The thread that copied eight columns drops them, one Philox counter for all eight,
-// and only then the block's barrier lets the others see them; 1 / (1 - p) is part of the scale, so that what is multiplied is x itself.
-// Bytes: T n in, S n in, T r out; above 1024 columns n / 1024 T r of partial sums out and in, which a second launch adds in the order of the columns. Tiles are
-// of a client's own rows and splits are of fixed columns: nothing is padded, and a client's S does not depend on who else is in the call.
+// One block owns 64 rows of one client, all its ranks and one split of the columns: x passes through shared memory once (again for every further 128 ranks),
+// A_k comes from L2 once per 64 rows. 2 to 4 stages of 128 bytes a row, filled by cp.async up to 3 ahead. The thread that copied eight columns drops them, one
+// Philox counter for all eight, and only then the block's barrier lets the others see them; 1 / (1 - p) is part of the scale, so that what is multiplied is x.
+// Splits are of 1024 columns, or an eighth of them if that is more. Each is a plane of float32 sums; expand, or a launch of its own, adds them in the order of
+// the columns. Bytes: T n in, S n in, T r out; with p splits p T r of partial sums out and in.
+// Tiles are of a client's own rows: nothing is padded, and a client's S does not depend on who else is in the call.
 // One block for all of n would be T / 64 blocks in all: at 2048 rows 32 of them, on the 132 multiprocessors of an H100.
-#include <algorithm>
-
 #include "dispatch.cuh"
 #include "lora.cuh"
 
 namespace hetlora {
-
-// What the products of a client's row are multiplied by; 1 / (1 - p) is 1 without dropout.
-template <class Acc>
-__device__ __forceinline__ Acc scale_of(const LoraCall& call, const LoraClient& client) {
-    return static_cast<const Acc*>(call.scale)[client.client] * static_cast<Acc>(call.inverse);
-}
 
 // Rows from `top`, ranks from `first`, columns from `left`.
 template <class T, bool DROP>
@@ -25,7 +18,7 @@ __device__ __forceinline__ void shrink_tile(const LoraCall& call, const LoraClie
     using Acc = typename Accumulator<T>::type;
     constexpr int FACTOR = LORA_ROWS * DEPTH<T>, UNITS = DEPTH<T> / DRAWS, STRIDE = LORA_THREADS / UNITS, PARTS = LORA_ROWS / STRIDE;
     const int row = threadIdx.x / UNITS, column = threadIdx.x % UNITS * DRAWS, own = threadIdx.x / WARP * WARP_ROWS;
-    const int width = min(SHRINK_COLUMNS, call.width - left), steps = (width + DEPTH<T> - 1) / DEPTH<T>,
+    const int width = min(shrink_columns(call.width), call.width - left), steps = (width + DEPTH<T> - 1) / DEPTH<T>,
               ranks = min(PASS, round_up(client.rank - first, SLICE));
     int source[PARTS];  // row of x, -1 past the client's; the 64-bit address is made anew for each stage: registers are what is short
     int64_t key[PARTS];
@@ -69,17 +62,22 @@ __device__ __forceinline__ void shrink_tile(const LoraCall& call, const LoraClie
     }
     const Acc scale = scale_of<Acc>(call, client);
     T* s = static_cast<T*>(call.s) + client.flat;
-    Acc* plane = call.planes ? static_cast<Acc*>(call.planes) + left / SHRINK_COLUMNS * call.flat + client.flat : nullptr;
+    Acc* plane = call.planes ? static_cast<Acc*>(call.planes) + left / shrink_columns(call.width) * call.plane_size : nullptr;
 #pragma unroll
     for (int j = 0; j < PASS / 8; ++j) {
         if (8 * j >= ranks) break;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < 4; i += 2) {
             const int t = top + own + sum_row(i), rank = first + 8 * j + sum_column(i);
-            if (t >= client.length || rank >= client.rank) continue;
-            const int64_t at = static_cast<int64_t>(t) * client.rank + rank;
-            if (plane) plane[at] = c[j][i];
-            else s[at] = convert<T>(c[j][i] * scale);
+            if (t >= client.length) continue;
+            if (plane) {  // what lies past the client's rank is never read
+                if (first + 8 * j < client.rank)
+                    *reinterpret_cast<Pack<Acc, 2>*>(plane + static_cast<int64_t>(client.start + t) * call.pitch + rank) = {{c[j][i], c[j][i + 1]}};
+                continue;
+            }
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+                if (rank + e < client.rank) s[static_cast<int64_t>(t) * client.rank + rank + e] = convert<T>(c[j][i + e] * scale);
         }
     }
 }
@@ -96,9 +94,9 @@ __device__ __forceinline__ void widen_rows(const LoraCall& call, const LoraClien
 template <class T, bool DROP>
 __global__ void __launch_bounds__(LORA_THREADS, LORA_BLOCKS<T>) shrink_kernel(const __grid_constant__ LoraCall call) {
     alignas(128) __shared__ unsigned char shared[LORA_POOL];
-    const int splits = (call.width + SHRINK_COLUMNS - 1) / SHRINK_COLUMNS, tile = static_cast<int>(blockIdx.x) / max(splits, 1);
+    const int tile = static_cast<int>(blockIdx.x) / call.splits, left = static_cast<int>(blockIdx.x) % call.splits * shrink_columns(call.width);
     const LoraClient client = find_client(call.table, &LoraClient::tiles, tile);
-    const int top = (tile - client.tiles) * LORA_ROWS, left = static_cast<int>(blockIdx.x) % max(splits, 1) * SHRINK_COLUMNS;
+    const int top = (tile - client.tiles) * LORA_ROWS;
 #pragma unroll 1
     for (int first = 0; first < client.rank; first += PASS) {
         if (first) __syncthreads();
@@ -109,26 +107,16 @@ __global__ void __launch_bounds__(LORA_THREADS, LORA_BLOCKS<T>) shrink_kernel(co
     widen_rows<T>(call, client, top);
 }
 
-// Adds the planes in the order of the columns: a block has 64 rows of one client, which lie next to each other in S.
+// Adds the planes: a block has 64 rows of one client.
 template <class T>
 __global__ void __launch_bounds__(LORA_THREADS, 8) shrink_sum_kernel(const __grid_constant__ LoraCall call) {
-    using Acc = typename Accumulator<T>::type;
     const LoraClient client = find_client(call.table, &LoraClient::tiles, blockIdx.x);
-    const int top = (static_cast<int>(blockIdx.x) - client.tiles) * LORA_ROWS, splits = (call.width + SHRINK_COLUMNS - 1) / SHRINK_COLUMNS;
-    const int64_t start = client.flat + static_cast<int64_t>(top) * client.rank,
-                  count = static_cast<int64_t>(min(LORA_ROWS, client.length - top)) * client.rank;
-    const Acc* planes = static_cast<const Acc*>(call.planes) + start;
-    const Acc scale = scale_of<Acc>(call, client);
-    T* s = static_cast<T*>(call.s) + start;
-    for (int64_t at = threadIdx.x; at < count; at += LORA_THREADS) {
-        Acc total = planes[at];
-#pragma unroll 4
-        for (int split = 1; split < splits; ++split) total += planes[split * call.flat + at];
-        s[at] = convert<T>(total * scale);
+    const int top = (static_cast<int>(blockIdx.x) - client.tiles) * LORA_ROWS, rows = min(LORA_ROWS, client.length - top),
+              units = (client.rank + DRAWS - 1) / DRAWS;
+    for (int at = threadIdx.x; at < rows * units; at += LORA_THREADS) {
+        const int t = top + at / units, first = at % units * DRAWS;
+        store_shrunk(call, client, t, first, sum_planes<T>(call, client, t, first));
     }
-    if (!call.wide) return;
-    __syncthreads();  // the block has written what it now copies
-    widen_rows<T>(call, client, top);
 }
 
 // The copy with a pitch of an S that an earlier call has made.
@@ -142,7 +130,7 @@ __global__ void __launch_bounds__(LORA_THREADS) widen_kernel(const __grid_consta
 
 cudaError_t hetlora_shrink(const hetlora::LoraCall* call, hetlora::Type type, int64_t tiles, cudaStream_t stream) {
     using namespace hetlora;
-    const int64_t blocks = tiles * std::max(1, divide_up(call->width, SHRINK_COLUMNS));
+    const int64_t blocks = tiles * call->splits;
     if (blocks == 0) return cudaSuccess;
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
     return with_type(type, [&](auto value) {
@@ -150,9 +138,15 @@ cudaError_t hetlora_shrink(const hetlora::LoraCall* call, hetlora::Type type, in
         const dim3 grid(static_cast<unsigned>(blocks)), block(LORA_THREADS);
         if (call->seeds) HETLORA_LAUNCH((shrink_kernel<T, true>), grid, block, stream, *call);
         else HETLORA_LAUNCH((shrink_kernel<T, false>), grid, block, stream, *call);
-        const cudaError_t error = cudaGetLastError();
-        if (error != cudaSuccess || !call->planes) return error;
-        HETLORA_LAUNCH((shrink_sum_kernel<T>), dim3(static_cast<unsigned>(tiles)), block, stream, *call);
+        return cudaGetLastError();
+    });
+}
+
+cudaError_t hetlora_shrink_sum(const hetlora::LoraCall* call, hetlora::Type type, int64_t tiles, cudaStream_t stream) {
+    using namespace hetlora;
+    if (tiles == 0) return cudaSuccess;
+    return with_type(type, [&](auto value) {
+        HETLORA_LAUNCH((shrink_sum_kernel<decltype(value)>), dim3(static_cast<unsigned>(tiles)), dim3(LORA_THREADS), stream, *call);
         return cudaGetLastError();
     });
 }

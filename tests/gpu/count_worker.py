@@ -2,7 +2,7 @@
 the package's own Python, and prints {what: launches} as JSON.
 
 A launch is a kernel or a product of the library, as the emulator counts them, or a PyTorch op that computes something: every leaf of a profile that is no
-view and no allocation. Copies from the host are not seen here, where all is on the host: test_copies.py counts them.
+view and no allocation. Copies from the host are not seen here, where all is on the host: test_device_work.py counts them.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def main() -> None:
     layers(count, "small", 64, [3, 9], [8, 16])
     layers(count, "several splits", 1032, [1026, 9], [8, 16])
     layers(count, "several splits, odd rank", 1032, [1026, 9], [5, 16])
+    layers(count, "a rank past what expand keeps", 1032, [3, 1026], [136, 8])
     optimisers(count)
     print(json.dumps(count.report))
 

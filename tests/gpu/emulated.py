@@ -68,7 +68,13 @@ def compile_kernel(source: Path, target: Path, headers: Path = CSRC, sanitize: b
 
 
 def _compile_bindings(source: Path, target: Path) -> Path:
-    names = ["-DHETLORA_EMULATOR", "-DHETLORA_NAMESPACE=hetlora_emulated", "-DHETLORA_DISPATCH_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    names = [
+        "-DHETLORA_EMULATOR",
+        "-DHETLORA_NAMESPACE=hetlora_emulated",
+        "-DHETLORA_DISPATCH_KEY=CPU",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-DHETLORA_EXPAND_BLOCKS=6",
+    ]
     torch_include = f"-isystem{Path(torch.__file__).parent / 'include'}"
     return _compile(source, target, [*names, torch_include, f"-I{ENGINE}", f"-I{CSRC}", "-O0"])
 

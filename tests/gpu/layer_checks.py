@@ -22,6 +22,10 @@ MANY = {"ranks": [1 + k % 3 for k in range(70)], "lengths": [1 + k % 2 for k in 
 COVERED = {"ranks": [4, 9, 16], "lengths": [5, 66, 1], "base": 0, "width": 40}
 # More columns than one split of shrink has, and a rank whose rows of S do not start at multiples of 16 bytes.
 SPLIT = {"ranks": [5, 16], "lengths": [3, 66], "base": 0, "width": 1050}
+# As many splits as there are, and more ranks than expand adds up by itself.
+MOST_SPLITS = {"ranks": [5, 140], "lengths": [3, 2], "base": 0, "width": 8216}
+# Planes of partial sums of both gradients.
+CHUNKS = {"ranks": [3, 5], "lengths": [1100, 2], "base": 0, "width": 20}
 
 
 def mask(ops: Mapping[str, Callable], dtype: torch.dtype) -> str | None:
@@ -143,5 +147,7 @@ CHECKS |= {"far rows": far_rows, "casts": casts}
 for _name, _shape in (("covered, aligned x", COVERED), ("covered, aligned output", {**COVERED, "width": 43}), ("base-only rows", LORA_SHAPES["small"])):
     CHECKS |= {f"{_case}, {_name}": partial(failures, _make) for _case, _make in layer_cases(_shape).items()}
 CHECKS |= {f"several splits-{_case}": partial(failures, layer_cases(SPLIT)[_case]) for _case in ("forward-no-bias", "backward-gathered")}
+CHECKS |= {f"most splits-{_case}": partial(failures, layer_cases(MOST_SPLITS)[_case]) for _case in ("forward-no-bias", "backward-base")}
+CHECKS["several chunks-backward"] = partial(failures, layer_cases(CHUNKS)["backward"])
 CHECKS["many clients-shrink"] = partial(failures, partial(shrink, MANY, True, True, None, False))
 CHECKS["many clients-grouped_gram"] = partial(failures, partial(grouped_gram, MANY, False, True, None))

@@ -27,6 +27,8 @@ LORA_SHAPES: dict[str, dict[str, Any]] = {
     "aligned": {"ranks": [8, 3, 32], "lengths": [33, 70, 2], "base": 1, "width": 160},
     # A rank beyond the largest bucket, and a segment of several chunks of rows.
     "long": {"ranks": [150, 5], "lengths": [3, 1100], "base": 0, "width": 40},
+    # More ranks than the kernel for S B keeps of S, over several tiles of columns.
+    "streamed": {"ranks": [150, 5], "lengths": [3, 330], "base": 0, "width": 136},
     # More columns than one split of shrink has, with a last one that is short and rows that are not aligned.
     "wide": {"ranks": [3, 18], "lengths": [2, 66], "base": 1, "width": 2051},
     # No base-only rows: what is gathered is all there is.

@@ -21,7 +21,7 @@ def test_every_op_in_every_type_and_schedule(library: Path) -> None:
     assert not wrong(work(library, "f32,bf16,f16,f64", "lora-small", SCHEDULES))
 
 
-@pytest.mark.parametrize("shape", ["mixed", "aligned", "long", "wide", "narrow", "base-only", "no-rows", "no-ranks"])
+@pytest.mark.parametrize("shape", ["mixed", "aligned", "long", "streamed", "wide", "narrow", "base-only", "no-rows", "no-ranks"])
 def test_every_rank_and_segment(library: Path, shape: str) -> None:
     assert not wrong(work(library, "f32,bf16", f"lora-{shape}", "rand"))
 
@@ -61,7 +61,9 @@ MUTANTS = {
     "shrink: columns past the width": Mutant(
         "shrink.cu", "shrink", "source[part] < 0 ? 0 : width - k - column", "source[part] < 0 ? 0 : DRAWS", "lora-small", "shrink"
     ),
-    "shrink: rows past the client's": Mutant("shrink.cu", "shrink", "t >= client.length || rank", "rank", "lora-small", "shrink"),
+    "shrink: rows past the client's": Mutant(
+        "shrink.cu", "shrink", "if (t >= client.length) continue;\n            if (plane)", "if (plane)", "lora-small", "shrink"
+    ),
     "shrink: elements counted in 32 bits": Mutant(
         "shrink.cu",
         "shrink",
@@ -70,18 +72,37 @@ MUTANTS = {
         "checks",
         "far rows",
     ),
-    "shrink: planes added without the last": Mutant("shrink.cu", "shrink", "split < splits; ++split", "split + 1 < splits; ++split", "lora-wide", "shrink"),
-    "shrink: every split in the first plane": Mutant("shrink.cu", "shrink", "left / SHRINK_COLUMNS * call.flat", "0 * call.flat", "lora-wide", "shrink"),
+    "shrink: every split in the first plane": Mutant(
+        "shrink.cu", "shrink", "left / shrink_columns(call.width) * call.plane_size", "0 * call.plane_size", "lora-wide", "shrink"
+    ),
+    "expand: planes added without the last": Mutant(
+        "lora.cuh", "expand", "split < call.splits;", "split + 1 < call.splits;", "checks", "several splits-forward-no-bias"
+    ),
+    "expand: an S that no block writes": Mutant(
+        "expand.cu", "expand", "depth / DRAWS, left == 0)", "depth / DRAWS, false)", "checks", "several splits-forward-no-bias"
+    ),
+    "expand: S of the first columns for all": Mutant(
+        "expand.cu", "expand", "if (!kept || next_column == left) {", "if (next_column == left) {", "lora-streamed", "expand", "bf16"
+    ),
+    "expand: stages of S in turn, though they are kept": Mutant(
+        "expand.cu", "expand", "(kept ? stage : step % 2)", "(step % 2)", "lora-streamed", "expand", "bf16"
+    ),
+    "expand: a half of the product over the other": Mutant(
+        "expand.cu", "expand", "                    __syncwarp();  // the half before has been read\n", "", "lora-streamed", "expand", "bf16"
+    ),
     "shrink: the mask of the first split again": Mutant(
         "shrink.cu", "shrink", "left + step * DEPTH<T> + column)", "step * DEPTH<T> + column)", "lora-wide", "shrink-drop"
     ),
     "shrink: rank rows of the first split again": Mutant("shrink.cu", "shrink", "ranks, left + k, UNITS", "ranks, k, UNITS", "lora-wide", "shrink"),
     "a copy of S with two rows in one place": Mutant(
-        "lora.cuh", "shrink", "(client.start + t) * call.pitch", "(client.start + t / 2) * call.pitch", "checks", "backward, covered, aligned x"
+        "lora.cuh",
+        "shrink",
+        "(call.wide) + static_cast<int64_t>(client.start + t)",
+        "(call.wide) + static_cast<int64_t>(client.start + t / 2)",
+        "checks",
+        "backward, covered, aligned x",
     ),
-    "S copied before it is whole": Mutant(
-        "shrink.cu", "shrink", "    __syncthreads();  // the block has written what it now copies\n", "", "checks", "several splits-forward-no-bias"
-    ),
+    "S copied before it is whole": Mutant("shrink.cu", "shrink", "    __syncthreads();  // S is whole\n", "", "checks", "backward, covered, aligned x"),
     "an S of the forward pass that is not copied": Mutant(
         "shrink.cu",
         "shrink",
@@ -97,10 +118,12 @@ MUTANTS = {
     ),
     "a neighbour's rank row": Mutant("lora.cuh", "expand", "first + row < client.rank ?", "first + row <= client.rank ?", "checks", "poisoned neighbours"),
     "expand: no barrier before the product": Mutant(
-        "expand.cu", "expand", "    __syncthreads();  // the product takes the stages' place\n", "", "lora-small", "expand", "bf16"
+        "expand.cu", "expand", "if (PRODUCT_IN_STAGE<T>) __syncthreads();  // the product takes the stage's place", "", "lora-small", "expand", "bf16"
     ),
     "expand: no wait for the copies": Mutant("expand.cu", "expand", "await_copies<0>();", "", "lora-aligned", "expand"),
-    "expand: a warp that does not wait for its lanes": Mutant("expand.cu", "expand", "    __syncwarp();\n", "", "lora-small", "expand", "bf16"),
+    "expand: a warp that does not wait for its lanes": Mutant(
+        "expand.cu", "expand", "                    __syncwarp();  // the half is whole\n", "", "lora-small", "expand", "bf16"
+    ),
     "expand: a store past the row": Mutant("expand.cu", "expand", "        if (column + e >= call.width) return;\n", "", "lora-small", "expand"),
     "expand: a wide result that forgets what it adds to": Mutant(
         "expand.cu", "expand", "    if (call.before) sum = ", "    if (false) sum = ", "lora-aligned", "expand-float32-out", "bf16"
@@ -113,6 +136,9 @@ MUTANTS = {
         "grouped_gram.cu", "grouped_gram", "(step + 1) * DEPTH<T> + row", "step * DEPTH<T> + row", "lora-aligned", "grouped_gram-drop"
     ),
     "grouped_gram: rows of the next client": Mutant("grouped_gram.cu", "grouped_gram", "at < end ? static_cast", "true ? static_cast", "checks", "alone"),
+    "grouped_gram: one gradient's planes for both": Mutant(
+        "grouped_gram.cu", "grouped_gram", "sums.planes[which]", "sums.planes[0]", "checks", "several chunks-backward"
+    ),
     "grouped_gram: splits added without the last": Mutant(
         "grouped_gram.cu", "grouped_gram", "chunk < chunks; ++chunk", "chunk + 1 < chunks; ++chunk", "lora-long", "grouped_gram"
     ),

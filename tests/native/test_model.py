@@ -14,9 +14,20 @@ H100 = model.GPUS[0]
 
 
 def test_tiles_and_splits_are_those_of_the_kernels():
-    header = (ROOT / "csrc" / "cuda" / "lora.h").read_text()
-    own = {name: int(value) for name, value in re.findall(r"constexpr int (\w+) = (\d+);", header)}
-    assert (own["LORA_ROWS"], own["LORA_COLUMNS"], own["SHRINK_COLUMNS"], own["GRAM_ROWS"]) == (model.ROWS, model.COLUMNS, model.SPLIT, model.CHUNK)
+    header = "".join((ROOT / "csrc" / "cuda" / name).read_text() for name in ("lora.h", "lora_layer.h"))
+    own = {name: int(value) for name, value in re.findall(r"(\w+) = (\d+)[;,]", header)}
+    assert (own["LORA_ROWS"], own["LORA_COLUMNS"], own["GRAM_ROWS"]) == (model.ROWS, model.COLUMNS, model.CHUNK)
+    assert (own["SHRINK_COLUMNS"], own["SHRINK_SPLITS"], own["LORA_DEPTH"]) == (model.SPLIT, model.SPLITS, 2 * model.DEPTH)
+    assert own["WIDEST"] == model.WIDEST and f"HETLORA_EXPAND_BLOCKS {model.BLOCKS}\n" in header
+    assert f"EXPAND_PLANES = {model.EXPAND_PLANES >> 20} << 20;" in header
+
+
+def test_expand_adds_the_planes_of_shrink_where_they_are_few():
+    """Splits are of 1024 columns, eight at most; planes of a row are no more bytes than the block writes, or few in all."""
+    assert [model.splits_of(n) for n in (64, 1024, 1025, 4096, 8192, 14336)] == [1, 1, 2, 4, 8, 8]
+    assert model.expand_adds(8192, 4096, 4096, 16) and not model.expand_adds(8192, 4096, 4096, 64) and not model.expand_adds(64, 4096, 4096, 129)
+    assert model.expand_adds(256, 4096, 4096, 64), "16 MB in all"
+    assert sum(work.launches for work in model.layer(8192, 4096, 4096, 16, True)) == 3 + 6
 
 
 def test_bytes_are_the_floor_of_each_kernel():
