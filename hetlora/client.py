@@ -15,7 +15,7 @@ from torch import Tensor
 
 import hetlora_kernels as hk
 from hetlora.config import Config
-from hetlora.data import ClientData
+from hetlora.data import ClientData, predicted, token_ids
 from hetlora.ranks import ClientRanks, Scope
 from hetlora.seeds import derive_seed, host_generator
 from hetlora_kernels.peft import HeadError, attach, client_losses, client_segments, detach, hidden_states
@@ -57,13 +57,16 @@ def dropout_seed(name: str, cfg: Config, round_number: int) -> int:
 
 
 def collate(sequences: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(input ids, labels), right-padded to the longest; a causal model needs no attention mask for that, as no token looks to its right."""
+    """(input ids, labels), right-padded to the longest; a causal model needs no attention mask for that, as no token looks to its right.
+
+    Labels of tokens that are not predicted (`data.ClientData`) are `IGNORED`.
+    """
     length = max(len(s) for s in sequences)
     ids = torch.zeros(len(sequences), length, dtype=torch.int64)
     labels = torch.full((len(sequences), length), IGNORED, dtype=torch.int64)
     for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = sequence
-        labels[row, : len(sequence)] = sequence
+        ids[row, : len(sequence)] = token_ids(sequence)
+        labels[row, : len(sequence)] = sequence.where(sequence >= 0, IGNORED)
     return ids.to(device), labels.to(device)
 
 
@@ -153,14 +156,14 @@ def local_steps(
     losses, tokens = [], 0
     for step, batch in enumerate(plan):
         sequences = [data.train[i] for i in batch]
-        predicted = sum(len(s) - 1 for s in sequences)
+        count = sum(map(predicted, sequences))
         tokens += sum(len(s) for s in sequences)
         loss = 0.0
         optimizer.zero_grad()
         for part in micro_batches([len(s) for s in sequences], cfg.max_tokens_per_step):
             ids, labels = collate(sequences[part], device)
             with segments(torch.arange(len(sequences), dtype=torch.int64)[part], step):
-                part_loss = token_losses(model, ids, labels, [0] * len(ids), 1)[0] / predicted
+                part_loss = token_losses(model, ids, labels, [0] * len(ids), 1)[0] / count
                 part_loss.backward()
             loss += float(part_loss.detach())
         losses.append(loss)

@@ -10,7 +10,7 @@ from torch import Tensor
 import hetlora_kernels as hk
 from hetlora.client import LocalResult, collate, dropout_seed, make_optimizer, micro_batches, plan_steps, token_losses, train_client
 from hetlora.config import Config
-from hetlora.data import ClientData
+from hetlora.data import ClientData, predicted
 from hetlora_kernels.peft import attach, client_segments, detach
 
 
@@ -68,8 +68,8 @@ def _backward(
         if step < len(plan):
             own = [data.train[i] for i in plan[step]]
             rows += [(k, position, sequence) for position, sequence in enumerate(own)]
-            counts[k] = sum(len(sequence) - 1 for sequence in own)
-    predicted = torch.tensor(counts, dtype=torch.float64, device=bank.device)
+            counts[k] = sum(map(predicted, own))
+    tokens = torch.tensor(counts, dtype=torch.float64, device=bank.device)
     means = torch.zeros(len(clients), dtype=torch.float64, device=bank.device)
     for part in micro_batches([len(s) for _, _, s in rows], cfg.max_tokens_per_step):
         ids, labels = collate([s for _, _, s in rows[part]], bank.device)
@@ -77,7 +77,7 @@ def _backward(
         index = torch.tensor([position for _, position, _ in rows[part]], dtype=torch.int64)
         with client_segments(model, owner, seeds=seeds, step=step, sequence_index=index):
             sums = token_losses(model, ids, labels, owner, len(clients))
-            losses = sums / predicted.to(sums.dtype)
+            losses = sums / tokens.to(sums.dtype)
             losses.sum().backward()
         means += losses.detach()
     return means

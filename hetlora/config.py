@@ -74,22 +74,36 @@ class Config(BaseModel):
     data: str = _setting(
         "stdlib",
         "data",
-        "Folder (each sub-folder, or else each file, is a client), a .jsonl file, 'hub:ORG/NAME', 'stdlib' (packages of Python's "
+        "Folder (each sub-folder, or else each file, is a client), a .jsonl, .csv or .parquet file, 'hub:ORG/NAME', 'stdlib' (packages of Python's "
         "library) or 'unicode' (names of letters, by script); ':NAME,NAME' takes some packages or scripts, ':-NAME,NAME' all others.",
         min_length=1,
     )
-    text_field: str = _setting("text", "data", "JSONL key or hub column that holds the text.", min_length=1)
+    text_field: str = _setting("text", "data", "JSONL key or column that holds the text.", min_length=1)
     prompt_field: str = _setting(
-        "", "data", "JSONL key or hub column of a prompt: each row is then one example, prompt and then the text as its response; '' = running text."
+        "", "data", "JSONL key or column of a prompt: each row is then one example, prompt and then the text as its response; '' = running text."
     )
-    client_field: str = _setting("client", "data", "JSONL key or hub column that names the client.", min_length=1)
+    messages_field: str = _setting("", "data", "JSONL key or column of a conversation: a list of {role, content}, as 'messages' in chat data sets; '' = none.")
+    template: str = _setting(
+        "",
+        "data",
+        "Chat template of conversations, and of prompts if given: 'tokenizer' (its own), 'chatml', or a file in jinja2; '' = as the data is.",
+    )
+    system_prompt: str = _setting("", "data", "System message of conversations that have none.")
+    loss_on: Literal["auto", "all", "response"] = _setting(
+        "auto", "data", "Tokens that are predicted: all, or those of responses alone; 'auto' = 'response' where a chat template is in force, else 'all'."
+    )
+    truncate: Literal["end", "turns"] = _setting(
+        "end", "data", "A conversation longer than seq_len: cut at its end, or without its oldest exchanges until it fits (then cut)."
+    )
+    pack: bool = _setting(False, "data", "Join a client's training examples into sequences of up to seq_len tokens.")
+    client_field: str = _setting("client", "data", "JSONL key or column that names the client.", min_length=1)
     split: str = _setting("train", "data", "Split of a hub data set.", min_length=1)
     seq_len: int = _setting(256, "data", "Tokens per sequence.", ge=2, le=2**24)
     max_tokens_per_client: int = _setting(0, "data", "Use at most this many tokens of each client; 0 = all.", ge=0)
     test_fraction: float = _setting(0.2, "data", "Share of each client's own text kept for evaluation.", gt=0, lt=1)
     held_out_clients: int = _setting(0, "data", "Clients that never train and only evaluate the global adapter.", ge=0)
     skip_empty: bool = _setting(False, "data", "Leave out clients with too little text instead of stopping.")
-    skip_bad_rows: bool = _setting(False, "data", "Leave out rows of a .jsonl file or hub data set that cannot be used instead of stopping.")
+    skip_bad_rows: bool = _setting(False, "data", "Leave out rows of a file or hub data set that cannot be used instead of stopping.")
 
     # federation
     rounds: int = _setting(20, "federation", "Rounds.", ge=1, le=1_000_000)
@@ -152,9 +166,13 @@ class Config(BaseModel):
     patience: int = _setting(0, "run", "Stop after this many evaluations in a row that brought no lower held-out loss; 0 = never.", ge=0)
     eval_tokens: int = _setting(65536, "run", "Evaluate on at most this many tokens of each held-out set; 0 = all.", ge=0)
     rouge_examples: int = _setting(
-        0, "run", "With prompt_field: answer this many held-out prompts before the first and after the last round, scored by ROUGE-L; 0 = none.", ge=0
+        0,
+        "run",
+        "Answer this many held-out prompts (prompt_field, messages_field) before the first and after the last round, scored by ROUGE-L; 0 = none.",
+        ge=0,
     )
-    rouge_tokens: int = _setting(64, "run", "Tokens of an answer that ROUGE-L scores, at most.", ge=1, le=2**20)
+    sample_prompts: str = _setting("", "run", "File of prompts, one a line: answers to them before the first and after the last round are in the report.")
+    rouge_tokens: int = _setting(64, "run", "Tokens of an answer that ROUGE-L scores or a report shows, at most.", ge=1, le=2**20)
     evaluate: Literal["global", "all"] = _setting(
         "global", "run", "'all' also evaluates, each time, every client's own held-out and training text under the rank rows it receives."
     )
@@ -235,8 +253,32 @@ class Config(BaseModel):
             raise ConfigError(f"dropout: expected 0, or a probability from 1/65536 to 65535/65536, got {self.dropout}")
         if self.warmup_rounds >= self.rounds:
             raise ConfigError(f"warmup_rounds: expected fewer than rounds = {self.rounds}, got {self.warmup_rounds}")
-        if self.rouge_examples and not self.prompt_field:
-            raise ConfigError("rouge_examples: answers prompts, and prompt_field names none; set --prompt-field, or leave it out")
+        self._check_examples()
+
+    def _check_examples(self) -> None:
+        """Settings of prompts, conversations and answers."""
+        rows = self.prompt_field or self.messages_field
+        if self.messages_field:
+            if other := [name for name in ("prompt_field", "text_field") if not self._at_default(name)]:
+                raise ConfigError(f"{self._shown(other)}: with messages_field the conversation holds all text; leave it out")
+        elif self.truncate != "end":
+            raise ConfigError(f"{self._shown(['truncate'])}: only conversations have exchanges to leave out; set messages_field, or leave it out")
+        if alone := [name for name in ("template", "loss_on", "pack") if not rows and not self._at_default(name)]:
+            raise ConfigError(f"{self._shown(alone)}: of examples, and the data is running text; set prompt_field or messages_field, or leave it out")
+        if self.system_prompt and not self.chats:
+            raise ConfigError("system_prompt: written by a chat template, and none is in force; set messages_field or template, or leave it out")
+        if self.rouge_examples and not rows:
+            raise ConfigError("rouge_examples: answers prompts, and prompt_field names none, nor messages_field; set one, or leave it out")
+
+    @property
+    def chats(self) -> bool:
+        """Whether a chat template writes the examples."""
+        return bool(self.messages_field or self.template)
+
+    @property
+    def response_only(self) -> bool:
+        """Whether responses alone are predicted."""
+        return self.loss_on == "response" or (self.loss_on == "auto" and self.chats)
 
     def _at_default(self, name: str) -> bool:
         return bool(getattr(self, name) == type(self).model_fields[name].default)

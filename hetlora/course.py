@@ -65,7 +65,7 @@ def as_planned(history: Sequence[Record], cfg: Config) -> list[dict[str, Any]]:
         if 0 < own["round"] < cfg.rounds:
             if own["round"] % cfg.eval_every:
                 own["evaluation"] = None
-            elif own["evaluation"] and "rouge_l" in own["evaluation"]:
-                own["evaluation"] = {name: part for name, part in own["evaluation"].items() if name != "rouge_l"}
+            elif own["evaluation"]:
+                own["evaluation"] = {name: part for name, part in own["evaluation"].items() if name not in ("rouge_l", "samples")}
         found.append(own)
     return found

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hetlora.chat import Chat, packed
+from hetlora.chat import examples as chat_examples
 from hetlora.config import Config, ConfigError
 from hetlora.python_text import stdlib_packages
 from hetlora.seeds import held_out_generator
@@ -28,7 +30,10 @@ MIN_TAIL = 16
 
 @dataclass(frozen=True)
 class ClientData:
-    """One client's sequences; `train` and `test` never share a token. `capability`: its number from the column of ranks='column:...'."""
+    """One client's sequences; `train` and `test` never share a token. `capability`: its number from the column of ranks='column:...'.
+
+    A token that is not predicted (of a prompt, where the loss is on responses alone) stands as its complement, ~id: `token_ids` and `predicted` read it.
+    """
 
     name: str
     train: list[Tensor]  # int64 [2..seq_len] each
@@ -40,6 +45,21 @@ class ClientData:
     def sequences(self) -> int:
         """Training sequences."""
         return len(self.train)
+
+
+def token_ids(sequence: Tensor) -> Tensor:
+    """The tokens of a sequence, predicted or not.
+
+    >>> import torch
+    >>> token_ids(torch.tensor([~7, ~8, 9])).tolist()
+    [7, 8, 9]
+    """
+    return torch.where(sequence < 0, ~sequence, sequence)
+
+
+def predicted(sequence: Tensor) -> int:
+    """How many tokens of a sequence are predicted: all after the first that are not complements."""
+    return int((sequence[1:] >= 0).sum())
 
 
 @dataclass(frozen=True)
@@ -58,7 +78,8 @@ def load_data(cfg: Config, tokenizer: Any) -> FederatedData:
         with ':NAME,NAME' for some of their packages or scripts and ':-NAME,NAME' for the others.
     tokenizer: a transformers tokenizer; one without EOS joins documents directly, with a warning.
 
-    With cfg.prompt_field each row is one sequence: the prompt's tokens, the response's, EOS, cut at seq_len; the loss is over all of it.
+    With cfg.prompt_field each row is one sequence: the prompt's tokens, the response's, EOS, cut at seq_len. With cfg.messages_field each row is a
+    conversation, written by the chat template (`chat.Chat`). With cfg.pack the training sequences of a client are joined; test sequences never are.
 
     A client needs at least one training and one test sequence of 16 tokens; one with less is an error, or a warning with `skip_empty`.
     The held-out clients depend on `cfg.seed` and the clients' names alone.
@@ -71,18 +92,26 @@ def load_data(cfg: Config, tokenizer: Any) -> FederatedData:
     examples: dict[str, list[tuple[Tensor, tuple[Tensor, str]]]] = {}
     if tokenizer.eos_token_id is None:
         warnings.warn("the tokenizer has no EOS token: a client's documents are joined with no mark between them", stacklevel=2)
+    chat = Chat(cfg, tokenizer) if cfg.chats else None
     for name in sorted(corpus.documents):
         texts = corpus.documents.pop(name)
-        if cfg.prompt_field:
+        if chat:
+            asked = zip(corpus.prompts.get(name, []), texts, strict=True) if cfg.prompt_field else ()
+            pairs = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": text}] for prompt, text in asked]
+            examples[name] = chat_examples(pairs or corpus.conversations.get(name, []), chat, name)
+            blocks[name] = [sequence for sequence, _ in examples[name]]
+        elif cfg.prompt_field:
             examples[name] = _examples(corpus.prompts.get(name, []), texts, tokenizer, cfg)
             blocks[name] = [sequence for sequence, _ in examples[name]]
         else:
             blocks[name] = _blocks(_tokens(texts, tokenizer, cfg.max_tokens_per_client), cfg.seq_len, cfg.test_fraction)
+    if chat:
+        chat.warn()
     empty = [name for name, parts in blocks.items() if len(parts) < 2]
     if empty:
         names = some(empty)
         least = f"need at least {2 * MIN_TAIL} tokens" if cfg.seq_len > MIN_TAIL else f"need at least 2 sequences of {cfg.seq_len} tokens"
-        least = "need at least 2 examples" if cfg.prompt_field else least
+        least = "need at least 2 examples" if cfg.prompt_field or cfg.messages_field else least
         if not cfg.skip_empty:
             raise ConfigError(f"{corpus.source}: clients with too little text to train and test on ({least}): {names}; give them more text or use --skip-empty")
         warnings.warn(f"{corpus.source}: clients left out, too little text ({least}): {names}", stacklevel=2)
@@ -98,7 +127,8 @@ def load_data(cfg: Config, tokenizer: Any) -> FederatedData:
         else:
             tests = min(max(1, round(cfg.test_fraction * len(parts))), len(parts) - 1)
             held = tuple(example for _, example in examples.get(name, [])[-tests:])
-            clients.append(ClientData(name, parts[:-tests], parts[-tests:], corpus.capability.get(name), held))
+            train = packed(parts[:-tests], cfg.seq_len) if cfg.pack else parts[:-tests]
+            clients.append(ClientData(name, train, parts[-tests:], corpus.capability.get(name), held))
     return FederatedData(clients, evaluators, corpus.source)
 
 
@@ -170,7 +200,8 @@ def _examples(prompts: list[str], responses: list[str], tokenizer: Any, cfg: Con
         if found and 0 < cfg.max_tokens_per_client < total:
             break
         ids = torch.tensor(sequence, dtype=torch.int64)
-        found.append((ids, (ids[: len(before)], response)))
+        prompt_ids = ids[: len(before)]
+        found.append((torch.cat([~prompt_ids, ids[len(before) :]]) if cfg.response_only else ids, (prompt_ids, response)))
     if long:
         warnings.warn(f"{long} examples left out: an empty prompt, or one of seq_len = {cfg.seq_len} tokens or more", stacklevel=3)
     if cut:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import hetlora_kernels as hk
 from hetlora.client import collate, micro_batches, token_losses
-from hetlora.data import ClientData
+from hetlora.data import ClientData, predicted
 from hetlora.ranks import ClientRanks, bank_ranks
 from hetlora_kernels.peft import attach, client_segments, detach
 
@@ -52,7 +52,7 @@ def _token_losses(
             with client_segments(model, owner):
                 sums += token_losses(model, ids, labels, owner, slots).double().cpu()
             for k, sequence in owned[part]:
-                counts[k] += len(sequence) - 1
+                counts[k] += predicted(sequence)
             if progress:
                 progress(done + 1, len(parts))
     finally:

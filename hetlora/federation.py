@@ -13,11 +13,12 @@ import torch
 
 from hetlora import init_adapter
 from hetlora.config import Config, ConfigError
-from hetlora.data import FederatedData, load_data
+from hetlora.data import FederatedData, load_data, token_ids
 from hetlora.demo_model import DemoModel, Progress, demo_folder
 from hetlora.models import load_model, load_tokenizer, target_shapes
 from hetlora.observer import Observer
 from hetlora.ranks import RankFile, RankPlan
+from hetlora.sources import read_prompts
 from hetlora.text_files import kind_of
 
 
@@ -42,6 +43,7 @@ def prepare(cfg: Config, observer: Observer | None = None) -> Federation:
     observer = observer or Observer()
     if isinstance(cfg.rank_rule, RankFile):
         cfg.rank_rule.table()  # a file that cannot be read is told now, before the model is made or loaded
+    read_prompts(cfg)
     path = resolve_model(cfg, progress=observer.pretrain)
     tokenizer = load_tokenizer(path, cfg.trust_remote_code)
     data = load_data(cfg, tokenizer)
@@ -55,7 +57,7 @@ def prepare(cfg: Config, observer: Observer | None = None) -> Federation:
         longest = max(len(s) for s in (*client.train, *client.test))
         if longest > context > 0:
             raise ConfigError(f"seq_len: {longest} tokens of client {client.name!r} in one sequence, but model {cfg.model!r} sees {context}; lower --seq-len")
-        highest = max(int(s.max()) for s in (*client.train, *client.test))
+        highest = max(int(token_ids(s).max()) for s in (*client.train, *client.test))
         if highest >= vocabulary:
             raise ConfigError(f"data: client {client.name!r} has token id {highest}, but model {cfg.model!r} knows {vocabulary}; use the model's own tokenizer")
     return Federation(model, path, target_shapes(model, cfg.target_modules), data, tokenizer)

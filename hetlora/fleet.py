@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from hetlora import checkpoint, rouge
+from hetlora import checkpoint, rouge, samples
 from hetlora.config import Config
 from hetlora.data import ClientData
 from hetlora.evaluate import Part, evaluate_bank, evaluate_clients, mean_over_clients, pool_text
@@ -120,7 +120,8 @@ class LocalFleet:
         return found | (self.answers(cfg, state, progress) if state.round in (0, cfg.rounds) else {})
 
     def answers(self, cfg: Config, state: ServerState, progress: Progress) -> dict[str, Any]:
-        return {"rouge_l": rouge.evaluate(self.federation, state.bank, cfg, progress)} if cfg.rouge_examples else {}
+        found: dict[str, Any] = {"rouge_l": rouge.evaluate(self.federation, state.bank, cfg, progress)} if cfg.rouge_examples else {}
+        return found | ({"samples": samples.evaluate(self.federation, state.bank, cfg, progress)} if cfg.sample_prompts else {})
 
     def own_text(self, cfg: Config, state: ServerState, progress: Progress, part: Part = "test") -> dict[str, dict[str, Any]]:
         clients: list[ClientData] = list(self.clients.values())

@@ -28,12 +28,18 @@ class _Answers(_Record):
     examples: int
 
 
+class _Sample(_Record):
+    prompt: str
+    answer: str
+
+
 class _Evaluation(_Record):
     client_text: _Part | None = None
     held_out_clients: _Part | None = None
     own_text: _Losses | None = None
     own_train: _Losses | None = None
     rouge_l: _Answers | None = None
+    samples: list[_Sample] | None = None
 
 
 class _Diagnostics(_Record):

@@ -6,12 +6,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 import hetlora_kernels as hk
 from hetlora.config import Config, ConfigError
 from hetlora.federation import Federation
-from hetlora_kernels.peft import attach, client_segments, detach
+from hetlora.samples import generate
 
 
 def words(text: str) -> list[str]:
@@ -32,7 +30,6 @@ def scorer() -> Callable[[list[str], list[str]], float]:
     return score
 
 
-@torch.no_grad()
 def evaluate(federation: Federation, bank: hk.AdapterBank, cfg: Config, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
     """{"f1": mean ROUGE-L, "examples": how many} of greedy answers to cfg.rouge_examples held-out prompts, one of each client in turn.
 
@@ -43,24 +40,5 @@ def evaluate(federation: Federation, bank: hk.AdapterBank, cfg: Config, progress
     examples = [examples[turn] for turn in range(max(map(len, own), default=0)) for examples in own if turn < len(examples)][: cfg.rouge_examples]
     if not examples:
         raise ConfigError("rouge_examples: no client has a held-out prompt")
-    tokenizer, model = federation.tokenizer, federation.model
-    answers = []
-    attach(model, bank, scale=cfg.scale)
-    try:
-        for done, (prompt, _) in enumerate(examples):
-            ids = prompt[None].to(federation.device)
-            with client_segments(model, torch.zeros(1, dtype=torch.int64)):
-                out = model.generate(  # type: ignore[operator]
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=cfg.rouge_tokens,
-                    do_sample=False,
-                    use_cache=True,
-                    pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-                )
-            answers.append(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True))
-            if progress:
-                progress(done + 1, len(examples))
-    finally:
-        detach(model)
+    answers = generate(federation, bank, [prompt for prompt, _ in examples], cfg, progress)
     return {"f1": score(answers, [response for _, response in examples]), "examples": len(examples)}

@@ -20,7 +20,8 @@ from typing import Any
 from hetlora.config import Config, ConfigError
 from hetlora.python_text import stdlib_documents, unicode_scripts
 from hetlora.ranks import Column
-from hetlora.text_files import decode, encoding_mark, kind_of, parse_json, read_bytes
+from hetlora.tables import SUFFIXES, read_rows
+from hetlora.text_files import decode, encoding_mark, kind_of, parse_json, read_bytes, read_text
 
 SHOWN_ROWS = 3
 """Bad rows that a message quotes; of the others it says how many."""
@@ -34,6 +35,7 @@ class Corpus:
     documents: dict[str, list[str]] = field(default_factory=dict)
     capability: dict[str, float] = field(default_factory=dict)
     prompts: dict[str, list[str]] = field(default_factory=dict)  # one per document, with cfg.prompt_field
+    conversations: dict[str, list[list[dict[str, str]]]] = field(default_factory=dict)  # in place of documents, with cfg.messages_field
 
     def add(self, name: str, texts: list[str]) -> None:
         """A client of a folder. Undecodable bytes in a name are written out, which could make two names one."""
@@ -54,20 +56,39 @@ def open_corpus(cfg: Config) -> Corpus:
     if data.startswith("hub:"):
         return _from_hub(cfg, column)
     path = Path(os.path.expanduser(data))
-    is_file = path.suffix.lower() == ".jsonl" and not os.path.isdir(path)
+    is_file = path.suffix.lower() in (".jsonl", *SUFFIXES) and not os.path.isdir(path)
     if column is not None and not is_file:
-        raise ConfigError(f"ranks {cfg.ranks!r}: only a .jsonl file or a hub data set has columns, data is {data!r}; give ranks another way")
-    if cfg.prompt_field and not is_file:
-        raise ConfigError(f"prompt_field {cfg.prompt_field!r}: only a .jsonl file or a hub data set has prompts, data is {data!r}; leave it out")
+        raise ConfigError(f"ranks {cfg.ranks!r}: only a {_FILES} file or a hub data set has columns, data is {data!r}; give ranks another way")
+    for name, what in (("prompt_field", "prompts"), ("messages_field", "conversations")):
+        if getattr(cfg, name) and not is_file:
+            raise ConfigError(f"{name} {getattr(cfg, name)!r}: only a {_FILES} file or a hub data set has {what}, data is {data!r}; leave it out")
     if data.partition(":")[0] in ("stdlib", "unicode"):
         return _from_python(data)
     if not os.path.exists(path):
-        raise ConfigError(f"data {data!r}: no such file or folder (or not accessible); give a folder, a .jsonl file, 'hub:ORG/NAME' or 'stdlib'")
+        raise ConfigError(f"data {data!r}: no such file or folder (or not accessible); give a folder, a {_FILES} file, 'hub:ORG/NAME' or 'stdlib'")
     if is_file:
-        return _from_jsonl(path, cfg, column)
+        return _from_jsonl(path, cfg, column) if path.suffix.lower() == ".jsonl" else _from_table(path, cfg, column)
     if os.path.isdir(path):
         return _from_folder(path)
-    raise ConfigError(f"data {data!r}: a single file must be .jsonl (one JSON object a line), got {path.suffix or 'no suffix'}; or give its folder")
+    raise ConfigError(f"data {data!r}: a single file must be {_FILES} (one row a client's text), got {path.suffix or 'no suffix'}; or give its folder")
+
+
+_FILES = ".jsonl, .csv or .parquet"
+
+
+def _wanted(cfg: Config, column: str | None) -> list[str]:
+    """The columns that a run reads."""
+    texts = (cfg.messages_field,) if cfg.messages_field else (cfg.text_field, cfg.prompt_field or None)
+    return list(dict.fromkeys(name for name in (texts[0], cfg.client_field, *texts[1:], column) if name is not None))
+
+
+def _from_table(path: Path, cfg: Config, column: str | None) -> Corpus:
+    corpus = Corpus(f"file {path}")
+    try:
+        _add_rows(corpus, read_rows(path, _wanted(cfg, column), cfg.messages_field or None, column), lambda _, row: row, cfg, column)
+    except OSError as error:
+        raise ConfigError(f"data: file {path} cannot be read ({error.strerror}); make it readable") from None
+    return corpus
 
 
 def _from_python(data: str) -> Corpus:
@@ -208,7 +229,7 @@ def _from_hub(cfg: Config, column: str | None) -> Corpus:
     except Exception as error:  # the library raises unrelated types for offline, missing, gated and malformed data sets
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"data {cfg.data!r}, split {cfg.split!r}: cannot be loaded ({reason}); check the name, the split and the connection") from None
-    wanted = list(dict.fromkeys(name for name in (cfg.text_field, cfg.client_field, cfg.prompt_field or None, column) if name is not None))
+    wanted = _wanted(cfg, column)
     missing = [key for key in wanted if key not in rows.column_names]
     if missing:
         raise ConfigError(f"data {cfg.data!r}: no column {some(missing)}; it has {', '.join(rows.column_names)}; set --text-field and --client-field")
@@ -220,13 +241,14 @@ def _from_hub(cfg: Config, column: str | None) -> Corpus:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row that can be used. `given`: the client's name as the row has it."""
+    """A row that can be used. `given`: the client's name as the row has it.   messages: None where rows are no conversations; [] for one without an answer."""
 
     name: str
     given: str
     text: str
     prompt: str
     capability: float | None
+    messages: list[dict[str, str]] | None = None
 
 
 def _add_rows(corpus: Corpus, rows: Iterable[tuple[str, Any]], parse: Callable[[str, Any], Any], cfg: Config, column: str | None) -> None:
@@ -255,6 +277,8 @@ def _add_rows(corpus: Corpus, rows: Iterable[tuple[str, Any]], parse: Callable[[
             faults += [str(error)] if len(faults) < SHOWN_ROWS else []
             continue
         texts = documents.setdefault(row.name, [])
+        if row.messages:
+            corpus.conversations.setdefault(row.name, []).append(row.messages)
         if row.text.strip():
             texts.append(clean(row.text))
             corpus.prompts.setdefault(row.name, []).append(clean(row.prompt))
@@ -276,7 +300,8 @@ def _tell_bad_rows(source: str, bad: int, faults: list[str], skip: bool) -> None
 def _read_row(row: Any, where: str, cfg: Config, column: str | None) -> _Row:
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: expected an object with {cfg.text_field!r} and {cfg.client_field!r}, got {type(row).__name__}")
-    text = _value(row, cfg.text_field, where, "--text-field")
+    messages = _messages(_value(row, cfg.messages_field, where, "--messages-field"), cfg.messages_field, where) if cfg.messages_field else None
+    text = _value(row, cfg.text_field, where, "--text-field") if messages is None else ""
     if not isinstance(text, str):
         raise ConfigError(f"{where}: {cfg.text_field!r} must be text, got {type(text).__name__}")
     client = _value(row, cfg.client_field, where, "--client-field")
@@ -288,7 +313,25 @@ def _read_row(row: Any, where: str, cfg: Config, column: str | None) -> _Row:
     name, capability = clean(str(client)), None
     if column is not None:
         capability = _number(_value(row, column, where, "the column of --ranks"), f"{where}: {column!r} of client {name!r}")
-    return _Row(name, str(client), text, prompt, capability)
+    return _Row(name, str(client), text, prompt, capability, messages)
+
+
+_ROLES = ("system", "user", "assistant", "tool")
+
+
+def _messages(value: Any, key: str, where: str) -> list[dict[str, str]]:
+    """A conversation up to its last answer; [] where nobody answers, or every answer is empty."""
+    if not isinstance(value, list):
+        raise ConfigError(f"{where}: {key!r} must be a list of messages {{'role', 'content'}}, got {type(value).__name__}")
+    found = []
+    for number, message in enumerate(value, 1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise ConfigError(f"{where}: message {number} of {key!r} must have a 'role' and a 'content' that are text, got {message!r:.60}")
+        if message["role"] not in _ROLES:
+            raise ConfigError(f"{where}: message {number} of {key!r}: role {message['role']!r:.40}, expected one of {', '.join(_ROLES)}")
+        found.append({name: clean(message[name]) for name in ("role", "content")})
+    answers = [i for i, message in enumerate(found) if message["role"] == "assistant"]
+    return found[: answers[-1] + 1] if any(found[i]["content"].strip() for i in answers) else []
 
 
 def _value(row: dict[str, Any], key: str, where: str, option: str) -> Any:
@@ -305,6 +348,20 @@ def _number(value: Any, what: str) -> float:
     if not math.isfinite(number):
         raise ConfigError(f"{what} must be a finite number, got {value!r:.40}")
     return number
+
+
+MOST_PROMPTS = 100
+
+
+def read_prompts(cfg: Config) -> list[str]:
+    """The lines of the file `cfg.sample_prompts` that are not empty; [] where no file is named. `ConfigError` where it has none, or more than 100."""
+    if not cfg.sample_prompts:
+        return []
+    text = read_text(os.path.expanduser(cfg.sample_prompts), "sample_prompts", most=2**20)
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    if not 1 <= len(prompts) <= MOST_PROMPTS:
+        raise ConfigError(f"sample_prompts {cfg.sample_prompts}: expected 1 to {MOST_PROMPTS} prompts, one a line, got {len(prompts)}")
+    return prompts
 
 
 def clean(text: str) -> str:

@@ -207,7 +207,7 @@ def exchange(cfg: Config) -> Exchange:
         raise ConfigError(
             f"merge = {cfg.merge_kind.name!r}: changes the base, which every deployed client holds itself; use merge = 'factors' or 'svd', or hetlora run"
         )
-    for name in ("rouge_examples", "held_out_clients"):
+    for name in ("rouge_examples", "held_out_clients", "sample_prompts"):
         if getattr(cfg, name):
             raise ConfigError(f"{name} = {getattr(cfg, name)}: evaluated in simulation only (hetlora run), the server has no text; leave it out")
     return EXCHANGES[cfg.train]

@@ -89,6 +89,15 @@ def _key_figures(run: Run) -> list[tuple[str, str, str]]:
     return figures
 
 
+def _samples(run: Run) -> list[tuple[str, str, str | None]]:
+    """(prompt, answer before the first round, after the last; None where that has not been) of the run's sample prompts."""
+    shown = [evaluation["samples"] for evaluation in evaluations(run) if evaluation.get("samples")]
+    if not shown:
+        return []
+    after = [own["answer"] for own in shown[-1]] if len(shown) > 1 else [None] * len(shown[0])
+    return [(own["prompt"], own["answer"], answer) for own, answer in zip(shown[0], after, strict=False)]
+
+
 def _settings(run: Run) -> list[dict[str, Any]]:
     rows = []
     for name, value in run.config.items():
@@ -157,6 +166,7 @@ def _render(run: Run, pictures: dict[str, Picture]) -> str:
             own_text=TRAININGS.get(str(run.config.get("train")), TRAININGS["adapters"]).own_text,  # the config may be lost or damaged
             figures=_key_figures(run),
             pictures=picture_data(pictures),
+            samples=_samples(run),
             settings=_settings(run),
             notes=notes,
             isfinite=math.isfinite,

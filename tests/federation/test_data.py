@@ -248,8 +248,8 @@ def test_sources_that_are_not_there(tmp_path):
     (tmp_path / "blank").mkdir()
     (tmp_path / "blank" / "a.txt").write_text(" \n")
     fails(tmp_path / "blank", "no clients")
-    (tmp_path / "d.csv").write_text("a,b")
-    fails(tmp_path / "d.csv", ".jsonl", ".csv")
+    (tmp_path / "d.tsv").write_text("a,b")
+    fails(tmp_path / "d.tsv", ".jsonl, .csv or .parquet", "got .tsv")
     fails("hub:", "ORG/NAME")
     with pytest.warns(UserWarning):
         fails(fill(tmp_path / "short", ann="x"), "no client has enough text", skip_empty=True)

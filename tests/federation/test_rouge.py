@@ -62,7 +62,7 @@ def test_long_prompts_are_left_out_and_long_answers_cut(tmp_path):
     [
         ({"user": "u0", "answer": "a"}, {}, "no key 'ask'"),
         ({"user": "u0", "ask": 3, "answer": "a"}, {}, "'ask' must be text"),
-        (None, {"data": "stdlib"}, "only a .jsonl file or a hub data set has prompts"),
+        (None, {"data": "stdlib"}, "only a .jsonl, .csv or .parquet file or a hub data set has prompts"),
     ],
 )
 def test_faulty_prompts_are_named(tmp_path, row, settings, message):
