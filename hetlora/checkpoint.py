@@ -130,6 +130,7 @@ def create_run(cfg: Config, device: torch.device, lock: FolderLock | None = None
         if isinstance(error, WriteError):
             raise WriteError(run / error.path.name, error.error) from None
         if isinstance(error, OSError):
+            refuse_existing(run, RESUME_INSTEAD)  # another process has made it meanwhile
             raise ConfigError(f"output: cannot create {run} ({error.strerror}); choose a folder that can be written") from None
         raise
     if lock is not None:
@@ -148,10 +149,10 @@ def set_rounds(run: Path, rounds: int) -> None:
 def _clean_stagings(run: Path) -> None:
     """Remove what a kill inside `create_run` left beside the run: folders of its making that no living process holds."""
     for staging in run.parent.glob(f".{glob.escape(run.name)}.staging-*"):
-        names = {path.name for path in staging.iterdir()}
-        if LOCK not in names or any(name not in (CONFIG, VERSIONS, LOCK) and not name.endswith(".tmp") for name in names):
-            continue
-        with FolderLock() as lock, contextlib.suppress(ConfigError):
+        with FolderLock() as lock, contextlib.suppress(ConfigError, FileNotFoundError):  # held by another process, or renamed by it meanwhile
+            names = {path.name for path in staging.iterdir()}
+            if LOCK not in names or any(name not in (CONFIG, VERSIONS, LOCK) and not name.endswith(".tmp") for name in names):
+                continue
             lock.take(staging)
             if not lock.note:
                 shutil.rmtree(staging)

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.slow
 CHANGED_ARRAYS: dict[str, Callable] = {
     "nothing": lambda draw, arrays, key, a: None,
     "bits of a number": lambda draw, arrays, key, a: arrays.__setitem__(key, a(data=flipped(draw, arrays[key].data))),
+    "nan": lambda draw, arrays, key, a: arrays.__setitem__(key, a(data=b"\xff" * 4 + arrays[key].data[4:])),
     "short": lambda draw, arrays, key, a: arrays.__setitem__(key, a(data=arrays[key].data[: -draw.choice([1, 4, 8])])),
     "empty": lambda draw, arrays, key, a: arrays.__setitem__(key, a(data=b"")),
     "long": lambda draw, arrays, key, a: arrays.__setitem__(key, a(data=arrays[key].data * draw.choice([2, 100]))),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -142,18 +140,6 @@ def test_a_line_cut_short_is_left_out(tmp_path, uninterrupted):
     assert_same(simulate(cfg, resume=True, federation=fresh()), uninterrupted("default", **SETTINGS["default"]))
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """Folder with one run for each kind, killed three times; made in a process that has not computed anything before it forks."""
-    folder = tmp_path_factory.mktemp("killed")
-    runs = {kind: {**COMMON, **choice, "rounds": 7, "output": str(folder / kind)} for kind, choice in SETTINGS.items()}
-    here = str(Path(__file__).parent)
-    script = f"import sys; sys.path[:0] = {[here, *sys.path]!r}; from tiny import kill_runs; kill_runs({runs!r})"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
 def test_killed_while_a_file_is_written(tmp_path, uninterrupted, monkeypatch):
     """What a kill leaves of a file in the making is gone after the resumed run, and never taken for the file."""
     cfg = config(tmp_path / "run")
@@ -173,14 +159,6 @@ def test_killed_while_a_file_is_written(tmp_path, uninterrupted, monkeypatch):
     assert len([name for name in left if name.endswith(".tmp")]) == 1 and all(left.values()), "the old file stands until the new one is whole"
     assert_same(simulate(cfg, resume=True, federation=fresh()), uninterrupted("default"))
     assert not [name for name in contents(tmp_path / "run") if name.endswith(".tmp")]
-
-
-@pytest.mark.parametrize("kind", list(SETTINGS))
-def test_killed_at_random_points(killed, uninterrupted, kind):
-    """SIGKILL three times in one run, each at a random moment of a later round."""
-    cfg = config(killed / kind, rounds=7, **SETTINGS[kind])
-    assert checkpoint.load_checkpoint(killed / kind)[0]["round"] < 7
-    assert_same(simulate(cfg, resume=True, federation=fresh()), uninterrupted(f"{kind}, 7 rounds", rounds=7, **SETTINGS[kind]))
 
 
 def test_a_finished_run_can_be_resumed_and_repeated(tmp_path, uninterrupted):

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +10,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hetlora_kernels as hk
-from hetlora import loop, training
+from hetlora import training
 from hetlora.config import Config
 from hetlora.data import ClientData, FederatedData
 from hetlora.federation import Federation
 from hetlora.models import target_shapes
 from hetlora.observer import Observer
-from hetlora.run_folder import read_rounds
 from hetlora.server import ServerState
 
 VOCABULARY = 50
@@ -168,26 +163,6 @@ class Interrupt(Observer):
                 raise Stop
 
         setattr(self, kind, count)
-
-
-def kill_runs(runs: dict[str, dict], kills: int = 3) -> None:
-    """Start each run (settings) in a process of its own and kill it at a random moment after it has closed a round; resume it, and so on."""
-    torch.set_num_threads(1)
-    for settings in runs.values():
-        log = Path(settings["output"]) / "rounds.jsonl"
-        for attempt in range(kills):
-            done = len(log.read_bytes().splitlines()) if log.exists() else 0
-            child = os.fork()
-            if not child:
-                loop.simulate(tiny_config(**{**settings, "output": log.parent}), resume=attempt > 0, federation=tiny_federation(SIZES, held_out=1))
-                os._exit(0)
-            while not log.exists() or len(log.read_bytes().splitlines()) <= done:
-                time.sleep(0.002)
-                if os.waitpid(child, os.WNOHANG)[0]:
-                    raise RuntimeError(f"the run in {log.parent} ended before it was killed")
-            time.sleep(random.uniform(0, read_rounds(log.parent)[-1]["seconds"]))
-            os.kill(child, signal.SIGKILL)
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 def contents(folder: Path) -> dict[str, bytes]:
