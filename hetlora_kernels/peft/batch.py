@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from math import prod
 from threading import get_ident
@@ -70,6 +71,8 @@ class Batch:
         self.ran: set[str] = set()
         self.thread: int | None = None  # the block's
         self.training = False  # the mode of what was called as the model
+        self.called: set[tuple[int, bool]] = set()  # (sequences, mode) of the calls of the model in this block
+        self.repeated = False  # while a layer that is computed again has the size and the mode of its own call
         self.unfollowed = False  # while the model runs and could be followed, but is not, for its layers are known
         self._rows: dict[tuple[str, tuple[int, ...]], Rows] = {}
         self._forms: dict[tuple[Form, tuple[int, ...]], Rows] = {}  # one for all layers of an order and a shape
@@ -79,7 +82,8 @@ class Batch:
         if self.thread is not None and not torch.compiler.is_compiling() and get_ident() != self.thread:
             self.check_thread()
         key = name, tuple(x.shape[:-1])
-        known = self._rows.get(key) if self.follower is None else None  # a layer may be called twice in a forward, with other rows
+        # A layer may be called twice in a forward, with other rows; of several calls of the model, one computed again must not take another's.
+        known = self._rows.get(key) if self.follower is None and len(self.called) < 2 else None
         return known or self._find(x, name, key)
 
     def layer_seeds(self, position: int, device: torch.device) -> KeptSeeds | None:
@@ -112,6 +116,22 @@ class Batch:
             self.training = training
             self._rows.clear()
 
+    @contextmanager
+    def as_called(self, size: int, training: bool) -> Iterator[None]:
+        """While a checkpoint computes again what it computed in a call of this size and mode."""
+        before = self.size, self.training, self.repeated
+        self._become(size, training, True)
+        try:
+            yield
+        finally:
+            self._become(*before)
+
+    def _become(self, size: int, training: bool, repeated: bool) -> None:
+        if size != self.size:
+            self.resize(size)
+        self.set_mode(training)
+        self.repeated = repeated
+
     def to_follow(self) -> bool:
         """Whether a layer's order is still to be learnt; no reason are layers that many calls passed by, nor, after a first call, batches of one client."""
         known = [own[self.training] for own in (self.forms or {}).values()]
@@ -141,6 +161,11 @@ class Batch:
         own = self._given(name)
         if own is not None:
             return self._keep(self._rows, key, self._as_given(own, leading, name))
+        if len(self.called) > 1 and not (self.repeated or torch.compiler.is_compiling()) and in_backward():
+            raise RuntimeError(
+                f"client_segments: layer {name!r} is computed again by a backward pass, and nothing says in which of this block's calls of the model, which "
+                f"had several sizes or modes (train, eval); open a block for each of them"
+            )
         forms = {} if self.forms is None else self.forms[name][self.training]
         form, entry = forms.get(len(leading)), None
         if self.follower is not None and self.forms is not None:

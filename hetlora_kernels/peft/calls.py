@@ -66,6 +66,7 @@ class ModelCalls:
             batch.resize(size)
         batch.fits = main is not None and batch.sequences(size) is not None and not self._either_way(main)
         batch.set_mode(root.training)
+        batch.called.add((size, root.training))
         batch.calls.clear()
         batch.unfollowed = False
         if batch.fits and size > 1 and not self._compiled():
@@ -202,16 +203,17 @@ class Checkpointing:
         def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             entries: list[Any] | None = None
             first = True
+            batch = self.calls.batch
+            size, training = batch.size, batch.training
 
             def run(*given: Any) -> Any:
                 nonlocal entries, first
-                batch = self.calls.batch
                 if first:
                     first = False
                     if batch.follower is not None:
                         entries = [(batch.follower.entry(value), batch.follower.constant(value)) for value in given]
                     return function(*given)
-                with holding(self.holders(module)):
+                with holding(self.holders(module)), batch.as_called(size, training):
                     if entries is None or batch.kept_follower is None:
                         return function(*given)
                     with holding([(batch, "follower", batch.kept_follower)]), batch.kept_follower as follower:

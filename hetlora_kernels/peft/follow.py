@@ -44,7 +44,31 @@ class Follower(TorchFunctionMode):
         self._entries: Any = WeakTensorKeyDictionary()
         self.numbers = False  # whether the model has read numbers of its data: what it slices by them looks like slicing by shapes
         self.idle = False  # while an adapted layer computes
+        self._set: list[Any] = []  # what `Tensor.set_` was, for each time it is on
         self.unsure = ""  # a layer whose rows are no text, so that whose they are shows only where they meet the text
+
+    def __enter__(self) -> Any:
+        """torch tells no mode of `Tensor.set_`, after which a tensor is another's memory: it tells this one."""
+        own = Tensor.set_
+
+        def told(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            out = own(tensor, *args, **kwargs)
+            source = args[0] if len(args) == 1 and isinstance(args[0], Tensor) else None
+            entry = LOST if source is None else self.entry(source)
+            self._note(tensor, entry, source is not None and self.constant(source))
+            return out
+
+        self._set.append(Tensor.__dict__.get("set_"))
+        Tensor.set_ = told  # type: ignore[method-assign, assignment]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        before = self._set.pop()
+        if before is None:
+            del Tensor.set_
+        else:
+            Tensor.set_ = before  # type: ignore[method-assign]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
