@@ -20,6 +20,7 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import same_color, to_rgba
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.image import imsave
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
@@ -28,6 +29,7 @@ MOST_LABELS = 50
 
 
 _NARROW = 4.3  # inches, of a telephone
+LOOKS = {"narrow": (True, False), "dark": (False, True), "narrow dark": (True, True)}  # name -> (narrow, dark), beside the wide one on white
 _PAPER, _INK = "#15171a", "#e6e8eb"  # of the dark pages (style.css)
 _ON_DARK = {"black": _INK, "#332288": "#9c8df0", "#882255": "#d9679f", BLUE: "#4ba3e3", GREY: "#a3aab4", "#999999": "#7d848e", "#eeeeee": "#2a2e33"}
 """Colours that a dark page would swallow -> what stands for them there."""
@@ -51,7 +53,7 @@ class Picture:
 def render(draw: Callable[[Figure], tuple[str, str, str]]) -> Picture:
     """The picture of what `draw` puts into a figure; it returns title, caption and alternative text."""
     png, missing, words = _drawn(draw, narrow=False, dark=False)
-    others = {f"{'narrow' * narrow} {'dark' * dark}".strip(): _drawn(draw, narrow, dark)[0] for narrow, dark in ((True, False), (False, True), (True, True))}
+    others = {look: _drawn(draw, narrow, dark)[0] for look, (narrow, dark) in LOOKS.items()}
     notes = ["No installed font has all characters of the clients' names; the pictures show boxes in their place."] if missing else []
     return Picture(png, *words, notes, others)
 
@@ -59,8 +61,8 @@ def render(draw: Callable[[Figure], tuple[str, str, str]]) -> Picture:
 def _drawn(draw: Callable[[Figure], tuple[str, str, str]], narrow: bool, dark: bool) -> tuple[bytes, bool, tuple[str, str, str]]:
     """(PNG, whether a font lacks characters, what `draw` returns)."""
     with _style(narrow, dark):
-        figure = Figure(figsize=(_NARROW, 4.2) if narrow else (9, 5), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = Figure(figsize=(_NARROW, 4.2) if narrow else (9, 5), layout="constrained", dpi=170 if narrow else 130)
+        canvas = FigureCanvasAgg(figure)
         words = draw(figure)
         if narrow:
             _break_titles(figure)
@@ -69,7 +71,8 @@ def _drawn(draw: Callable[[Figure], tuple[str, str, str]], narrow: bool, dark: b
         buffer = io.BytesIO()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            figure.savefig(buffer, format="png", dpi=170 if narrow else 130)
+            canvas.draw()  # once; savefig would draw twice, the first time for a layout that this one makes too
+            imsave(buffer, canvas.buffer_rgba(), format="png", dpi=figure.dpi)
     return buffer.getvalue(), any("missing from" in str(w.message) for w in caught), words
 
 

@@ -247,7 +247,7 @@ def test_gap_is_how_much_further_training_text_fell(finished):
     assert [rank for rank, _ in found] == [client["rank_end"] for client in outcome.run.summary["clients"]]
 
 
-def test_files_agree_with_one_another_and_the_page_stands_alone(finished):
+def test_files_agree_with_one_another_and_the_page_stands_alone(finished, every_look):
     page = write_comparison(figures.tabulate(finished))
     folder = page.parent
     table = figures.tabulate(finished)

@@ -39,7 +39,7 @@ def test_calibration_packages_take_no_part_in_the_federation() -> None:
     assert calibration and not set(federated) & set(calibration)
 
 
-def test_fast_demo_opens_with_plain_words_runs_four_methods_and_can_be_run_again(tmp_path, cache) -> None:
+def test_fast_demo_opens_with_plain_words_runs_four_methods_and_can_be_run_again(tmp_path, cache, every_look) -> None:
     seen = Recorder()
     comparison, words = demo.run_demo(seen, fast=True, output=str(tmp_path / "demo"))
     assert seen.messages[: len(words)] == words and words[0].startswith("What is simulated: ") and "Fast: " in words[-1]

@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from synthetic_run import write_run
 from test_compare import compared
 from test_report import text_of
@@ -85,7 +86,7 @@ def size_and_corner(png: bytes) -> tuple[int, float]:
     return pixels.shape[1], float(np.asarray(pixels)[0, 0, :3].mean())
 
 
-def test_pictures_are_drawn_anew_for_telephones_and_dark_pages(tmp_path):
+def test_pictures_are_drawn_anew_for_telephones_and_dark_pages(tmp_path, every_look):
     write_run(tmp_path / "run", clients=5, rounds=3)
     drawn = pictures.draw_all(read_run(tmp_path / "run"))
     source = write_report(tmp_path / "run").read_text(encoding="utf-8")
@@ -99,7 +100,7 @@ def test_pictures_are_drawn_anew_for_telephones_and_dark_pages(tmp_path):
     assert queries[:3] == ["(max-width: 40rem) and (prefers-color-scheme: dark)", "(max-width: 40rem)", "(prefers-color-scheme: dark)"]
 
 
-def test_no_line_is_as_dark_as_a_dark_page():
+def test_no_line_is_as_dark_as_a_dark_page(every_look):
     def draw(figure):
         axes = figure.subplots()
         axes.axhspan(0, 1, color="black")
@@ -115,12 +116,10 @@ def test_no_line_is_as_dark_as_a_dark_page():
     assert middle(picture.png) == 0 and middle(picture.others["dark"]) > 0.8
 
 
-def test_every_heat_map_names_its_axes(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
+def test_every_heat_map_names_its_axes(tmp_path, monkeypatch, every_look):
     seen: list[Figure] = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: (seen.append(self), save(self, *args, **kwargs))[1])
+    draw = FigureCanvasAgg.draw
+    monkeypatch.setattr(FigureCanvasAgg, "draw", lambda self: (seen.append(self.figure), draw(self))[1])
     write_run(tmp_path / "run", clients=5, rounds=3)
     write_report(tmp_path / "run")
     write_comparison(tabulate(compared(tmp_path / "c", "hetlora,homlora-min")))
@@ -141,7 +140,7 @@ def test_cells_of_a_telephone_have_labels(tmp_path):
             assert cells and all('data-label="' in cell for cell in cells) and len(heads) <= 10, "more columns fit no page of 64rem"
 
 
-def test_hundreds_of_clients_are_grouped_by_rank(tmp_path):
+def test_hundreds_of_clients_are_grouped_by_rank(tmp_path, every_look):
     write_run(tmp_path / "run", clients=300, rounds=6)
     run = read_run(tmp_path / "run")
     groups = rank_groups(run.start_ranks)

@@ -33,7 +33,7 @@ def text_of(page: Path) -> str:
     return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", source)))
 
 
-def test_page_is_self_contained_and_embeds_the_pngs(tmp_path):
+def test_page_is_self_contained_and_embeds_the_pngs(tmp_path, every_look):
     names = write_run(tmp_path / "run", clients=6, rounds=4)
     page = write_report(tmp_path / "run")
     assert page == tmp_path / "run" / "report.html"
@@ -96,7 +96,7 @@ def test_later_record_of_a_round_counts(tmp_path):
     assert run.records[1]["seconds"] == 99.0
 
 
-def test_hostile_names_stay_text(tmp_path):
+def test_hostile_names_stay_text(tmp_path, every_look):
     names = ["<script>alert(1)</script>", "$a_{b$", "x" * 90, "a&b", "한국어"]
     write_run(tmp_path / "run", names=names, rounds=2)
     page = write_report(tmp_path / "run")
@@ -104,7 +104,7 @@ def test_hostile_names_stay_text(tmp_path):
     assert all(name in text_of(page) for name in names)
 
 
-def test_missing_and_infinite_values(tmp_path):
+def test_missing_and_infinite_values(tmp_path, every_look):
     def change(lines):
         lines[1]["evaluation"] = None
         lines[2]["evaluation"]["client_text"]["perplexity"] = math.inf
