@@ -4,6 +4,7 @@
 #   make test                       ruff, mypy, clang-format, the fast tests, then the slow ones
 #   make test-fast                  the fast tests alone
 #   make matrix                     the numeric tests with every instruction set of this machine, 1 and 2 threads, 20 seeds (about 40 minutes)
+#   make gates                      the GPU code compiled for every architecture, without a GPU (`make test` takes two or three of them)
 #   make lint | venv | clean        the checks alone | the virtual environment alone | remove everything made here, .venv included
 #
 # Which torch: pip takes TORCH from the index it is configured for, and on Linux that is usually the build with CUDA (a few GB). On a machine without
@@ -25,7 +26,7 @@ CHOICE := $(foreach word,$(TORCH) $(TRITON),'$(word)')
 # Its name carries the choice of Python and torch, so that asking for another one makes the environment anew rather than being ignored.
 BASE := .venv/.base-$(shell printf '%s\n' '$(PYTHON)' $(CHOICE) | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test test-fast matrix lint venv clean
+.PHONY: demo test test-fast matrix gates lint venv clean
 .DELETE_ON_ERROR:
 
 demo: venv
@@ -34,10 +35,13 @@ demo: venv
 # Two stages, so that a plain mistake shows before the slow checks (GPU code without a GPU: emulator, compilers) begin.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow and not matrix"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow and not matrix and not gates"
 
 matrix: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m matrix tests/native/test_instruction_sets.py
+
+gates: venv
+	HETLORA_TEST_CUDA_ARCHS=all $(BIN)/python -m pytest -m slow tests/gpu/test_cuda_build.py tests/gpu/test_triton_aot.py
 
 test-fast: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"

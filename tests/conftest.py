@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import random
+from zlib import crc32
 
 import pytest
 import torch
@@ -19,8 +20,18 @@ import torch
 SEED = int(os.environ.get("HETLORA_TEST_SEED", "0"))
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """HETLORA_TEST_SHARE=1/3 runs the second third of the tests, always the same one: a test's name says which third it is in."""
+    part, _, parts = os.environ.get("HETLORA_TEST_SHARE", "0/1").partition("/")
+    left = [item for item in items if crc32(item.nodeid.encode()) % int(parts) != int(part)]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds; left out by `make test-fast`")
+    config.addinivalue_line("markers", "gates: GPU code compiled for architectures beyond those of `make test`; `make gates`")
     config.addinivalue_line("markers", "matrix: the numeric tests with further instruction sets and seeds; `make matrix`")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

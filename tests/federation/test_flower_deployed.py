@@ -28,7 +28,7 @@ from hetlora.flower.certificates import write_certificates
 SETTINGS = {"ranks": "2,4,8", "rounds": 2, "seq-len": 32, "local-steps": 2, "batch-size": 2, "device": "cpu", "method": "hetlora", "eval-every": 2}
 CLIENTS = ("ARABIC", "GREEK", "HEBREW")
 DATA = f"unicode:{','.join(CLIENTS)}"
-PATIENCE = 240  # seconds that any step may take on a loaded machine before the test gives up
+PATIENCE = 1500  # seconds that any step may take on a loaded machine before the test gives up
 
 
 def descendants(ancestor: int, word: str = "") -> list[int]:
@@ -126,7 +126,6 @@ def make_app(folder: Path, output: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_a_run_over_tls_that_is_killed_goes_on_to_the_bits_of_the_simulation(tmp_path, processes):
     output, port = tmp_path / "there", free_port()
     app = make_app(tmp_path, output)

@@ -12,6 +12,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from synthetic_run import write_run
 from test_compare import compared
 from test_report import text_of

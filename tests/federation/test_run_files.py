@@ -322,7 +322,7 @@ def test_equal_runs_give_equal_files(tmp_path):
     for seed in ("1", "2"):
         script = EQUAL.format(path=[str(Path(__file__).parent), *sys.path])
         environment = {**os.environ, "PYTHONHASHSEED": seed}
-        subprocess.run([sys.executable, "-c", script, str(tmp_path / seed)], check=True, env=environment, timeout=250)
+        subprocess.run([sys.executable, "-c", script, str(tmp_path / seed)], check=True, env=environment)
         files.append(contents(tmp_path / seed))
     assert files[0].keys() == files[1].keys()
     different = [name for name in files[0] if files[0][name] != files[1][name]]
@@ -471,10 +471,10 @@ def test_a_second_process_cannot_resume_a_living_run_which_ends_well(tmp_path):
     script = TWO.format(path=[str(Path(__file__).parent), *sys.path])
     first = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "run")])
     log = tmp_path / "run" / "rounds.jsonl"
-    end = time.monotonic() + 120
+    end = time.monotonic() + 1500
     while not (log.exists() and log.read_text().count("\n") > 2) and time.monotonic() < end:
         time.sleep(0.01)
     for _ in range(3):
         refused(tmp_path / "run", str(tmp_path / "run"), f"process {first.pid} on ", rounds=60)
-    assert first.wait(120) == 0
+    assert first.wait() == 0
     assert [json.loads(line)["round"] for line in log.read_text().splitlines()] == list(range(61))

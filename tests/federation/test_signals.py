@@ -41,7 +41,7 @@ def test_signals_end_a_run_in_one_line_that_says_how_to_continue(tmp_path, numbe
     )
     assert "going\n" in iter(child.stdout.readline, "")
     child.send_signal(number)
-    _, text = child.communicate(timeout=120)
+    _, text = child.communicate()
     by = "" if number == signal.SIGINT else f" by {number.name}"
     assert text == f"interrupted{by}; continue with hetlora run --resume --output {tmp_path / 'run'}\n"
     assert child.returncode == 128 + number
@@ -54,7 +54,7 @@ def test_a_hangup_that_is_ignored_stays_ignored(tmp_path):
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert "going\n" in iter(child.stdout.readline, "")
     child.send_signal(signal.SIGHUP)
-    assert child.communicate(timeout=120)[1] == "hetlora: error: the end\n" and child.returncode == 2
+    assert child.communicate()[1] == "hetlora: error: the end\n" and child.returncode == 2
 
 
 @pytest.mark.parametrize(("module", "arguments"), [("pydantic", ["info"]), ("torch", ["info"]), ("torch", ["run", "--output", "x"])])
@@ -66,7 +66,7 @@ def test_a_signal_during_imports_is_quiet(tmp_path, module, arguments, number):
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"}
     heeded = lambda: signal.signal(number, signal.SIG_DFL)  # noqa: E731 - a shell's background jobs ignore SIGINT, and so would the child
     command = [sys.executable, "-m", "hetlora", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120, preexec_fn=heeded)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, preexec_fn=heeded)
     by = "" if number == signal.SIGINT else f" by {number.name}"
     assert (done.returncode, done.stderr) == (128 + number, f"hetlora: interrupted{by}\n")
     assert all(line.startswith(("threads: ", "method: ")) for line in done.stdout.splitlines())

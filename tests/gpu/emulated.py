@@ -104,7 +104,7 @@ def run_worker(script: str, library: Path, *arguments: str) -> subprocess.Comple
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(HERE / script), str(library), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 def work(library: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

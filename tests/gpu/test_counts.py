@@ -8,7 +8,7 @@ from pathlib import Path
 import emulated
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))]
 
 LAUNCHES = {
     "forward, small": 3,

@@ -1,5 +1,6 @@
-"""The CUDA library built by setup.py for every architecture, with the CPU build of torch and no GPU: no spills, tensor cores where the layer's types have
-them, and no torch symbol it could lack. HETLORA_TEST_CUDA_ARCHS=9.0 builds one architecture, for a look while a kernel is written."""
+"""The CUDA library built by setup.py, with the CPU build of torch and no GPU: no spills, tensor cores where the layer's types have them, and no torch symbol
+it could lack. For the oldest architecture, for Hopper and the newest; `make gates` builds all. HETLORA_TEST_CUDA_ARCHS=9.0 builds one, for a look while a
+kernel is written."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """(folder of the libraries, what the compilers said)."""
     folder = tmp_path_factory.mktemp("cuda_build")
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")]
-    environment = os.environ | {"HETLORA_CUDA": "1", "HETLORA_CUDA_ARCHS": os.environ.get("HETLORA_TEST_CUDA_ARCHS", "all")}
+    environment = os.environ | {"HETLORA_CUDA": "1", "HETLORA_CUDA_ARCHS": os.environ.get("HETLORA_TEST_CUDA_ARCHS", "8.0;9.0;12.0+PTX")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder / "lib" / "hetlora_kernels", done.stdout
@@ -53,7 +54,6 @@ def defined(library: Path) -> set[str]:
     return {line.split()[-1].split("@")[0] for line in lines}
 
 
-@pytest.mark.timeout(900)
 def test_no_kernel_spills_on_any_architecture(build: tuple[Path, str]) -> None:
     folder, log = build
     found = resources(log)
@@ -95,7 +95,6 @@ def built_object(build: tuple[Path, str], source: str) -> Path:
     return build[0].parents[1] / "temp" / "csrc" / "cuda" / f"{source}.o"
 
 
-@pytest.mark.timeout(900)
 @needs_disassembler
 @pytest.mark.parametrize("kernel", ["shrink", "expand", "grouped_gram"])
 def test_the_layer_multiplies_on_tensor_cores_and_copies_asynchronously(build: tuple[Path, str], kernel: str) -> None:
@@ -128,7 +127,6 @@ INTEGER = {
 }  # a pipe of half the lanes of a multiprocessor
 
 
-@pytest.mark.timeout(900)
 @needs_disassembler
 @pytest.mark.parametrize("kernel", ["shrink", "grouped_gram"])
 def test_what_dropout_costs_in_integer_instructions(build: tuple[Path, str], kernel: str) -> None:
@@ -147,7 +145,6 @@ def test_what_dropout_costs_in_integer_instructions(build: tuple[Path, str], ker
         assert cost <= DROPOUT_INTEGERS, f"{name} on sm_{arch}: {cost} integer instructions a unit"
 
 
-@pytest.mark.timeout(900)
 def test_the_library_needs_no_unexpected_torch_symbol(build: tuple[Path, str]) -> None:
     lines = subprocess.run(["nm", "-D", "--undefined-only", build[0] / "_C_cuda.so"], capture_output=True, text=True, check=True).stdout.splitlines()
     needed = {line.split()[-1].split("@")[0] for line in lines}

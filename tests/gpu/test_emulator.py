@@ -8,7 +8,7 @@ import emulated
 import pytest
 from emulated import SCHEDULES, Mutant, run_changed, work, wrong
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))]
 
 
 def test_every_op_in_every_type_and_schedule(library: Path) -> None:

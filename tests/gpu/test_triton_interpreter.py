@@ -78,7 +78,6 @@ LEFT_OUT = ("gradcheck", "ragged", "after_another", "any_order", "half_base", "a
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_the_kernel_tests_of_the_layer_pass_on_this_rung() -> None:
     """tests/kernels on the layer and its dropout with the Triton rung forced, but for LEFT_OUT."""
     files = [str(HERE.parent / "kernels" / name) for name in ("test_dropout.py", "test_lora.py", "test_lora_calls.py")]
