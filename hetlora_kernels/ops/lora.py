@@ -165,7 +165,10 @@ def _run(x, weight, bias, base, a, bt, layout, seg, scale, dropout, seeds, trans
 def _explain(error: Exception, x, a, bt, layout, seg, transposed, **base) -> Exception:
     """What a refused call gets: an error that names the wrong argument, or `error` itself where none is wrong."""
     if _torch.inside_torch_func():
-        return RuntimeError("lora_linear, lora_add: expected no transform of torch.func (vmap, grad, jvp, ...) around the call, they are not made for them")
+        return RuntimeError(
+            "lora_linear, lora_add: expected no transform of torch.func (vmap, grad, jvp, ...) around the call; x may have any leading dimensions in place of "
+            "vmap, backward() gives the gradients, and for other transforms `unfuse(model)` has PEFT's own layers back"
+        )
     try:
         if not isinstance(layout, RankLayout):
             raise TypeError(f"layout: expected a RankLayout, got {type(layout).__name__}")

@@ -16,6 +16,7 @@ from hetlora_kernels.peft.batch import Batch, check_step, client_rows, client_ta
 from hetlora_kernels.peft.calls import Checkpointing, Holder, ModelCalls, holding
 from hetlora_kernels.peft.fused import BASE, AdapterBatch, FusedLayer
 from hetlora_kernels.peft.training import Training, all_known
+from hetlora_kernels.peft.wrappers import check_wrappers
 
 
 @contextmanager
@@ -62,11 +63,12 @@ def client_segments(
     ([1, 0, -1], torch.Size([6, 3]))
     """
     shared = attachment(model)
-    _check_alone(model, shared)
     layers = {} if shared is not None else {name: module for name, module in model.named_modules() if isinstance(module, FusedLayer)}
     if shared is None and not layers:
         raise ValueError("model: no bank is attached and no PEFT layer is fused; call attach(model, bank) or fuse(model) first")
     names = _adapters(model, list(layers.values())) if shared is None else []
+    modules = list(model.modules()) if shared is None else shared.modules_of(model)
+    check_wrappers(model, modules, shared is not None, names)
     clients = len(names) if shared is None else shared.bank.num_clients
     table = client_table(_numbers(ids, names), clients)
     given = {part: client_rows(part, _numbers(own, names), clients) for part, own in (rows or {}).items()}
@@ -94,7 +96,6 @@ def client_segments(
         for device in {shared.bank.device} if shared is not None else {parameter.device for layer in layers.values() for parameter in layer.parameters()}:
             batch.seeds.place(device)
     batch.thread = get_ident()
-    modules = list(model.modules()) if shared is None else shared.modules_of(model)
 
     def current() -> Batch | None:
         if shared is not None:
@@ -146,17 +147,6 @@ def _of_this_thread(holder: Any) -> Iterator[None]:
     finally:
         if before is None:
             _threads.pop(holder, None)
-
-
-def _check_alone(model: nn.Module, shared: Attachment | None) -> None:
-    """`ValueError` for wrappers that share a model among processes in ways that a batch of several clients does not fit."""
-    kind = type(model).__name__
-    if kind == "DistributedDataParallel" and shared is not None:
-        raise ValueError("model: DistributedDataParallel does not see the factors of an attached bank; average their gradients yourself, or use fuse(model)")
-    if kind == "DistributedDataParallel" and not model.find_unused_parameters:
-        raise ValueError("model: adapters without rows get no gradient; make DistributedDataParallel with find_unused_parameters=True")
-    if kind == "DataParallel" or kind.startswith(("FullyShardedDataParallel", "FSDP")):
-        raise ValueError(f"model: {kind} divides weights or batches past client_segments; use one process and one whole model for each GPU")
 
 
 def _factors(batch: Batch, shared: Attachment | None, layers: Mapping[str, Any]) -> Iterator[tuple[str, str, nn.Parameter]]:

@@ -301,32 +301,3 @@ def test_a_block_is_one_threads(device):
     thread.start()
     thread.join()
     assert len(told) == 1
-
-
-def test_wrappers_that_divide_a_model(device):
-    model = several_adapters(device)
-    fuse(model)
-
-    class DistributedDataParallel(nn.Module):
-        find_unused_parameters = False
-
-        def __init__(self):
-            super().__init__()
-            self.module = model
-
-        def forward(self, *args, **kwargs):
-            return self.module(*args, **kwargs)
-
-    class FSDPLlama(DistributedDataParallel):
-        pass
-
-    wrapped, tokens = DistributedDataParallel(), token_batch(2, 5, device)
-    with pytest.raises(ValueError, match=r"^model: .*find_unused_parameters=True"), client_segments(wrapped, [0, 1]):
-        pass
-    with pytest.raises(ValueError, match=r"^model: FSDPLlama divides weights"), client_segments(FSDPLlama(), [0, 1]):
-        pass
-    wrapped.find_unused_parameters = True
-    with client_segments(wrapped, [0, 1]):
-        out = wrapped(tokens).logits
-    with client_segments(model, [0, 1]):
-        torch.testing.assert_close(out, model(tokens).logits, **TIGHT)
