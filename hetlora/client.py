@@ -16,6 +16,7 @@ from torch import Tensor
 import hetlora_kernels as hk
 from hetlora.config import Config
 from hetlora.data import ClientData, predicted, token_ids
+from hetlora.loss_scale import LossScale
 from hetlora.ranks import ClientRanks, Scope
 from hetlora.seeds import derive_seed, host_generator
 from hetlora_kernels.peft import HeadError, attach, client_losses, client_segments, detach, hidden_states
@@ -147,26 +148,32 @@ def local_steps(
     optimizer: LocalOptimizer,
     device: torch.device,
     segments: Callable[[Tensor, int], AbstractContextManager[Any]],
+    trained: Sequence[Tensor] = (),
 ) -> LocalResult:
     """The client's steps of the round on whatever `optimizer` steps.
 
-    segments(index, step): context of one forward and backward over the sequences `index` [T] of the step's batch.
+    segments(index, step): context of one forward and backward over the sequences `index` [T] of the step's batch.   trained: what `optimizer` steps, for the
+    loss scaling of a float16 base.
     """
     plan = plan_steps(data, cfg, round_number)
     losses, tokens = [], 0
+    scaling = LossScale(model)
     for step, batch in enumerate(plan):
         sequences = [data.train[i] for i in batch]
         count = sum(map(predicted, sequences))
         tokens += sum(len(s) for s in sequences)
-        loss = 0.0
-        optimizer.zero_grad()
-        for part in micro_batches([len(s) for s in sequences], cfg.max_tokens_per_step):
-            ids, labels = collate(sequences[part], device)
-            with segments(torch.arange(len(sequences), dtype=torch.int64)[part], step):
-                part_loss = token_losses(model, ids, labels, [0] * len(ids), 1)[0] / count
-                part_loss.backward()
-            loss += float(part_loss.detach())
-        losses.append(loss)
+
+        def backward(scale: float, step: int = step, sequences: list[Tensor] = sequences, count: int = count) -> Tensor:
+            loss = 0.0
+            for part in micro_batches([len(s) for s in sequences], cfg.max_tokens_per_step):
+                ids, labels = collate(sequences[part], device)
+                with segments(torch.arange(len(sequences), dtype=torch.int64)[part], step):
+                    part_loss = token_losses(model, ids, labels, [0] * len(ids), 1)[0] / count
+                    (part_loss if scale == 1 else part_loss * scale).backward()
+                loss += float(part_loss.detach())
+            return torch.tensor(loss, dtype=torch.float64)
+
+        losses.append(float(scaling.gradients(backward, trained, optimizer.zero_grad)))
         optimizer.step()
     return LocalResult(len(plan), sum(len(b) for b in plan), tokens, losses[0], losses[-1])
 
@@ -183,6 +190,7 @@ def train_client(model: torch.nn.Module, bank: hk.AdapterBank, data: ClientData,
 
     attach(model, bank, scale=cfg.scale, dropout=cfg.dropout)
     try:
-        return local_steps(model, data, cfg, round_number, make_optimizer(bank, cfg, lr, keep, model), bank.device, segments)
+        optimizer = make_optimizer(bank, cfg, lr, keep, model)
+        return local_steps(model, data, cfg, round_number, optimizer, bank.device, segments, list(bank.parameters()))
     finally:
         detach(model)

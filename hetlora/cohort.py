@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ import hetlora_kernels as hk
 from hetlora.client import LocalResult, collate, dropout_seed, make_optimizer, micro_batches, plan_steps, token_losses, train_client
 from hetlora.config import Config
 from hetlora.data import ClientData, predicted
+from hetlora.loss_scale import LossScale
 from hetlora_kernels.peft import attach, client_segments, detach
 
 
@@ -34,12 +36,13 @@ def train_cohort(
     optimizer = make_optimizer(bank, cfg, lr, keep, model)
     steps = max(len(plan) for plan in plans)
     means: list[Tensor] = []  # [K] per step, fetched once at the end so that a step waits for nothing
+    scaling, trained = LossScale(model), list(bank.parameters())
     attach(model, bank, scale=cfg.scale, dropout=cfg.dropout)
     try:
         for step in range(steps):
             active = [step < len(plan) for plan in plans]
-            optimizer.zero_grad()
-            means.append(_backward(model, bank, clients, plans, step, seeds, cfg))
+            backward = partial(_backward, model, bank, clients, plans, step, seeds, cfg)
+            means.append(scaling.gradients(backward, trained, optimizer.zero_grad))
             optimizer.step(active)
             if progress:
                 progress(step + 1, steps)
@@ -60,8 +63,9 @@ def _backward(
     step: int,
     seeds: Tensor,
     cfg: Config,
+    scale: float,
 ) -> Tensor:
-    """Gradients of the sum over clients of their mean token loss in this step; returns the means [K]."""
+    """Gradients of `scale` times the sum over clients of their mean token loss in this step; returns the means [K]."""
     rows = []  # (client, index in its batch, sequence)
     counts = [1] * len(clients)
     for k, (data, plan) in enumerate(zip(clients, plans, strict=True)):
@@ -78,7 +82,7 @@ def _backward(
         with client_segments(model, owner, seeds=seeds, step=step, sequence_index=index):
             sums = token_losses(model, ids, labels, owner, len(clients))
             losses = sums / tokens.to(sums.dtype)
-            losses.sum().backward()
+            (losses.sum() if scale == 1 else losses.sum() * scale).backward()
         means += losses.detach()
     return means
 

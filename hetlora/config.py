@@ -54,7 +54,9 @@ class Config(BaseModel):
         "demo", "model", "Causal language model: a local folder, a hub id, or 'demo' (a small byte-level decoder made on this machine).", min_length=1
     )
     trust_remote_code: bool = _setting(False, "model", "Run the Python code that a model or its tokenizer brings along. Read it first.")
-    dtype: Literal["float32", "bfloat16", "float64"] = _setting("float32", "model", "Data type of the frozen base model.")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = _setting(
+        "float32", "model", "Data type of the frozen base model. 'float16' for GPUs without bfloat16; its losses are scaled."
+    )
     adapter_dtype: Literal["float32", "bfloat16", "float64"] = _setting("float32", "model", "Data type of the adapters and their optimiser.")
     device: str = _setting("auto", "model", "Torch device: 'auto', 'cpu', 'cuda', 'cuda:1', ...", min_length=1)
     target_modules: str = _setting(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from hetlora import init_adapter
 from hetlora.config import Config, ConfigError
 from hetlora.data import FederatedData, load_data, token_ids
 from hetlora.demo_model import DemoModel, Progress, demo_folder
-from hetlora.models import load_model, load_tokenizer, target_shapes
+from hetlora.models import check_quantization, check_targets, load_model, load_tokenizer, read_limits, resolve_device, target_shapes
 from hetlora.observer import Observer
 from hetlora.ranks import RankFile, RankPlan
 from hetlora.sources import read_prompts
@@ -39,28 +38,32 @@ class Federation:
 
 
 def prepare(cfg: Config, observer: Observer | None = None) -> Federation:
-    """Load (or make) the model, and the data; `ConfigError` for anything that does not fit."""
+    """Load (or make) the model, and the data; `ConfigError` for anything that does not fit, as far as it can be known before the weights are loaded."""
     observer = observer or Observer()
     if isinstance(cfg.rank_rule, RankFile):
         cfg.rank_rule.table()  # a file that cannot be read is told now, before the model is made or loaded
     read_prompts(cfg)
+    resolve_device(cfg.device)
+    check_quantization(cfg)
     path = resolve_model(cfg, progress=observer.pretrain)
+    limits = read_limits(cfg, path)
+    check_targets(cfg, path)
     tokenizer = load_tokenizer(path, cfg.trust_remote_code)
     data = load_data(cfg, tokenizer)
     plan = starting_ranks(cfg, data)  # likewise ranks that do not fit the clients
     if cfg.init_adapter:
         init_adapter.check_ranks(init_adapter.read(cfg), cfg, plan.r_max)
+    _check_vocabulary(cfg, data, limits.vocabulary)
     model = load_model(cfg, path)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    _check_vocabulary(cfg, data, model.get_input_embeddings().num_embeddings)  # a configuration may be wrong about its model
+    return Federation(model, path, target_shapes(model, cfg.target_modules), data, tokenizer)
+
+
+def _check_vocabulary(cfg: Config, data: FederatedData, vocabulary: float) -> None:
     for client in (*data.clients, *data.held_out):
-        longest = max(len(s) for s in (*client.train, *client.test))
-        if longest > context > 0:
-            raise ConfigError(f"seq_len: {longest} tokens of client {client.name!r} in one sequence, but model {cfg.model!r} sees {context}; lower --seq-len")
         highest = max(int(token_ids(s).max()) for s in (*client.train, *client.test))
         if highest >= vocabulary:
             raise ConfigError(f"data: client {client.name!r} has token id {highest}, but model {cfg.model!r} knows {vocabulary}; use the model's own tokenizer")
-    return Federation(model, path, target_shapes(model, cfg.target_modules), data, tokenizer)
 
 
 def resolve_model(cfg: Config, progress: Progress | None = None, demo: DemoModel | None = None) -> str:

@@ -159,6 +159,7 @@ TRAININGS = {
             saves=(),
             own_text="the global model",
             refuses=(
+                Refusal(("dtype",), "train = 'full' steps the weights themselves, whose small changes float16 cannot hold; use another dtype", ("float16",)),
                 Refusal(_OF_ADAPTERS, "of adapters, and train = 'full' trains none; leave it out"),
                 Refusal(("weights",), "norms of adapters, and train = 'full' trains none; use weights = 'samples' or 'uniform'", ("sparsity",)),
             ),

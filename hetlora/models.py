@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ def load_model(cfg: Config, path: str) -> Any:
 
     device = resolve_device(cfg.device)
     dtype = getattr(torch, cfg.dtype)
+    check_quantization(cfg)
     options = _quantization(cfg, device) if cfg.quantize != "none" else {}
     with quiet(path):
         try:
@@ -86,6 +89,41 @@ def empty_model(cfg: Config, path: str) -> nn.Module:
             _refuse_code(path, error)
             raise ConfigError(f"model {path!r}: its configuration cannot be loaded ({first_line(error)}); {_advice(path)}") from None
     return model
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model's configuration says before its weights are loaded.   positions: tokens that it sees, inf where it names no number; vocabulary: of ids."""
+
+    positions: float
+    vocabulary: float
+
+
+def read_limits(cfg: Config, path: str) -> Limits:
+    """`Limits` of the model at `path`. Errors as `load_model`, and for a seq_len above its positions."""
+    from transformers import AutoConfig
+
+    with quiet(path):
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=cfg.trust_remote_code).get_text_config()
+        except Exception as error:  # as above
+            _refuse_code(path, error)
+            raise ConfigError(f"model {path!r}: its configuration cannot be loaded ({first_line(error)}); {_advice(path)}") from None
+    positions, vocabulary = (getattr(config, name, None) or math.inf for name in ("max_position_embeddings", "vocab_size"))
+    if cfg.seq_len > positions > 0:
+        raise ConfigError(f"seq_len: expected at most the {positions} tokens that model {cfg.model!r} sees, got {cfg.seq_len}; lower --seq-len")
+    return Limits(positions if positions > 0 else math.inf, vocabulary)
+
+
+def check_targets(cfg: Config, path: str) -> None:
+    """`ConfigError` where `cfg.target_modules` chooses no layer, found without the weights. A model that cannot be made without them is not looked at."""
+    try:
+        model = empty_model(cfg, path)
+    except ConfigError:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # told when the model is loaded
+        target_shapes(model, cfg.target_modules)
 
 
 def _refuse_code(path: str, error: Exception) -> None:
@@ -213,12 +251,18 @@ def _kinds(linear: dict[str, tuple[int, int]]) -> str:
     return ", ".join(kinds[:12]) + (", ..." if len(kinds) > 12 else "")
 
 
-def _quantization(cfg: Config, device: torch.device) -> dict[str, Any]:
+def check_quantization(cfg: Config) -> None:
+    """`ConfigError` where `cfg.quantize` cannot be done here."""
+    if cfg.quantize == "none":
+        return
     missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"quantize {cfg.quantize!r}: needs {' and '.join(missing)}; pip install {' '.join(missing)}, or use --quantize none")
     if cfg.dtype == "float64":
-        raise ConfigError(f"quantize {cfg.quantize!r}: computes in float32 or bfloat16, got dtype 'float64'")
+        raise ConfigError(f"quantize {cfg.quantize!r}: computes in float32, bfloat16 or float16, got dtype 'float64'")
+
+
+def _quantization(cfg: Config, device: torch.device) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     if cfg.quantize == "8bit":

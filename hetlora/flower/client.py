@@ -25,7 +25,7 @@ from hetlora.federation import resolve_model
 from hetlora.flower import messages
 from hetlora.flower.exchange import Order, Reply, exchange
 from hetlora.flower.settings import Node, client_settings
-from hetlora.models import load_model, load_tokenizer, target_shapes
+from hetlora.models import load_model, load_tokenizer, read_limits, target_shapes
 from hetlora.server import ServerState
 from hetlora.training import Work
 
@@ -47,7 +47,9 @@ LoadData = Callable[[Config, Node], ClientData]
 
 def base_model(cfg: Config) -> nn.Module:
     """The base model that the settings name, frozen and in eval mode."""
-    model: nn.Module = load_model(cfg, resolve_model(cfg))
+    path = resolve_model(cfg)
+    read_limits(cfg, path)
+    model: nn.Module = load_model(cfg, path)
     return model
 
 

@@ -151,6 +151,8 @@ def test_the_source_of_a_fault_in_the_plan_is_named(tmp_path):
 def test_a_named_pipe_is_refused(tmp_path, monkeypatch, option):
     monkeypatch.setattr("hetlora.federation.resolve_model", lambda *_, **__: "nowhere")
     monkeypatch.setattr("hetlora.federation.load_tokenizer", lambda *_: ByT5Tokenizer())
+    monkeypatch.setattr("hetlora.federation.read_limits", lambda *_: models.Limits(1024, 384))
+    monkeypatch.setattr("hetlora.federation.check_targets", lambda *_: None)
     name = {"--data": "x.jsonl", "--config": "x.yaml", "--ranks": "x.json"}[option]
     os.mkfifo(tmp_path / name)
     assert_one_line_error(invoke("run", option, tmp_path / name, "--output", tmp_path / "run"), name, "a named pipe")
@@ -292,7 +294,7 @@ def test_sequences_beyond_the_models_context_are_refused(tmp_path):
     TOKENIZER.save_pretrained(tmp_path / "model")
     root = fill(tmp_path / "data", ann="x" * 300, bob="y" * 300)
     prepare(Config(model=str(tmp_path / "model"), data=str(root), seq_len=64, ranks="fixed:2"))
-    with pytest.raises(ConfigError, match=r"seq_len: 65 tokens of client 'ann' in one sequence, but model .* sees 64; lower --seq-len"):
+    with pytest.raises(ConfigError, match=r"seq_len: expected at most the 64 tokens that model .* sees, got 65; lower --seq-len"):
         prepare(Config(model=str(tmp_path / "model"), data=str(root), seq_len=65, ranks="fixed:2"))
 
 
