@@ -16,6 +16,7 @@ from transformers import ByT5Tokenizer
 from hetlora import federation
 from hetlora.config import Config, ConfigError
 from hetlora.data import ClientData
+from hetlora.models import Limits
 from hetlora.ranks import POWER_LAW_EXPONENT, bank_ranks, check_width, from_record, kept_rank, mean_rank, parse_ranks, to_record
 from hetlora_kernels import AdapterBank
 
@@ -201,6 +202,8 @@ def test_ranks_that_do_not_fit_are_told_before_the_model_is_loaded(tmp_path, mon
     if not spec.endswith("json"):
         monkeypatch.setattr(federation, "resolve_model", lambda *_, **__: "nowhere")
         monkeypatch.setattr(federation, "load_tokenizer", lambda *_: ByT5Tokenizer())
+        monkeypatch.setattr(federation, "read_limits", lambda *_: Limits(1024, 384))
+        monkeypatch.setattr(federation, "check_targets", lambda *_: None)
     with pytest.raises(ConfigError, match=message):
         federation.prepare(Config.create("here", ranks=spec, data=str(tmp_path)))
 
