@@ -81,9 +81,7 @@ class Chat:
                 continue
             before, after = self.render(messages[:i], ask=True), self.render(messages[: i + 1], ask=False)
             if not before.startswith(done) or not after.startswith(before):
-                raise ConfigError(
-                    f"the chat template does not write message {i + 1} behind what it asks with, so the answer is not certain; give --template"
-                )
+                raise ConfigError(f"the chat template does not write message {i + 1} behind what it asks with, so the answer is not certain; give --template")
             ids += [~token for token in self._tokens(before[len(done) :])]
             starts.append((len(ids), message["content"]))
             answer = self._tokens(after[len(before) :])

@@ -32,7 +32,8 @@ def serve(host: str, port: int, tls: Path | None, known_clients: bool, database:
 def join(server: str, settings: tuple[str, ...], port: int, ca: Path | None, key: Path | None) -> None:
     """Join the federation at HOST:PORT as one client: a Flower SuperNode.
 
-    NAME=VALUE: settings of this node: client, partition-id, model, data, dtype, device, quantize, max-tokens-per-step.
+    NAME=VALUE: settings of this node: client, partition-id, model, data, dtype, device, quantize, max-tokens-per-step,
+    gradient-checkpointing.
     """
     launch.become(launch.join_command(server, port, settings, ca, key))
 

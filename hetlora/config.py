@@ -159,6 +159,9 @@ class Config(BaseModel):
     momentum: float = _setting(0.0, "training", "Momentum (sgd).", ge=0, lt=1)
     clip_norm: float = _setting(1.0, "training", "Clip each client's gradient norm; 0 = no clip.", ge=0)
     max_tokens_per_step: int = _setting(16384, "training", "Largest forward/backward in tokens; larger batches are split with the same result.", ge=1)
+    gradient_checkpointing: bool = _setting(
+        False, "training", "Keep the inputs of the model's layers alone and compute each layer again in the backward pass: less memory, a third more time."
+    )
     cobatch: bool = _setting(True, "training", "Train all sampled clients in one batch; false = one client at a time.")
 
     # run

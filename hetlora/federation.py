@@ -14,7 +14,7 @@ from hetlora import init_adapter
 from hetlora.config import Config, ConfigError
 from hetlora.data import FederatedData, load_data, token_ids
 from hetlora.demo_model import DemoModel, Progress, demo_folder
-from hetlora.models import check_quantization, check_targets, load_model, load_tokenizer, read_limits, resolve_device, target_shapes
+from hetlora.models import check_quantization, check_targets, checkpoint_layers, load_model, load_tokenizer, read_limits, resolve_device, target_shapes
 from hetlora.observer import Observer
 from hetlora.ranks import RankFile, RankPlan
 from hetlora.sources import read_prompts
@@ -55,6 +55,8 @@ def prepare(cfg: Config, observer: Observer | None = None) -> Federation:
         init_adapter.check_ranks(init_adapter.read(cfg), cfg, plan.r_max)
     _check_vocabulary(cfg, data, limits.vocabulary)
     model = load_model(cfg, path)
+    if cfg.gradient_checkpointing:
+        checkpoint_layers(model)
     _check_vocabulary(cfg, data, model.get_input_embeddings().num_embeddings)  # a configuration may be wrong about its model
     return Federation(model, path, target_shapes(model, cfg.target_modules), data, tokenizer)
 

@@ -15,6 +15,7 @@ from hetlora.config import Config
 from hetlora.data import ClientData
 from hetlora.evaluate import Part, evaluate_bank, evaluate_clients, mean_over_clients, pool_text
 from hetlora.federation import Federation, base_weights, starting_ranks
+from hetlora.models import checkpointed
 from hetlora.ranks import RankPlan
 from hetlora.server import ServerState
 from hetlora.training import Trained, Work
@@ -104,7 +105,9 @@ class LocalFleet:
         return self.clients[name].sequences
 
     def train(self, cfg: Config, state: ServerState, names: Sequence[str], number: int, lr: float, progress: Progress) -> Trained:
-        trained: Trained = cfg.training_kind.load()(Work(cfg, self.model, state, [self.clients[name] for name in names], number, lr, progress))
+        work = Work(cfg, self.model, state, [self.clients[name] for name in names], number, lr, progress)
+        with checkpointed(self.model, cfg.gradient_checkpointing):
+            trained: Trained = cfg.training_kind.load()(work)
         return trained
 
     def evaluate(self, cfg: Config, state: ServerState, progress: Progress) -> dict[str, Any]:

@@ -11,12 +11,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import regex
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hetlora.config import Config, ConfigError
 from hetlora_kernels.linear import linear_shape
@@ -130,6 +132,40 @@ def _refuse_code(path: str, error: Exception) -> None:
     """transformers asks on the terminal whether to run a model's own code, unless it is told; then it raises this."""
     if "custom code" in str(error) and "trust_remote_code" in str(error):
         raise ConfigError(f"model {path!r}: brings Python code of its own, which would run with your rights; read it, then give --trust-remote-code") from None
+
+
+def checkpoint_layers(model: nn.Module) -> list[nn.Module]:
+    """Those of the model's layers that transformers checkpoints, the outermost; `ConfigError` where there are none."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer) and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    if not found:
+        raise ConfigError(f"gradient_checkpointing: {type(model).__name__} has no layers that transformers can checkpoint; leave it out")
+    return [*found.values()]
+
+
+@contextmanager
+def checkpointed(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """With `wanted`, each layer keeps its inputs alone and is computed again in the backward pass. Gradients keep their bits.
+
+    transformers' own switch needs the layers in training mode, in which some models' layers drop out; here they stay as they are. Our dropout masks follow from
+    seeds, so no state of a generator is kept.
+    """
+    layers = checkpoint_layers(model) if wanted else []
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
 
 
 def resolve_device(device: str) -> torch.device:

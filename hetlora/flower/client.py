@@ -25,7 +25,7 @@ from hetlora.federation import resolve_model
 from hetlora.flower import messages
 from hetlora.flower.exchange import Order, Reply, exchange
 from hetlora.flower.settings import Node, client_settings
-from hetlora.models import load_model, load_tokenizer, read_limits, target_shapes
+from hetlora.models import checkpointed, load_model, load_tokenizer, read_limits, target_shapes
 from hetlora.server import ServerState
 from hetlora.training import Work
 
@@ -139,7 +139,8 @@ def _train(message: Message, cfg: Config, local: Local) -> RecordDict:
     order = _order(message, local)
     own, state = _state(message, cfg, order, local)
     work = Work(own.model_copy(update={"cobatch": False}), local.model, state, [local.data], order.number, order.lr)
-    trained = cfg.training_kind.load()(work)
+    with checkpointed(local.model, cfg.gradient_checkpointing):
+        trained = cfg.training_kind.load()(work)
     if trained.dropped:
         raise ConfigError(trained.dropped[0])
     reply = Reply(list(trained.ranks[0].values()), trained.results[0], trained.tails[0])
