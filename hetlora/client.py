@@ -20,6 +20,7 @@ from hetlora.loss_scale import LossScale
 from hetlora.ranks import ClientRanks, Scope
 from hetlora.seeds import derive_seed, host_generator
 from hetlora_kernels.peft import HeadError, attach, client_losses, client_segments, detach, hidden_states
+from hetlora_kernels.peft.batch import KnownClients
 
 IGNORED = -100  # label of positions that are not predicted
 
@@ -57,12 +58,12 @@ def dropout_seed(name: str, cfg: Config, round_number: int) -> int:
     return derive_seed(cfg.seed, "dropout", round_number, name)
 
 
-def collate(sequences: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(input ids, labels), right-padded to the longest; a causal model needs no attention mask for that, as no token looks to its right.
+def collate(sequences: Sequence[Tensor], device: torch.device, least: int = 0) -> tuple[Tensor, Tensor]:
+    """(input ids, labels), right-padded to the longest, or to `least` tokens; a causal model needs no attention mask: no token looks to its right.
 
     Labels of tokens that are not predicted (`data.ClientData`) are `IGNORED`.
     """
-    length = max(len(s) for s in sequences)
+    length = max(least, *(len(s) for s in sequences))
     ids = torch.zeros(len(sequences), length, dtype=torch.int64)
     labels = torch.full((len(sequences), length), IGNORED, dtype=torch.int64)
     for row, sequence in enumerate(sequences):
@@ -115,7 +116,7 @@ def prune_decision(ranks: ClientRanks, keep: ClientRanks, before: Tensor, after:
 _takes_logits: WeakSet[torch.nn.Module] = WeakSet()
 
 
-def token_losses(model: torch.nn.Module, ids: Tensor, labels: Tensor, owner: Sequence[int] | Tensor, num_clients: int) -> Tensor:
+def token_losses(model: torch.nn.Module, ids: Tensor, labels: Tensor, owner: Sequence[int] | Tensor | KnownClients, num_clients: int) -> Tensor:
     """[K] summed token losses of each client in one batch, in one forward of the model.
 
     ids, labels: [batch, seq], as `collate` gives them.   owner: [batch], client of each sequence.

@@ -11,9 +11,11 @@ from torch import Tensor
 import hetlora_kernels as hk
 from hetlora.client import LocalResult, collate, dropout_seed, make_optimizer, micro_batches, plan_steps, token_losses, train_client
 from hetlora.config import Config
-from hetlora.data import ClientData, predicted
+from hetlora.data import ClientData
 from hetlora.loss_scale import LossScale
+from hetlora.recorded import RecordedSteps, StepRows, step_rows
 from hetlora_kernels.peft import attach, client_segments, detach
+from hetlora_kernels.peft.graphs import Record
 
 
 def train_cohort(
@@ -25,11 +27,13 @@ def train_cohort(
     lr: float,
     keep: Mapping[str, Sequence[int]],
     progress: Callable[[int, int], None] | None = None,
+    record: Record | None = None,
 ) -> list[LocalResult]:
     """Train client k's factors of `bank` on clients[k], all k in one forward and backward per step; the same adapters as one at a time.
 
     Each step's batch holds the sequences of every client that still has steps to do; clients may differ in rank, steps and data size.
     Batches above cfg.max_tokens_per_step are split: gradients add up to the same sums. keep: {module: first tail row per client}.
+    With cfg.cuda_graph steps that repeat clients are recorded (`RecordedSteps`).   record: as in `StepGraph`, for tests without a device.
     """
     plans = [plan_steps(data, cfg, round_number) for data in clients]
     seeds = torch.tensor([dropout_seed(data.name, cfg, round_number) for data in clients], dtype=torch.int64)
@@ -39,48 +43,36 @@ def train_cohort(
     scaling, trained = LossScale(model), list(bank.parameters())
     attach(model, bank, scale=cfg.scale, dropout=cfg.dropout)
     try:
+        work = [step_rows(clients, plans, step) for step in range(steps)]
+        recorded = RecordedSteps(model, bank, optimizer, work, seeds, cfg, record) if cfg.cuda_graph else None
         for step in range(steps):
-            active = [step < len(plan) for plan in plans]
-            backward = partial(_backward, model, bank, clients, plans, step, seeds, cfg)
-            means.append(scaling.gradients(backward, trained, optimizer.zero_grad))
-            optimizer.step(active)
+            losses = None if recorded is None else recorded.run(work[step], step)
+            if losses is None:
+                losses = scaling.gradients(partial(_backward, model, bank, work[step], step, seeds, cfg), trained, optimizer.zero_grad)
+                optimizer.step(work[step].active)
+            means.append(losses)
             if progress:
                 progress(step + 1, steps)
     finally:
         detach(model)
-    losses = torch.stack(means).tolist()
+    history = torch.stack(means).tolist()
     return [
-        LocalResult(len(plan), sum(map(len, plan)), sum(len(data.train[i]) for batch in plan for i in batch), losses[0][k], losses[len(plan) - 1][k])
+        LocalResult(len(plan), sum(map(len, plan)), sum(len(data.train[i]) for batch in plan for i in batch), history[0][k], history[len(plan) - 1][k])
         for k, (plan, data) in enumerate(zip(plans, clients, strict=True))
     ]
 
 
-def _backward(
-    model: torch.nn.Module,
-    bank: hk.AdapterBank,
-    clients: Sequence[ClientData],
-    plans: Sequence[list[list[int]]],
-    step: int,
-    seeds: Tensor,
-    cfg: Config,
-    scale: float,
-) -> Tensor:
+def _backward(model: torch.nn.Module, bank: hk.AdapterBank, work: StepRows, step: int, seeds: Tensor, cfg: Config, scale: float) -> Tensor:
     """Gradients of `scale` times the sum over clients of their mean token loss in this step; returns the means [K]."""
-    rows = []  # (client, index in its batch, sequence)
-    counts = [1] * len(clients)
-    for k, (data, plan) in enumerate(zip(clients, plans, strict=True)):
-        if step < len(plan):
-            own = [data.train[i] for i in plan[step]]
-            rows += [(k, position, sequence) for position, sequence in enumerate(own)]
-            counts[k] = sum(map(predicted, own))
-    tokens = torch.tensor(counts, dtype=torch.float64, device=bank.device)
-    means = torch.zeros(len(clients), dtype=torch.float64, device=bank.device)
+    rows, clients = work.rows, bank.num_clients
+    tokens = torch.tensor(work.predicted, dtype=torch.float64, device=bank.device)
+    means = torch.zeros(clients, dtype=torch.float64, device=bank.device)
     for part in micro_batches([len(s) for _, _, s in rows], cfg.max_tokens_per_step):
         ids, labels = collate([s for _, _, s in rows[part]], bank.device)
         owner = torch.tensor([k for k, _, _ in rows[part]], dtype=torch.int64)
         index = torch.tensor([position for _, position, _ in rows[part]], dtype=torch.int64)
         with client_segments(model, owner, seeds=seeds, step=step, sequence_index=index):
-            sums = token_losses(model, ids, labels, owner, len(clients))
+            sums = token_losses(model, ids, labels, owner, clients)
             losses = sums / tokens.to(sums.dtype)
             (losses.sum() if scale == 1 else losses.sum() * scale).backward()
         means += losses.detach()

@@ -163,6 +163,9 @@ class Config(BaseModel):
         False, "training", "Keep the inputs of the model's layers alone and compute each layer again in the backward pass: less memory, a third more time."
     )
     cobatch: bool = _setting(True, "training", "Train all sampled clients in one batch; false = one client at a time.")
+    cuda_graph: bool = _setting(
+        False, "training", "With cobatch, on a GPU: record a step in one CUDA graph and replay it for further ones of the same clients; pads to the longest."
+    )
 
     # run
     seed: int = _setting(0, "run", "Seed of everything drawn in the run.", ge=0)
@@ -258,6 +261,10 @@ class Config(BaseModel):
             raise ConfigError(f"dropout: expected 0, or a probability from 1/65536 to 65535/65536, got {self.dropout}")
         if self.warmup_rounds >= self.rounds:
             raise ConfigError(f"warmup_rounds: expected fewer than rounds = {self.rounds}, got {self.warmup_rounds}")
+        if self.cuda_graph and not self.cobatch:
+            raise ConfigError("cuda_graph = True: only for cobatch = True, as it records the step of a cohort; leave it out")
+        if self.cuda_graph and self.gradient_checkpointing:
+            raise ConfigError("cuda_graph = True: gradient_checkpointing sets the state of torch's generator, which a recorded step cannot; leave one out")
         self._check_examples()
 
     def _check_examples(self) -> None:

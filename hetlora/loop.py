@@ -152,6 +152,10 @@ def _rounds(cfg: Config, folder: Path, lock: FolderLock, resume: bool, observer:
     begun = resume and (folder / run_folder.CHECKPOINT).is_file()
     start = init_adapter.read(cfg) if cfg.init_adapter and not begun else None
     fleet = make()
+    if cfg.cuda_graph and fleet.device.type != "cuda":
+        raise ConfigError(
+            f"cuda_graph = True: expected a CUDA device, which alone records graphs, got {fleet.device}; leave it out, or choose another --device"
+        )
     state = _initial_state(cfg, fleet)
     if start:
         said.append(init_adapter.fill(state.bank, start, cfg))

@@ -89,7 +89,8 @@ class _BankOptimizer:
         """What gets the new values in `cast`."""
         return [] if self._casts is None else [copy[:, : p.shape[1]] for copy, p in zip(self._casts.current(), self._params, strict=True)]
 
-    def _stepped(self) -> None:
+    def stepped(self) -> None:
+        """Say that the factors were stepped past this object: by a replay of a CUDA graph that holds its `step`."""
         written(self._params)
         if self._casts is not None:
             self._casts.in_step()
@@ -146,7 +147,7 @@ class AdamW(_BankOptimizer):
             *(self.lr, self.step_count, self._active(active), self.clip_norm, self._lam, self._ranks, self._keep),
             *(*self.betas, self.eps, self.weight_decay),
         )
-        self._stepped()
+        self.stepped()
 
 
 class SGD(_BankOptimizer):
@@ -189,7 +190,7 @@ class SGD(_BankOptimizer):
             *(self.lr, self._active(active), self.clip_norm, self._lam, self._ranks, self._keep),
             *(self.momentum, self.weight_decay),
         )
-        self._stepped()
+        self.stepped()
 
 
 @register_fake("adamw_")

@@ -44,7 +44,10 @@ def server_settings(run_config: Mapping[str, Any]) -> tuple[Config, Waiting]:
     for name, least, kind in (("min_clients", 1, int), ("join_timeout", 0, (int, float)), ("round_timeout", 0, (int, float)), ("resume", 0, bool)):
         if name in waiting and (not isinstance(waiting[name], kind) or waiting[name] < least):
             raise ConfigError(f"run config: {name}: expected {'true or false' if kind is bool else f'a number >= {least}'}, got {waiting[name]!r}")
-    return Config.create("run config", **_of_a_method(values)), Waiting(**waiting)
+    cfg = Config.create("run config", **_of_a_method(values))
+    if cfg.cuda_graph:
+        raise ConfigError("run config: cuda_graph = True: records the step of a cohort, and deployed clients train one at a time; leave it out")
+    return cfg, Waiting(**waiting)
 
 
 def client_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> tuple[Config, Node]:

@@ -1,8 +1,8 @@
 """Drop-in for PEFT and transformers models.
 
 `fuse`, `unfuse`, `enable`: fused LoRA layers for a PEFT model. `attach`, `detach`: a bank of K clients' adapters on any model. `client_segments`,
-`client_losses`: many clients in one batch, on either. `hidden_states`, `Head`: their losses without logits. The first three need the `peft` package and
-load it at first use.
+`client_losses`: many clients in one batch, on either. `hidden_states`, `Head`: their losses without logits. `StepGraph`: a training step of such a batch as
+one CUDA graph. The first three need the `peft` package and load it at first use.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hetlora_kernels.peft.attached import attach, detach
 from hetlora_kernels.peft.batch import SEQUENCE_STRIDE
 from hetlora_kernels.peft.context import client_segments
+from hetlora_kernels.peft.graphs import StepGraph
 from hetlora_kernels.peft.head import Head, HeadError, Hidden, hidden_states
 from hetlora_kernels.peft.losses import client_losses
 from hetlora_kernels.peft.seeds import layer_seeds
@@ -26,6 +27,7 @@ __all__ = [
     "Head",
     "HeadError",
     "Hidden",
+    "StepGraph",
     "attach",
     "client_losses",
     "client_segments",

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from math import prod
 from threading import get_ident
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -382,8 +382,16 @@ def _sequence_index(ids: Tensor) -> Tensor:
     return out
 
 
-def client_table(ids: Sequence[int] | Tensor | None, clients: int) -> Tensor:
+class KnownClients(NamedTuple):
+    """The clients of sequences, int64 [batch], on the model's device: looked at before, so that a recorded step need not read them back."""
+
+    values: Tensor
+
+
+def client_table(ids: Sequence[int] | Tensor | KnownClients | None, clients: int) -> Tensor:
     """`ids` as int64, [batch] or [batch, seq], each -1 or a client."""
+    if type(ids) is KnownClients:
+        return ids.values
     if ids is None:
         raise TypeError("ids: expected the client of each sequence, [batch], or token, [batch, seq], got None")
     table = torch.as_tensor(ids)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hetlora_kernels.peft.batch import client_table
+from hetlora_kernels.peft.batch import KnownClients, client_table
 from hetlora_kernels.peft.head import Head
 
 IGNORED = -100
@@ -20,7 +20,7 @@ CHUNK = {"cpu": 1 << 24, "cuda": 1 << 26}
 def client_losses(
     states: Tensor,  # [batch, seq, vocab], or [batch, seq, d] with a head
     labels: Tensor,  # [batch, seq]
-    ids: Sequence[int] | Tensor,  # [batch] or [batch, seq]
+    ids: Sequence[int] | Tensor | KnownClients,  # [batch] or [batch, seq]
     num_clients: int,
     shift: bool = True,
     reduction: str = "mean",
@@ -72,11 +72,11 @@ def client_losses(
     if shift:
         states, labels, table = states[:, :-1], labels[:, 1:], table[:, 1:]
     targets, extras = labels.reshape(-1), (label_smoothing, z_loss)
-    counted = torch.where(targets == IGNORED, -1, table.reshape(-1))
+    counted = table.reshape(-1).masked_fill(targets == IGNORED, -1)  # takes its number as an argument, which torch.where would copy to a GPU
     rows = states.reshape(-1, states.shape[-1])
-    losses = _from_logits(rows, targets, *extras) if head is None else _from_states(rows, targets.where(counted >= 0, IGNORED), head, extras)
+    losses = _from_logits(rows, targets, *extras) if head is None else _from_states(rows, targets.masked_fill(counted < 0, IGNORED), head, extras)
     own = counted[None, :] == torch.arange(num_clients, device=states.device)[:, None]
-    sums = torch.where(own, losses[None, :], 0.0).sum(1)
+    sums = losses[None, :].expand(own.shape).masked_fill(~own, 0.0).sum(1)
     return sums if reduction == "sum" else sums / own.sum(1).clamp_min(1)
 
 
@@ -88,7 +88,7 @@ def _from_logits(logits: Tensor, targets: Tensor, smoothing: float, z_loss: floa
     """[T] losses of rows of logits, 0 for ignored ones."""
     logits = logits.to(_wide(logits.dtype))
     losses = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing)
-    return losses + z_loss * logits.logsumexp(1).square().where(targets != IGNORED, 0.0) if z_loss else losses
+    return losses + z_loss * logits.logsumexp(1).square().masked_fill(targets == IGNORED, 0.0) if z_loss else losses
 
 
 def _from_states(states: Tensor, targets: Tensor, head: Head, extras: tuple[float, float]) -> Tensor:
@@ -122,7 +122,7 @@ class _StatesLoss(torch.autograd.Function):
         ctx.save_for_backward(states, weight, bias, targets, kept, slopes)
         ctx.head, ctx.extras = (scale, softcap), extras
         if kept is None:
-            return losses.where(targets != IGNORED, 0.0)
+            return losses.masked_fill(targets == IGNORED, 0.0)
         return losses.new_zeros(len(states)).index_copy_(0, kept, losses)
 
     @staticmethod

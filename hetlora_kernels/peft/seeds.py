@@ -32,12 +32,21 @@ class SeedTable:
     """
 
     def __init__(self, seeds: Tensor, step: int | Tensor, modules: int) -> None:
-        places = torch.arange(1, modules + 1, dtype=torch.int64, device=seeds.device)[:, None]
+        self._modules, self._clients = modules, len(seeds)
+        self._made = self._mixed(seeds, step)
+        self._placed: dict[torch.device, Tensor] = {}
+
+    def _mixed(self, seeds: Tensor, step: int | Tensor) -> Tensor:
+        places = torch.arange(1, self._modules + 1, dtype=torch.int64, device=seeds.device)[:, None]
         mixed = _mix64(_mixed_steps(seeds, step) + places * _signed(_MODULE))
         # Rows start at multiples of 16 bytes: where some did not, Triton would compile its kernels twice.
-        self._made = torch.nn.functional.pad(mixed, (0, len(seeds) % 2))
-        self._clients = len(seeds)
-        self._placed: dict[torch.device, Tensor] = {}
+        return torch.nn.functional.pad(mixed, (0, len(seeds) % 2))
+
+    def rewrite(self, seeds: Tensor, step: int | Tensor) -> None:
+        """Another step's seeds in the same memory, which a recorded step reads."""
+        mixed = self._mixed(seeds, step)
+        for device, placed in self._placed.items():
+            placed.copy_(uploaded("seeds", mixed, device))
 
     def place(self, device: torch.device) -> Tensor:
         """[modules, K or K + 1] on `device`."""
