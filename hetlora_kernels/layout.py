@@ -95,13 +95,12 @@ class RankLayout:
     slice(2, 5, None)
     """
 
-    __slots__ = ("_device_offsets", "max_rank", "offsets", "ranks", "total")
+    __slots__ = ("max_rank", "offsets", "ranks", "total")
 
     ranks: tuple[int, ...]
     offsets: tuple[int, ...]
     total: int
     max_rank: int
-    _device_offsets: dict[torch.device, Tensor]
 
     def __init__(self, ranks: Sequence[int] | Tensor) -> None:
         values = int_list("ranks", ranks)
@@ -113,7 +112,6 @@ class RankLayout:
         own(self, "offsets", (0, *accumulate(values)))
         own(self, "total", self.offsets[-1])
         own(self, "max_rank", max(values, default=0))
-        own(self, "_device_offsets", {})
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"{name}: a RankLayout does not change; make a new one")
@@ -133,13 +131,6 @@ class RankLayout:
         if not 0 <= whole("client", client) < len(self.ranks):
             raise IndexError(f"client: expected 0 <= client < {len(self.ranks)}, got {client}")
         return slice(self.offsets[client], self.offsets[client + 1])
-
-    def device_offsets(self, device: torch.device | str) -> Tensor:
-        """`offsets` as an int32 tensor [K + 1] on `device`; built once per device, not to be written to."""
-        device = torch.device(device)
-        if device not in self._device_offsets:
-            self._device_offsets[device] = torch.tensor(self.offsets, dtype=torch.int32, device=device)
-        return self._device_offsets[device]
 
     def scales(self, scale: float | Sequence[float] | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         """`scale`, one number or [K], as a tensor [K] of `dtype` on `device`."""

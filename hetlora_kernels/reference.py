@@ -6,16 +6,14 @@ schemas in `_library.py`, already checked by `ops/`. K clients, M modules; `rank
 
 from __future__ import annotations
 
-from functools import wraps
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetlora_kernels._torch import unsafe_view
 from hetlora_kernels.layout import own_list
-from hetlora_kernels.ops._layer import check_layer, of_base
+from hetlora_kernels.ops._layer import whole_layer
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -140,62 +138,19 @@ def grouped_gram(s, x, seeds, row_keys, index, ranks, starts, lengths, dropout, 
     return out
 
 
-def thirds(segments: list[int]) -> tuple[list[int], list[int], list[int]]:
-    """(ranks, starts, lengths) of the clients, from the one list of the layer's ops, which the rows of x begin."""
-    count = len(segments) // 3
-    return segments[1 : 1 + count], segments[1 + count : 1 + 2 * count], segments[1 + 2 * count :]
+def _with_base(x, matrix, bias, s, rows, *segments):
+    out = x @ matrix if bias is None else torch.addmm(bias, x, matrix)
+    expand_(out, s, rows, *segments)
+    return out
 
 
-def matrix(x: Tensor) -> Tensor:
-    """x [..., n] as [T, n]."""
-    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+def _beside(like, base, s, rows, *segments):
+    out = like.new_zeros(like.shape) if base is None else base.clone(memory_format=torch.contiguous_format)
+    expand_(out, s, rows, *segments)
+    return out
 
 
-def lying_as(bt: Tensor, gradient: Tensor, transposed: bool) -> Tensor:
-    """A gradient [S, m] in the shape and the memory layout of the `bt` that came in: as it is, or as PEFT keeps its lora_B [m, S]."""
-    if transposed:
-        return gradient.t().contiguous()
-    return gradient.t().contiguous().t() if not bt.is_contiguous() and bt.stride() == (1, bt.shape[0]) else gradient
-
-
-def lora_forward(x, weight, bias, base, a, bt, scale, seeds, row_keys, index, segments, dropout, transposed):
-    """(base + scale_k * drop(x) A_k^T B_k^T, S) where base = x W^T + bias, or the given tensor [..., m]; x of any leading shape. S as `shrink` packs it."""
-    check_layer(x, a, bt, sum(thirds(segments)[0]), segments[0], transposed, **of_base(weight, bias, base))
-    flat, lists = matrix(x), thirds(segments)
-    s = shrink(flat, a, scale, seeds, row_keys, index, *lists, dropout)
-    out = F.linear(flat, weight, bias) if base is None else matrix(base).clone(memory_format=torch.contiguous_format)
-    expand_(out, s, bt.t() if transposed else bt, None, None, index, *lists, 0.0)
-    return out if x.dim() == 2 else unsafe_view(out, (*x.shape[:-1], out.shape[1])), s
-
-
-def in_types_given(run):
-    """Decorator of a backward pass: autocast, which may be on around it, would make its float32 products in half precision."""
-
-    @wraps(run)
-    def without_autocast(d_y, *arguments):
-        with torch.autocast(d_y.device.type, enabled=False):
-            return run(d_y, *arguments)
-
-    return without_autocast
-
-
-@in_types_given
-def lora_backward(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, segments, dropout, transposed, need_x, need_a, need_bt, type_a, type_bt):
-    """(d_x, d_a in type_a, d_bt in type_bt), without elements where not needed; without `weight` d_x is that of the LoRA term alone."""
-    check_layer(x, a, bt, sum(thirds(segments)[0]), segments[0], transposed, **({} if weight is None else {"weight": weight}))
-    flat, flat_dy, rows = matrix(x), matrix(d_y).to(x.dtype), bt.t() if transposed else bt
-    masked, plain = (seeds, row_keys, index, *thirds(segments), dropout), (None, None, index, *thirds(segments), 0.0)
-    d_s = shrink(flat_dy, rows, scale, *plain) if need_x or need_a else None
-    d_x, d_a, d_bt = x.new_empty(0), a.new_empty(0, dtype=type_a), bt.new_empty(0, dtype=type_bt)
-    if need_x:
-        d_x = torch.zeros_like(flat, memory_format=torch.contiguous_format) if weight is None else flat_dy @ weight
-        expand_(d_x, d_s, a, *masked)
-        d_x = d_x.view(x.shape)
-    if need_a:
-        d_a = grouped_gram(d_s, flat, *masked, type_a)
-    if need_bt:
-        d_bt = lying_as(bt, grouped_gram(s, flat_dy, *plain, type_bt), transposed)
-    return d_x, d_a, d_bt
+lora_forward, lora_backward = whole_layer(shrink, _with_base, _beside, grouped_gram)
 
 
 # ---------------------------------------------------------------- server: truncate, aggregate, norms, rows in few bits

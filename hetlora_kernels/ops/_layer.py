@@ -1,10 +1,12 @@
-"""What the arguments of a LoRA layer must be: asked by the rungs written in Python and by shape functions, and again once a compiled op has refused a call."""
+"""What the rungs written in Python share of a LoRA layer: its two ops, made of a rung's steps, and the check of its arguments, which is also made by shape
+functions and of a call that a compiled op has refused."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from hetlora_kernels._torch import unsafe_view
 from hetlora_kernels.ops._lists import FLOATS
 
 
@@ -73,3 +75,57 @@ def _check_factor(name: str, factor, shape: tuple[int, int], device) -> None:
         return
     got = f"{tuple(factor.shape)} {factor.dtype}" if isinstance(factor, Tensor) else type(factor).__name__
     raise ValueError(f"{name}: expected a floating-point tensor of shape {shape}, got {got}")
+
+
+def thirds(segments: list[int]) -> tuple[list[int], list[int], list[int]]:
+    """(ranks, starts, lengths) of the clients, from the one list of the layer's ops, which the rows of x begin."""
+    count = len(segments) // 3
+    return segments[1 : 1 + count], segments[1 + count : 1 + 2 * count], segments[1 + 2 * count :]
+
+
+def matrix(x: Tensor) -> Tensor:
+    """x [..., n] as [T, n]."""
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def lying_as(bt: Tensor, gradient: Tensor, transposed: bool) -> Tensor:
+    """A gradient [S, m] in the shape and the memory layout of the `bt` that came in: as it is, or as PEFT keeps its lora_B [m, S]."""
+    if transposed:
+        return gradient.t().contiguous()
+    return gradient.t().contiguous().t() if not bt.is_contiguous() and bt.stride() == (1, bt.shape[0]) else gradient
+
+
+def whole_layer(shrink, with_base, beside, grouped_gram):
+    """(lora_forward, lora_backward) of a rung, from its steps.
+
+    with_base(x, matrix, bias, s, rows, *segments): x matrix + bias + S_k rows_k, bias [d] or None.
+    beside(like, base, s, rows, *segments): base + S_k rows_k in a new tensor of the shape and type of `like`; base None: zeros.
+    """
+
+    def lora_forward(x, weight, bias, base, a, bt, scale, seeds, row_keys, index, segments, dropout, transposed):
+        """(base + scale_k * drop(x) A_k^T B_k^T, S) where base = x W^T + bias, or the given tensor [..., m]; x of any leading shape. S as `shrink` packs it."""
+        check_layer(x, a, bt, sum(thirds(segments)[0]), segments[0], transposed, **of_base(weight, bias, base))
+        flat, rows, lists = matrix(x), bt.t() if transposed else bt, thirds(segments)
+        s = shrink(flat, a, scale, seeds, row_keys, index, *lists, dropout)
+        plain = None, None, index, *lists, 0.0
+        out = with_base(flat, weight.t(), bias, s, rows, *plain) if base is None else beside(matrix(base), matrix(base), s, rows, *plain)
+        return out if x.dim() == 2 else unsafe_view(out, (*x.shape[:-1], out.shape[1])), s
+
+    def lora_backward(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, segments, dropout, transposed, need_x, need_a, need_bt, type_a, type_bt):
+        """(d_x, d_a in type_a, d_bt in type_bt), without elements where not needed; without `weight` d_x is that of the LoRA term alone."""
+        check_layer(x, a, bt, sum(thirds(segments)[0]), segments[0], transposed, **({} if weight is None else {"weight": weight}))
+        flat, flat_dy, rows = matrix(x), matrix(d_y).to(x.dtype), bt.t() if transposed else bt
+        masked, plain = (seeds, row_keys, index, *thirds(segments), dropout), (None, None, index, *thirds(segments), 0.0)
+        d_x, d_a, d_bt = x.new_empty(0), a.new_empty(0, dtype=type_a), bt.new_empty(0, dtype=type_bt)
+        # Autocast, which may be on around a backward pass, would make its float32 products in half precision.
+        with torch.autocast(d_y.device.type, enabled=False):
+            d_s = shrink(flat_dy, rows, scale, *plain) if need_x or need_a else None
+            if need_x:
+                d_x = (beside(flat, None, d_s, a, *masked) if weight is None else with_base(flat_dy, weight, None, d_s, a, *masked)).view(x.shape)
+            if need_a:
+                d_a = grouped_gram(d_s, flat, *masked, type_a)
+            if need_bt:
+                d_bt = lying_as(bt, grouped_gram(s, flat_dy, *plain, type_bt), transposed)
+        return d_x, d_a, d_bt
+
+    return lora_forward, lora_backward

@@ -15,9 +15,9 @@ from torch.compiler import is_compiling
 from hetlora_kernels import _torch
 from hetlora_kernels._library import call, register_fake
 from hetlora_kernels.layout import RankLayout, Segments
-from hetlora_kernels.ops._layer import check_layer, of_base
+from hetlora_kernels.ops._layer import check_layer, lying_as, of_base, thirds
 from hetlora_kernels.ops._lists import FLOATS
-from hetlora_kernels.reference import compute_dtype, dropout_threshold, operand_dtype, thirds
+from hetlora_kernels.reference import compute_dtype, dropout_threshold, operand_dtype
 
 
 class KeptSeeds(NamedTuple):
@@ -234,9 +234,7 @@ def _(x, weight, bias, base, a, bt, scale, seeds, row_keys, index, segments, dro
 
 @register_fake("lora_backward")
 def _(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, segments, dropout, transposed, need_x, need_a, need_bt, type_a, type_bt):
-    d_bt = bt.new_empty(bt.shape if need_bt else 0, dtype=type_bt)
-    if need_bt and not transposed and not bt.is_contiguous() and bt.stride() == (1, bt.shape[0]):
-        d_bt = bt.new_empty_strided(bt.shape, bt.stride(), dtype=type_bt)
+    d_bt = lying_as(bt, bt.new_empty(bt.shape[::-1] if transposed else bt.shape, dtype=type_bt), transposed) if need_bt else bt.new_empty(0, dtype=type_bt)
     return x.new_empty(x.shape if need_x else 0), a.new_empty(a.shape if need_a else 0, dtype=type_a), d_bt
 
 

@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetlora_kernels._torch import unsafe_view
-from hetlora_kernels.ops._layer import check_layer, of_base
-from hetlora_kernels.reference import in_types_given, lying_as, matrix, thirds
+from hetlora_kernels.ops._layer import whole_layer
 from hetlora_kernels.triton._common import device_params
 from hetlora_kernels.triton.expand import covers, expand_, expanded
 from hetlora_kernels.triton.fused import fused
@@ -63,42 +61,12 @@ def _with_base(x: Tensor, matrix: Tensor, bias: Tensor | None, s: Tensor, rows: 
     return product(x, matrix, bias, way, s, rows, *segments)
 
 
-def _beside(base: Tensor | None, shape: torch.Size, s: Tensor, rows: Tensor, *segments: Any) -> Tensor:
-    """A new tensor base + S_k rows_k; zeros for no base."""
-    if covers(segments[2], shape[0]):
-        return expanded(base, shape, s.dtype if base is None else base.dtype, s, rows, *segments)
-    out = s.new_zeros(shape) if base is None else base.clone(memory_format=torch.contiguous_format)
+def _beside(like: Tensor, base: Tensor | None, s: Tensor, rows: Tensor, *segments: Any) -> Tensor:
+    if covers(segments[2], like.shape[0]):
+        return expanded(base, like.shape, like.dtype, s, rows, *segments)
+    out = like.new_zeros(like.shape) if base is None else base.clone(memory_format=torch.contiguous_format)
     expand_(out, s, rows, *segments)
     return out
 
 
-def lora_forward(x, weight, bias, base, a, bt, scale, seeds, row_keys, index, segments, dropout, transposed):
-    """See `reference.lora_forward`."""
-    check_layer(x, a, bt, sum(thirds(segments)[0]), segments[0], transposed, **of_base(weight, bias, base))
-    flat, rows = matrix(x), bt.t() if transposed else bt
-    masked, plain = (seeds, row_keys, index, *thirds(segments), dropout), (None, None, index, *thirds(segments), 0.0)
-    s = shrink(flat, a, scale, *masked)
-    if weight is None:
-        given = matrix(base)
-        out = _beside(given, given.shape, s, rows, *plain)
-    else:
-        out = _with_base(flat, weight.t(), bias, s, rows, *plain)
-    return out if x.dim() == 2 else unsafe_view(out, (*x.shape[:-1], out.shape[1])), s
-
-
-@in_types_given
-def lora_backward(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, segments, dropout, transposed, need_x, need_a, need_bt, type_a, type_bt):
-    """See `reference.lora_backward`."""
-    check_layer(x, a, bt, sum(thirds(segments)[0]), segments[0], transposed, **({} if weight is None else {"weight": weight}))
-    flat, flat_dy, rows = matrix(x), matrix(d_y).to(x.dtype), bt.t() if transposed else bt
-    masked, plain = (seeds, row_keys, index, *thirds(segments), dropout), (None, None, index, *thirds(segments), 0.0)
-    d_s = shrink(flat_dy, rows, scale, *plain) if need_x or need_a else None
-    d_x, d_a, d_bt = x.new_empty(0), a.new_empty(0, dtype=type_a), bt.new_empty(0, dtype=type_bt)
-    if need_x:
-        made = _beside(None, flat.shape, d_s, a, *masked) if weight is None else _with_base(flat_dy, weight, None, d_s, a, *masked)
-        d_x = made.view(x.shape)
-    if need_a:
-        d_a = grouped_gram(d_s, flat, *masked, type_a)
-    if need_bt:
-        d_bt = lying_as(bt, grouped_gram(s, flat_dy, *plain, type_bt), transposed)
-    return d_x, d_a, d_bt
+lora_forward, lora_backward = whole_layer(shrink, _with_base, _beside, grouped_gram)

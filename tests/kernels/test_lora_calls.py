@@ -325,6 +325,13 @@ def test_lora_add_names_the_argument(name, spoil, error, text, device):
     assert message.startswith(f"{blamed}: ") and (blamed != name or re.search(text, message)), message
 
 
+def test_inside_autocast_a_wrong_argument_is_named_and_no_other(device):
+    """Not a weight of another type than x, which autocast makes one."""
+    given = good_arguments(device) | {"weight": torch.zeros(5, 6, dtype=torch.bfloat16, device=device)}
+    with torch.autocast(device.type, dtype=torch.bfloat16), pytest.raises(ValueError, match=r"^bt: "):
+        hk.lora_linear(*(given[key] for key in ("x", "weight", "bias", "a", "a", "layout", "seg")))
+
+
 @pytest.mark.parametrize("name", ["a", "bias", "seg"])
 def test_a_refused_call_draws_no_seeds(name, device):
     arguments = good_arguments(device)
