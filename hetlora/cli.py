@@ -6,129 +6,27 @@ A command loads what it needs when it runs: torch, transformers and matplotlib t
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import json
-import os
-import shutil
 import sys
-import traceback
 import types
 import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from hetlora import __version__, cli_flower, processor, signals
+from hetlora.cli_lines import SHOWN, Commands, leave_quietly, say, tell
 from hetlora.compare.methods import ALONE, METHODS, OWNED, Plan, default_method, left_out, make_plan, method_settings
 from hetlora.config import Config, ConfigError, setting_group
 from hetlora.report.json_lines import JsonObserver, SilentObserver, print_line
-from hetlora.report.text import printable, wrap
 from hetlora.run_folder import BITS_ONLY, LENGTH, is_run, read_config
 
-_SHOWN = "hetlora.shown"  # of click's context: 'quiet' or 'json' where that was asked for
 _OF_OWN_RANKS = [name for name, method in METHODS.items() if method.ranks == "own"]
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
-
-
-def _say(text: object, err: bool = False) -> None:
-    """One line; in a terminal as many as it takes, broken between words. What closed the terminal (SIGHUP) must not become the command's error."""
-    stream, text = sys.stderr if err else sys.stdout, printable(text)
-    try:
-        click.echo("\n".join(wrap(text, shutil.get_terminal_size().columns)) if stream.isatty() else text, err=err)
-    except OSError as error:
-        if isinstance(error, BrokenPipeError) and not err:
-            raise
-
-
-def _tell(text: str) -> None:
-    """One line about the command's work, in the form that --quiet or --json asks for."""
-    shown = click.get_current_context().meta.get(_SHOWN)
-    if shown == "json":
-        print_line("message", text=text)
-    elif shown is None:
-        _say(text)
-
-
-def _describe(error: BaseException) -> str:
-    """What went wrong, in one line without the name of a Python class."""
-    if isinstance(error, click.ClickException):
-        return _usage_text(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {(error.strerror or 'cannot be used').lower()}"
-    return _one_line(error) or type(error).__name__
-
-
-def _usage_text(error: click.ClickException) -> str:
-    """Click's message, beginning in lower case; for unknown options the nearest known ones."""
-    text = _one_line(error.format_message()).rstrip(".")
-    if isinstance(error, click.NoSuchOption) and error.ctx is not None:
-        known = [name for parameter in error.ctx.command.params for name in (*parameter.opts, *parameter.secondary_opts)]
-        close = difflib.get_close_matches(error.option_name, known, n=2, cutoff=0.7)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"'{error.ctx.command_path} --help' lists them"
-        return f"no such option {error.option_name} ({hint})"
-    return text[:1].lower() + text[1:]
-
-
-def _fail(error: BaseException) -> NoReturn:
-    if os.environ.get("HETLORA_DEBUG") == "1":
-        traceback.print_exception(error)
-    _say(f"hetlora: error: {_describe(error)}", err=True)
-    sys.exit(2)
-
-
-def _leave_quietly(error: BrokenPipeError) -> NoReturn:
-    """Nobody reads the output any more, as after `| head`: the status that SIGPIPE gives, and nothing written at the interpreter's end."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(signals.exit_status(error))
-
-
-def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None) -> None:
-    _say(f"hetlora: warning: {_one_line(message)}", err=True)
-
-
-class _Commands(click.Group):
-    """Click's group with the project's rules for errors: one line, no traceback for bad input."""
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
-        if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            close = difflib.get_close_matches(args[0], self.list_commands(ctx), n=2)
-            raise click.UsageError(
-                f"no such command '{args[0]}' ({'did you mean ' + ' or '.join(close) if close else 'there are ' + ', '.join(self.commands)})"
-            )
-        return super().resolve_command(ctx, args)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError as error:
-            _leave_quietly(error)
-        except KeyboardInterrupt as error:  # here, as click's own handling writes an empty line first
-            _say(f"hetlora: {signals.how(error)}", err=True)
-            sys.exit(signals.exit_status(error))
-
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
-        run_command: Callable[..., Any] = super().main
-        if not standalone_mode:
-            return run_command(*args, standalone_mode=False, **extra)
-        for stream in (sys.stdout, sys.stderr):
-            # A client's name must not stop a run because the terminal cannot show it.
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")
-        with warnings.catch_warnings(), signals.as_interrupts():
-            warnings.showwarning = _show_warning
-            try:
-                sys.exit(run_command(*args, standalone_mode=False, **extra) or 0)
-            except (click.ClickException, ValueError, OSError, ImportError) as error:
-                _fail(error)
 
 
 class _GroupedOptions(click.Command):
@@ -174,7 +72,7 @@ def _settings(config_file: str | None, flags: dict[str, Any]) -> Config:
         return Config.create(source, **values)
     values, chosen = default_method(values)
     cfg = Config.create(source, **values)
-    _tell(f"method: {chosen}")
+    tell(f"method: {chosen}")
     return cfg
 
 
@@ -208,7 +106,7 @@ def _saved_settings(config_file: str | None, flags: dict[str, Any]) -> Config:
 
 def _choose_threads(ctx: click.Context, parameter: click.Parameter, value: int | None) -> None:
     if not ctx.resilient_parsing:
-        _tell(processor.prepare(value))
+        tell(processor.prepare(value))
 
 
 threads_option = click.option(
@@ -221,7 +119,7 @@ threads_option = click.option(
 
 
 def _choose_output(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
-    if value and ctx.meta.setdefault(_SHOWN, parameter.name) != parameter.name:
+    if value and ctx.meta.setdefault(SHOWN, parameter.name) != parameter.name:
         raise click.UsageError("--quiet and --json: expected one of them, got both")
 
 
@@ -239,7 +137,7 @@ class _Watched(AbstractContextManager["_Watched"]):
     def __init__(self, output: str | None, comparison: bool = False, again: str = "") -> None:
         from hetlora.report.terminal import ComparisonObserver, ConsoleObserver
 
-        self.shown: str | None = click.get_current_context().meta.get(_SHOWN)
+        self.shown: str | None = click.get_current_context().meta.get(SHOWN)
         self.observer: Any = {"json": JsonObserver, "quiet": SilentObserver}.get(self.shown or "", ComparisonObserver if comparison else ConsoleObserver)()
         self._output, self._comparison = output, comparison
         self._again = again or f"the same command continues the comparison in {output}"
@@ -258,13 +156,13 @@ class _Watched(AbstractContextManager["_Watched"]):
         how = signals.how(error)
         output = self.observer.cfg.output if self.observer.cfg else self._output
         if self._comparison:
-            _say(f"{how}; {self._again}", err=True)
+            say(f"{how}; {self._again}", err=True)
         elif output and is_run(Path(output)):
-            _say(f"{how}; continue with hetlora run --resume --output {output}", err=True)
+            say(f"{how}; continue with hetlora run --resume --output {output}", err=True)
         else:
-            _say(f"{how} before the first round; nothing was written that could be continued", err=True)
+            say(f"{how} before the first round; nothing was written that could be continued", err=True)
         if isinstance(error, BrokenPipeError):
-            _leave_quietly(error)
+            leave_quietly(error)
         raise SystemExit(signals.exit_status(error))
 
 
@@ -289,7 +187,7 @@ def _close(watched: _Watched, written: dict[str, Path]) -> None:
         print_line("end", **{name.replace(" ", "_"): str(path) for name, path in written.items()})
     elif watched.shown is None:
         for name, path in written.items():
-            _say(f"{name}: {path}")
+            say(f"{name}: {path}")
 
 
 def _finish_comparison(watched: _Watched, comparison: Any, opening: Sequence[str] = (), columns: Mapping[str, int] | None = None) -> None:
@@ -302,7 +200,7 @@ def _finish_comparison(watched: _Watched, comparison: Any, opening: Sequence[str
     _close(watched, {"folder": comparison.folder, "report": page})
 
 
-@click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.group(cls=Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, prog_name="hetlora")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
@@ -406,9 +304,9 @@ def report(run_dir: str, out_dir: str | None) -> None:
         if out_dir is not None:
             raise ConfigError(f"--output: the page of a comparison stands in its own folder, {run_dir}; leave it out")
         table = _loaded("hetlora.compare.figures").tabulate(saved.reopen(Path(run_dir)))
-        _say(f"report: {_loaded('hetlora.compare.page').write_comparison(table, saved.read(Path(run_dir)).get('opening', []))}")
+        say(f"report: {_loaded('hetlora.compare.page').write_comparison(table, saved.read(Path(run_dir)).get('opening', []))}")
         return
-    _say(f"report: {_loaded('hetlora.report.page').write_report(run_dir, out_dir)}")
+    say(f"report: {_loaded('hetlora.report.page').write_report(run_dir, out_dir)}")
 
 
 @cli.command()
@@ -425,7 +323,7 @@ def export(run_dir: str, rank: int | None, client: str | None, out_dir: str | No
     if dtype is not None and merged_dir is None:
         raise click.UsageError("--dtype: of the weights that --merged DIR writes; an adapter keeps its own type")
     if merged_dir is not None:
-        _say(f"merged model: {_loaded('hetlora.export_model').export_merged(run_dir, merged_dir, rank=rank, client=client, dtype=dtype)}")
+        say(f"merged model: {_loaded('hetlora.export_model').export_merged(run_dir, merged_dir, rank=rank, client=client, dtype=dtype)}")
     if out_dir is None:
         return
     exports = _loaded("hetlora.export")
@@ -433,10 +331,10 @@ def export(run_dir: str, rank: int | None, client: str | None, out_dir: str | No
     saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     ranks = {saved["r"], *saved["rank_pattern"].values()}
     shown = f"rank {saved['r']}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}, by module"
-    _say(f"adapter: {folder} ({shown})")
+    say(f"adapter: {folder} ({shown})")
     base = exports.base_model_of(run_dir)
     if base:
-        _say(f"base model: {base}")
+        say(f"base model: {base}")
 
 
 @cli.command()
@@ -448,7 +346,7 @@ def info() -> None:
 @cli.command()
 def tune() -> None:
     """Measure the launch parameters of the Triton kernels on this machine's CUDA device, and keep them for it."""
-    _say(f"written: {_loaded('hetlora_kernels.triton.tune').tune(click.echo)}")
+    say(f"written: {_loaded('hetlora_kernels.triton.tune').tune(click.echo)}")
 
 
 for _command in (cli_flower.serve, cli_flower.join, cli_flower.flower):
