@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import importlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -14,57 +12,21 @@ from typing import Any
 
 import torch
 
-import hetlora_kernels as hk
 from hetlora import checkpoint, course, init_adapter, run_folder, server
 from hetlora.config import Config, ConfigError
 from hetlora.federation import Federation, prepare
 from hetlora.fleet import Fleet, LocalFleet
 from hetlora.lock import FolderLock
-from hetlora.loggers import Observers, figures
-from hetlora.merge import Aggregate, aggregate
+from hetlora.loggers import Observers
+from hetlora.merge import aggregate
 from hetlora.observer import Observer
-from hetlora.ranks import ClientRanks, Scope, check_width, from_record, kept_rank, mean_rank, to_record
-from hetlora.report import text
+from hetlora.ranks import check_width, from_record, kept_rank, mean_rank, to_record
 from hetlora.report.terminal import ConsoleObserver
+from hetlora.result import Result, client_line, rank_shown, upload_line
 from hetlora.training import Trained
 
 TOTALS = ("bytes_down", "bytes_up", "bytes_down_homlora", "bytes_up_homlora", "trained_parameters")
 """What a round counts and a run adds up."""
-
-
-@dataclass(repr=False)
-class Result:
-    """What `simulate` returns: per-round records (as in rounds.jsonl), the summary, the global bank, and each client's rank at the end.
-
-    ranks: {client: rank}, or {client: {module: rank}} for prune_scope = 'module'.
-    """
-
-    history: list[dict[str, Any]]
-    summary: dict[str, Any]
-    bank: hk.AdapterBank
-    ranks: dict[str, int | dict[str, int]]
-    run_dir: Path
-
-    def _lines(self) -> list[tuple[str, str]]:
-        before, after = (text.perplexity_of(self.summary[key], "client_text") for key in ("evaluation_before", "evaluation_after"))
-        perplexity = f"{text.number(before)} -> {text.number(after)} ({text.change_text(before, after)})"
-        rounds = str(self.history[-1]["round"])
-        return [("clients", str(len(self.ranks))), ("rounds", rounds), ("perplexity", perplexity), ("run_dir", str(self.run_dir))]
-
-    def __repr__(self) -> str:
-        return f"Result({', '.join(f'{name}: {value}' for name, value in self._lines())})"
-
-    def _repr_html_(self) -> str:
-        """For notebooks."""
-        return "<table>" + "".join(f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>" for name, value in self._lines()) + "</table>"
-
-    def to_pandas(self) -> Any:
-        """A pandas frame of one line a round: what `hetlora.loggers.figures` names, `round` as its index. `ConfigError` where pandas is missing."""
-        try:
-            pandas = importlib.import_module("pandas")
-        except ImportError:
-            raise ConfigError("to_pandas: needs the 'pandas' package; pip install pandas") from None
-        return pandas.DataFrame([{"round": record["round"], **dict(figures(record))} for record in self.history]).set_index("round")
 
 
 @dataclass
@@ -383,12 +345,12 @@ def _round(run: _Run, number: int) -> None:
         "bytes_up_homlora": homlora * len(arrived),
         "trained_parameters": trained.parameters,
     }
-    lines = [_client_line(cfg, names[k], state.ranks[names[k]], trained, k) for k in arrived]
+    lines = [client_line(cfg, names[k], state.ranks[names[k]], trained, k) for k in arrived]
     state.seen |= dict.fromkeys(names, number)  # those whose upload was refused have downloaded too
     samples = [run.fleet.sequences(names[k]) for k in arrived]
     merged = aggregate(state, trained.uploads, trained.received, samples, cfg, run.fleet.model, trained.weighed)
     for i, k in enumerate(arrived):
-        lines[i] |= _upload_line(merged, trained, i, k)
+        lines[i] |= upload_line(merged, trained, i, k)
         if "clip" in lines[i]:
             scaled = f"scaled by {lines[i]['clip']:.3g}, to the limit of --clip-median or --clip-update"
             run.observer.message(f"round {number}: the update of {names[k]} is {scaled}")
@@ -412,26 +374,6 @@ def _round(run: _Run, number: int) -> None:
     _close_round(run, record, start)
 
 
-def _client_line(cfg: Config, name: str, before: ClientRanks, trained: Trained, k: int) -> dict[str, Any]:
-    """before: the ranks that the client began the round with; the merge ends them."""
-    result, scope, after = trained.results[k], cfg.prune_scope, trained.ranks[k]
-    line = {"name": name, "rank_before": _rank_shown(before, scope), "rank": _rank_shown(after, scope)}
-    line |= {"steps": result.steps, "sequences": result.sequences, "tokens": result.tokens, "loss_first": result.loss_first, "loss_last": result.loss_last}
-    line |= dict(zip(("tail_before", "tail_after"), trained.tails[k], strict=True))
-    return line if scope == "client" else {**line, "module_ranks": after}
-
-
-def _upload_line(merged: Aggregate, trained: Trained, i: int, k: int) -> dict[str, Any]:
-    moved = {"bytes_down": trained.bytes_down[k], "bytes_up": trained.bytes_up[i]}
-    clip = {"clip": merged.clips[i]} if merged.clips and merged.clips[i] < 1 else {}
-    return {"norm": float(merged.norms[i]), "weight": float(merged.weights[i].mean()), **moved, **clip}
-
-
-def _rank_shown(ranks: ClientRanks, scope: Scope) -> float:
-    """The client's rank; with ranks of its modules' own, their mean to three decimals."""
-    return next(iter(ranks.values())) if scope == "client" else round(mean_rank(ranks), 3)
-
-
 def _finish(run: _Run) -> Result:
     """Every client's own text under its share of the final bank, the totals, and summary.json."""
     cfg, state, history = run.cfg, run.state, run.history
@@ -447,7 +389,7 @@ def _finish(run: _Run) -> Result:
             {
                 "name": name,
                 "rank_start": state.ranks_start[name],
-                "rank_end": _rank_shown(state.ranks[name], cfg.prune_scope),
+                "rank_end": rank_shown(state.ranks[name], cfg.prune_scope),
                 "sequences": run.fleet.sequences(name),
                 "rounds": state.rounds_trained.get(name, 0),
                 "perplexity_before": state.perplexity_before.get(name),

@@ -9,7 +9,7 @@ import pytest
 from hetlora import demo
 from hetlora.compare import figures
 from hetlora.compare.page import write_comparison
-from hetlora.loop import Result
+from hetlora.result import Result
 from hetlora.observer import Observer
 
 
