@@ -9,8 +9,8 @@ import pytest
 from hetlora import demo
 from hetlora.compare import figures
 from hetlora.compare.page import write_comparison
-from hetlora.result import Result
 from hetlora.observer import Observer
+from hetlora.result import Result
 
 
 class Recorder(Observer):
