@@ -20,7 +20,7 @@ from hetlora.chat import examples as chat_examples
 from hetlora.config import Config, ConfigError
 from hetlora.python_text import stdlib_packages
 from hetlora.seeds import held_out_generator
-from hetlora.sources import open_corpus, some
+from hetlora.sources import Corpus, open_corpus, some
 
 __all__ = ["ClientData", "FederatedData", "load_data", "stdlib_packages"]
 
@@ -85,7 +85,11 @@ def load_data(cfg: Config, tokenizer: Any) -> FederatedData:
     The held-out clients depend on `cfg.seed` and the clients' names alone.
     Raises `ConfigError`: missing or unreadable data, a faulty line or column, no clients, empty clients, too many held out.
     """
-    corpus = open_corpus(cfg)
+    return split_corpus(cfg, tokenizer, open_corpus(cfg))
+
+
+def split_corpus(cfg: Config, tokenizer: Any, corpus: Corpus) -> FederatedData:
+    """`load_data` of documents that are open already; `corpus` is used up."""
     if not corpus.documents:
         raise ConfigError(f"{corpus.source}: no clients in it (no readable text); each client needs at least a file or a row of text")
     blocks: dict[str, list[Tensor]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,11 @@ class Federation:
         return next(self.model.parameters()).device
 
 
-def prepare(cfg: Config, observer: Observer | None = None) -> Federation:
-    """Load (or make) the model, and the data; `ConfigError` for anything that does not fit, as far as it can be known before the weights are loaded."""
+def prepare(cfg: Config, observer: Observer | None = None, make_data: Callable[[Any], FederatedData] | None = None) -> Federation:
+    """Load (or make) the model, and the data; `ConfigError` for anything that does not fit, as far as it can be known before the weights are loaded.
+
+    make_data: of the tokenizer, in place of what `cfg.data` names.
+    """
     observer = observer or Observer()
     if isinstance(cfg.rank_rule, RankFile):
         cfg.rank_rule.table()  # a file that cannot be read is told now, before the model is made or loaded
@@ -49,19 +52,20 @@ def prepare(cfg: Config, observer: Observer | None = None) -> Federation:
     limits = read_limits(cfg, path)
     check_targets(cfg, path)
     tokenizer = load_tokenizer(path, cfg.trust_remote_code)
-    data = load_data(cfg, tokenizer)
+    data = make_data(tokenizer) if make_data else load_data(cfg, tokenizer)
     plan = starting_ranks(cfg, data)  # likewise ranks that do not fit the clients
     if cfg.init_adapter:
         init_adapter.check_ranks(init_adapter.read(cfg), cfg, plan.r_max)
-    _check_vocabulary(cfg, data, limits.vocabulary)
+    check_vocabulary(cfg, data, limits.vocabulary)
     model = load_model(cfg, path)
     if cfg.gradient_checkpointing:
         checkpoint_layers(model)
-    _check_vocabulary(cfg, data, model.get_input_embeddings().num_embeddings)  # a configuration may be wrong about its model
+    check_vocabulary(cfg, data, model.get_input_embeddings().num_embeddings)  # a configuration may be wrong about its model
     return Federation(model, path, target_shapes(model, cfg.target_modules), data, tokenizer)
 
 
-def _check_vocabulary(cfg: Config, data: FederatedData, vocabulary: float) -> None:
+def check_vocabulary(cfg: Config, data: FederatedData, vocabulary: float) -> None:
+    """`ConfigError` where a client has a token that a model of this vocabulary does not know."""
     for client in (*data.clients, *data.held_out):
         highest = max(int(token_ids(s).max()) for s in (*client.train, *client.test))
         if highest >= vocabulary:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hetlora import checkpoint, course, init_adapter, run_folder, server
+from hetlora import checkpoint, course, in_memory, init_adapter, run_folder, server
 from hetlora.config import Config, ConfigError
 from hetlora.federation import Federation, prepare
 from hetlora.fleet import Fleet, LocalFleet
@@ -21,7 +21,7 @@ from hetlora.loggers import Observers
 from hetlora.merge import aggregate
 from hetlora.observer import Observer
 from hetlora.ranks import check_width, from_record, kept_rank, mean_rank, to_record
-from hetlora.report.terminal import ConsoleObserver
+from hetlora.report.terminal import ConsoleObserver, make_console
 from hetlora.result import Result, client_line, rank_shown, upload_line
 from hetlora.training import Trained
 
@@ -49,6 +49,9 @@ def simulate(
     resume: bool = False,
     observer: Observer | None = None,
     federation: Federation | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    data: Any = None,
     quiet: bool = False,
     on_round_end: Callable[[dict[str, Any]], object] | None = None,
     loggers: Sequence[Observer] = (),
@@ -58,7 +61,9 @@ def simulate(
     cfg: the settings.   resume: continue the run in cfg.output from its newest checkpoint, to the same bits as without the interruption (on the
     same device and versions; the number of threads is set to the run's, other differences are reported). With another cfg.rounds than the run was made
     with it becomes the run that would have had them from the start.
-    observer: receives progress; left out, it is shown in the terminal or notebook, unless quiet.
+    observer: receives progress; left out, it is shown on stderr or in the notebook, unless quiet.
+    model, tokenizer, data: objects in place of what cfg.model and cfg.data name. data: {client: texts}, or rows as of a JSONL file (dicts; a `datasets.Dataset`
+    does), or `data.FederatedData`. The model is frozen and put in eval mode; its type and device are the run's.
     federation: model and data loaded before by `prepare`, to share them between runs.
     on_round_end: called with each round's record (a line of rounds.jsonl).   loggers: further observers, such as those of `hetlora.loggers`.
 
@@ -76,11 +81,15 @@ def simulate(
     >>> result.ranks, result.bank.ranks, len(result.history)
     ({'GREEK': 4, 'HEBREW': 8}, (8,), 2)
     """
-    shown = nullcontext(observer or Observer()) if observer or quiet else ConsoleObserver()
+    shown = nullcontext(observer or Observer()) if observer or quiet else ConsoleObserver(make_console(stderr=True))
+    given = model is not None or tokenizer is not None or data is not None
+    if given and federation:
+        raise ConfigError("federation: holds a model, a tokenizer and data already; leave out model, tokenizer and data")
+    cfg = in_memory.settings_of(cfg, model, data) if given else cfg
     folder = Path(cfg.output)
 
     def fleet() -> LocalFleet:
-        ready = federation or prepare(cfg, told)
+        ready = in_memory.federation_of(cfg, model, tokenizer, data, told) if given else federation or prepare(cfg, told)
         if ready.folded_by not in (None, folder):
             raise ConfigError(f"federation: its base model holds the folded updates of {ready.folded_by}; load it again with prepare()")
         return LocalFleet(ready)

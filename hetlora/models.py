@@ -68,6 +68,12 @@ def load_model(cfg: Config, path: str) -> Any:
             f"model {path!r}: {len(faulty)} weights of {type(model).__name__} are not in its checkpoint ({faulty[0]}, ...); "
             "give a complete causal language model"
         )
+    make_ready(model, path)
+    return model
+
+
+def make_ready(model: Any, path: str) -> None:
+    """Freeze a model that is loaded, and put it in eval mode without a cache. `ConfigError` where it is not causal; a warning where it has dropout."""
     model.requires_grad_(False).eval()
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes: in eval mode it would pack 4-bit weights for inference, and gradients would not pass
@@ -75,7 +81,6 @@ def load_model(cfg: Config, path: str) -> Any:
     model.config.use_cache = False
     _check_causal(model, path)
     _warn_dropout(model)
-    return model
 
 
 def empty_model(cfg: Config, path: str) -> nn.Module:

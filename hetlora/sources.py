@@ -23,6 +23,8 @@ from hetlora.ranks import Column
 from hetlora.tables import SUFFIXES, read_rows
 from hetlora.text_files import decode, encoding_mark, kind_of, parse_json, read_bytes, read_text
 
+IN_MEMORY = "in memory"
+"""The setting `data`, or `model`, of a run on what a Python program gave."""
 SHOWN_ROWS = 3
 """Bad rows that a message quotes; of the others it says how many."""
 
@@ -53,6 +55,8 @@ def _capability_column(cfg: Config) -> str | None:
 def open_corpus(cfg: Config) -> Corpus:
     """The documents that `cfg.data` names; see `data.load_data`."""
     data, column = cfg.data, _capability_column(cfg)
+    if data == IN_MEMORY:
+        raise ConfigError(f"data {data!r}: was given by a Python program, and no path leads to it; continue from there with simulate(..., resume=True)")
     if data.startswith("hub:"):
         return _from_hub(cfg, column)
     path = Path(os.path.expanduser(data))
@@ -88,6 +92,13 @@ def _from_table(path: Path, cfg: Config, column: str | None) -> Corpus:
         _add_rows(corpus, read_rows(path, _wanted(cfg, column), cfg.messages_field or None, column), lambda _, row: row, cfg, column)
     except OSError as error:
         raise ConfigError(f"data: file {path} cannot be read ({error.strerror}); make it readable") from None
+    return corpus
+
+
+def rows_in_memory(rows: Iterable[Any], cfg: Config) -> Corpus:
+    """Rows of a Python program, as those of a JSONL file."""
+    corpus = Corpus(IN_MEMORY)
+    _add_rows(corpus, ((f"data row {number}", row) for number, row in enumerate(rows, 1)), lambda _, row: row, cfg, _capability_column(cfg))
     return corpus
 
 

@@ -142,7 +142,25 @@ class AdapterBank:
         return client
 
     def __repr__(self) -> str:
-        return f"AdapterBank({len(self.shapes)} modules, ranks={self.ranks}, dtype={self.dtype}, device={self.device})"
+        return f"AdapterBank({', '.join(f'{name}: {value}' for name, value in self._lines())})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return "<table>" + "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in self._lines()) + "</table>"
+
+    def _lines(self) -> list[tuple[str, str]]:
+        """What it is in a few words, however many clients and modules it has."""
+        ranks = [rank for layout in set(self.layouts.values()) for rank in layout.ranks]
+        low, high = min(ranks, default=0), max(ranks, default=0)
+        numbers = sum(tensor.numel() for tensor in self.parameters())
+        return [
+            ("clients", str(self.num_clients)),
+            ("modules", str(len(self.shapes))),
+            ("ranks", str(low) if low == high else f"{low} to {high}"),
+            ("parameters", f"{numbers:,}"),
+            ("dtype", str(self.dtype).removeprefix("torch.")),
+            ("device", str(self.device)),
+        ]
 
     # -- new banks
 

@@ -30,10 +30,10 @@ class _Console(Console):
         raise BrokenPipeError(32, "nobody reads the output any more")
 
 
-def make_console() -> Console:
+def make_console(stderr: bool = False) -> Console:
     """A console that keeps whole lines where there is no terminal; rich itself obeys NO_COLOR."""
-    console = _Console(highlight=False, markup=False, soft_wrap=False)
-    return console if console.is_terminal else _Console(highlight=False, markup=False, width=_PLAIN_WIDTH)
+    console = _Console(highlight=False, markup=False, soft_wrap=False, stderr=stderr)
+    return console if console.is_terminal else _Console(highlight=False, markup=False, width=_PLAIN_WIDTH, stderr=stderr)
 
 
 def print_text(console: Console, text: str) -> None:

@@ -14,6 +14,8 @@ from hetlora.config import Config, ConfigError
 from hetlora.loop import simulate
 from hetlora.observer import Observer
 
+BANK = [("clients", "1"), ("modules", "8"), ("ranks", "8"), ("parameters", "1,792"), ("dtype", "float32"), ("device", "cpu")]
+
 
 def run(folder, **settings):
     return simulate(tiny_config(folder, rounds=2), federation=tiny_federation([3, 3], held_out=1), **settings)
@@ -42,15 +44,21 @@ def test_objects_are_short_in_a_terminal_and_tables_in_a_notebook(tmp_path):
     before, after = (result.summary[key]["client_text"]["perplexity"] for key in ("evaluation_before", "evaluation_after"))
     shown = f"perplexity: {before:.2f} -> {after:.2f} ({100 * (after / before - 1):+.1f} %)"
     assert repr(result) == f"Result(clients: 2, rounds: 2, {shown}, run_dir: {tmp_path / 'run'})"
-    assert result._repr_html_().startswith("<table><tr><th>clients</th><td>2</td>") and len(repr(result.bank)) < 200
+    assert result._repr_html_().startswith("<table><tr><th>clients</th><td>2</td>")
+    assert repr(result.bank) == f"AdapterBank({', '.join(f'{name}: {value}' for name, value in BANK)})"
+    assert result.bank._repr_html_() == "<table>" + "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in BANK) + "</table>"
+    clients = result.bank.truncate({name: [j % 3, 1] for j, name in enumerate(result.bank.shapes)})
+    assert "clients: 2, modules: 8, ranks: 0 to 2, " in repr(clients)
 
 
 def test_progress_shows_by_itself_unless_quiet_or_observed(tmp_path, capsys):
     run(tmp_path / "a")
-    assert "round 2/2" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "round 2/2" in said.err and said.out == ""
     run(tmp_path / "b", quiet=True)
     run(tmp_path / "c", observer=Observer())
-    assert capsys.readouterr().out == ""
+    said = capsys.readouterr()
+    assert said.out == said.err == ""
 
 
 def test_callbacks_and_loggers_get_every_round_and_change_nothing(tmp_path):

@@ -68,7 +68,7 @@ def test_what_it_says_of_itself(device):
     with pytest.raises(ValueError, match=r"^factors: expected 'a', 'b' or 'ab', got 'bt'"):
         bank.num_bytes(0, "bt")
     assert filled(dtype=torch.bfloat16, device=device).num_bytes(0) * 2 == bank.num_bytes(0)
-    assert "2 modules" in repr(bank)
+    assert "clients: 3, modules: 2, ranks: 0 to 5, " in repr(bank)
 
 
 # ---------------------------------------------------------------- new banks
