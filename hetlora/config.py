@@ -257,6 +257,12 @@ class Config(BaseModel):
             if in_force[chooser] not in needed and not self._at_default(setting):
                 values = " or ".join(map(repr, needed))
                 raise ConfigError(f"{self._shown([setting])}: only for {chooser} = {values}, got {chooser} = {in_force[chooser]!r}; leave it out")
+        if self.local_epochs and not self._at_default("local_steps"):
+            raise ConfigError(f"{self._shown(['local_steps'])}: local_epochs = {self.local_epochs} counts passes in place of steps; leave one of them out")
+        if not (self.rouge_examples or self.sample_prompts) and not self._at_default("rouge_tokens"):
+            raise ConfigError(f"{self._shown(['rouge_tokens'])}: of answers, and none are asked for; set rouge_examples or sample_prompts, or leave it out")
+        if not self.data.startswith("hub:") and not self._at_default("split"):
+            raise ConfigError(f"{self._shown(['split'])}: of a hub data set, and data = {_shortened(repr(self.data))} is none; leave it out")
         if self.dropout and not 0 < round(65536 * self.dropout) < 65536:
             raise ConfigError(f"dropout: expected 0, or a probability from 1/65536 to 65535/65536, got {self.dropout}")
         if self.warmup_rounds >= self.rounds:

@@ -63,8 +63,8 @@ def open_corpus(cfg: Config) -> Corpus:
     is_file = path.suffix.lower() in (".jsonl", *SUFFIXES) and not os.path.isdir(path)
     if column is not None and not is_file:
         raise ConfigError(f"ranks {cfg.ranks!r}: only a {_FILES} file or a hub data set has columns, data is {data!r}; give ranks another way")
-    for name, what in (("prompt_field", "prompts"), ("messages_field", "conversations")):
-        if getattr(cfg, name) and not is_file:
+    for name, what in _OF_ROWS.items():
+        if getattr(cfg, name) != type(cfg).model_fields[name].default and not is_file:
             raise ConfigError(f"{name} {getattr(cfg, name)!r}: only a {_FILES} file or a hub data set has {what}, data is {data!r}; leave it out")
     if data.partition(":")[0] in ("stdlib", "unicode"):
         return _from_python(data)
@@ -78,6 +78,10 @@ def open_corpus(cfg: Config) -> Corpus:
 
 
 _FILES = ".jsonl, .csv or .parquet"
+_OF_ROWS = {
+    **{"prompt_field": "prompts", "messages_field": "conversations", "text_field": "fields"},
+    **{"client_field": "fields", "skip_bad_rows": "rows"},
+}
 
 
 def _wanted(cfg: Config, column: str | None) -> list[str]:

@@ -358,3 +358,11 @@ def test_long_documents_give_no_length_warning(tmp_path, caplog):
         warnings.simplefilter("error")
         load_data(Config.create(data=str(path), seq_len=32), short)
     assert not caplog.records
+
+
+@pytest.mark.parametrize(("setting", "value", "what"), [("text_field", "body", "fields"), ("client_field", "user", "fields"), ("skip_bad_rows", True, "rows")])
+def test_settings_of_rows_are_refused_where_the_data_has_none(tmp_path, setting, value, what):
+    (tmp_path / "ann").mkdir()
+    for data in (str(tmp_path), "stdlib", "unicode"):
+        with pytest.raises(ConfigError, match=f"{setting} {value!r}: only a .jsonl, .csv or .parquet file or a hub data set has {what}, data is '{data}'"):
+            sources.open_corpus(Config.create("test", data=data, **{setting: value}))

@@ -61,6 +61,8 @@ def tiny_federation(sizes: list[int], dtype: torch.dtype = torch.float32, target
 
 def tiny_config(output: Path, **values) -> Config:
     settings = {"ranks": "powerlaw:2:8:0.8", "rounds": 3, "clients_per_round": 3, "local_steps": 2, "batch_size": 2, "eval_tokens": 0, "gamma": 0.8}
+    if values.get("local_epochs"):
+        del settings["local_steps"]
     return Config.create("test", **{**settings, "output": str(output), **values})
 
 
