@@ -104,7 +104,7 @@ def evaluated_record(found: Evaluated) -> MetricRecord:
 
 def evaluated(content: RecordDict) -> Evaluated:
     values = _metrics(content)
-    return Evaluated(*((_number(values, f"{name}_loss"), _whole(values, f"{name}_tokens", 0)) for name in ("whole", "own", "train")))
+    return Evaluated(*(_summed_loss(values, name) for name in ("whole", "own", "train")))
 
 
 # ---------------------------------------------------------------- reading
@@ -149,6 +149,14 @@ def _wholes(values: Mapping[str, Any], name: str) -> list[int]:
     if not isinstance(value, list) or not value or not all(isinstance(entry, int) and 0 <= entry < 2**31 for entry in value):
         raise ConfigError(f"{name}: expected whole numbers >= 0, got {str(value)[:40]}")
     return value
+
+
+def _summed_loss(values: Mapping[str, Any], name: str) -> tuple[float, int]:
+    """A cross entropy is not below 0, and 0 without tokens."""
+    loss, tokens = _number(values, f"{name}_loss"), _whole(values, f"{name}_tokens", 0)
+    if loss < 0 or (loss and not tokens):
+        raise ConfigError(f"{name}_loss: expected a sum over {tokens} tokens, at least 0, got {loss:g}")
+    return loss, tokens
 
 
 def _number(values: Mapping[str, Any], name: str, finite: bool = True) -> float:

@@ -17,14 +17,13 @@ from tiny import tiny_config, trained_bank
 
 from hetlora import server
 from hetlora.client import LocalResult
+from hetlora.errors import ConfigError
 from hetlora.flower import Base, HetLora, messages
 from hetlora.flower.exchange import Reply
 from hetlora.flower.strategy import _Turn
 from hetlora.fold import drawn
 from hetlora.server import ServerState
 from hetlora.training import Trained
-
-pytestmark = pytest.mark.slow
 
 CHANGED_ARRAYS: dict[str, Callable] = {
     "nothing": lambda draw, arrays, key, a: None,
@@ -114,5 +113,16 @@ def out_of_a_message(draw: random.Random) -> None:
     assert {key: array.data for key, array in again.items()} == {key: array.data for key, array in sent[names[changed]].items()}
 
 
+@pytest.mark.slow
 def test_out_of_a_message():
     repeat(out_of_a_message, 200)
+
+
+@pytest.mark.parametrize(("loss", "tokens"), [(-1.0, 5), (-1e308, 5), (3.0, 0), (float("nan"), 5), (float("inf"), 5)])
+@pytest.mark.parametrize("name", ["whole", "own", "train"])
+def test_losses_that_cannot_be_are_refused(name, loss, tokens):
+    metrics = messages.evaluated_record(messages.Evaluated((6.0, 3), (6.0, 3), (0.0, 0)))
+    assert messages.evaluated(RecordDict({"metrics": metrics})).train == (0.0, 0)
+    metrics[f"{name}_loss"], metrics[f"{name}_tokens"] = loss, tokens
+    with pytest.raises(ConfigError, match=f"^{name}_loss: expected a"):
+        messages.evaluated(RecordDict({"metrics": metrics}))
