@@ -15,6 +15,8 @@ from hetlora_kernels.peft.head import Head
 IGNORED = -100
 CHUNK = {"cpu": 1 << 24, "cuda": 1 << 26}
 """Logits that one chunk of rows holds at most, by device type: 64 and 256 MiB in float32. Other types: as 'cuda'."""
+COUNTED = {"cpu"}
+"""Device types where rows without a label are left out. Elsewhere counting them would wait for the device."""
 
 
 def client_losses(
@@ -111,8 +113,8 @@ class _StatesLoss(torch.autograd.Function):
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float, extras: tuple[float, float]
     ) -> Tensor:
         head = Head(weight, bias, scale, softcap)
-        kept = (targets != IGNORED).nonzero()[:, 0] if states.device.type == "cpu" else None  # elsewhere counting rows would wait for the device
-        rows, labels = (states, targets.clamp_min(0)) if kept is None else (states[kept], targets[kept])
+        kept = (targets != IGNORED).nonzero()[:, 0] if states.device.type in COUNTED else None
+        rows, labels = (states, _words(targets)) if kept is None else (states[kept], targets[kept])
         losses = rows.new_empty(len(rows), dtype=_wide(states.dtype))
         slopes = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         for part in _chunks(rows, weight):
@@ -129,7 +131,7 @@ class _StatesLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         states, weight, bias, targets, kept, slopes = ctx.saved_tensors
-        rows, labels, grads = (states, targets.clamp_min(0), grad) if kept is None else (states[kept], targets[kept], grad[kept])
+        rows, labels, grads = (states, _words(targets), grad) if kept is None else (states[kept], targets[kept], grad[kept])
         nobody = (targets == IGNORED)[:, None]
         d_states = d_weight = d_bias = None
         if slopes is not None:
@@ -141,12 +143,19 @@ class _StatesLoss(torch.autograd.Function):
             for part in _chunks(rows, weight):
                 logits, total, _ = _chunk_losses(rows[part], labels[part], head, ctx.extras)
                 slope = _slopes(logits, total, labels[part], head, ctx.extras) * grads[part, None]
-                slope = slope.masked_fill_(nobody[part], 0.0) if kept is None else slope
-                d_weight += (slope.to(rows.dtype).t() @ rows[part]).to(dtype)
+                own = rows[part]
+                if kept is None:  # nothing of nobody's rows: 0 times a NaN of theirs is no 0
+                    slope, own = slope.masked_fill_(nobody[part], 0.0), own.masked_fill(nobody[part], 0.0)
+                d_weight += (slope.to(rows.dtype).t() @ own).to(dtype)
                 d_bias += slope.sum(0)
             d_weight = d_weight.to(weight.dtype)
             d_bias = None if bias is None else d_bias.to(bias.dtype)
         return d_states, d_weight, d_bias, None, None, None, None
+
+
+def _words(targets: Tensor) -> Tensor:
+    """Labels to look up, word 0 where there is none. Other negative ones stay: a lookup refuses them."""
+    return targets.masked_fill(targets == IGNORED, 0)
 
 
 def _chunks(rows: Tensor, weight: Tensor) -> Iterator[slice]:

@@ -33,10 +33,15 @@ def chunk(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture(params=[{"cpu"}, set()], ids=["labelled rows", "all rows, as on a GPU"])
+def counted(request, monkeypatch):
+    monkeypatch.setattr(losses, "COUNTED", request.param)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("parts", HEADS, ids=str)
 @pytest.mark.parametrize("biased", [False, True])
-def test_losses_and_gradients_are_those_from_logits(chunk, options, parts, biased):
+def test_losses_and_gradients_are_those_from_logits(chunk, counted, options, parts, biased):
     """Of states, weight and bias, for a sum with another factor for each client."""
     states, weight, bias, labels, ids = case()
     leaves = [tensor.requires_grad_() for tensor in (states, weight, bias)[: 2 + biased]]
@@ -53,7 +58,7 @@ def test_losses_and_gradients_are_those_from_logits(chunk, options, parts, biase
             assert off <= 64 * torch.finfo(torch.float64).eps * size, "sums of at most 37 in another order"
 
 
-def test_gradcheck(chunk):
+def test_gradcheck(chunk, counted):
     states, weight, bias, labels, ids = case(sequences=2, length=4)
     leaves = [tensor.requires_grad_() for tensor in (states, weight, bias)]
 
@@ -108,7 +113,7 @@ def test_no_more_logits_than_a_chunk_are_held(monkeypatch):
     assert largest.seen == weight.numel() == 4000 < 4 * 49 * 500
 
 
-def test_rows_without_a_label_cost_nothing_and_touch_nobody():
+def test_rows_without_a_label_touch_nobody(counted):
     states, weight, bias, labels, ids = case(torch.float32)
     states = states.clone()
     states[0, 4:] = states[2] = float("nan")  # of an ignored tail, and of a sequence that is nobody's
@@ -121,7 +126,7 @@ def test_rows_without_a_label_cost_nothing_and_touch_nobody():
     assert not bool(states.grad[2].any()) and not bool(states.grad[0, 4:].any()) and bool(states.grad[1].any())
 
 
-def test_a_non_finite_loss_is_its_clients_alone():
+def test_a_non_finite_loss_is_its_clients_alone(counted):
     states, weight, _, labels, ids = case(torch.float32)
     clean = client_losses(states, labels, ids, CLIENTS, head=Head(weight))
     spoilt = states.clone()
@@ -131,11 +136,20 @@ def test_a_non_finite_loss_is_its_clients_alone():
     assert not bool(found[0].isfinite()) and found[1] == clean[1] and bool(spoilt.grad[1:].isfinite().all())
 
 
-def test_no_labels_at_all():
+def test_no_labels_at_all(counted):
     states, weight, _, labels, ids = case()
     found = client_losses(states.requires_grad_(), torch.full_like(labels, -100), ids, CLIENTS, head=Head(weight))
     found.sum().backward()
     assert not bool(found.any()) and not bool(states.grad.any())
+
+
+@pytest.mark.parametrize("label", [-1, WORDS])
+def test_a_label_that_is_no_word_is_refused(counted, label):
+    """A GPU's path took the label -1 for word 0."""
+    states, weight, _, labels, ids = case()
+    labels[1, 2] = label
+    with pytest.raises(RuntimeError, match=f"index {label} is out of bounds"):
+        client_losses(states, labels, ids, CLIENTS, head=Head(weight))
 
 
 def test_under_autocast_products_are_in_its_type():
