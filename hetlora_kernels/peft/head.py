@@ -158,8 +158,8 @@ def _text_config(model: nn.Module) -> Any:
 
 
 def _probe(like: Tensor) -> Tensor:
-    """-5, -2, 1, 4, 7 in the states' type, made on their device."""
-    return torch.arange(_PROBE, dtype=like.dtype, device=like.device) * 3 - 5
+    """-125, -8, 1, 64, 343 in the states' type, made on their device: a softcap and a scale change some of them by more than bfloat16 rounds."""
+    return (torch.arange(_PROBE, dtype=like.dtype, device=like.device) * 3 - 5) ** 3
 
 
 def _squashed(logits: Tensor, scale: float, softcap: float) -> Tensor:
@@ -177,14 +177,16 @@ def _numbers_of(model: nn.Module) -> tuple[list[float], list[float]]:
 
 
 def _seen(model: nn.Module, numbers: tuple[list[float], list[float]], states: Tensor, logits: Any) -> tuple[float, float]:
-    """(scale, softcap) that turn the probe into `logits`."""
-    probe = _probe(states)
+    """The one (scale, softcap) that turns the probe into `logits`. Where two do, within the rounding of the model's type, they cannot be told apart."""
+    probe, fitting = _probe(states), []
     if isinstance(logits, Tensor) and logits.shape == (*states.shape[:-1], _PROBE):
         rounding = 8 * max(torch.finfo(dtype).eps for dtype in (states.dtype, logits.dtype))  # a few operations in the model's type
-        for scale, softcap in product(*numbers):
+        for scale, softcap in dict.fromkeys(product(*numbers)):
             expected = _squashed(probe, scale, softcap).double()
             if bool(((logits.double() - expected).abs() <= rounding * expected.abs()).all()):
-                return scale, softcap
+                fitting.append((scale, softcap))
+    if len(fitting) == 1:
+        return fitting[0]
     raise HeadError(f"hidden_states: {type(model).__name__} does more with its logits than a known scale and softcap; take the logits")
 
 

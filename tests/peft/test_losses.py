@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from accuracy import assert_as_exact_as, factor_of
 from architectures import ARCHITECTURES, batch_of, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -191,13 +192,10 @@ WITHOUT = {"bart", "marian"}
 
 
 def with_options(name: str):
-    """Gemma's cap and the scales of Granite and Cohere at values that matter for logits of tiny models."""
+    """Gemma's cap at a value that matters for logits of tiny models."""
     model = tiny(name)
-    for setting, value in (("final_logit_softcapping", 0.05), ("logits_scaling", 3.0), ("logit_scale", 0.25)):
-        if getattr(model.config, setting, None) is not None:
-            setattr(model.config, setting, value)
-            if hasattr(model, setting):
-                setattr(model, setting, value)
+    if getattr(model.config, "final_logit_softcapping", None) is not None:
+        model.config.final_logit_softcapping = 0.05
     return model
 
 
@@ -302,6 +300,34 @@ def test_a_setting_that_changes_is_seen_again():
             model(**inputs)
         caps.append(hidden.head.softcap)
     assert caps == [0.05, 0.2]
+
+
+PUBLISHED = {
+    "Gemma2": ("final_logit_softcapping", 30.0, (1.0, 30.0)),
+    "Granite": ("logits_scaling", 6.0, (1 / 6, 0.0)),
+    "Cohere": ("logit_scale", 0.0625, (0.0625, 0.0)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_numbers_are_seen_in_every_type(dtype, name):
+    """Gemma's cap of 30 changes a logit of 7 by 2 percent, less than a few roundings of bfloat16 allow for: small probes took it for no cap."""
+    setting, value, expected = PUBLISHED[name]
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    config = getattr(transformers, f"{name}Config")(vocab_size=50, **sizes, **{setting: value})
+    model = getattr(transformers, f"{name}ForCausalLM")(config).to(dtype)
+    with torch.no_grad(), hidden_states(model) as hidden:
+        model(input_ids=torch.arange(4)[None])
+    assert (hidden.head.scale, hidden.head.softcap) == expected
+
+
+def test_numbers_that_cannot_be_told_apart_are_refused():
+    """In bfloat16 a cap of 10,000 is below the rounding of any probe, and no less a cap for it."""
+    model = tiny("gemma2").bfloat16()
+    model.config.final_logit_softcapping = 1e4
+    with pytest.raises(HeadError, match="take the logits"), torch.no_grad(), hidden_states(model):
+        model(**batch_of("gemma2", 1, 4))
 
 
 def test_a_mixed_batch_gives_each_client_the_gradients_of_its_logits_loss():
