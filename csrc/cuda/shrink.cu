@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(LORA_THREADS, LORA_BLOCKS<T>) shrink_kernel(co
 
 // Adds the planes: a block has 64 rows of one client.
 template <class T>
-__global__ void __launch_bounds__(LORA_THREADS, 8) shrink_sum_kernel(const __grid_constant__ LoraCall call) {
+__global__ void __launch_bounds__(LORA_THREADS, sizeof(T) == 8 ? 4 : 8) shrink_sum_kernel(const __grid_constant__ LoraCall call) {
     const LoraClient client = find_client(call.table, &LoraClient::tiles, blockIdx.x);
     const int top = (static_cast<int>(blockIdx.x) - client.tiles) * LORA_ROWS, rows = min(LORA_ROWS, client.length - top),
               units = (client.rank + DRAWS - 1) / DRAWS;
