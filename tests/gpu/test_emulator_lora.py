@@ -118,7 +118,7 @@ MUTANTS = {
     ),
     "a neighbour's rank row": Mutant("lora.cuh", "expand", "first + row < client.rank ?", "first + row <= client.rank ?", "checks", "poisoned neighbours"),
     "expand: no barrier before the product": Mutant(
-        "expand.cu", "expand", "if (PRODUCT_IN_STAGE<T>) __syncthreads();  // the product takes the stage's place", "", "lora-small", "expand", "bf16"
+        "expand.cu", "expand", "if (PRODUCT_IN_STAGE<T>) __syncthreads();  // the product takes the stage's place", "", "lora-mixed", "expand", "bf16"
     ),
     "expand: no wait for the copies": Mutant("expand.cu", "expand", "await_copies<0>();", "", "lora-aligned", "expand"),
     "expand: a warp that does not wait for its lanes": Mutant(
