@@ -20,7 +20,7 @@ from hetlora.loss_scale import LossScale
 from hetlora.ranks import ClientRanks, Scope
 from hetlora.seeds import derive_seed, host_generator
 from hetlora_kernels.peft import HeadError, attach, client_losses, client_segments, detach, hidden_states
-from hetlora_kernels.peft.batch import KnownClients
+from hetlora_kernels.peft.ids import KnownClients
 
 IGNORED = -100  # label of positions that are not predicted
 

@@ -16,8 +16,8 @@ from hetlora.config import Config
 from hetlora.data import ClientData, predicted
 from hetlora.errors import ConfigError
 from hetlora_kernels.peft import StepGraph
-from hetlora_kernels.peft.batch import KnownClients
 from hetlora_kernels.peft.graphs import Record
+from hetlora_kernels.peft.ids import KnownClients
 
 FEWEST = 3  # steps of the same clients that are worth a recording, which costs the host one more step
 

@@ -55,7 +55,8 @@ _library = torch.library.Library("hetlora", "DEF")
 _forced: str | None = None  # one per process, not per thread: the backward pass runs on autograd's own threads
 _compiled: dict[str, frozenset[str]] = {}  # rung whose library is loaded -> its ops
 _absent: dict[str, str] = {}  # rung whose library is not loaded -> why
-_overloads: dict[str, Callable] = {}  # op -> the dispatcher's choice, as a traced call has to see it
+_overloads: dict[str, Callable] = {}  # op -> the dispatcher's choice
+_traced: dict[str, Callable] = {}  # op -> the same, as a traced call has to see it
 _entries: dict[str, Callable] = {}  # op -> the same, nearer
 _cuda_chosen = False
 
@@ -64,11 +65,17 @@ def _define() -> None:
     for name, schema in SCHEMAS.items():
         _library.define(name + schema)
         _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
-        _overloads[name] = getattr(torch.ops.hetlora, name).default
+        _traced[name] = _overloads[name] = getattr(torch.ops.hetlora, name).default
         _entries[name] = entry_of(_overloads[name])
-    for name in LAYER:  # called by the layer's own autograd.Function: the dispatcher's look at what requires gradients is 1 us of a call's 50
-        for device in ("CPU", "CUDA"):
-            _library.impl(name, torch.library.fallthrough_kernel, f"Autograd{device}")
+    for name in LAYER:
+        # A graph keeps numbers of rows as symbols. Eager calls do not pay for symbols: 0.15 us for each integer of the list.
+        _library.define(f"{name}.symbolic{SCHEMAS[name].replace('int[] segments', 'SymInt[] segments')}")
+        _library.impl(f"{name}.symbolic", _overloads[name], "CompositeExplicitAutograd")
+        _traced[name] = getattr(torch.ops.hetlora, name).symbolic
+        # Called by the layer's own autograd.Function: the dispatcher's look at what requires gradients is 1 us of a call's 50.
+        for op in (name, f"{name}.symbolic"):
+            for device in ("CPU", "CUDA"):
+                _library.impl(op, torch.library.fallthrough_kernel, f"Autograd{device}")
 
 
 def _load(rung: str) -> bool:
@@ -104,7 +111,13 @@ def _ask_cuda() -> None:
 
 def register_fake(name: str) -> Callable:
     """Decorator: the shape function of `hetlora::name`."""
-    return torch.library.register_fake(f"hetlora::{name}", lib=_library)
+
+    def register(function: Callable) -> Callable:
+        for overload in (name, f"{name}.symbolic") if name in LAYER else (name,):
+            torch.library.register_fake(f"hetlora::{overload}", function, lib=_library)
+        return function
+
+    return register
 
 
 def _triton_absent() -> str | None:
@@ -170,10 +183,10 @@ def call(name: str) -> Callable:
     A forced rung that has no kernel for the op leaves it to the reference, which `backends` reports.
     """
     if _forced is None:
-        return _overloads[name] if is_dynamo_compiling() else _entries[name]
+        return _traced[name] if is_dynamo_compiling() else _entries[name]
     if _forced == "reference" or not _has(name, _forced):
         return getattr(reference, name)
-    return _triton_ops()[name] if _forced == "triton" else _overloads[name]
+    return _triton_ops()[name] if _forced == "triton" else (_traced if is_dynamo_compiling() else _overloads)[name]
 
 
 @contextmanager

@@ -273,6 +273,31 @@ class Segments:
             return cls(flat.numel(), direct, lengths, None, row_keys)
         return cls(flat.numel(), starts, lengths, order.to(device), row_keys)
 
+    def expand(self, before: int, after: int, row_keys: Tensor | None = None) -> Segments:
+        """Segments of an x [before, T, after, n], whose clients are those of the middle dimension. The sizes may be symbols of a graph.
+
+        row_keys: int64 [before * T * after], default 0, 1, 2, ... within each client in the order of its rows.
+
+        >>> import hetlora_kernels as hk
+        >>> hk.Segments.from_ids([1, 0]).expand(1, 4)
+        Segments(num_rows=8, lengths=[4, 4], gathered=False)
+        >>> hk.Segments.from_ids([1, 0]).expand(4, 1).index.tolist()
+        [1, 3, 5, 7, 0, 2, 4, 6]
+        """
+        rows, lengths = before * self.num_rows * after, [before * length * after for length in self.lengths]
+        longest = max(self.lengths, default=0)
+        if longest == 0 or longest == self.num_rows:  # of one client, or of none
+            return Segments(rows, [0] * len(lengths), lengths, None, row_keys)
+        if before == 1 and self.index is None:
+            return Segments(rows, [start * after for start in self.starts], lengths, None, row_keys)
+        device = next((tensor.device for tensor in (self.index, row_keys) if tensor is not None), torch.device("cpu"))
+        order = torch.arange(self.num_rows, device=device) if self.index is None else self.index
+        owned = [order] if before == 1 else [order[start : start + length] for start, length in zip(self.starts, self.lengths, strict=True)]
+        outer, inner = torch.arange(before, device=device)[:, None, None] * (self.num_rows * after), torch.arange(after, device=device)
+        index = torch.cat([(outer + own[:, None] * after + inner).reshape(-1) for own in owned])
+        ends = list(accumulate(lengths))
+        return Segments(rows, [end - length for end, length in zip(ends, lengths, strict=True)], lengths, index, row_keys)
+
     def keys_on(self, device: torch.device) -> Tensor:
         """Row keys in the order of the segments' rows (`x[index]` where `index` is given, else x): int64, built once per device."""
         keys = self._key_cache.get(device)
@@ -289,10 +314,12 @@ class Segments:
             keys = self.row_keys.clone() if self.row_keys.device == device else uploaded("row_keys", self.row_keys, device)
             index = self.index_on(device)
             return keys if index is None else keys[index]
-        host = torch.zeros(self.num_rows if self.index is None else self.index.numel(), dtype=torch.int64, device="cpu")
+        # K launches or one copy; a graph joins launches, and has nothing on the host.
+        where = device if torch.compiler.is_compiling() else torch.device("cpu")
+        made = torch.zeros(self.num_rows if self.index is None else self.index.numel(), dtype=torch.int64, device=where)
         for start, length in zip(self.starts, self.lengths, strict=True):
-            host[start : start + length] = torch.arange(length, device="cpu")
-        return uploaded("row_keys", host, device)
+            made[start : start + length] = torch.arange(length, device=where)
+        return uploaded("row_keys", made, device)
 
     def index_on(self, device: torch.device) -> Tensor | None:
         """`index` on `device`; moved once."""

@@ -50,7 +50,7 @@ def _forward(layer: Any, base: Callable[..., Any] | None, x: Tensor, args: Any, 
     """base(x) with the clients' terms; base None: a plain `nn.Linear`, whose product goes into one op with them."""
     shared, name, _ = layer.__dict__[_ATTACHMENT]
     batch = shared.batch
-    if shared.left and batch.ids is None:
+    if batch.ids is None and shared.left:
         shared.left = left_is_over(shared.left, name)
     if batch.follower is None:
         return _compute(layer, base, batch.rows(x, name), x, args, kwargs)

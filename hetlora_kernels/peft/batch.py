@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from math import prod
 from threading import get_ident
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from hetlora_kernels._torch import in_backward
+from hetlora_kernels._uploads import uploaded
 from hetlora_kernels.layout import Segments
 from hetlora_kernels.ops.lora import KeptSeeds
 from hetlora_kernels.peft.follow import Follower
+from hetlora_kernels.peft.ids import sequence_index_of
 from hetlora_kernels.peft.owners import LOST, Entry, Owners
 from hetlora_kernels.peft.seeds import SeedTable
 
@@ -37,7 +38,7 @@ class Rows:
 
     __slots__ = ("entry", "ids", "segments")
 
-    def __init__(self, ids: Tensor | None, segments: Segments, entry: Entry = LOST) -> None:
+    def __init__(self, ids: Tensor | None, segments: Segments, entry: Entry) -> None:
         self.ids, self.segments, self.entry = ids, segments, entry
 
 
@@ -60,9 +61,15 @@ class Batch:
         given: Mapping[str, Tensor] | None = None,  # int64 clients of the rows of the layers in a part of the model
         forms: Mapping[str, Forms] | None = None,  # {layer: what is known}; None: the first dimension, as PEFT has it
     ) -> None:
-        self.num_clients, self.ids, self.sequence_index = num_clients, ids, sequence_index
+        # What a graph may not ask of a tensor is asked here: how many rows each client has.
+        self.num_clients, self.ids, self.forms = num_clients, ids, forms
+        self.segments = Segments.from_lengths([0] * num_clients) if ids is None else Segments.from_ids(ids.reshape(-1), num_clients=num_clients)
+        self.sequence_index = sequence_index if ids is None or sequence_index is not None else sequence_index_of(ids)
         self.seeds = None if seeds is None else SeedTable(seeds, step, len(forms or ()))
-        self.given, self.forms = given or {}, forms
+        self.given = {
+            part: (tuple(own.shape), Rows(own.reshape(-1), Segments.from_ids(own.reshape(-1), num_clients=num_clients), LOST))
+            for part, own in (given or {}).items()
+        }
         self.follower: Follower | None = None  # while one is on
         self.kept_follower: Follower | None = None
         self.size = 0 if ids is None else ids.shape[0]  # sequences in what the model was called with: other than the ids where generation repeats them
@@ -79,12 +86,22 @@ class Batch:
 
     def rows(self, x: Tensor, name: str) -> Rows:
         """Whose the rows of `x` [..., n] are, the input of the layer `name`; found once per layer and shape. `ValueError` where nothing says it for certain."""
-        if self.thread is not None and not torch.compiler.is_compiling() and get_ident() != self.thread:
-            self.check_thread()
         key = name, tuple(x.shape[:-1])
+        if torch.compiler.is_compiling():  # nothing is kept, and nothing noted: what a graph writes it reads again, and is made anew
+            return self._find(x, name, key)
+        if self.thread is not None and get_ident() != self.thread:
+            self.check_thread()
         # A layer may be called twice in a forward, with other rows; of several calls of the model, one computed again must not take another's.
         known = self._rows.get(key) if self.follower is None and len(self.called) < 2 else None
         return known or self._find(x, name, key)
+
+    def place(self, device: torch.device) -> None:
+        """Move what the layers on `device` read there, before the first of them, which may be traced."""
+        if self.seeds is not None:
+            self.seeds.place(device)
+        self.segments.index_on(device)
+        if self.sequence_index is not None:
+            self.sequence_index = uploaded("sequence_index", self.sequence_index, device)
 
     def layer_seeds(self, position: int, device: torch.device) -> KeptSeeds | None:
         """int64 [K] seeds of the layer at this position, or None where the batch has none."""
@@ -100,9 +117,10 @@ class Batch:
         if self.elsewhere():
             raise RuntimeError("client_segments: another thread runs this model while a block names its clients; give each thread a model of its own")
 
-    @cached_property
+    @property
     def of_one_client(self) -> bool:
-        return self.ids is not None and self.ids.numel() > 0 and bool((self.ids == self.ids.reshape(-1)[0]).all())
+        rows, lengths = self.segments.num_rows, self.segments.lengths
+        return self.ids is not None and rows > 0 and (not any(lengths) or max(lengths) == rows)
 
     def resize(self, size: int) -> None:
         """The model is called with so many sequences."""
@@ -153,15 +171,16 @@ class Batch:
 
     def _find(self, x: Tensor, name: str, key: tuple[str, tuple[int, ...]]) -> Rows:
         leading = key[1]
-        self.ran.add(name)
+        if not torch.compiler.is_compiling():
+            self.ran.add(name)
         if self.ids is None:
             return self._keep(self._rows, key, self._of_one(leading))
         if prod(leading) == 0:
-            return Rows(self.ids.new_empty(0), Segments.from_lengths([0] * self.num_clients))
-        own = self._given(name)
-        if own is not None:
-            return self._keep(self._rows, key, self._as_given(own, leading, name))
-        if len(self.called) > 1 and not (self.repeated or torch.compiler.is_compiling()) and in_backward():
+            return Rows(self.ids.new_empty(0), Segments.from_lengths([0] * self.num_clients), LOST)
+        part = self._part(name)
+        if part is not None:
+            return self._keep(self._rows, key, self._as_given(part, leading, name))
+        if not torch.compiler.is_compiling() and len(self.called) > 1 and not self.repeated and in_backward():
             raise RuntimeError(
                 f"client_segments: layer {name!r} is computed again by a backward pass, and nothing says in which of this block's calls of the model, which "
                 f"had several sizes or modes (train, eval); open a block for each of them"
@@ -178,7 +197,7 @@ class Batch:
             form = None if form is None or entry is LOST else form
         if form is None or form == _NONE:
             form = self._by_shape(leading, name, entry if form is None else LOST)
-        rows = self._in_form(form, leading, name)
+        rows = self._in_form(form, leading, name, x.device)
         if self.follower is None:
             self._keep(self._rows, key, rows)
         return rows
@@ -194,7 +213,7 @@ class Batch:
         elif form not in (None, seen):  # flat rows of length 1 look like one row of each sequence
             flat = len(leading) == 1 and {form, seen} == {0, _FLAT}
             forms[len(leading)] = _FLAT if flat else _NONE
-        return self._as_followed(entry, leading, name) if seen is None else self._in_form(seen, leading, name)
+        return self._as_followed(entry, leading, name) if seen is None else self._in_form(seen, leading, name, entry.table.device)
 
     def _by_shape(self, leading: tuple[int, ...], name: str, entry: Entry) -> Form:
         assert self.ids is not None
@@ -211,7 +230,8 @@ class Batch:
         if self.unfollowed and not self.of_one_client:
             self.forms[name][self.training][MISSED] = -1
             raise self._refusal(leading, name, "; no earlier call came by it in this way: call the model again, the next call follows its rows")
-        plain = len(leading) > 1 and leading[0] == size and size not in leading[1:] and "expert" not in name.lower()
+        # Not `size not in leading[1:]`: torch.compile takes no symbol of a graph for equal there.
+        plain = len(leading) > 1 and leading[0] == size and all(other != size for other in leading[1:]) and "expert" not in name.lower()
         if plain and entry is not LOST:
             return 0
         if self.fits and self.of_one_client:
@@ -259,37 +279,44 @@ class Batch:
             raise RuntimeError(
                 f"the attached bank has {self.num_clients} clients: run the model, and its backward pass, inside `with client_segments(model, ids)`"
             )
-        return Rows(None, Segments.from_lengths([prod(leading)]))
+        rows = prod(leading)
+        return Rows(None, Segments(rows, [0], [rows], None, None), LOST)
 
-    def _given(self, name: str) -> Tensor | None:
-        """The rows of the longest part of the model's name that `given` has for this layer."""
+    def _part(self, name: str) -> str | None:
+        """The longest part of the model's name that `given` has for this layer."""
         parts = [part for part in self.given if f".{part}." in f".{name}."]
-        return self.given[max(parts, key=len)] if parts else None
+        return max(parts, key=len) if parts else None
 
-    def _as_given(self, own: Tensor, leading: tuple[int, ...], name: str) -> Rows:
-        if tuple(own.shape) != leading and (own.dim() > 1 or own.numel() != prod(leading)):
-            raise ValueError(f"rows: expected shape {leading}, the rows of layer {name!r}, got {tuple(own.shape)}; name the layers of other rows on their own")
-        ids = own.reshape(-1)
-        return Rows(ids, Segments.from_ids(ids, num_clients=self.num_clients))
+    def _as_given(self, part: str, leading: tuple[int, ...], name: str) -> Rows:
+        shape, rows = self.given[part]
+        if shape != leading and (len(shape) > 1 or rows.segments.num_rows != prod(leading)):
+            raise ValueError(f"rows: expected shape {leading}, the rows of layer {name!r}, got {shape}; name the layers of other rows on their own")
+        return rows
 
-    def _in_form(self, form: Form, leading: tuple[int, ...], name: str) -> Rows:
-        return self._forms.get((form, leading)) or self._keep(self._forms, (form, leading), self._made_in_form(form, leading, name))
+    def _in_form(self, form: Form, leading: tuple[int, ...], name: str, device: torch.device) -> Rows:
+        if torch.compiler.is_compiling():
+            return self._made_in_form(form, leading, name, device)
+        return self._forms.get((form, leading)) or self._keep(self._forms, (form, leading), self._made_in_form(form, leading, name, device))
 
     @staticmethod
     def _keep(kept: dict[Any, Rows], key: Any, rows: Rows) -> Rows:
         """Batches that are no block's live as long as their model, and see many shapes: the kept rows are thrown away when they are many."""
+        if torch.compiler.is_compiling():
+            return rows
         if len(kept) >= _KEPT:
             kept.clear()
         kept[key] = rows
         return rows
 
-    def _made_in_form(self, form: Form, leading: tuple[int, ...], name: str) -> Rows:
+    def _made_in_form(self, form: Form, leading: tuple[int, ...], name: str, device: torch.device) -> Rows:
+        """From sizes alone, which may be symbols of a graph."""
         assert self.ids is not None
-        rows, (batch, *_) = prod(leading), self.ids.shape
+        rows, batch, own = prod(leading), self.ids.shape[0], self.segments
         if form == _ANY:
-            ids = self.ids.reshape(-1)[:1].expand(rows)
-            keys = self._keys(rows // batch) if batch and rows % batch == 0 else torch.arange(rows, device=ids.device)
-            return Rows(ids, Segments.from_ids(ids, keys, num_clients=self.num_clients))
+            whole = batch > 0 and rows % batch == 0
+            keys = self._keys(1, rows // batch, device) if whole else torch.arange(rows, device=device)
+            lengths = [rows if length else 0 for length in own.lengths]
+            return Rows(self.ids.reshape(-1)[:1].expand(rows), Segments(rows, [0] * len(lengths), lengths, None, keys), LOST)
         dim = 0 if form == _FLAT else int(form)
         count = self.size if form == _FLAT else leading[dim]
         owners = self.sequences(count)
@@ -298,12 +325,14 @@ class Batch:
         if form == _FLAT:
             owners = owners.repeat_interleave(leading[0] // count)
         entry = Owners(owners.reshape([len(owners) if d == dim else 1 for d in range(len(leading) + 1)]))
-        if dim == 0 and count == batch:
-            if self.ids.dim() == 2 and rows != self.ids.numel():
-                raise self._refusal(leading, name)
-            ids = (self.ids[:, None].expand(batch, rows // batch) if self.ids.dim() == 1 else self.ids).reshape(-1)
-            return Rows(ids, Segments.from_ids(ids, self._keys(rows // batch), num_clients=self.num_clients), entry)
-        return self._as_followed(entry, leading, name)
+        if count != batch or (self.ids.dim() == 2 and (dim > 0 or rows != own.num_rows)):
+            return self._as_followed(entry, leading, name)
+        before = prod(leading[:dim])
+        after = rows // (batch * before)
+        keys = self._keys(before, after, device)
+        if self.ids.dim() == 2:
+            return Rows(self.ids.reshape(-1), own.expand(1, 1, keys), entry)
+        return Rows(self.ids[:, None].expand(before, batch, after).reshape(-1), own.expand(before, after, keys), entry)
 
     def _as_followed(self, entry: Owners, leading: tuple[int, ...], name: str) -> Rows:
         assert self.ids is not None
@@ -316,21 +345,20 @@ class Batch:
             counts = torch.bincount(owners, minlength=1)
             place = torch.empty_like(owners)
             place[order] = torch.arange(len(owners), device=owners.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-            keys = self._numbers()[owners] * SEQUENCE_STRIDE + place
+            assert self.sequence_index is not None
+            keys = self.sequence_index.to(self.ids.device)[owners] * SEQUENCE_STRIDE + place
             entry.rows[leading] = ids, Segments.from_ids(ids, keys, num_clients=self.num_clients)
         ids, segments = entry.rows[leading]  # without the entry, which would keep itself alive
         return Rows(ids, segments, entry)
 
-    def _numbers(self) -> Tensor:
-        assert self.ids is not None
-        return _sequence_index(self.ids) if self.sequence_index is None else self.sequence_index.to(self.ids.device)
-
-    def _keys(self, length: int) -> Tensor:
-        """int64 [rows]: what names each row in a dropout mask, so that it depends neither on the batch's other clients nor on padding."""
-        sequence = self._numbers()
-        sequence = sequence[:, None] if sequence.dim() == 1 else sequence
-        keys = sequence * SEQUENCE_STRIDE + torch.arange(length, dtype=torch.int64, device=sequence.device)
-        return keys.expand(len(sequence), length).reshape(-1)
+    def _keys(self, before: int, after: int, device: torch.device) -> Tensor:
+        """int64 [before * batch * after]: what names each row in a dropout mask, so that it depends neither on the batch's other clients nor on padding."""
+        assert self.sequence_index is not None
+        sequence = self.sequence_index.to(device)  # [batch] or [batch, seq]
+        if sequence.dim() == 1 or before * after * len(sequence) != sequence.numel():  # rows of one client may be others than one for each of its tokens
+            sequence = sequence.reshape(len(sequence), -1)[:, :1]
+        place = torch.arange(before, device=device)[:, None, None] * after + torch.arange(after, device=device)
+        return (sequence * SEQUENCE_STRIDE + place).reshape(-1)
 
 
 _known_forms: WeakKeyDictionary[nn.Module, Forms] = WeakKeyDictionary()
@@ -367,54 +395,3 @@ def generated_per_sequence() -> int:
             return max(config.num_beams or 1, config.num_return_sequences or 1)
         frame = frame.f_back
     return 1
-
-
-def _sequence_index(ids: Tensor) -> Tensor:
-    """Number of earlier sequences of the batch that hold the same client: [batch], or [batch, seq] for ids per token."""
-    if ids.dim() == 1:
-        same = ids[None, :] == ids[:, None]
-        return same.tril(-1).sum(1)
-    out = torch.zeros_like(ids)
-    for client in ids.unique().tolist():
-        holds = (ids == client).any(1)
-        earlier = holds.cumsum(0) - holds.to(torch.int64)
-        out = torch.where(ids == client, earlier[:, None], out)
-    return out
-
-
-class KnownClients(NamedTuple):
-    """The clients of sequences, int64 [batch], on the model's device: looked at before, so that a recorded step need not read them back."""
-
-    values: Tensor
-
-
-def client_table(ids: Sequence[int] | Tensor | KnownClients | None, clients: int) -> Tensor:
-    """`ids` as int64, [batch] or [batch, seq], each -1 or a client."""
-    if type(ids) is KnownClients:
-        return ids.values
-    if ids is None:
-        raise TypeError("ids: expected the client of each sequence, [batch], or token, [batch, seq], got None")
-    table = torch.as_tensor(ids)
-    if table.numel() and (table.is_floating_point() or table.is_complex() or table.dtype == torch.bool):
-        raise TypeError(f"ids: expected integers, got {table.dtype}")
-    if table.dim() not in (1, 2):
-        raise ValueError(f"ids: expected shape [batch] or [batch, seq], got {tuple(table.shape)}")
-    if table.numel() and (int(table.min()) < -1 or int(table.max()) >= clients):
-        raise ValueError(f"ids: expected -1 (base only) or a client below {clients}, got values {int(table.min())} .. {int(table.max())}")
-    return table.to(torch.int64)
-
-
-def client_rows(part: str, ids: Any, clients: int) -> Tensor:
-    """The clients of the rows of a part of the model as int64, of any shape."""
-    table = torch.as_tensor(ids)
-    if table.is_floating_point() or table.is_complex() or table.dtype == torch.bool or table.dim() == 0:
-        raise TypeError(f"rows: expected integers, the clients of the rows of {part!r}, got {table.dtype} of shape {tuple(table.shape)}")
-    if table.numel() and (int(table.min()) < -1 or int(table.max()) >= clients):
-        raise ValueError(f"rows: expected -1 (base only) or a client below {clients} for {part!r}, got values {int(table.min())} .. {int(table.max())}")
-    return table.to(torch.int64)
-
-
-def check_step(step: int | Tensor, clients: int) -> None:
-    table = torch.as_tensor(step)
-    if table.is_floating_point() or table.is_complex() or tuple(table.shape) not in ((), (clients,)):
-        raise ValueError(f"step: expected an integer or ({clients},) integers, one per client, got {table.dtype} {tuple(table.shape)}")

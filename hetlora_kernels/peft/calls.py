@@ -32,7 +32,9 @@ class ModelCalls:
         self.batch, self.layers, self.depth = batch, layers, 0
         batch.set_mode(model.training)
         self.mode: Follower | None = None
-        self.frame: FrameType | None = None  # of the outermost call of a root
+        self.root: nn.Module | None = None  # of the outermost call
+        self.frame: FrameType | None = None  # of the same
+        self.ending: Any = None  # its hook at the end
         self.modules = modules
         self.roots = [module for module in modules if module is model or hasattr(type(module), "main_input_name")]
         self.handles: list[Any] = []
@@ -40,13 +42,13 @@ class ModelCalls:
     def __enter__(self) -> ModelCalls:
         for root in self.roots:
             self.handles.append(root.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True))
-            self.handles.append(root.register_forward_hook(self._after, always_call=True))
         return self
 
     def __exit__(self, *error: Any) -> None:
         for handle in self.handles:
             handle.remove()
         self._stop()
+        self._unhook()
 
     def _before(self, root: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling() or self.current() is not self.batch:
@@ -54,10 +56,13 @@ class ModelCalls:
         self.batch.check_thread()
         if self.depth and not self._running():  # an interrupt ended the last call, past the hooks
             self._stop()
-        self.depth += 1
-        if self.depth > 1:
+        if self.depth:
+            self.depth += root is self.root
             return
-        self.frame = sys._getframe(1)
+        self.depth, self.root, self.frame = 1, root, sys._getframe(1)
+        self._unhook()
+        # Only now, and until the call ends: a graph is guarded by the numbers of such hooks, which no other block has.
+        self.ending = root.register_forward_hook(self._after, always_call=True)
         batch = self.batch
         given = _named(root, args, kwargs)
         main = _main(given)
@@ -112,6 +117,13 @@ class ModelCalls:
         self.depth -= 1
         if self.depth == 0:
             self._stop()
+            if out is not None:  # else this may be an error, where torch goes through the hooks themselves
+                self._unhook()
+
+    def _unhook(self) -> None:
+        if self.ending is not None:
+            self.ending.remove()
+            self.ending = None
 
     def _running(self) -> bool:
         """Whether the outermost call that was begun is still on the stack."""
@@ -126,7 +138,7 @@ class ModelCalls:
             self.mode = self.batch.follower = None
             self.batch.missed()
         self.batch.unfollowed = False
-        self.depth, self.frame = 0, None
+        self.depth, self.root, self.frame = 0, None, None
 
 
 def _weights(layers: Mapping[str, nn.Module], modules: Sequence[nn.Module]) -> dict[int, str]:

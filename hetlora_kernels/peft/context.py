@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from hetlora_kernels.peft.attached import Attachment, attachment
-from hetlora_kernels.peft.batch import Batch, check_step, client_rows, client_table, known_forms
+from hetlora_kernels.peft.batch import Batch, known_forms
 from hetlora_kernels.peft.calls import Checkpointing, Holder, ModelCalls, holding
 from hetlora_kernels.peft.fused import BASE, AdapterBatch, FusedLayer
+from hetlora_kernels.peft.ids import check_step, client_rows, client_table
 from hetlora_kernels.peft.training import Training, all_known
 from hetlora_kernels.peft.wrappers import check_wrappers
 
@@ -92,9 +93,9 @@ def client_segments(
         _check_all_fused(model)
         batch = AdapterBatch(names, table, sequence_index, seeds, step, given, forms)
         everything = [(layer, "_hetlora_batch", (batch, position)) for position, layer in enumerate(layers.values())]
-    if batch.seeds is not None:  # before the first layer, which may be traced
-        for device in {shared.bank.device} if shared is not None else {parameter.device for layer in layers.values() for parameter in layer.parameters()}:
-            batch.seeds.place(device)
+    for device in {shared.bank.device} if shared is not None else {parameter.device for layer in layers.values() for parameter in layer.parameters()}:
+        if device.type != "meta":  # an offloaded weight
+            batch.place(device)
     batch.thread = get_ident()
 
     def current() -> Batch | None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hetlora_kernels.peft.batch import KnownClients, client_table
 from hetlora_kernels.peft.head import Head
+from hetlora_kernels.peft.ids import KnownClients, client_table
 
 IGNORED = -100
 CHUNK = {"cpu": 1 << 24, "cuda": 1 << 26}

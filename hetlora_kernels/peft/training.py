@@ -40,8 +40,9 @@ class Training:
         self.others = [(p, p.grad, _version(p.grad)) for p in model.parameters() if p.requires_grad] if new else []
 
     def tell(self, ran: set[str]) -> None:
-        """The block is over. ran: layers that computed in it."""
-        factors = [(who, layer, _changed(factor, grad, version)) for who, layer, factor, grad, version in self.factors if layer in ran]
+        """The block is over. ran: layers that computed in it; those of a graph do not say that they did, but for their gradient."""
+        found = [(who, layer, _changed(factor, grad, version)) for who, layer, factor, grad, version in self.factors]
+        factors = [(who, layer, changed) for who, layer, changed in found if changed or layer in ran]
         if not any(changed for _, _, changed in factors) and not any(_changed(*other) for other in self.others):
             return  # no backward pass yet
         for who in dict.fromkeys(who for who, _, _ in factors):

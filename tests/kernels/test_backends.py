@@ -95,9 +95,13 @@ def samples(name: str, device) -> list[tuple]:
 @pytest.mark.parametrize("backend", ["auto"], indirect=True)
 @pytest.mark.parametrize("name", _library.SCHEMAS)
 def test_opcheck(name, device):
-    """Schema (what is mutated, what is aliased), shape function and tracing of every op, as the dispatcher runs it."""
-    for arguments in samples(name, device):
-        torch.library.opcheck(getattr(torch.ops.hetlora, name).default, arguments)
+    """Schema (what is mutated, what is aliased), shape function and tracing of every op, as the dispatcher runs it; a graph's own overloads too."""
+    packet = getattr(torch.ops.hetlora, name)
+    overloads = [getattr(packet, overload) for overload in packet.overloads()]
+    assert len(overloads) == (2 if name in _library.LAYER else 1)
+    for position, arguments in enumerate(samples(name, device)):
+        for overload in overloads[: 1 if position % 7 else None]:  # the second differs in its schema alone
+            torch.library.opcheck(overload, arguments)
 
 
 @pytest.mark.parametrize("name", _library.SCHEMAS)

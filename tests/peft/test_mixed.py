@@ -198,21 +198,6 @@ def test_autocast(device):
     assert 0 < float(fused) <= 2 * float(plain), f"fused {float(fused):.3e}, plain {float(plain):.3e}"
 
 
-@pytest.mark.slow
-def test_compile(device):
-    base = nn.Sequential(nn.Linear(12, 20), nn.SiLU(), nn.Linear(20, 12, bias=False)).to(device, torch.float64)
-    model = lora_model(base, target_modules=["0", "2"])
-    model.add_adapter("b", LoraConfig(r=2, target_modules=["0"]))
-    filled(model).to(torch.float64)
-    fuse(model)
-    torch._dynamo.reset()
-    compiled, x = torch.compile(model, backend="aot_eager"), torch.randn(3, 5, 12, dtype=torch.float64, device=device)
-    for ids in ([0, 1, -1], [1, 1, 0]):
-        with client_segments(model, ids):
-            torch.testing.assert_close(compiled(x), model(x), **TIGHT)
-    torch.testing.assert_close(compiled(x), model(x), **TIGHT)
-
-
 # ---------------------------------------------------------------- errors
 
 

@@ -1,4 +1,4 @@
-"""Training with fused layers: dropout, mixed precision, checkpointing, compilation, the Trainer, and losses as exact as plain PEFT's."""
+"""Training with fused layers: dropout, mixed precision, checkpointing, the Trainer, and losses as exact as plain PEFT's."""
 
 from __future__ import annotations
 
@@ -217,56 +217,6 @@ def test_autocast(dtype, calls, device):
         assert_as_exact_as(own[name], plain[name], 1, name)
     with torch.autocast(device.type, dtype=dtype):
         assert len({outcome(m, token_batch(3, 7, device))["logits"].dtype for m in models[1:]}) == 1
-
-
-def block_outcome(run, model, x):
-    model.zero_grad()
-    y = run(x)
-    y.square().sum().backward()
-    return {"y": y.detach()} | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.mark.parametrize(
-    ("backend", "kind"),
-    [("aot_eager", "plain"), ("aot_eager", "two active adapters"), ("aot_eager", "dropout"), pytest.param("inductor", "plain", marks=pytest.mark.slow)],
-)
-def test_compile_in_one_graph(backend, kind, device):
-    """Forward and backward traced without a break; a second length of the batch too."""
-    block = nn.Sequential(nn.Linear(12, 20), nn.SiLU(), nn.Linear(20, 12, bias=False)).to(device, torch.float64)
-    options = {"target_modules": ["0", "2"], "lora_dropout": 0.3 if kind == "dropout" else 0.0}
-    model = lora_model(block, **options)
-    if kind == "two active adapters":
-        model.add_adapter("b", LoraConfig(r=2, **options))
-        filled(model).to(torch.float64).base_model.set_adapter(["default", "b"])
-    assert not fuse(model).left
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
-    for rows in (5, 8):
-        x = torch.randn(rows, 12, dtype=torch.float64, device=device)
-        if kind == "dropout":
-            model.train()
-            assert not torch.equal(compiled(x), compiled(x))
-            model.eval()
-        assert_same(block_outcome(compiled, model, x), block_outcome(model, model, x))
-
-
-@pytest.mark.slow
-def test_compile_a_whole_model_in_one_graph(device):
-    model, tokens = lora_model(device=device), token_batch(3, 7, device)
-    assert not fuse(model).left
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert_same(outcome(model, tokens, lambda m, t: compiled(t).logits), outcome(model, tokens))
-
-
-def test_a_compiled_stock_model_can_be_fused_later(device):
-    model = lora_model(nn.Sequential(nn.Linear(12, 20)).to(device, torch.float64), target_modules=["0"])
-    x = torch.randn(5, 12, dtype=torch.float64, device=device)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
-    expected = compiled(x)
-    fuse(model)
-    torch.testing.assert_close(compiled(x), expected, rtol=1e-9, atol=1e-11)
 
 
 # ---------------------------------------------------------------- the Trainer
