@@ -26,8 +26,9 @@ def check_layer(x: Tensor, a: Tensor, bt: Tensor, total: int, rows: int, transpo
             raise ValueError(f"bias: expected a tensor of shape ({m},) or None, got {_seen(bias)}")
     if not isinstance(x, Tensor) or x.dtype not in FLOATS:
         raise TypeError(f"x: expected a float32, bfloat16, float16 or float64 tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+    traced = torch.compiler.is_dynamo_compiling()  # which does not let a backward pass ask for a layout; the shape functions, which are not traced, do
     for name, given in {"x": x, "a": a, "bt": bt, **base}.items():
-        if isinstance(given, Tensor) and (given.layout != torch.strided or given.is_nested):
+        if not traced and isinstance(given, Tensor) and (given.layout != torch.strided or given.is_nested):
             raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if given.is_nested else given.layout}")
     if x.dim() < 1 or (n is not None and x.shape[-1] != n):
         raise ValueError(f"x: expected a last dimension of {'in_features' if n is None else n}, got shape {tuple(x.shape)}")
