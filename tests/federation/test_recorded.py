@@ -62,7 +62,8 @@ def cohort(cfg: Config, clients: list[ClientData], graph: bool) -> tuple[hk.Adap
 
 
 def settings(tmp_path, **values) -> Config:
-    return tiny_config(tmp_path / "run", **{"local_steps": 7, "batch_size": 2, "dropout": 0.3, **values})
+    amount = {} if "local_epochs" in values else {"local_steps": 7}
+    return tiny_config(tmp_path / "run", **{**amount, "batch_size": 2, "dropout": 0.3, **values})
 
 
 def of_one_length(sizes: list[int]) -> list[ClientData]:
