@@ -70,7 +70,9 @@ def of_one_length(sizes: list[int]) -> list[ClientData]:
     return [ClientData(c.name, [torch.cat([s, s])[:9] for s in c.train], c.test) for c in tiny_clients(sizes)]
 
 
-@pytest.mark.parametrize("change", [{}, {"optimizer": "sgd", "momentum": 0.9}, {"local_epochs": 3}, {"dropout": 0.0, "batch_size": 1}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{}, {"optimizer": "sgd", "momentum": 0.9}, {"local_epochs": 3, "local_steps": 5}, {"dropout": 0.0, "batch_size": 1}], ids=str
+)
 def test_a_recorded_run_has_the_bits_of_the_steps_one_by_one(tmp_path, change):
     """Clients of several sizes: a pass ends in a smaller batch, and with epochs some are done before others, so several steps are recorded."""
     cfg, clients = settings(tmp_path, **change), of_one_length([4, 6, 3])
