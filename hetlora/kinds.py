@@ -177,6 +177,11 @@ _TURNED = Refusal(
     "follows each number from round to round, and this merge makes all rows anew; leave it out, or take a merge of factors such as merge = 'delta'",
 )
 
+_COMPLETES = Refusal(
+    ("server_optimizer",),
+    "steps the bank and the base apart, and this merge puts into the base just what the average of the bank leaves; leave it out, or take another merge",
+)
+
 _FOLDS = Refusal(("quantize",), "this merge folds updates into the base weights, which a quantised base cannot take; use quantize = 'none'")
 
 MERGES = {
@@ -218,7 +223,7 @@ MERGES = {
             base="targets",
             no_adapter="with merge 'residual' the run folded a part into the base model, no adapter holds it; export the whole model with --merged DIR",
             settings=("shared_rows", "unowned_rows"),
-            refuses=(_FOLDS,),
+            refuses=(_FOLDS, _COMPLETES),
         ),
         MergeKind(
             "one-factor",

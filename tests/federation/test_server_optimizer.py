@@ -170,6 +170,12 @@ def test_merges_that_make_all_rows_anew_are_refused(tmp_path, settings):
         tiny_config(tmp_path, server_optimizer="fedavgm", **settings)
 
 
+def test_a_merge_that_completes_the_average_is_refused(tmp_path):
+    """Its sum of bank and base is exact; a step of each by itself is not."""
+    with pytest.raises(ConfigError, match="server_optimizer = 'fedadam': steps the bank and the base apart"):
+        tiny_config(tmp_path, server_optimizer="fedadam", merge="residual")
+
+
 @pytest.mark.parametrize(("setting", "with_"), [("server_lr", "none"), ("server_momentum", "none"), ("server_beta2", "fedavgm"), ("server_tau", "fedavgm")])
 def test_settings_that_no_optimiser_reads_are_refused(tmp_path, setting, with_):
     with pytest.raises(ConfigError, match=rf"{setting} = 0.5: only for server_optimizer = .* got server_optimizer = '{with_}'"):
