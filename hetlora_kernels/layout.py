@@ -304,7 +304,7 @@ class Segments:
         if keys is None:
             with _lasting():
                 keys = self._keys(device).contiguous()
-            if type(keys) is Tensor:  # not a tracer's
+            if type(keys) is Tensor and not torch.compiler.is_compiling():  # not a tracer's
                 self._key_cache[device] = keys
         return keys
 
