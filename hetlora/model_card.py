@@ -89,7 +89,7 @@ def _figures(run: Run) -> list[str]:
     """Data in numbers, ranks, and perplexities; no name of a client."""
     dealt = [mean_rank(rank) for rank in run.start_ranks.values()]
     lines = ["## Data", "", f"- Clients that trained or could: {len(dealt)}."]
-    if run.summary:
+    if run.summary and run.summary["clients"]:
         sequences = sorted(client["sequences"] for client in run.summary["clients"])
         lines.append(f"- Training sequences: {sum(sequences)}, {sequences[0]} to {sequences[-1]} a client, of at most {run.config.get('seq_len')} tokens.")
     lines.append(f"- Source: `{public_name(str(run.config.get('data')))}`.")
