@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hetlora
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,9 +62,13 @@ def test_the_federation_of_your_own_runs(tmp_path, monkeypatch):
     for client in ("alice", "bob"):
         (tmp_path / "texts" / client).mkdir(parents=True)
         (tmp_path / "texts" / client / "a.txt").write_text(f"{client} writes a line. " * 100)
-    code, with_loggers = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "federation.md").read_text(encoding="utf-8"), re.DOTALL)
+    code, in_memory, with_loggers = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "federation.md").read_text(encoding="utf-8"), re.DOTALL)
     namespace = {}
     exec(code.replace("rounds=20", "rounds=1"), namespace)
+    namespace["cfg"] = hetlora.Config(ranks="powerlaw:2:4", rounds=1, output="runs/memory")
+    namespace |= {"my_model": AutoModelForCausalLM.from_pretrained("my-model"), "my_tokenizer": AutoTokenizer.from_pretrained("my-model")}
+    exec(in_memory.replace('"..."', repr("A line of text. " * 100)), namespace)
+    assert set(namespace["result"].ranks) == {"alice", "bob"} and (tmp_path / "runs" / "memory" / "summary.json").is_file()
     exec(with_loggers.splitlines()[0], namespace)  # the loggers' own packages are tested in tests/federation/test_python.py
     assert set(namespace["result"].ranks) == {"alice", "bob"} and (tmp_path / "runs" / "mine" / "summary.json").is_file()
 
