@@ -93,6 +93,7 @@ def test_sdist_holds_every_file_of_the_project(sdist: Path) -> None:
     assert not expected - shipped
 
 
+@pytest.mark.slow
 def test_wheel_from_the_sdist_holds_both_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     modules = {p.relative_to(ROOT).as_posix() for package in ("hetlora", "hetlora_kernels") for p in (ROOT / package).rglob("*.py")}
     assert not modules - set(wheel.namelist())
@@ -100,11 +101,13 @@ def test_wheel_from_the_sdist_holds_both_packages_and_nothing_else(wheel: zipfil
     assert {top for top in tops if not top.endswith(".dist-info")} == {"hetlora", "hetlora_kernels"}
 
 
+@pytest.mark.slow
 def test_wheel_requires_torch_only(wheel: zipfile.ZipFile) -> None:
     required = [line for line in metadata(wheel).get_all("Requires-Dist", []) if "extra ==" not in line]
     assert required == ["torch>=2.10"]
 
 
+@pytest.mark.slow
 def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     fields = metadata(wheel)
     assert (fields["Name"], fields["Version"], fields["Requires-Python"]) == ("hetlora", hetlora.__version__, ">=3.10")

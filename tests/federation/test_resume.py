@@ -93,8 +93,13 @@ def test_stopped_at_the_edges(tmp_path, uninterrupted, event):
     assert_same(simulate(cfg, resume=True, federation=fresh()), uninterrupted("default", **SETTINGS["default"]))
 
 
-@pytest.mark.parametrize(("kind", "at"), [("default", 1), ("default", 3), ("default", 5), ("stack", 3)])
-@pytest.mark.parametrize("function", ["save_checkpoint", "write_adapter"])
+@pytest.mark.parametrize(
+    ("kind", "at", "function"),
+    [
+        *(("default", at, function) for at in (1, 3, 5) for function in ("save_checkpoint", "write_adapter")),
+        ("stack", 3, "save_checkpoint"),  # it keeps no global adapter
+    ],
+)
 def test_stopped_while_a_round_is_being_closed(tmp_path, uninterrupted, monkeypatch, kind, at, function):
     """Between the line in rounds.jsonl and the checkpoint, and between the checkpoint and the global adapter; rounds 0, 2 and 4 (the last)."""
     cfg = config(tmp_path / "run", **SETTINGS[kind])

@@ -16,6 +16,7 @@ from benchmarks.shapes import power_law_ranks
 OPTIONS = argparse.Namespace(quick=True, only=["aggregate"], memory_gb=1.0, seconds=0.01)
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_every_figure(tmp_path):
     before = torch.get_num_threads()
     file = tmp_path / "a.json"

@@ -14,6 +14,7 @@ from hetlora_kernels.peft import FusedLinear
 OPTIONS = argparse.Namespace(quick=True, only=["layer"], seconds=0.01)
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_every_figure(tmp_path):
     before, file = torch.get_num_threads(), tmp_path / "a.json"
     try:
