@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from hetlora_kernels.ops._lists import written
 
-if TYPE_CHECKING:
-    from hetlora_kernels.bank import AdapterBank
-
 
 class Casts:
     """The copies of one bank. Whoever writes its factors either writes the copies too and says so (`in_step`), as the optimisers do, or else finds them made
     anew at a layer's next call: autograd counts what is written to a tensor. It does not count what is written through `.data`, so nothing may be.
 
-    copies: like `bank.parameters()`, in their order.
+    modules: the bank's names.   factors: its parameters, A of all modules and then Bt.   copies: like the factors, in their order.
     """
 
-    def __init__(self, bank: AdapterBank, dtype: torch.dtype) -> None:
+    def __init__(self, modules: Iterable[str], factors: Iterable[Tensor], dtype: torch.dtype) -> None:
         if dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"cast: expected torch.bfloat16 or torch.float16, the base's type, got {dtype}")
         self.dtype = dtype
-        self._factors = list(bank.parameters())
-        self._places = {name: place for place, name in enumerate(bank.shapes)}
+        self._factors = list(factors)
+        self._places = {name: place for place, name in enumerate(modules)}
         self.copies = [factor.detach().to(dtype) for factor in self._factors]
         self._versions = [factor._version for factor in self._factors]
 

@@ -36,7 +36,7 @@ class _BankOptimizer:
 
     def __init__(self, bank: AdapterBank, lr: PerClient, clip_norm: PerClient | None, tail_penalty: tuple | None, cast: torch.dtype | None) -> None:
         self.bank = bank
-        bank.casts = self._casts = None if cast in (None, bank.dtype) else Casts(bank, cast)
+        bank.casts = self._casts = None if cast in (None, bank.dtype) else Casts(bank.shapes, bank.parameters(), cast)
         self._layouts = [bank.layouts[name] for name in bank.layouts]
         self._ranks = flat_ranks(self._layouts)
         # Of a frozen factor no columns: the ops step the rows that their lists have, and a state of no elements costs nothing.

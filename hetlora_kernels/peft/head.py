@@ -65,7 +65,7 @@ class Hidden:
     def states(self) -> Tensor:
         """The head's input."""
         self._check()
-        return self._calls[-1]
+        return self._calls[0]
 
     @property
     def head(self) -> Head:
@@ -120,6 +120,7 @@ def hidden_states(model: nn.Module) -> Iterator[Hidden]:
 
     def begin(module: nn.Module, arguments: Any) -> None:
         found._calls.clear()
+        found._head = None  # until this call is at its end
 
     hooks = [model.register_forward_pre_hook(begin), model.register_forward_hook(look)]
     linear.forward = stand_in  # type: ignore[method-assign,assignment]

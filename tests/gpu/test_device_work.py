@@ -84,7 +84,7 @@ def test_a_batch_brings_its_tables_once():
 
 def test_a_layer_multiplies_with_the_casts_and_gives_gradients_of_the_factors():
     model, bank, x = carried(3, 0.1)
-    bank.casts = Casts(bank, torch.bfloat16)
+    bank.casts = Casts(bank.shapes, bank.parameters(), torch.bfloat16)
     seen: list[tuple[torch.dtype, ...]] = []
 
     class Types(TorchDispatchMode):

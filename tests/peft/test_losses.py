@@ -284,6 +284,17 @@ def test_a_head_that_is_more_than_a_head_is_refused(make, message):
     assert before is None or ("forward" in vars(model.lm_head)) == ("forward" in before)
 
 
+def test_a_second_call_that_fails_leaves_nothing_of_the_first():
+    model = plain()
+    with hidden_states(model) as hidden:
+        model(torch.zeros(1, 3, dtype=torch.int64))
+        assert hidden.states.shape == (1, 3, 16)
+        with pytest.raises(IndexError):
+            model(torch.full((1, 3), 50))
+        with pytest.raises(RuntimeError, match="call the model inside the block first"):
+            _ = hidden.states
+
+
 def test_before_the_model_is_called_there_is_nothing_to_take():
     with hidden_states(plain()) as hidden, pytest.raises(RuntimeError, match="call the model inside the block first"):
         _ = hidden.states

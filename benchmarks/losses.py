@@ -1,0 +1,101 @@
+"""What a loss takes from hidden states and from logits: `python -m benchmarks.losses`.
+
+One batch of eight clients, the losses and the gradient of the hidden states. Both forms give the same losses and gradients to rounding, which is checked before
+anything is measured. Memory: what a process of its own takes at most beyond its start. Time: of the thread's processor, paired rounds in turn, one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from hetlora_kernels.peft import Head, client_losses
+
+FORMS = ("logits", "states")
+CLIENTS = 8
+Step = Callable[[str], tuple[torch.Tensor, torch.Tensor]]
+
+
+def steps(words: int, columns: int, tokens: int, dtype: torch.dtype) -> Step:
+    """form -> losses [8] and the gradient of the states, from the same numbers at every call."""
+    draw = torch.Generator().manual_seed(0)
+    weight = (torch.randn(words, columns, generator=draw) / columns**0.5).to(dtype)
+    states = torch.randn(CLIENTS, tokens // CLIENTS, columns, generator=draw).to(dtype)
+    labels = torch.randint(0, words, states.shape[:2], generator=draw)
+
+    def step(form: str) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf, head = states.clone().requires_grad_(), Head(weight)
+        own = {"labels": labels, "ids": range(CLIENTS), "num_clients": CLIENTS}
+        # The logits have no name here: a program that keeps them keeps them through the backward pass too.
+        losses = client_losses(leaf, head=head, **own) if form == "states" else client_losses(head.logits(leaf), **own)
+        losses.sum().backward()
+        assert leaf.grad is not None
+        return losses.detach(), leaf.grad
+
+    return step
+
+
+def check(step: Step, words: int, dtype: torch.dtype) -> None:
+    """A few roundings to the type, and those of float32 sums over the words, which add up like the root of their number."""
+    bound = 4 * torch.finfo(dtype).eps + words**0.5 * torch.finfo(torch.float32).eps
+    for one, other in zip(*(step(form) for form in FORMS), strict=True):
+        off = float((one.double() - other.double()).norm() / one.double().norm())
+        if not off <= bound:
+            raise SystemExit(f"{dtype}: the two forms differ by {off:.1e}; nothing is measured")
+
+
+def peak(form: str, options: argparse.Namespace, dtype: str) -> float:
+    """MiB beyond the start, of a process that does one step."""
+    own = ["--of", form, "--dtype", dtype, "--words", options.words, "--columns", options.columns, "--tokens", options.tokens]
+    done = subprocess.run([sys.executable, "-m", "benchmarks.losses", *map(str, own)], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def peak_here(form: str, step: Step) -> None:
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(form)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description="Memory and time of a loss from hidden states and from logits.")
+    options.add_argument("--words", type=int, default=49152, help="vocabulary (default 49152)")
+    options.add_argument("--columns", type=int, default=576, help="width of the hidden states (default 576)")
+    options.add_argument("--tokens", type=int, default=2048, help="of all clients (default 2048)")
+    options.add_argument("--rounds", type=int, default=10, help="paired rounds (default 10)")
+    options.add_argument("--of", choices=FORMS, help=argparse.SUPPRESS)
+    options.add_argument("--dtype", choices=["float32", "bfloat16"], help="this one alone (default both)")
+    chosen = options.parse_args()
+    torch.set_num_threads(1)
+    if chosen.of:
+        peak_here(chosen.of, steps(chosen.words, chosen.columns, chosen.tokens, getattr(torch, chosen.dtype)))
+        return
+    print(f"{chosen.tokens} tokens, {chosen.words} words, {chosen.columns} columns, one thread, torch {torch.__version__}\n")
+    print("| type | peak, logits | peak, states | time, logits | time, states | ratio of times (quartiles) |\n|---|--:|--:|--:|--:|--:|")
+    names = [chosen.dtype] if chosen.dtype else ["float32", "bfloat16"]
+    # First: a process inherits the peak of the one that starts it, and this one is small still.
+    peaks = {name: [f"{peak(form, chosen, name):.0f} MiB" for form in FORMS] for name in names}
+    for name in names:
+        dtype = getattr(torch, name)
+        step = steps(chosen.words, chosen.columns, chosen.tokens, dtype)
+        check(step, chosen.words, dtype)
+        times: dict[str, list[float]] = {form: [] for form in FORMS}
+        for turn in range(chosen.rounds):
+            for form in FORMS if turn % 2 else reversed(FORMS):
+                start = time.thread_time()
+                step(form)
+                times[form].append(time.thread_time() - start)
+        ratios = statistics.quantiles([two / one for one, two in zip(*times.values(), strict=True)], n=4)
+        cells = [name, *peaks[name], *(f"{1e3 * statistics.median(own):.0f} ms" for own in times.values())]
+        print(f"| {' | '.join([*cells, f'{ratios[1]:.2f} ({ratios[0]:.2f} to {ratios[2]:.2f})'])} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
