@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import time
 
 import pytest
 import torch
 
+from benchmarks import losses as bench_losses
 from benchmarks import plots, providers, run, saved, server, steps, tables, timing
 from benchmarks.shapes import power_law_ranks
 
@@ -175,3 +177,19 @@ def test_a_table_is_written_again_where_it_is_stale():
     assert "(../benchmarks/results/amd-epyc-zen4.json)" in once and "torch" in once
     assert "old" not in once and "| gram |" in once and once.endswith("<!-- benchmarks end -->\nafter\n")
     assert tables.render(once, folder, page) == once == tables.render(once.replace("| gram |", "| other |"), folder, page)
+
+
+def test_losses_are_measured_after_they_agree(monkeypatch, capsys):
+    sizes = ["--words", "64", "--columns", "8", "--tokens", "32", "--rounds", "2", "--dtype", "float32"]
+    monkeypatch.setattr(sys, "argv", ["losses", *sizes])
+    before = torch.get_num_threads()
+    try:
+        bench_losses.main()
+        row = capsys.readouterr().out.splitlines()[-1]
+        assert re.fullmatch(r"\| float32 \| \d+ MiB \| \d+ MiB \| \d+ ms \| \d+ ms \| [\d.]+ \([-\d.]+ to [\d.]+\) \|", row)
+        real = bench_losses.client_losses
+        monkeypatch.setattr(bench_losses, "client_losses", lambda *given, head=None, **own: real(*given, head=head, **own) * (1.01 if head else 1))
+        with pytest.raises(SystemExit, match=r"torch.float32: the two forms differ by 1.0e-02; nothing is measured"):
+            bench_losses.main()
+    finally:
+        torch.set_num_threads(before)
