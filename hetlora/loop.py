@@ -6,11 +6,8 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from hetlora import checkpoint, course, in_memory, init_adapter, run_folder, server
 from hetlora.config import Config, ConfigError
@@ -20,27 +17,14 @@ from hetlora.lock import FolderLock
 from hetlora.loggers import Observers
 from hetlora.merge import aggregate
 from hetlora.observer import Observer
-from hetlora.ranks import check_width, from_record, kept_rank, mean_rank, to_record
+from hetlora.ranks import check_width, kept_rank, mean_rank
 from hetlora.report.terminal import ConsoleObserver, make_console
 from hetlora.result import Result, client_line, rank_shown, upload_line
+from hetlora.run_state import Run, note_best, ranks_on_record, restore, return_to_best, save
 from hetlora.training import Trained
 
 TOTALS = ("bytes_down", "bytes_up", "bytes_down_homlora", "bytes_up_homlora", "trained_parameters")
 """What a round counts and a run adds up."""
-
-
-@dataclass
-class _Run:
-    cfg: Config
-    fleet: Fleet
-    state: server.ServerState
-    folder: Path
-    observer: Observer
-    history: list[dict[str, Any]] = field(default_factory=list)
-    fingerprint: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.fingerprint = self.fleet.fingerprint()
 
 
 def simulate(
@@ -132,14 +116,14 @@ def _rounds(cfg: Config, folder: Path, lock: FolderLock, resume: bool, observer:
         said.append(init_adapter.fill(state.bank, start, cfg))
     if not resume:
         checkpoint.create_run(cfg, fleet.device, lock)
-    run = _Run(cfg, fleet, state, folder, observer)
+    run = Run(cfg, fleet, state, folder, observer)
     for line in [*([lock.note] if lock.note else []), *said, *(checkpoint.match_versions(folder, fleet.device) if resume else ())]:
         observer.message(line)
     observer.start(cfg, _describe(run))
     if cfg.clients_per_round > len(fleet.names):
         observer.message(f"clients_per_round = {cfg.clients_per_round}: there are {len(fleet.names)} clients, all of them take part in every round")
     if resume:
-        run.history = _restore(run)
+        run.history = restore(run)
     if not run.history:
         _before_training(run)
     for number in range(state.round + 1, cfg.rounds + 1):
@@ -171,7 +155,7 @@ def _initial_state(cfg: Config, fleet: Fleet) -> server.ServerState:
     return server.ServerState(bank, ranks, plan.r_min, plan.r_max, ranks_start=plan.ranks)
 
 
-def _describe(run: _Run) -> dict[str, Any]:
+def _describe(run: Run) -> dict[str, Any]:
     return {
         "model": run.fleet.model_name,
         "modules": len(run.fleet.shapes),
@@ -200,90 +184,7 @@ def _mean_rank(state: server.ServerState) -> float:
     return sum(mean_rank(rank) for rank in state.ranks.values()) / len(state.ranks)
 
 
-# ---------------------------------------------------------------- checkpoints
-
-
-def _save(run: _Run) -> None:
-    state = run.state
-    content = {name: getattr(state, name) for name in checkpoint.STATE} | {"data": run.fingerprint, "ranks": _ranks_on_record(run)}
-    content["settings"] = run_folder.method_settings(run.cfg)
-    checkpoint.save_checkpoint(run.folder, content, state.bank, run.fleet.base_weights(run.cfg), state.moments)
-    _write_adapter(run)
-
-
-def _write_adapter(run: _Run) -> None:
-    if "global" in run.cfg.saves:
-        checkpoint.write_adapter(run.folder / run_folder.ADAPTER, run.state.bank.adapter(0), run.cfg.scale, run.fleet.model_name)
-
-
-def _restore(run: _Run) -> list[dict[str, Any]]:
-    """State and history up to the newest checkpoint; an empty history when there is none yet."""
-    loaded = checkpoint.load_checkpoint(run.folder)
-    rounds = run.folder / run_folder.ROUNDS
-    if loaded is None:
-        if any(record["round"] > 0 for record in run_folder.read_rounds(run.folder)):
-            raise ConfigError(f"{run.folder / run_folder.CHECKPOINT}: missing, though rounds are on record; restore it from a copy, or start a new run")
-        rounds.unlink(missing_ok=True)
-        checkpoint.set_rounds(run.folder, run.cfg.rounds)
-        return []
-    _take(run, *loaded)
-    history = course.as_planned(run_folder.read_rounds(run.folder, last=run.state.round), run.cfg)
-    if [record["round"] for record in history] != list(range(run.state.round + 1)):
-        raise ConfigError(f"{rounds}: expected one line for each of the rounds 0 to {run.state.round}; restore it from a copy, or start a new run")
-    checkpoint.set_rounds(run.folder, run.cfg.rounds)  # before what an earlier plan evaluated leaves the log
-    _write_adapter(run)
-    _note_best(run, history)
-    run_folder.write_atomic(rounds, "".join(json.dumps(record) + "\n" for record in history))
-    run.observer.message(f"continuing after round {run.state.round} of {run.cfg.rounds}")
-    return history
-
-
-def _take(run: _Run, content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    """The state of a checkpoint becomes the run's. `ConfigError` where it is that of other data, ranks or another model."""
-    if content["data"] != run.fingerprint:
-        raise ConfigError(f"{run.folder}: the data is not the data this run began with; restore it, or start a new run in another folder")
-    if any(content[name] != getattr(run.state, name) for name in ("r_min", "r_max", "ranks_start")):
-        raise ConfigError(f"ranks = {run.cfg.ranks!r}: not the ranks that the run in {run.folder} began with; restore the file, or start a new run")
-    try:
-        run.state.bank.load_state_dict({key[len("bank.") :]: value for key, value in tensors.items() if key.startswith("bank.")})
-    except ValueError as error:
-        raise ConfigError(f"{run.folder / run_folder.CHECKPOINT}: does not fit the model of this run ({error})") from None
-    with torch.no_grad():
-        for name, weight in run.fleet.base_weights(run.cfg).items():
-            weight.copy_(tensors[f"base.{name}"])
-    run.state.moments = {key[len("server.") :]: value.to(run.fleet.device) for key, value in tensors.items() if key.startswith("server.")}
-    for name in checkpoint.STATE:
-        setattr(run.state, name, content[name])
-    run.state.ranks = {name: from_record(saved, run.cfg.prune_scope, run.state.bank.shapes) for name, saved in content["ranks"].items()}
-
-
-def _note_best(run: _Run, history: list[dict[str, Any]]) -> None:
-    """With keep_best: where the newest round is the best so far, its checkpoint is kept."""
-    if run.cfg.keep_best and course.best_round(history) == run.state.round:
-        checkpoint.keep_as_best(run.folder)
-
-
-def _return_to_best(run: _Run) -> dict[str, Any]:
-    """With keep_best: the state of the best round becomes that of the run, on the run's way to its end. Returns the round's record."""
-    best, last = course.best_round(run.history), run.state.round
-    if not run.cfg.keep_best or best is None or best == last:
-        return run.history[-1]
-    found = checkpoint.load_checkpoint(run.folder, run_folder.BEST)
-    if found is None or found[0]["round"] != best:
-        what = f"{run.folder / run_folder.BEST}: {'missing' if found is None else 'of another round'}, the best round was {best}"
-        raise ConfigError(f"{what}; restore it from a copy, or start a new run")
-    trained = run.state.rounds_trained
-    _take(run, *found)
-    run.state.rounds_trained = trained
-    _write_adapter(run)
-    run.observer.message(f"kept: round {best} of {last}, whose held-out loss is the lowest")
-    return run.history[best]
-
-
-# ---------------------------------------------------------------- rounds
-
-
-def _before_training(run: _Run) -> None:
+def _before_training(run: Run) -> None:
     """Round 0: what the run starts from on everybody's held-out text."""
     start = _Clock()
     state = run.state
@@ -300,10 +201,6 @@ def _before_training(run: _Run) -> None:
     _close_round(run, record, start)
 
 
-def _ranks_on_record(run: _Run) -> dict[str, int | dict[str, int]]:
-    return {name: to_record(ranks, run.cfg.prune_scope) for name, ranks in run.state.ranks.items()}
-
-
 class _Clock:
     """Wall time and CPU time of the process since it was made; the second says what the work cost on a machine that others use too."""
 
@@ -314,17 +211,17 @@ class _Clock:
         return {"seconds": round(time.perf_counter() - self._wall, 3), "cpu_seconds": round(time.process_time() - self._cpu, 3)}
 
 
-def _close_round(run: _Run, record: dict[str, Any], start: _Clock) -> None:
+def _close_round(run: Run, record: dict[str, Any], start: _Clock) -> None:
     """Log first, then checkpoint: after a kill in between, the line is dropped and the round repeated."""
     record |= start.read()
     run_folder.append_round(run.folder, record)
     run.history.append(record)
-    _save(run)
-    _note_best(run, run.history)
+    save(run)
+    note_best(run, run.history)
     run.observer.round_end(record)
 
 
-def _train(run: _Run, number: int, lr: float) -> tuple[list[str], Trained]:
+def _train(run: Run, number: int, lr: float) -> tuple[list[str], Trained]:
     """Sample, and let the sampled clients train; changes nothing but what it returns."""
     cfg = run.cfg
     names = server.sample(run.fleet.present(), cfg.clients_per_round, cfg.seed, number)
@@ -340,7 +237,7 @@ def _train(run: _Run, number: int, lr: float) -> tuple[list[str], Trained]:
     return names, trained
 
 
-def _round(run: _Run, number: int) -> None:
+def _round(run: Run, number: int) -> None:
     """One round of HETLORA (arXiv 2401.06432, section 3): train, merge, evaluate, checkpoint."""
     start = _Clock()
     cfg, state = run.cfg, run.state
@@ -383,14 +280,14 @@ def _round(run: _Run, number: int) -> None:
     _close_round(run, record, start)
 
 
-def _finish(run: _Run) -> Result:
+def _finish(run: Run) -> Result:
     """Every client's own text under its share of the final bank, the totals, and summary.json."""
     cfg, state, history = run.cfg, run.state, run.history
     done, notes = state.round, [f"round {r['round']}: {d['name']} left out, {d['reason']}" for r in history for d in r["dropped"]]
     if done < cfg.rounds:
         notes.append(f"stopped after round {done} of {cfg.rounds}: {cfg.patience} evaluations in a row brought no lower held-out loss (patience)")
         run.observer.message(notes[-1])
-    kept = _return_to_best(run)
+    kept = return_to_best(run)
     after = run.fleet.own_text(cfg, state, run.observer.evaluate)
     totals = {key: sum(record[key] for record in history) for key in (*TOTALS, "seconds", "cpu_seconds")}
     summary = {
@@ -417,4 +314,4 @@ def _finish(run: _Run) -> Result:
     }
     run_folder.write_atomic(run.folder / run_folder.SUMMARY, json.dumps(summary, indent=2) + "\n")
     run.observer.finish(summary)
-    return Result(history, summary, state.bank, _ranks_on_record(run), run.folder)
+    return Result(history, summary, state.bank, ranks_on_record(run), run.folder)
