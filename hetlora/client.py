@@ -133,6 +133,14 @@ def token_losses(model: torch.nn.Module, ids: Tensor, labels: Tensor, owner: Seq
     return client_losses(model(input_ids=ids, use_cache=False).logits, labels, owner, num_clients, reduction="sum")
 
 
+def training_scale(bank: hk.AdapterBank, cfg: Config) -> float | tuple[float, ...]:
+    """s of the clients of `bank` while they train: one for all, or, with scale_rule = 'rslora', scale / sqrt(r_k) of each (arXiv 2312.03732)."""
+    if cfg.scale_rule == "constant":
+        return cfg.scale
+    assert isinstance(bank.ranks, tuple)  # `Config.check`: no ranks by module
+    return tuple(map(cfg.scale_at, bank.ranks))
+
+
 class LocalOptimizer(Protocol):
     """What local training needs of an optimiser."""
 
@@ -189,7 +197,7 @@ def train_client(model: torch.nn.Module, bank: hk.AdapterBank, data: ClientData,
     def segments(index: Tensor, step: int) -> AbstractContextManager[Any]:
         return client_segments(model, torch.zeros(len(index), dtype=torch.int64), seeds=seeds, step=step, sequence_index=index)
 
-    attach(model, bank, scale=cfg.scale, dropout=cfg.dropout)
+    attach(model, bank, scale=training_scale(bank, cfg), dropout=cfg.dropout)
     try:
         optimizer = make_optimizer(bank, cfg, lr, keep, model)
         return local_steps(model, data, cfg, round_number, optimizer, bank.device, segments, list(bank.parameters()))

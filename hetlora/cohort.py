@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import hetlora_kernels as hk
-from hetlora.client import LocalResult, collate, dropout_seed, make_optimizer, micro_batches, plan_steps, token_losses, train_client
+from hetlora.client import LocalResult, collate, dropout_seed, make_optimizer, micro_batches, plan_steps, token_losses, train_client, training_scale
 from hetlora.config import Config
 from hetlora.data import ClientData
 from hetlora.loss_scale import LossScale
@@ -41,7 +41,7 @@ def train_cohort(
     steps = max(len(plan) for plan in plans)
     means: list[Tensor] = []  # [K] per step, fetched once at the end so that a step waits for nothing
     scaling, trained = LossScale(model), list(bank.parameters())
-    attach(model, bank, scale=cfg.scale, dropout=cfg.dropout)
+    attach(model, bank, scale=training_scale(bank, cfg), dropout=cfg.dropout)
     try:
         work = [step_rows(clients, plans, step) for step in range(steps)]
         recorded = RecordedSteps(model, bank, optimizer, work, seeds, cfg, record) if cfg.cuda_graph else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -69,7 +70,10 @@ class Config(BaseModel):
     quantize: Literal["none", "8bit", "4bit"] = _setting("none", "model", "Load the frozen base through bitsandbytes in 8 or 4 bits.")
     train: Train = _setting("adapters", "model", "What clients train: " + _choices(TRAININGS.values()))
     init_adapter: str = _setting("", "model", "Folder of a LoRA in PEFT's format that the global adapter starts from; '' = A drawn, B = 0.")
-    scale: float = _setting(2.0, "model", "Constant s in dW = s * B A, the same for every rank.", gt=0)
+    scale: float = _setting(2.0, "model", "s in dW = s * B A, the same for every rank; alpha, with scale_rule = 'rslora'.", gt=0)
+    scale_rule: Literal["constant", "rslora"] = _setting(
+        "constant", "model", "'constant': s = scale for every rank; 'rslora': a client of rank r trains with s = scale / sqrt(r), so that steps have one size."
+    )
     dropout: float = _setting(0.0, "model", "Probability of dropping an input element in front of A while training.", ge=0, lt=1)
 
     # data
@@ -138,6 +142,13 @@ class Config(BaseModel):
         "8bit", "federation", "With train = 'fold': how the rows of the bank travel, quantised with one scale a row or in the adapters' own type."
     )
     trim: float = _setting(0.3, "federation", "Share of a rank row's owners that merge = 'trimmed' leaves out at either end.", ge=0, lt=0.5)
+    energy: float = _setting(
+        0.9,
+        "federation",
+        "With merge = 'energy' or 'energy-stack': share of the sum of squared singular values that the rows kept of a module hold at least; 1 = all rows.",
+        gt=0,
+        le=1,
+    )
     merge: Merge = _setting("factors", "federation", "What the server does with the uploads: " + _choices(MERGES[name] for name in MERGE_CHOICES))
     server_optimizer: Literal["none", "fedavgm", "fedadam"] = _setting(
         "none", "federation", "What the server takes a round's change for: the change itself, or a gradient for momentum ('fedavgm') or Adam ('fedadam')."
@@ -265,6 +276,8 @@ class Config(BaseModel):
             raise ConfigError(f"{self._shown(['split'])}: of a hub data set, and data = {_shortened(repr(self.data))} is none; leave it out")
         if self.dropout and not 0 < round(65536 * self.dropout) < 65536:
             raise ConfigError(f"dropout: expected 0, or a probability from 1/65536 to 65535/65536, got {self.dropout}")
+        if self.scale_rule == "rslora" and self.prune_scope == "module":
+            raise ConfigError("scale_rule = 'rslora': a client has one scale, and prune_scope = 'module' gives its modules ranks of their own; leave one out")
         if self.warmup_rounds >= self.rounds:
             raise ConfigError(f"warmup_rounds: expected fewer than rounds = {self.rounds}, got {self.warmup_rounds}")
         if self.cuda_graph and not self.cobatch:
@@ -297,6 +310,10 @@ class Config(BaseModel):
     def response_only(self) -> bool:
         """Whether responses alone are predicted."""
         return self.loss_on == "response" or (self.loss_on == "auto" and self.chats)
+
+    def scale_at(self, rank: int) -> float:
+        """s in dW = s B A of an adapter of this rank: of a client that trains it, or of the server's bank."""
+        return self.scale if self.scale_rule == "constant" else self.scale / math.sqrt(max(rank, 1))
 
     def _at_default(self, name: str) -> bool:
         return bool(getattr(self, name) == type(self).model_fields[name].default)

@@ -42,7 +42,8 @@ def export_merged(run_dir: str | Path, out_dir: str | Path, rank: int | None = N
     if cfg.merge_kind.no_adapter:
         if rank is not None or client is not None:
             raise ConfigError(f"{run}: what this run learned is in the base model, which has no rank and no clients; leave --rank and --client out")
-        weights, factors, scale = *_folded(run, cfg), cfg.scale
+        weights, factors = _folded(run, cfg)
+        scale = cfg.scale_at(max((a.shape[0] for a, _ in factors.values()), default=0))
         shown = "none, all is in the weights"
     else:
         factors, scale, _, ranks = choose_factors(run, rank, client)
@@ -55,7 +56,7 @@ def export_merged(run_dir: str | Path, out_dir: str | Path, rank: int | None = N
     kind = getattr(torch, dtype or cfg.dtype)
     _merge(model, weights, factors, scale, kind)
     _write(model, path, cfg, out)
-    write_card(run, out, ranks=shown, client=client, merged=dtype or cfg.dtype)
+    write_card(run, out, ranks=shown, scale=scale, client=client, merged=dtype or cfg.dtype)
     return out
 
 

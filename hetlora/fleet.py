@@ -114,8 +114,9 @@ class LocalFleet:
         """Losses and perplexities; before the first and after the last round also ROUGE-L of answers, if asked for."""
         data = self.federation.data
         sets = {"client_text": pool_text(data.clients, cfg.eval_tokens), "held_out_clients": pool_text(data.held_out, cfg.eval_tokens)}
+        scale = cfg.scale_at(state.r_max)
         found: dict[str, Any] = {
-            name: evaluate_bank(self.model, state.bank, sequences, cfg.scale, cfg.max_tokens_per_step, progress) for name, sequences in sets.items()
+            name: evaluate_bank(self.model, state.bank, sequences, scale, cfg.max_tokens_per_step, progress) for name, sequences in sets.items()
         }
         if cfg.evaluate == "all":
             parts: dict[str, Part] = {"own_text": "test", "own_train": "train"}
@@ -130,5 +131,5 @@ class LocalFleet:
         clients: list[ClientData] = list(self.clients.values())
         share = math.ceil(cfg.eval_tokens / len(clients)) if cfg.eval_tokens else 0
         with cfg.training_kind.load_receives()(state, cfg, self.model, self.names) as (bank, ranks):
-            found = evaluate_clients(self.model, bank, ranks, clients, cfg.scale, cfg.max_tokens_per_step, share, progress, part)
+            found = evaluate_clients(self.model, bank, ranks, clients, cfg.scale_at(state.r_max), cfg.max_tokens_per_step, share, progress, part)
         return dict(zip(self.names, found, strict=True))

@@ -109,7 +109,7 @@ def check_ranks(start: Start, cfg: Config, rows: int) -> None:
 
 @torch.no_grad()
 def fill(bank: hk.AdapterBank, start: Start, cfg: Config) -> str:
-    """Write the adapter into the leading rows of `bank` (of one client), B scaled so that cfg.scale B A is the adapter's own dW; what was done, in words.
+    """Write the adapter into the leading rows of `bank` (of one client), B scaled so that s B A of the bank is the adapter's own dW; what was done, in words.
 
     Rows past the adapter's rank, and modules that it has not, stay as they are: A drawn, B = 0. `ConfigError` where ranks, modules or widths do not fit.
     """
@@ -124,7 +124,7 @@ def fill(bank: hk.AdapterBank, start: Start, cfg: Config) -> str:
         m, n = bank.shapes[name]
         if (b.shape[0], a.shape[1]) != (m, n):
             raise ConfigError(f"{what}: {name}: made for a layer of {a.shape[1]} inputs and {b.shape[0]} outputs, this model's has {n} and {m}")
-        factor, rows = start.scales[name] / cfg.scale, a.shape[0]
+        factor, rows = start.scales[name] / cfg.scale_at(len(bank.a[name])), a.shape[0]
         scaled = b.to(bank.dtype) if factor == 1 else (b.double() * factor).to(bank.dtype)
         bank.a[name][:rows] = a.to(bank.dtype)
         bank.bt[name][:rows] = scaled.t()

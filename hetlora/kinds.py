@@ -17,12 +17,13 @@ from typing import Any, Literal
 class Refusal:
     """Settings that a kind cannot use. Away from their defaults they are refused; with `values` given, at one of these only.
 
-    why: the reason, and what to do.
+    why: the reason, and what to do.   idle: they say nothing about this kind, so that a comparison may leave them out for it.
     """
 
     settings: tuple[str, ...]
     why: str
     values: tuple[object, ...] = ()
+    idle: bool = True
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,11 @@ class TrainingKind:
     @property
     def unused(self) -> tuple[str, ...]:
         """Settings that say nothing about this kind of training."""
-        return tuple(name for refusal in self.refuses if not refusal.values for name in refusal.settings)
+        return tuple(name for refusal in self.refuses if refusal.idle and not refusal.values for name in refusal.settings)
 
 
 _OF_ADAPTERS = (
-    *("adapter_dtype", "target_modules", "quantize", "init_adapter", "scale", "dropout", "ranks", "gamma", "prune_lambda", "prune_scope"),
+    *("adapter_dtype", "target_modules", "quantize", "init_adapter", "scale", "scale_rule", "dropout", "ranks", "gamma", "prune_lambda", "prune_scope"),
     *("weight_scope", "weight_cap", "clip_update", "clip_median", "shared_rows", "unowned_rows", "merge"),
 )
 
@@ -148,6 +149,23 @@ TRAININGS = {
             refuses=(
                 Refusal(_NO_PRUNING, "of self-pruning, and train = 'fold' has no rows that last to prune; leave it out"),
                 Refusal(("merge", "shared_rows", "unowned_rows"), "of other merges, and train = 'fold' has its own; leave it out"),
+                Refusal(("scale_rule",), "train = 'fold' draws A smaller for a client with more rows, which makes steps of one size already; leave it out"),
+            ),
+        ),
+        TrainingKind(
+            "chosen-rows",
+            "A and B of as many rows of the bank as a client's rank, drawn anew each round, beside the frozen others (Fed-PLoRA)",
+            "hetlora.chosen:train_chosen",
+            merge="chosen",
+            receives="hetlora.chosen:received",
+            all_rows=True,
+            own_text="the global adapter with all its rows, as a client downloads it",
+            refuses=(
+                Refusal(_NO_PRUNING, "of self-pruning, which drops trailing rows, and train = 'chosen-rows' has none; leave it out"),
+                _OWN_MERGE,
+                Refusal(("scale_rule",), "with train = 'chosen-rows' every client computes with all rows of the bank, at its one scale; leave it out"),
+                Refusal(("weight_decay",), "reaches rows that train = 'chosen-rows' keeps as they are; leave it out", idle=False),
+                Refusal(("cuda_graph",), "records steps in which all rows move, and train = 'chosen-rows' keeps most as they are; leave it out", (True,)),
             ),
         ),
         TrainingKind(
@@ -184,6 +202,8 @@ _COMPLETES = Refusal(
 
 _FOLDS = Refusal(("quantize",), "this merge folds updates into the base weights, which a quantised base cannot take; use quantize = 'none'")
 
+_STARTS_FRESH = Refusal(("init_adapter",), "this merge starts every round from a fresh bank; merge the adapter into the model and give that as model")
+
 MERGES = {
     kind.name: kind
     for kind in (
@@ -194,6 +214,13 @@ MERGES = {
             "owners-svd",
             "truncate the SVD of the sum of each rank row's mean product over its owners (raFLoRA)",
             "hetlora.merge:merge_owners_svd",
+            refuses=(_TURNED,),
+        ),
+        MergeKind(
+            "energy",
+            "truncate the SVD of the exact sum, in each module at the rank that holds a share of its energy (FLoRIST)",
+            "hetlora.merge:merge_energy",
+            settings=("energy",),
             refuses=(_TURNED,),
         ),
         MergeKind(
@@ -211,10 +238,17 @@ MERGES = {
             base="targets",
             keeps_bank=False,
             no_adapter="with merge 'stack' the run folded its updates into the base model, no adapter holds them; export the whole model with --merged DIR",
-            refuses=(
-                _FOLDS,
-                Refusal(("init_adapter",), "merge = 'stack' starts every round from a fresh bank; merge the adapter into the model and give that as model"),
-            ),
+            refuses=(_FOLDS, _STARTS_FRESH),
+        ),
+        MergeKind(
+            "energy-stack",
+            "fold what merge 'energy' keeps of the exact sum into the base, whatever its rank (FLoRIST on the base)",
+            "hetlora.merge:merge_energy_stack",
+            base="targets",
+            keeps_bank=False,
+            no_adapter="with merge 'energy-stack' the run folded its updates into the base, no adapter holds them; export the whole model with --merged DIR",
+            settings=("energy",),
+            refuses=(_FOLDS, _STARTS_FRESH),
         ),
         MergeKind(
             "residual",
@@ -232,6 +266,7 @@ MERGES = {
             settings=("shared_rows", "unowned_rows"),
         ),
         MergeKind("bank", "the bank of rank R nearest to the old one and the exact sum together", "hetlora.fold:merge_bank", refuses=(_TURNED,)),
+        MergeKind("chosen", "the mean of each row over the clients that chose it", "hetlora.chosen:merge_chosen"),
         MergeKind(
             "models",
             "the mean of the clients' models becomes the base",

@@ -254,7 +254,7 @@ def _round(run: Run, number: int) -> None:
     lines = [client_line(cfg, names[k], state.ranks[names[k]], trained, k) for k in arrived]
     state.seen |= dict.fromkeys(names, number)  # those whose upload was refused have downloaded too
     samples = [run.fleet.sequences(names[k]) for k in arrived]
-    merged = aggregate(state, trained.uploads, trained.received, samples, cfg, run.fleet.model, trained.weighed)
+    merged = aggregate(state, trained.uploads, trained.received, samples, cfg, run.fleet.model, trained.weighed, trained.rows)
     for i, k in enumerate(arrived):
         lines[i] |= upload_line(merged, trained, i, k)
         if "clip" in lines[i]:
@@ -264,7 +264,7 @@ def _round(run: Run, number: int) -> None:
         state.rounds_trained[names[k]] = state.rounds_trained.get(names[k], 0) + 1
         if cfg.save_clients and "clients" in cfg.saves:
             adapter = (trained.adapters or trained.uploads).adapter(i)
-            checkpoint.write_adapter(run_folder.client_folder(run.folder, names[k]), adapter, cfg.scale, run.fleet.model_name)
+            checkpoint.write_adapter(run_folder.client_folder(run.folder, names[k]), adapter, cfg.scale_at(state.r_max), run.fleet.model_name)
     state.round = number
     evaluated = number % cfg.eval_every == 0 or number == cfg.rounds
     record = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ class MergeCall:
 
     bank: the server's, of rank `r_max`.   uploads: of the K clients that arrived, weighted like `weights`; an `AdapterBank` where adapters are trained.
     factors: those that were trained and sent, 'a', 'b' or 'ab'.
+    rows: {module: of each upload, which rows of the bank its rows are}; None: the leading ones.
     """
 
     bank: hk.AdapterBank
@@ -33,6 +34,7 @@ class MergeCall:
     cfg: Config
     model: torch.nn.Module
     factors: str = "ab"
+    rows: Mapping[str, Sequence[Sequence[int]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,14 @@ class Merged:
     """What a merge returns. bank: the next one, None exactly where its row in `kinds.MERGES` keeps none.
 
     rows: how many leading rows of the bank the uploads decided; None = all.   added_to: the bank that the uploads were added to, None where they replace it.
+    ended_with: all rows that each client ended the round with, where uploads are some of them: what diagnostics compare the bank with; None: the uploads.
     follow_bytes: of what the merge changed in the base model, as it travels: every client downloads it once, when it is here next.
     """
 
     bank: hk.AdapterBank | None
     rows: int | None = None
     added_to: hk.AdapterBank | None = None
+    ended_with: hk.AdapterBank | None = None
     follow_bytes: int = 0
 
 
@@ -70,11 +74,12 @@ def aggregate(
     cfg: Config,
     model: torch.nn.Module,
     weighed: tuple[Tensor, Tensor] | None = None,
+    rows: Mapping[str, Sequence[Sequence[int]]] | None = None,
 ) -> Aggregate:
     """Merge the uploads that arrived into `state`, and into `model` where the merge changes the base.
 
     received: what the same clients had received, as `uploads`, by which their updates are measured (`usual_limits`).   samples: training sequences of each.
-    weighed: (p, S) where training weighed the uploads already; else they are `client_weights`.
+    weighed: (p, S) where training weighed the uploads already; else they are `client_weights`.   rows: as in `MergeCall`.
     """
     clips: list[float] = []
     suspects = None
@@ -87,7 +92,7 @@ def aggregate(
             uploads = uploads.select(range(uploads.num_clients))  # the caller's are the clients' own adapters
         clips = clip_updates(uploads, received, limits, sizes)
     weights, norms = weighed or client_weights(uploads, samples, cfg, suspects)
-    call = MergeCall(state.bank, uploads, weights, state.r_max, cfg, model, cfg.training_kind.trains(state.round + 1))
+    call = MergeCall(state.bank, uploads, weights, state.r_max, cfg, model, cfg.training_kind.trains(state.round + 1), rows)
     merged = _with_optimizer(state, call) if cfg.server_optimizer != "none" else cfg.merge_kind.load()(call)
     if cfg.merge_kind.base != "none":
         state.stacked_bytes.append(merged.follow_bytes)
@@ -95,7 +100,8 @@ def aggregate(
         state.bank = fresh_bank(state.bank.shapes, state.r_max, cfg, state.bank.device, state.round + 1)
         return Aggregate(weights, norms, clips)
     state.bank = merged.bank
-    return Aggregate(weights, norms, clips, diagnostics.describe(state.bank, uploads, weights, merged.rows, merged.added_to) if cfg.diagnostics else {})
+    compared = uploads if merged.ended_with is None else merged.ended_with
+    return Aggregate(weights, norms, clips, diagnostics.describe(state.bank, compared, weights, merged.rows, merged.added_to) if cfg.diagnostics else {})
 
 
 @torch.no_grad()
@@ -258,9 +264,34 @@ def _owned_rows(uploads: hk.AdapterBank) -> int:
 
 def merge_svd(call: MergeCall) -> Merged:
     """The best rank-r_max approximation of sum p_k B_k A_k in the Frobenius norm (FlexLoRA, "Recon+SVD"), without forming it."""
+    return Merged(_truncated(call, *_exact_sum(call)))
+
+
+def _exact_sum(call: MergeCall) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+    """(stacks, weights) of sum p_k B_k A_k in every module, as `low_rank.best_rank` takes them."""
     uploads = call.uploads
     weights = [row_weights(uploads, call.weights, module, name) for module, name in enumerate(uploads.shapes)]
-    return Merged(_truncated(call, [(uploads.bt[name], uploads.a[name]) for name in uploads.shapes], weights))
+    return [(uploads.bt[name], uploads.a[name]) for name in uploads.shapes], weights
+
+
+def merge_energy(call: MergeCall) -> Merged:
+    """The best rank-q approximation of sum p_k B_k A_k, without forming it; in each module q is the least number of singular values whose squares sum to
+    cfg.energy of those of all, at most r_max (FLoRIST, arXiv 2506.09199). Clients start from the leading rows of it.
+    """
+    return Merged(_truncated(call, *_exact_sum(call), call.cfg.energy))
+
+
+@torch.no_grad()
+def merge_energy_stack(call: MergeCall) -> Merged:
+    """W <- W + s M_q in every target module, M_q as in `merge_energy`, of whatever rank q that takes. Clients download B and A of M_q, q (m + n) numbers."""
+    stacks, weights = _exact_sum(call)
+    widest = max(map(min, call.uploads.shapes.values()))
+    travels = 0
+    for name, (bt, a) in zip(call.uploads.shapes, best_rank(stacks, widest, weights, call.cfg.energy), strict=True):
+        kept = int(bt.any(1).sum())
+        _add_to_base(call, name, bt[:kept], a[:kept], torch.ones(kept, dtype=torch.float64, device=a.device))
+        travels += kept * (bt.shape[1] + a.shape[1]) * a.dtype.itemsize
+    return Merged(None, follow_bytes=travels)
 
 
 def merge_owners_svd(call: MergeCall) -> Merged:
@@ -284,13 +315,13 @@ def merge_owners_svd(call: MergeCall) -> Merged:
 
 
 @torch.no_grad()
-def _truncated(call: MergeCall, stacks: Sequence[tuple[Tensor, Tensor]], weights: Sequence[Tensor]) -> hk.AdapterBank:
-    """A bank of the best approximations of the weighted sums of `stacks` (`low_rank.best_rank`).
+def _truncated(call: MergeCall, stacks: Sequence[tuple[Tensor, Tensor]], weights: Sequence[Tensor], energy: float = 1.0) -> hk.AdapterBank:
+    """A bank of the best approximations of the weighted sums of `stacks` (`low_rank.best_rank`, `energy` as there).
 
     Rows past the rank of the sum take the old bank's A with B = 0, which training can revive; zeros in both could not.
     """
     merged = call.bank.to()
-    for name, (bt, a) in zip(merged.shapes, best_rank(stacks, call.r_max, weights), strict=True):
+    for name, (bt, a) in zip(merged.shapes, best_rank(stacks, call.r_max, weights, energy), strict=True):
         merged.bt[name].copy_(bt)
         merged.a[name].copy_(torch.where(bt.any(1, keepdim=True), a, merged.a[name]))
     return merged
@@ -327,7 +358,7 @@ def merge_residual(call: MergeCall) -> Merged:
 def _add_to_base(call: MergeCall, name: str, bt: Tensor, a: Tensor, weights: Tensor) -> None:
     """W <- W + s sum_j weights_j b_j a_j of one module, for rows [S, m] and [S, n]."""
     weight = linear_weight(call.model.get_submodule(name))
-    weight.add_((call.cfg.scale * (bt.detach() * weights[:, None].to(bt.dtype)).t() @ a.detach()).to(weight.dtype))
+    weight.add_((call.cfg.scale_at(call.r_max) * (bt.detach() * weights[:, None].to(bt.dtype)).t() @ a.detach()).to(weight.dtype))
 
 
 def _stack_bytes(uploads: hk.AdapterBank) -> int:

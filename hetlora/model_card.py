@@ -19,12 +19,12 @@ _PATHS = ("model", "data", "init_adapter", "ranks", "output")
 _PACKAGES = ("hetlora", "torch", "transformers", "peft", "safetensors", "python")
 
 
-def write_card(run_dir: Path, out: Path, ranks: str, client: str | None = None, merged: str = "") -> None:
+def write_card(run_dir: Path, out: Path, ranks: str, scale: float, client: str | None = None, merged: str = "") -> None:
     """Write README.md into the export `out`.
 
-    ranks: of what was exported.   client: whose adapter it is, None for the global one.   merged: type of the merged weights, '' for an adapter.
+    ranks, scale: of what was exported.   client: whose adapter it is, None for the global one.   merged: type of the merged weights, '' for an adapter.
     """
-    write_atomic(out / CARD, card(read_config(run_dir), _run(run_dir), ranks, client, merged))
+    write_atomic(out / CARD, card(read_config(run_dir), _run(run_dir), ranks, scale, client, merged))
 
 
 def _run(folder: Path) -> Run | str:
@@ -35,7 +35,7 @@ def _run(folder: Path) -> Run | str:
         return str(error).replace(str(folder), "the run").replace(os.path.abspath(folder), "the run")
 
 
-def card(cfg: Config, run: Run | str, ranks: str, client: str | None, merged: str) -> str:
+def card(cfg: Config, run: Run | str, ranks: str, scale: float, client: str | None, merged: str) -> str:
     base = public_name(cfg.model)
     what = f"{'Merged model' if merged else 'LoRA adapter'} from federated fine-tuning of {base}"
     head = {"library_name": "transformers" if merged else "peft", "pipeline_tag": "text-generation", "tags": ["federated-learning", "hetlora", "lora"]}
@@ -55,7 +55,7 @@ def card(cfg: Config, run: Run | str, ranks: str, client: str | None, merged: st
         f"- Clients train {cfg.training_kind.text}.",
         *([] if cfg.training_kind.merge else [f"- The server merges by this rule: {cfg.merge_kind.text}."]),
         f"- Weights of the clients: {cfg.weights}. Rounds: {_rounds(cfg, run)}. Clients in a round: {cfg.clients_per_round}.",
-        f"- Rank of this export: {ranks}. Scale s = {cfg.scale:g} in dW = s B A.",
+        f"- Rank of this export: {ranks}. Scale s = {scale:g} in dW = s B A.",
         *([f"- Type of the weights: {merged}."] if merged else []),
         "",
         *(_figures(run) if isinstance(run, Run) else ["## Figures", "", f"Not known: {run}."]),

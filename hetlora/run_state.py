@@ -48,7 +48,7 @@ def save(run: Run) -> None:
 
 def _write_adapter(run: Run) -> None:
     if "global" in run.cfg.saves:
-        checkpoint.write_adapter(run.folder / run_folder.ADAPTER, run.state.bank.adapter(0), run.cfg.scale, run.fleet.model_name)
+        checkpoint.write_adapter(run.folder / run_folder.ADAPTER, run.state.bank.adapter(0), run.cfg.scale_at(run.state.r_max), run.fleet.model_name)
 
 
 def restore(run: Run) -> list[dict[str, Any]]:

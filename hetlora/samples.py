@@ -22,7 +22,7 @@ def generate(
     """The greedy continuation of each prompt (tokens), up to EOS or cfg.rouge_tokens tokens.   bank: of one client."""
     tokenizer, model = federation.tokenizer, federation.model
     answers = []
-    attach(model, bank, scale=cfg.scale)
+    attach(model, bank, scale=cfg.scale_at(len(next(bank.parameters()))))
     try:
         for done, prompt in enumerate(prompts):
             ids = prompt[None].to(federation.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +50,7 @@ class Trained:
     bytes_down; bytes_up (arrived); parameters: numbers trained, of all clients together.
     adapters: of the clients that arrived, for the run folder; None: the uploads.
     weighed: (p [K, modules or 1], S [K]), arrived, float64, where training had to weigh the uploads already; else the server does.
+    rows: {module: of each upload that arrived, which rows of the bank its rows are}; None: the leading ones.
     """
 
     results: list[LocalResult]
@@ -63,6 +64,7 @@ class Trained:
     parameters: int
     adapters: hk.AdapterBank | None = None
     weighed: tuple[Tensor, Tensor] | None = None
+    rows: Mapping[str, Sequence[Sequence[int]]] | None = None
 
     @property
     def arrived(self) -> list[int]:
@@ -73,6 +75,22 @@ class Trained:
 def leading_rows(state: server.ServerState, cfg: Config, model: torch.nn.Module, clients: Sequence[str]) -> Iterator[tuple[hk.AdapterBank, list[ClientRanks]]]:
     """Each client has the leading rows of the server's bank that its rank gives it, on the base."""
     yield state.bank, [state.ranks[name] for name in clients]
+
+
+def _at_own_scale(bank: hk.AdapterBank, cfg: Config, r_max: int, back: bool = False) -> hk.AdapterBank:
+    """B_k <- B_k s_R / s_k, so that s_k B_k A_k is what s_R B_k A_k was; `back`: the other way. The bank itself where all scales are one (`scale_rule`).
+
+    s_R is the scale of the server's bank of `r_max` rows, in which rows travel and are merged: a rank row has the same product for every client.
+    """
+    if cfg.scale_rule == "constant":
+        return bank
+    own = bank.select(range(bank.num_clients))
+    with torch.no_grad():
+        for name, layout in own.layouts.items():
+            for k, rank in enumerate(layout.ranks):
+                factor = cfg.scale_at(r_max) / cfg.scale_at(rank)
+                own.bt[name][layout.rows(k)] *= 1 / factor if back else factor
+    return own
 
 
 def train_adapters(work: Work) -> Trained:
@@ -90,15 +108,18 @@ def train_adapters(work: Work) -> Trained:
     if "b" not in factors:
         received.freeze_b()
     everyone = range(received.num_clients)
+    start = _at_own_scale(received, cfg, state.r_max)
     if cfg.cobatch:
-        trained = received.select(everyone)
+        trained = start.select(everyone)
         results = train_cohort(work.model, trained, work.clients, cfg, work.number, work.lr, cuts, work.progress)
     else:
-        trained, results = train_one_by_one(work.model, received, work.clients, cfg, work.number, work.lr, cuts, work.progress)
-    dropped = server.refused(trained)
+        trained, results = train_one_by_one(work.model, start, work.clients, cfg, work.number, work.lr, cuts, work.progress)
     ranks, tails = work.ranks, [(0.0, 0.0)] * len(results)
-    if kind.prunes:
-        before, after = tail_scores(received, cuts), tail_scores(trained, cuts)
+    scores = (tail_scores(start, cuts), tail_scores(trained, cuts)) if kind.prunes else None
+    trained = _at_own_scale(trained, cfg, state.r_max, back=True)
+    dropped = server.refused(trained)
+    if scores:
+        before, after = scores
         ranks = [own if k in dropped else prune_decision(own, keep[k], before[k], after[k], cfg.prune_scope) for k, own in enumerate(work.ranks)]
         tails = [(float(old.sum()), float(new.sum())) for old, new in zip(before, after, strict=True)]
     arrived = [k for k in everyone if k not in dropped]

@@ -26,7 +26,7 @@ ALONE = {
 }
 """Settings of `hetlora run` that a comparison cannot have, and why."""
 
-_OF_ONE_RUN = ("train", "adapter_dtype", "scale", "dropout")
+_OF_ONE_RUN = ("train", "adapter_dtype", "scale", "scale_rule", "dropout")
 SHARED = tuple(name for name in Config.model_fields if setting_group(name) == "data" or (setting_group(name) == "model" and name not in _OF_ONE_RUN))
 """Settings that say which model and data are loaded. All runs of a comparison share these, so no variant and no search has its own."""
 
@@ -78,6 +78,7 @@ class Method:
 
 
 _FEDAVG = {"gamma": 1.0, "weights": "samples"}
+_PLORA = {"train": "chosen-rows", "weights": "uniform"}
 _FOLD = {"train": "fold", "weights": "samples"}
 
 
@@ -99,6 +100,9 @@ _LIST = (
     Method("fedavg-full", "full fine-tuning, FedAvg of all weights", settings={"train": "full", "weights": "samples"}),
     _field("delta", "FedAvg of the factors' changes; rows that a client does not own count as unchanged", merge="delta"),
     _field("raflora", "each rank row's mean product over its owners, then truncated SVD (raFLoRA, RB-LoRA)", merge="owners-svd"),
+    _field("florist", "exact sum of B A, then SVD to the rank of each module that holds 90 % of its energy (FLoRIST)", merge="energy"),
+    _field("florist-base", "the same, of any rank, folded into the base each round, with fresh adapters as in FLoRA", merge="energy-stack"),
+    _field("fed-plora", "r_k random rows of the bank are trained beside the frozen others, each is averaged over who chose it (Fed-PLoRA)", **_PLORA),
     _field("ffa-lora", "B alone is trained and sent, over one frozen A (FFA-LoRA)", train="b-only"),
     _field("rolora", "B in odd rounds, A in even ones, half the bytes (RoLoRA)", train="alternating"),
     _field("fedex-lora", "FedAvg of A and of B, the rest of the exact sum folded into the base each round (FedEx-LoRA)", merge="residual"),

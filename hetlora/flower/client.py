@@ -153,7 +153,7 @@ def _evaluate(message: Message, cfg: Config, local: Local) -> RecordDict:
     share = math.ceil(cfg.eval_tokens / len(order.fleet)) if cfg.eval_tokens else 0
     own, state = _state(message, cfg, replace(order, ranks=[order.r_max] * len(local.shapes)), local)
     state.ranks[order.name] = dict(zip(local.shapes, order.ranks, strict=True))
-    scale, tokens = cfg.scale, cfg.max_tokens_per_step
+    scale, tokens = cfg.scale_at(order.r_max), cfg.max_tokens_per_step
     found: dict[str, tuple[float, int]] = {"train": (0.0, 0)}
     found["whole"] = _sum(evaluate_bank(local.model, state.bank, pool_text([local.data], share), scale, tokens))
     with own.training_kind.load_receives()(state, own, local.model, [order.name]) as (bank, ranks):

@@ -90,3 +90,62 @@ def test_diagnostics_count_the_rows_that_stay_as_part_of_the_sum(tmp_path, old):
     merged = call(merge.merge_owners_svd, tmp_path, old, uploads)
     assert diagnostics.merge_error(merged.bank, uploads, WEIGHTS, merged.rows, merged.added_to) < (100 * EPS) ** 0.5  # the root of a difference of squares
     assert diagnostics.merge_error(merged.bank, uploads, WEIGHTS) > 0.1
+
+
+# ---------------------------------------------------------------- FLoRIST
+
+
+def florist(uploads, weights, energy, most):
+    """{module: (the dense approximation, its rank, singular values)} as the paper has it: SVD of sum p_k B_k A_k, cut where the energy is reached."""
+    found = {}
+    for i, name in enumerate(SHAPES):
+        total = sum(
+            float(weights[k, i]) * torch.outer(row(uploads, "bt", name, k, j), row(uploads, "a", name, k, j))
+            for k in range(uploads.num_clients)
+            for j in range(uploads.layouts[name].ranks[k])
+        )
+        u, s, vh = torch.linalg.svd(total)
+        squares, kept = s.square().tolist(), 0
+        while kept < most and sum(squares[:kept]) < energy * sum(squares):
+            kept += 1
+        found[name] = (u[:, :kept] * s[:kept] @ vh[:kept], kept, s)
+    return found
+
+
+@pytest.mark.parametrize("energy", [0.3, 0.8, 0.95, 1.0])
+@pytest.mark.parametrize("rank", [2, 8])
+def test_energy_keeps_the_singular_values_that_hold_it(tmp_path, energy, rank):
+    old, uploads = whole_bank(SHAPES, [rank], 2), whole_bank(SHAPES, [min(r, rank) for r in RANKS], 1)
+    merged = merge.merge_energy(MergeCall(old, uploads, WEIGHTS, rank, tiny_config(tmp_path, merge="energy", energy=energy), torch.nn.Module())).bank
+    ranks = []
+    for name, (best, kept, s) in florist(uploads, WEIGHTS, energy, rank).items():
+        live = merged.bt[name].detach().any(1)
+        if energy < 1:
+            assert live.tolist() == [True] * kept + [False] * (rank - kept)
+        gap = float(s[kept - 1] - s[kept]) if kept < len(s) and s[kept] > EPS * s[0] else float(s[0])
+        assert float((dense(merged, name) - best).norm()) <= 100 * EPS * float(s[0]) ** 2 / gap
+        assert torch.equal(merged.a[name][~live], old.a[name][~live]), "rows past it can still be trained: A as it was, B = 0"
+        ranks.append(kept)
+    if (energy, rank) == (0.8, 8):
+        assert len(set(ranks)) == 2, "modules of one rank would not show that each has its own"
+
+
+def test_energy_one_is_flexloras_merge(tmp_path, old, uploads):
+    assert same_bits(*(call(f, tmp_path, old, uploads, merge="energy", energy=1.0).bank for f in (merge.merge_energy, merge.merge_svd)))
+
+
+@pytest.mark.parametrize("energy", [0.6, 0.9, 1.0])
+def test_energy_on_the_base_adds_it_to_the_weights_and_counts_its_rows(tmp_path, old, uploads, energy):
+    """Of any rank: the bank of R = 1 row does not cut it."""
+    model = torch.nn.Module()
+    for name, (m, n) in SHAPES.items():
+        setattr(model, name, torch.nn.Linear(n, m, bias=False, dtype=torch.float64))
+        torch.nn.init.zeros_(getattr(model, name).weight).requires_grad_(False)
+    cfg = tiny_config(tmp_path, merge="energy-stack", energy=energy, scale=0.5)
+    merged = merge.merge_energy_stack(MergeCall(whole_bank(SHAPES, [1], 2), uploads, WEIGHTS, 1, cfg, model))
+    expected = florist(uploads, WEIGHTS, energy - 100 * EPS, 8)  # of all, rounding may leave a hair
+    assert merged.bank is None and merged.follow_bytes == 8 * sum(kept * sum(SHAPES[name]) for name, (_, kept, _) in expected.items())
+    for name, (best, kept, s) in expected.items():
+        assert kept > 1
+        gap = float(s[kept - 1] - s[kept]) if kept < len(s) and s[kept] > EPS * s[0] else float(s[0])
+        assert float((getattr(model, name).weight - 0.5 * best).norm()) <= 100 * EPS * float(s[0]) ** 2 / gap

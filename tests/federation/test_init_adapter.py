@@ -83,7 +83,7 @@ def test_rows_past_the_adapters_rank_are_those_of_a_fresh_bank(tmp_path):
 def test_every_kind_starts_from_it_or_refuses_by_name(tmp_path, settings):
     peft_adapter(tmp_path / "adapter")
     values = {"lr": 0.01, "rounds": 2, "ranks": RANKS, "init_adapter": str(tmp_path / "adapter"), **settings}
-    if settings.get("merge") == "stack" or settings.get("train") == "full":
+    if settings.get("merge") in ("stack", "energy-stack") or settings.get("train") == "full":
         with pytest.raises(ConfigError, match=r"init_adapter = '.*': .*(merge the adapter into the model|train = 'full' trains none)"):
             tiny_config(tmp_path / "run", **values)
         return

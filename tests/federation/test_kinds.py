@@ -30,7 +30,7 @@ RUNS += [
     if kind.merge
 ]
 RUN_IDS = [settings.get("train") or settings["merge"] for settings in RUNS]
-OTHER_VALUES = {"shared_rows": "owners", "unowned_rows": "zero", "download": "4bit", "trim": 0.1}  # of the settings that one kind alone reads
+OTHER_VALUES = {"shared_rows": "owners", "unowned_rows": "zero", "download": "4bit", "trim": 0.1, "energy": 0.5}  # of the settings that one kind alone reads
 
 
 @pytest.fixture(scope="module")
