@@ -30,7 +30,7 @@ _OF_OWN_RANKS = [name for name, method in METHODS.items() if method.ranks == "ow
 
 
 class _GroupedOptions(click.Command):
-    """A command whose help lists the options that come from `Config` under their groups."""
+    """A command whose help lists the options that come from `Config` under their groups, and what each method does."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -41,6 +41,11 @@ class _GroupedOptions(click.Command):
         for name in sorted(sections, key=lambda name: name == "command"):
             with formatter.section({"command": "Other options"}.get(name, f"{name.capitalize()} settings")):
                 formatter.write_dl(sections[name])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        shown = _OF_OWN_RANKS if any(parameter.name == "method" for parameter in self.params) else METHODS
+        with formatter.section("Methods (docs/methods.md has their equations)"):
+            formatter.write_dl([(name, METHODS[name].text) for name in shown])
 
 
 class _ConfigOption(click.Option):
@@ -237,7 +242,7 @@ def demo(fast: bool, **given: Any) -> None:
 @quiet_option
 @json_option
 @click.option("--config", "config_file", metavar="FILE", help="YAML, TOML or JSON file with settings of these names; flags override it.")
-@click.option("--method", metavar="NAME", help=f"Take the settings that make up a method: {', '.join(_OF_OWN_RANKS)}.")
+@click.option("--method", metavar="NAME", help="Take the settings that make up a method; all are listed below.")
 @click.option(
     "--resume", is_flag=True, help="Continue the run in --output with its own settings, to the same result as without the stop; --rounds N lengthens it."
 )

@@ -36,7 +36,9 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    methods: str = Field("main", description="Methods, groups (main, field, ablations, all) and variants 'NAME+setting=value', comma-separated.")
+    methods: str = Field(
+        "main", description="Methods (listed below), groups of them (main, field, ablations, all) and variants 'NAME+setting=value', comma-separated."
+    )
     seeds: int = Field(3, description="Runs per method, with the seeds SEED, SEED + 1, ...", ge=1)
     target: float = Field(
         0.9, description="Count the rounds until the global adapter reaches this perplexity; below 1: this share of the perplexity before training.", gt=0
@@ -101,7 +103,11 @@ _LIST = (
     _field("delta", "FedAvg of the factors' changes; rows that a client does not own count as unchanged", merge="delta"),
     _field("raflora", "each rank row's mean product over its owners, then truncated SVD (raFLoRA, RB-LoRA)", merge="owners-svd"),
     _field("florist", "exact sum of B A, then SVD to the rank of each module that holds 90 % of its energy (FLoRIST)", merge="energy"),
-    _field("florist-base", "the same, of any rank, folded into the base each round, with fresh adapters as in FLoRA", merge="energy-stack"),
+    _field(
+        "florist-base",
+        "exact sum of B A at the rank that holds 90 % of its energy, folded into the base each round, with fresh adapters (FLoRIST)",
+        merge="energy-stack",
+    ),
     _field("fed-plora", "r_k random rows of the bank are trained beside the frozen others, each is averaged over who chose it (Fed-PLoRA)", **_PLORA),
     _field("ffa-lora", "B alone is trained and sent, over one frozen A (FFA-LoRA)", train="b-only"),
     _field("rolora", "B in odd rounds, A in even ones, half the bytes (RoLoRA)", train="alternating"),

@@ -18,6 +18,7 @@ from rich.console import Console
 from synthetic_run import write_run
 
 from hetlora.cli import cli
+from hetlora.compare.methods import METHODS
 from hetlora.config import Config, ConfigError
 from hetlora.report import terminal
 
@@ -105,6 +106,13 @@ def test_without_a_method_the_default_is_fold_unless_a_setting_tells_another(loo
     (tmp_path / "c.yaml").write_text("prune_lambda: 1\n")
     assert invoke("run", "--config", tmp_path / "c.yaml", "--output", tmp_path / "c").stdout.count("method: as prune_lambda and") == 1
     assert_one_line_error(invoke("run", "--lr", "-1", "--output", tmp_path / "d"), "lr: ")
+
+
+def test_help_says_what_every_method_is():
+    for command in ("run", "compare"):
+        text = " ".join(invoke(command, "--help").output.split("Methods (docs")[1].split())
+        for name, method in METHODS.items():
+            assert (f" {name} {method.text}".replace("- ", "-") in text.replace("- ", "-")) == (command == "compare" or method.ranks == "own"), name
 
 
 def test_every_setting_is_an_option_under_its_group():

@@ -200,6 +200,29 @@ def test_the_page_of_methods_has_them_all():
     assert [name for name, method in METHODS.items() if method.like is None and f"`{name}`" not in page] == []
 
 
+def test_the_table_of_methods_says_what_a_run_leaves_and_whether_nodes_run_it():
+    pytest.importorskip("flwr.serverapp", reason="Flower is not installed (pip install '.[flower]')")
+    from hetlora.flower.exchange import exchange
+
+    lines = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()
+    table = {
+        name.strip(" `"): [cell.strip() for cell in line.split("|")[-3:-1]]
+        for line in lines
+        if line.startswith("| `")
+        for name in line.split("|")[1].split(",")
+    }
+    assert list(table) == [name for name, method in METHODS.items() if method.like is None and name != "hetlora-gamma1"]
+    for name, (left, flower) in table.items():
+        cfg = method_config(METHODS[name], Config(), RankPlan(2, 8, {"a": 2, "b": 8}))
+        assert left == ("model" if cfg.merge_kind.no_adapter else "adapter")
+        try:
+            exchange(cfg)
+        except ConfigError:
+            assert flower == "no"
+        else:
+            assert flower == "yes"
+
+
 def test_all_methods_of_the_field_run_side_by_side(tmp_path):
     found = compared(tmp_path / "c", "field", settings={"rounds": 2})
     table = figures.tabulate(found)

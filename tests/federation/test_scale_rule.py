@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_flower import deployed
 from tiny import SIZES, contents, lines, tiny_config, tiny_federation, tiny_state
 
 from hetlora.client import tail_scores, train_client
@@ -137,6 +136,9 @@ def test_the_merged_model_computes_what_the_run_evaluated(tmp_path):
 
 
 def test_a_deployed_run_has_the_bits_of_the_simulated_one(tmp_path):
+    pytest.importorskip("flwr.serverapp", reason="Flower is not installed (pip install '.[flower]')")
+    from test_flower import deployed
+
     cfg = tiny_config(tmp_path / "here", cobatch=False, evaluate="all", **RS)
     simulate(cfg, federation=tiny_federation(SIZES), quiet=True)
     deployed(cfg.model_copy(update={"output": str(tmp_path / "there")}))
