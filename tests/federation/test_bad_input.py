@@ -89,7 +89,10 @@ def test_settings_that_do_not_go_together(tmp_path, federation, settings, messag
     ("settings", "message"),
     [
         ({"gama": 0.9}, r"unknown setting 'gama' \(did you mean 'gamma'\?\)"),
-        ({"merge": "mean"}, "merge: .*'factors', 'delta', 'svd', 'owners-svd', 'trimmed', 'median', 'stack' or 'residual', got 'mean'"),
+        (
+            {"merge": "mean"},
+            "merge: .*'factors', 'delta', 'svd', 'owners-svd', 'energy', 'trimmed', 'median', 'stack', 'energy-stack' or 'residual', got 'mean'",
+        ),
         ({"gamma": 0}, "gamma: .*greater than 0, got 0"),
         ({"gamma": 1.1}, "gamma: .*less than or equal to 1, got 1.1"),
         ({"clients_per_round": 0}, "clients_per_round: .*greater than or equal to 1, got 0"),

@@ -76,7 +76,7 @@ def test_the_merged_model_computes_what_the_run_ends_with(tmp_path, base, settin
 def test_no_folder_of_a_run_holds_an_adapter_that_is_not_what_it_learned(tmp_path, base, settings):
     finished(tmp_path / "run", base, **settings)
     written = list((tmp_path / "run").rglob("adapter_model.safetensors"))
-    folded = settings.get("merge") in ("stack", "residual") or settings.get("train") == "full"
+    folded = settings.get("merge") in ("stack", "energy-stack", "residual") or settings.get("train") == "full"
     assert bool(written) != folded
     assert all(any(bool(tensor.any()) for name, tensor in load_file(file).items() if "lora_B" in name) for file in written)
 

@@ -67,6 +67,7 @@ METHODS = {
     "modules": {"prune_scope": "module"},
     "owners": {"shared_rows": "owners", "weights": "samples"},
     "svd": {"merge": "svd"},
+    "energy": {"merge": "energy", "energy": 0.7},
     "median": {"merge": "median", "weights": "uniform", "prune_lambda": 0.01},
     "dropout": {"dropout": 0.1, "optimizer": "sgd", "local_epochs": 1, "local_steps": 5},
     "fold": {"train": "fold", "gamma": 0.99, "download": "exact"},
