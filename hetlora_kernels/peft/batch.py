@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
@@ -18,7 +17,7 @@ from hetlora_kernels._uploads import uploaded
 from hetlora_kernels.layout import Segments
 from hetlora_kernels.ops.lora import KeptSeeds
 from hetlora_kernels.peft.follow import Follower
-from hetlora_kernels.peft.ids import sequence_index_of
+from hetlora_kernels.peft.ids import generated_per_sequence, sequence_index_of
 from hetlora_kernels.peft.owners import LOST, Entry, Owners
 from hetlora_kernels.peft.seeds import SeedTable
 
@@ -55,16 +54,18 @@ class Batch:
         self,
         num_clients: int,
         ids: Tensor | None = None,  # int64 [batch] or [batch, seq]; None: one client owns every row
-        sequence_index: Tensor | None = None,  # int64 [batch]
+        sequence_index: Tensor | None = None,  # int64 [batch], or [batch, seq] with positions
         seeds: Tensor | None = None,  # int64 [num_clients]
         step: int | Tensor = 0,
         given: Mapping[str, Tensor] | None = None,  # int64 clients of the rows of the layers in a part of the model
         forms: Mapping[str, Forms] | None = None,  # {layer: what is known}; None: the first dimension, as PEFT has it
+        positions: Tensor | None = None,  # int64 [batch, seq]: places of tokens in their sequences, of which a row may hold several
     ) -> None:
         # What a graph may not ask of a tensor is asked here: how many rows each client has.
         self.num_clients, self.ids, self.forms = num_clients, ids, forms
         self.segments = Segments.from_lengths([0] * num_clients) if ids is None else Segments.from_ids(ids.reshape(-1), num_clients=num_clients)
         self.sequence_index = sequence_index if ids is None or sequence_index is not None else sequence_index_of(ids)
+        self.positions = positions
         self.seeds = None if seeds is None else SeedTable(seeds, step, len(forms or ()))
         self.given = {
             part: (tuple(own.shape), Rows(own.reshape(-1), Segments.from_ids(own.reshape(-1), num_clients=num_clients), LOST))
@@ -102,6 +103,8 @@ class Batch:
         self.segments.index_on(device)
         if self.sequence_index is not None:
             self.sequence_index = uploaded("sequence_index", self.sequence_index, device)
+        if self.positions is not None:
+            self.positions = uploaded("positions", self.positions, device)
 
     def layer_seeds(self, position: int, device: torch.device) -> KeptSeeds | None:
         """int64 [K] seeds of the layer at this position, or None where the batch has none."""
@@ -313,6 +316,8 @@ class Batch:
         assert self.ids is not None
         rows, batch, own = prod(leading), self.ids.shape[0], self.segments
         if form == _ANY:
+            if self.positions is not None and rows != own.num_rows:
+                raise self._refusal(leading, name)
             whole = batch > 0 and rows % batch == 0
             keys = self._keys(1, rows // batch, device) if whole else torch.arange(rows, device=device)
             lengths = [rows if length else 0 for length in own.lengths]
@@ -352,9 +357,11 @@ class Batch:
         return Rows(ids, segments, entry)
 
     def _keys(self, before: int, after: int, device: torch.device) -> Tensor:
-        """int64 [before * batch * after]: what names each row in a dropout mask, so that it depends neither on the batch's other clients nor on padding."""
+        """int64 [before * batch * after]: names of the rows in a dropout mask, so that it depends neither on other clients nor on padding or packing."""
         assert self.sequence_index is not None
         sequence = self.sequence_index.to(device)  # [batch] or [batch, seq]
+        if self.positions is not None:  # one row of x for each token: all else is refused before
+            return (sequence * SEQUENCE_STRIDE + self.positions.to(device)).reshape(-1)
         if sequence.dim() == 1 or before * after * len(sequence) != sequence.numel():  # rows of one client may be others than one for each of its tokens
             sequence = sequence.reshape(len(sequence), -1)[:, :1]
         place = torch.arange(before, device=device)[:, None, None] * after + torch.arange(after, device=device)
@@ -384,14 +391,3 @@ def left_is_over(left: bool, name: str) -> bool:
             f"client_segments: layer {name!r} is computed again by a backward pass after its block; call backward() inside `with client_segments(...)`"
         )
     return False
-
-
-def generated_per_sequence() -> int:
-    """Inside transformers' `generate`: how often it repeats each sequence, for beams or several answers; else 1."""
-    frame = None if torch.compiler.is_compiling() else sys._getframe(1)
-    while frame is not None:
-        config = frame.f_locals.get("generation_config") if frame.f_code.co_name == "generate" else None
-        if config is not None and hasattr(config, "num_beams"):
-            return max(config.num_beams or 1, config.num_return_sequences or 1)
-        frame = frame.f_back
-    return 1

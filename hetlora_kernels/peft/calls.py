@@ -99,6 +99,9 @@ class ModelCalls:
         for name, value in given.items():
             if "past" in name or "cache" in name:
                 continue
+            if name == "position_ids" and batch.positions is not None:  # that rows hold several sequences is nobody's data, and a mask is made of it
+                follower.set(value, None, True)
+                continue
             sure = not (text and any(word in name for word in _OTHER_SENSES))
             for tensor in _inside([value]):
                 if tensor.dim() and tensor.shape[0] == size:

@@ -28,6 +28,7 @@ def client_segments(
     step: int | Tensor = 0,
     sequence_index: Tensor | None = None,
     rows: Mapping[str, Any] | None = None,
+    positions: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Name the client of each sequence (or token) of the batch; spans forward and backward. Yields the clients as int64, [batch] or [batch, seq].
 
@@ -40,6 +41,9 @@ def client_segments(
     step: the step's number, an integer or int64 [K].
     sequence_index: int64 [batch], each sequence's index in its client's step batch; default its position among the client's sequences here.
     Micro-batches of one step pass it, so that a row's mask does not depend on the split.
+    positions: int64 [batch, seq], the place of each token in its sequence, where a row holds several sequences (packing): the model's `position_ids`. ids and
+    sequence_index then have this shape too, and masks are those of the same sequences in rows of their own. That no sequence sees another's tokens is
+    the model's part.
     rows: {part of the model: clients of the rows of its layers' inputs}, for parts whose inputs are no rows of the sequences, as a vision tower's patches.
     A part is a module's dotted name or words in a row of it ("visual"); of several that fit a layer the longest counts. The clients have the input's leading
     shape, or are a list of all its rows.
@@ -78,7 +82,9 @@ def client_segments(
     if seeds is not None and (seeds.dtype != torch.int64 or tuple(seeds.shape) != (clients,)):
         raise ValueError(f"seeds: expected an int64 tensor of shape ({clients},), got {seeds.dtype} {tuple(seeds.shape)}")
     check_step(step, clients)
-    if sequence_index is not None and (sequence_index.dtype != torch.int64 or tuple(sequence_index.shape) != (table.shape[0],)):
+    if positions is not None:
+        _check_packed(table, sequence_index, positions)
+    elif sequence_index is not None and (sequence_index.dtype != torch.int64 or tuple(sequence_index.shape) != (table.shape[0],)):
         got = f"{sequence_index.dtype} {tuple(sequence_index.shape)}"
         raise ValueError(f"sequence_index: expected an int64 tensor of shape ({table.shape[0]},), one per sequence, got {got}")
     forms = shared.forms if shared is not None else {name: known_forms(layer) for name, layer in layers.items()}
@@ -87,11 +93,11 @@ def client_segments(
             raise ValueError(f"rows: no adapted layer is in a part {part!r} of the model")
     batch: Batch
     if shared is not None:
-        batch = Batch(clients, table, sequence_index, seeds if shared.dropout else None, step, given, forms)
+        batch = Batch(clients, table, sequence_index, seeds if shared.dropout else None, step, given, forms, positions)
         everything: list[Holder] = [(shared, "batch", batch)]
     else:
         _check_all_fused(model)
-        batch = AdapterBatch(names, table, sequence_index, seeds, step, given, forms)
+        batch = AdapterBatch(names, table, sequence_index, seeds, step, given, forms, positions)
         everything = [(layer, "_hetlora_batch", (batch, position)) for position, layer in enumerate(layers.values())]
     for device in {shared.bank.device} if shared is not None else {parameter.device for layer in layers.values() for parameter in layer.parameters()}:
         if device.type != "meta":  # an offloaded weight
@@ -122,6 +128,17 @@ def client_segments(
             shared.left = True
         for layer in layers.values():
             layer._hetlora_left = True
+
+
+def _check_packed(table: Tensor, sequence_index: Tensor | None, positions: Tensor) -> None:
+    """`ValueError` where rows of several sequences do not say by token whose they are."""
+    shape = tuple(table.shape)
+    if len(shape) != 2:
+        raise ValueError(f"positions: only with ids per token, [batch, seq], got ids of shape {shape}")
+    for name, tensor in (("positions", positions), ("sequence_index", sequence_index)):
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64 or tuple(tensor.shape) != shape:
+            got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name}: expected an int64 tensor of shape {shape}, one per token, beside ids per token and positions, got {got}")
 
 
 def _adapters(model: nn.Module, layers: Sequence[Any]) -> list[str]:

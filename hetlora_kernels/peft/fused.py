@@ -83,6 +83,7 @@ class AdapterBatch(Batch):
         step: int | Tensor = 0,
         given: Mapping[str, Tensor] | None = None,
         forms: Mapping[str, Forms] | None = None,
+        positions: Tensor | None = None,
     ) -> None:
         """names: all adapters, that `ids`, `seeds`, `given` and a `step` [K] count."""
         given = given or {}
@@ -93,7 +94,7 @@ class AdapterBatch(Batch):
         seeds = None if seeds is None else seeds[present]
         step = step[present] if isinstance(step, Tensor) and step.dim() else step
         own = {part: local[rows.cpu()].to(rows.device) for part, rows in given.items()}
-        super().__init__(len(present), local[ids.cpu()].to(ids.device), sequence_index, seeds, step, own, forms)
+        super().__init__(len(present), local[ids.cpu()].to(ids.device), sequence_index, seeds, step, own, forms, positions)
         self.names = tuple(names[k] for k in present)
         self.layers = tuple(forms) if forms else ("",)  # by position
 

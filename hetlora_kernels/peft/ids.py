@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -58,3 +59,14 @@ def sequence_index_of(ids: Tensor) -> Tensor:
         earlier = holds.cumsum(0) - holds.to(torch.int64)
         out = torch.where(ids == client, earlier[:, None], out)
     return out
+
+
+def generated_per_sequence() -> int:
+    """Inside transformers' `generate`: how often it repeats each sequence, for beams or several answers; else 1."""
+    frame = None if torch.compiler.is_compiling() else sys._getframe(1)
+    while frame is not None:
+        config = frame.f_locals.get("generation_config") if frame.f_code.co_name == "generate" else None
+        if config is not None and hasattr(config, "num_beams"):
+            return max(config.num_beams or 1, config.num_return_sequences or 1)
+        frame = frame.f_back
+    return 1

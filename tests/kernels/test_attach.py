@@ -268,6 +268,43 @@ def test_batch_mates_and_padding_do_not_change_masks(llama, device):
     torch.testing.assert_close(longer[:, :6], alone, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_packed_rows_have_the_logits_gradients_and_masks_of_rows_of_their_own(llama, known, device):
+    """Two rows of three sequences and padding.   known: whether an earlier call showed the layers' order, or it is followed in this one."""
+    index, tokens = torch.tensor([0, 0, 1, 0]), token_batch(4, 5, device)
+    owners, lengths, seeds = [1, 0, 1, -1], [5, 2, 3, 4], torch.tensor([11, 22, 33])
+    model, bank = carried(llama, device, dropout=0.4)
+    alone, outcomes = [], []
+    for k, own in enumerate(owners):
+        with client_segments(model, [own], seeds=seeds, step=4, sequence_index=index[k : k + 1]):
+            alone.append(model(tokens[k : k + 1, : lengths[k]]).logits[0])
+            client_losses(alone[-1][None], tokens[k : k + 1, : lengths[k]], [own], 3, reduction="sum").sum().backward()
+    outcomes.append((torch.cat(alone).detach(), [p.grad for p in bank.parameters()]))
+    model, bank = carried(llama, device, dropout=0.4)
+    if known:
+        with client_segments(model, [0, 1, 2], seeds=seeds):
+            model(token_batch(3, 4, device))
+    rows, table = [[(0, 5), (3, 4)], [(1, 2), (2, 3)]], torch.zeros(5, 2, 9, dtype=torch.int64)
+    table[0] = -1
+    ids, where, positions, packed, labels = table
+    labels[:] = -100
+    for row, held in enumerate(rows):
+        start = 0
+        for k, length in held:
+            at = row, slice(start, start + length)
+            ids[at], where[at], positions[at], packed[at] = owners[k], index[k], torch.arange(length), tokens[k, :length].cpu()
+            labels[row, start + 1 : start + length] = tokens[k, 1:length].cpu()
+            start += length
+        positions[row, start:] = torch.arange(9 - start)
+    with client_segments(model, ids, seeds=seeds, step=4, sequence_index=where, positions=positions):
+        logits = model(packed.to(device), position_ids=positions.to(device)).logits
+        client_losses(logits, labels.to(device), ids, 3, reduction="sum").sum().backward()
+    outcomes.append((torch.cat([logits[0, :5], logits[1, :2], logits[1, 2:5], logits[0, 5:9]]).detach(), [p.grad for p in bank.parameters()]))
+    torch.testing.assert_close(outcomes[1][0], outcomes[0][0], rtol=1e-10, atol=1e-10)
+    for one, other in zip(outcomes[1][1], outcomes[0][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("seeds", [None, [11, 22, 33]])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing_of_the_model(llama, seeds, use_reentrant, device):
@@ -356,6 +393,9 @@ BAD_SEGMENTS = [
     ({"ids": [0, 1], "step": 0.5}, ValueError, r"^step: .*float32"),
     ({"ids": [0, 1], "sequence_index": torch.zeros(3, dtype=torch.int64)}, ValueError, r"^sequence_index: expected .*\(2,\).*\(3,\)"),
     ({"ids": [0, 1], "sequence_index": torch.zeros(2)}, ValueError, r"^sequence_index: .*float32"),
+    ({"ids": [0, 1], "positions": torch.zeros(2, 4, dtype=torch.int64)}, ValueError, r"^positions: only with ids per token, \[batch, seq\], got .*\(2,\)"),
+    ({"ids": [[0, 1]], "positions": torch.zeros(1, 3, dtype=torch.int64)}, ValueError, r"^positions: expected .*\(1, 2\), one per token.*\(1, 3\)"),
+    ({"ids": [[0, 1]], "positions": torch.zeros(1, 2, dtype=torch.int64)}, ValueError, r"^sequence_index: expected .*\(1, 2\), one per token.*NoneType"),
 ]
 
 

@@ -214,6 +214,23 @@ def test_the_block_ends(device):
     assert torch.equal(model(tokens).logits, before)
 
 
+def test_packed_rows_are_each_adapter_alone(device):
+    """Dropout masks too: one row of three adapters' sequences, against a row for each."""
+    model, tokens = trainable(several_adapters(device, lora_dropout=0.3)).train(), token_batch(3, 6, device)
+    fuse(model)
+    options = {"seeds": torch.tensor([5, 6, 7]), "step": 2}
+    apart = together(model, tokens, [2, 0, 1], **options)
+    ids, index = torch.tensor([2, 0, 1]).repeat_interleave(6)[None], torch.zeros(1, 18, dtype=torch.int64)
+    positions, labels = torch.arange(6).repeat(3)[None], tokens.clone()
+    labels[:, 0] = -100
+    model.zero_grad()
+    with client_segments(model, ids, sequence_index=index, positions=positions, **options) as clients:
+        logits = model(tokens.reshape(1, 18), position_ids=positions.to(device)).logits
+        client_losses(logits, labels.reshape(1, 18), clients, len(ADAPTERS)).sum().backward()
+    packed = {"logits": logits.detach().reshape(3, 6, -1)} | {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    assert_same(packed, apart, **TIGHT)
+
+
 BAD = [
     ({"ids": ["b", "nobody"]}, ValueError, r"^ids: expected one of the adapters \['default', 'b', 'c'\] or '__base__', got 'nobody'"),
     ({"ids": [0, 3]}, ValueError, r"^ids: expected -1 \(base only\) or a client below 3"),
