@@ -343,9 +343,12 @@ def export(run_dir: str, rank: int | None, client: str | None, out_dir: str | No
 
 
 @cli.command()
-def info() -> None:
+@click.option("--model", default="", help="A local folder, a hub id or 'demo': says too whether it trains without padding (--padding-free).")
+def info(model: str) -> None:
     """Versions, devices, packages, and which backend serves each operation."""
     _loaded("hetlora.info").print_info()
+    if model:
+        say(f"\nBatches of {model}: {_loaded('hetlora.packing').way_of_path(model)}")
 
 
 @cli.command()

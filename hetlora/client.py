@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 import hetlora_kernels as hk
+from hetlora.batches import Batch, batches
 from hetlora.config import Config
-from hetlora.data import ClientData, predicted, token_ids
+from hetlora.data import ClientData, predicted
 from hetlora.loss_scale import LossScale
+from hetlora.packing import way_of
 from hetlora.ranks import ClientRanks, Scope
 from hetlora.seeds import derive_seed, host_generator
 from hetlora_kernels.peft import HeadError, attach, client_losses, client_segments, detach, hidden_states
 from hetlora_kernels.peft.ids import KnownClients
-
-IGNORED = -100  # label of positions that are not predicted
 
 
 @dataclass(frozen=True)
@@ -58,31 +58,6 @@ def dropout_seed(name: str, cfg: Config, round_number: int) -> int:
     return derive_seed(cfg.seed, "dropout", round_number, name)
 
 
-def collate(sequences: Sequence[Tensor], device: torch.device, least: int = 0) -> tuple[Tensor, Tensor]:
-    """(input ids, labels), right-padded to the longest, or to `least` tokens; a causal model needs no attention mask: no token looks to its right.
-
-    Labels of tokens that are not predicted (`data.ClientData`) are `IGNORED`.
-    """
-    length = max(least, *(len(s) for s in sequences))
-    ids = torch.zeros(len(sequences), length, dtype=torch.int64)
-    labels = torch.full((len(sequences), length), IGNORED, dtype=torch.int64)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = token_ids(sequence)
-        labels[row, : len(sequence)] = sequence.where(sequence >= 0, IGNORED)
-    return ids.to(device), labels.to(device)
-
-
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[slice]:
-    """Split sequences of these lengths, in order, so that each part has at most `max_tokens` with its padding (one sequence at the least)."""
-    start, longest = 0, 0
-    for end, length in enumerate(lengths):
-        longest = max(longest, length)
-        if end > start and longest * (end + 1 - start) > max_tokens:
-            yield slice(start, end)
-            start, longest = end, length
-    yield slice(start, len(lengths))
-
-
 def make_optimizer(bank: hk.AdapterBank, cfg: Config, lr: float, keep: Any, model: torch.nn.Module) -> hk.AdamW | hk.SGD:
     """The local optimiser with the pruning regulariser lambda * sum ||B[:, q:]|| ||A[q:, :]|| on rows q = keep and up; without it where keep is empty.
 
@@ -116,21 +91,24 @@ def prune_decision(ranks: ClientRanks, keep: ClientRanks, before: Tensor, after:
 _takes_logits: WeakSet[torch.nn.Module] = WeakSet()
 
 
-def token_losses(model: torch.nn.Module, ids: Tensor, labels: Tensor, owner: Sequence[int] | Tensor | KnownClients, num_clients: int) -> Tensor:
+def token_losses(
+    model: torch.nn.Module, ids: Tensor, labels: Tensor, owner: Sequence[int] | Tensor | KnownClients, num_clients: int, positions: Tensor | None = None
+) -> Tensor:
     """[K] summed token losses of each client in one batch, in one forward of the model.
 
-    ids, labels: [batch, seq], as `collate` gives them.   owner: [batch], client of each sequence.
+    ids, labels: [batch, seq].   owner: client of each sequence, [batch], or token, [batch, seq].   positions: [batch, seq] where rows hold several sequences.
     Logits are made for a few rows at a time. A model that does more with its logits than `hidden_states` can follow makes all of them, and a warning says so.
     """
+    given = {"input_ids": ids, "use_cache": False} | ({} if positions is None else {"position_ids": positions})
     if model not in _takes_logits:
         try:
             with hidden_states(model) as hidden:
-                model(input_ids=ids, use_cache=False)
+                model(**given)
             return client_losses(hidden.states, labels, owner, num_clients, reduction="sum", head=hidden.head)
         except HeadError as error:
             _takes_logits.add(model)
             warnings.warn(f"losses are made from all logits of a batch, which take more memory: {error}", stacklevel=2)
-    return client_losses(model(input_ids=ids, use_cache=False).logits, labels, owner, num_clients, reduction="sum")
+    return client_losses(model(**given).logits, labels, owner, num_clients, reduction="sum")
 
 
 def training_scale(bank: hk.AdapterBank, cfg: Config) -> float | tuple[float, ...]:
@@ -156,15 +134,15 @@ def local_steps(
     round_number: int,
     optimizer: LocalOptimizer,
     device: torch.device,
-    segments: Callable[[Tensor, int], AbstractContextManager[Any]],
+    segments: Callable[[Batch, int], AbstractContextManager[Any]],
     trained: Sequence[Tensor] = (),
 ) -> LocalResult:
     """The client's steps of the round on whatever `optimizer` steps.
 
-    segments(index, step): context of one forward and backward over the sequences `index` [T] of the step's batch.   trained: what `optimizer` steps, for the
+    segments(batch, step): context of one forward and backward over a batch of the step.   trained: what `optimizer` steps, for the
     loss scaling of a float16 base.
     """
-    plan = plan_steps(data, cfg, round_number)
+    plan, way = plan_steps(data, cfg, round_number), way_of(model, cfg)
     losses, tokens = [], 0
     scaling = LossScale(model)
     for step, batch in enumerate(plan):
@@ -174,10 +152,9 @@ def local_steps(
 
         def backward(scale: float, step: int = step, sequences: list[Tensor] = sequences, count: int = count) -> Tensor:
             loss = 0.0
-            for part in micro_batches([len(s) for s in sequences], cfg.max_tokens_per_step):
-                ids, labels = collate(sequences[part], device)
-                with segments(torch.arange(len(sequences), dtype=torch.int64)[part], step):
-                    part_loss = token_losses(model, ids, labels, [0] * len(ids), 1)[0] / count
+            for part in batches([(0, i, s) for i, s in enumerate(sequences)], cfg.max_tokens_per_step, device, way):
+                with segments(part, step):
+                    part_loss = token_losses(model, part.ids, part.labels, part.owner, 1, part.positions)[0] / count
                     (part_loss if scale == 1 else part_loss * scale).backward()
                 loss += float(part_loss.detach())
             return torch.tensor(loss, dtype=torch.float64)
@@ -194,9 +171,10 @@ def train_client(model: torch.nn.Module, bank: hk.AdapterBank, data: ClientData,
     """
     seeds = torch.tensor([dropout_seed(data.name, cfg, round_number)], dtype=torch.int64)
 
-    def segments(index: Tensor, step: int) -> AbstractContextManager[Any]:
-        return client_segments(model, torch.zeros(len(index), dtype=torch.int64), seeds=seeds, step=step, sequence_index=index)
+    def segments(batch: Batch, step: int) -> AbstractContextManager[Any]:
+        return client_segments(model, batch.owner, seeds=seeds, step=step, sequence_index=batch.index, positions=batch.positions)
 
+    way_of(model, cfg)  # before a bank is attached
     attach(model, bank, scale=training_scale(bank, cfg), dropout=cfg.dropout)
     try:
         optimizer = make_optimizer(bank, cfg, lr, keep, model)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 import hetlora_kernels as hk
-from hetlora.client import LocalResult, collate, dropout_seed, make_optimizer, micro_batches, plan_steps, token_losses, train_client, training_scale
+from hetlora.batches import batches
+from hetlora.client import LocalResult, dropout_seed, make_optimizer, plan_steps, token_losses, train_client, training_scale
 from hetlora.config import Config
 from hetlora.data import ClientData
 from hetlora.loss_scale import LossScale
+from hetlora.packing import way_of
 from hetlora.recorded import RecordedSteps, StepRows, step_rows
 from hetlora_kernels.peft import attach, client_segments, detach
 from hetlora_kernels.peft.graphs import Record
@@ -41,6 +43,7 @@ def train_cohort(
     steps = max(len(plan) for plan in plans)
     means: list[Tensor] = []  # [K] per step, fetched once at the end so that a step waits for nothing
     scaling, trained = LossScale(model), list(bank.parameters())
+    way_of(model, cfg)  # before a bank is attached
     attach(model, bank, scale=training_scale(bank, cfg), dropout=cfg.dropout)
     try:
         work = [step_rows(clients, plans, step) for step in range(steps)]
@@ -64,15 +67,12 @@ def train_cohort(
 
 def _backward(model: torch.nn.Module, bank: hk.AdapterBank, work: StepRows, step: int, seeds: Tensor, cfg: Config, scale: float) -> Tensor:
     """Gradients of `scale` times the sum over clients of their mean token loss in this step; returns the means [K]."""
-    rows, clients = work.rows, bank.num_clients
+    clients = bank.num_clients
     tokens = torch.tensor(work.predicted, dtype=torch.float64, device=bank.device)
     means = torch.zeros(clients, dtype=torch.float64, device=bank.device)
-    for part in micro_batches([len(s) for _, _, s in rows], cfg.max_tokens_per_step):
-        ids, labels = collate([s for _, _, s in rows[part]], bank.device)
-        owner = torch.tensor([k for k, _, _ in rows[part]], dtype=torch.int64)
-        index = torch.tensor([position for _, position, _ in rows[part]], dtype=torch.int64)
-        with client_segments(model, owner, seeds=seeds, step=step, sequence_index=index):
-            sums = token_losses(model, ids, labels, owner, clients)
+    for part in batches(work.rows, cfg.max_tokens_per_step, bank.device, way_of(model, cfg)):
+        with client_segments(model, part.owner, seeds=seeds, step=step, sequence_index=part.index, positions=part.positions):
+            sums = token_losses(model, part.ids, part.labels, part.owner, clients, part.positions)
             losses = sums / tokens.to(sums.dtype)
             (losses.sum() if scale == 1 else losses.sum() * scale).backward()
         means += losses.detach()

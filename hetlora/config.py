@@ -170,6 +170,12 @@ class Config(BaseModel):
     momentum: float = _setting(0.0, "training", "Momentum (sgd).", ge=0, lt=1)
     clip_norm: float = _setting(1.0, "training", "Clip each client's gradient norm; 0 = no clip.", ge=0)
     max_tokens_per_step: int = _setting(16384, "training", "Largest forward/backward in tokens; larger batches are split with the same result.", ge=1)
+    padding_free: Literal["auto", "on", "off"] = _setting(
+        "off",
+        "training",
+        "Sequences of a step share rows instead of being padded, where a probe of the model shows that it keeps them apart: 'auto' (else sorted by length), "
+        "'on' (else an error), 'off' (each padded to its batch's longest). Changes rounding alone.",
+    )
     gradient_checkpointing: bool = _setting(
         False, "training", "Keep the inputs of the model's layers alone and compute each layer again in the backward pass: less memory, a third more time."
     )
@@ -282,6 +288,8 @@ class Config(BaseModel):
             raise ConfigError(f"warmup_rounds: expected fewer than rounds = {self.rounds}, got {self.warmup_rounds}")
         if self.cuda_graph and not self.cobatch:
             raise ConfigError("cuda_graph = True: only for cobatch = True, as it records the step of a cohort; leave it out")
+        if self.cuda_graph and self.padding_free == "on":
+            raise ConfigError("cuda_graph = True: a recorded step has one shape, which padding makes; leave padding_free = 'on' out")
         if self.cuda_graph and self.gradient_checkpointing:
             raise ConfigError("cuda_graph = True: gradient_checkpointing sets the state of torch's generator, which a recorded step cannot; leave one out")
         self._check_examples()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import hetlora_kernels as hk
-from hetlora.client import collate, micro_batches, token_losses
+from hetlora.batches import collate, micro_batches
+from hetlora.client import token_losses
 from hetlora.data import ClientData, predicted
 from hetlora.ranks import ClientRanks, bank_ranks
 from hetlora_kernels.peft import attach, client_segments, detach

@@ -17,6 +17,7 @@ from hetlora.lock import FolderLock
 from hetlora.loggers import Observers
 from hetlora.merge import aggregate
 from hetlora.observer import Observer
+from hetlora.packing import way_of
 from hetlora.ranks import check_width, kept_rank, mean_rank
 from hetlora.report.terminal import ConsoleObserver, make_console
 from hetlora.result import Result, client_line, rank_shown, upload_line
@@ -161,6 +162,7 @@ def _describe(run: Run) -> dict[str, Any]:
         "modules": len(run.fleet.shapes),
         **run.fleet.describe(),
         **_ranks_described(run.cfg, run.state),
+        **_batches_described(run),
         "device": str(run.fleet.device),
         "run_dir": str(run.folder),
     }
@@ -178,6 +180,13 @@ def _ranks_described(cfg: Config, state: server.ServerState) -> dict[str, str]:
         able = sum(kept_rank(rank, cfg.gamma, state.r_min) < rank for rank in dealt)
         said["pruning"] = f"{able} of {len(dealt)} clients have rows to prune, by gamma = {cfg.gamma:g} and lambda = {cfg.prune_lambda:g}"
     return said | {"bytes": f"compared with HomLoRA at rank {state.homlora_rank}, the largest that a client has"}
+
+
+def _batches_described(run: Run) -> dict[str, str]:
+    """How sequences become batches, and why, where the settings leave it to the model. A deployed node finds it out for its own."""
+    if run.cfg.padding_free == "off":
+        return {}
+    return {"batches": str(way_of(run.fleet.model, run.cfg)) if run.fleet.model is not None else "as each node's probe of its model says"}
 
 
 def _mean_rank(state: server.ServerState) -> float:

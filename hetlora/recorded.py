@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import hetlora_kernels as hk
-from hetlora.client import collate, token_losses
+from hetlora.batches import collate
+from hetlora.client import token_losses
 from hetlora.config import Config
 from hetlora.data import ClientData, predicted
 from hetlora.errors import ConfigError

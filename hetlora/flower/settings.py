@@ -10,7 +10,7 @@ from typing import Any
 from hetlora.compare.methods import default_method, left_out, method_settings
 from hetlora.config import Config, ConfigError
 
-OF_A_NODE = ("model", "data", "dtype", "device", "quantize", "max_tokens_per_step", "gradient_checkpointing")
+OF_A_NODE = ("model", "data", "dtype", "device", "quantize", "max_tokens_per_step", "padding_free", "gradient_checkpointing")
 """Settings of a run that a node may have otherwise: where its files lie, and how its machine computes."""
 
 

@@ -18,8 +18,9 @@ from transformers import ByT5Tokenizer
 
 import hetlora_kernels as hk
 from hetlora import Config, ConfigError
+from hetlora.batches import collate
 from hetlora.chat import CHATML, Chat, packed
-from hetlora.client import collate, local_steps, plan_steps
+from hetlora.client import local_steps, plan_steps
 from hetlora.data import load_data, predicted, token_ids
 from hetlora.evaluate import evaluate_bank
 from hetlora.loop import simulate

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from tiny import tiny_clients, tiny_config, tiny_model, trained_bank
 
 import hetlora_kernels as hk
-from hetlora.client import dropout_seed, micro_batches, plan_steps, train_client
+from hetlora.batches import micro_batches
+from hetlora.client import dropout_seed, plan_steps, train_client
 from hetlora.cohort import train_cohort, train_one_by_one
 from hetlora.models import target_shapes
 from hetlora.ranks import bank_ranks, tail_start

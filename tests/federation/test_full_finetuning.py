@@ -7,7 +7,8 @@ import torch
 from tiny import SIZES, Interrupt, Stop, lines, tiny_clients, tiny_config, tiny_federation, tiny_model
 
 from hetlora import checkpoint, full_finetuning, server
-from hetlora.client import collate, plan_steps
+from hetlora.batches import collate
+from hetlora.client import plan_steps
 from hetlora.config import ConfigError
 from hetlora.export import export_adapter
 from hetlora.loop import simulate

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import losses as bench_losses
+from benchmarks import packing as bench_packing
 from benchmarks import plots, providers, run, saved, server, steps, tables, timing
 from benchmarks.shapes import power_law_ranks
 
@@ -191,5 +192,25 @@ def test_losses_are_measured_after_they_agree(monkeypatch, capsys):
         monkeypatch.setattr(bench_losses, "client_losses", lambda *given, head=None, **own: real(*given, head=head, **own) * (1.01 if head else 1))
         with pytest.raises(SystemExit, match=r"torch.float32: the two forms differ by 1.0e-02; nothing is measured"):
             bench_losses.main()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_packing_is_measured_after_the_ways_agree(monkeypatch, capsys):
+    shape = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    monkeypatch.setitem(bench_packing.MODELS, "small", shape)
+    monkeypatch.setattr(sys, "argv", ["packing", "--clients", "3", "--longest", "40", "--rounds", "2"])
+    before = torch.get_num_threads()
+    try:
+        bench_packing.main()
+        probe, *_, even, uniform, tail = capsys.readouterr().out.splitlines()
+        assert probe.startswith("probe: packed;") and "| 0 % | 0 % | 0 % |" in even
+        for row in (uniform, tail):
+            padded, _, packed = (int(cell.removesuffix(" %")) for cell in row.split(" | ")[1:4])
+            assert packed < padded
+        real = bench_packing.token_losses
+        monkeypatch.setattr(bench_packing, "token_losses", lambda *own: real(*own) * (1.0 if own[-1] is None else 1.01))
+        with pytest.raises(SystemExit, match=r"packed: gradients differ by 1.0e-02; nothing is measured"):
+            bench_packing.main()
     finally:
         torch.set_num_threads(before)
