@@ -34,9 +34,10 @@ demo: venv
 
 # Two stages, so that a plain mistake shows before the slow checks (GPU code without a GPU: emulator, compilers) begin.
 # In the second, files go in their own order: by number of tests the longest one, a deployed federation, would be alone at the end.
+# It has one worker more than there are cores, for that federation waits for its processes half of the time.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "slow and not matrix and not gates"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($(JOBS) + 1)) --dist loadfile --no-loadscope-reorder -m "slow and not matrix and not gates"
 
 matrix: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m matrix tests/native/test_instruction_sets.py

@@ -16,10 +16,10 @@ VOCAB = 61
 LLAMA_RANKS = {"q_proj": [4, 1, 7], "v_proj": [2, 0, 3], "down_proj": [8, 1, 5]}  # another rank in every module, 0 among them
 
 
-def tiny_llama(dtype=torch.float64, device="cpu") -> LlamaForCausalLM:
+def tiny_llama(dtype=torch.float64, device="cpu", layers=2) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, use_cache=False
+        vocab_size=VOCAB, hidden_size=24, intermediate_size=40, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, use_cache=False
     )
     return LlamaForCausalLM(config).to(device, dtype).eval()
 
