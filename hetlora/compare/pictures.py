@@ -27,7 +27,7 @@ _LOOKS = {
     "fedavg-full": ("#000000", "X"),
 }
 _OTHERS = ("#CC79A7", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#000000", "#882255", "#44AA99")
-_OTHER_MARKS = "sv^DPX*h"
+_OTHER_MARKS = "sv^DPX*hp"  # one more than colours, so that pairs of both do not repeat
 
 
 def _look(table: Table, name: str) -> tuple[str, str]:
