@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from hetlora import _missing_extra, signals
+from hetlora import _missing_extra, processor, signals
+from hetlora.errors import ConfigError
+from hetlora.processes import place
 
 
 def main() -> int | None:
     """Run the command line; returns its exit status."""
+    if _follows():
+        return _follow()
     message = _missing_extra()
     if message is not None and sys.argv[1:] == ["info"]:  # it needs the kernels alone
         from hetlora.info import print_info
@@ -23,6 +27,27 @@ def main() -> int | None:
         from hetlora.cli import main as command_line
 
     return command_line()
+
+
+def _follows() -> bool:
+    try:
+        return place().follows
+    except ConfigError:
+        return False  # the command line says it
+
+
+def _follow() -> int:
+    """One process of several: it reads no argument and says nothing, but does what process 0 orders."""
+    signals.end_at_once()
+    if sys.argv[1:2] != ["run"] or {"-h", "--help"} & set(sys.argv):
+        return 0  # process 0 does it alone, or refuses it
+    if message := _missing_extra():
+        print(f"{message} (process {place().number})", file=sys.stderr)
+        return 2
+    processor.prepare()
+    from hetlora.spread import follow
+
+    return follow()
 
 
 if __name__ == "__main__":

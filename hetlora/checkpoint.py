@@ -29,6 +29,7 @@ from hetlora import checkpoint_file
 from hetlora.config import Config, ConfigError
 from hetlora.data import FederatedData
 from hetlora.lock import LOCK, FolderLock
+from hetlora.processes import place
 from hetlora.run_folder import (
     ADAPTER_FILE,
     BEST,
@@ -52,7 +53,7 @@ STATE = ("round", "ranks", "r_min", "r_max", "ranks_start", "rounds_trained", "p
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """What a repeat of the run needs to match: packages, Python, platform, device, instruction set, threads."""
+    """What a repeat of the run needs to match: packages, Python, platform, device, instruction set, threads, processes."""
     packages = {}
     for name in ("hetlora", "torch", "transformers", "peft", "safetensors"):
         try:
@@ -60,7 +61,7 @@ def versions(device: torch.device) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             packages[name] = "not installed"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    machine = {"platform": platform.platform(), "device": f"{device} ({name})", "threads": str(torch.get_num_threads())}
+    machine = {"platform": platform.platform(), "device": f"{device} ({name})", "threads": str(torch.get_num_threads()), "processes": str(place().count)}
     kernels = ", ".join(sorted({rung for rung, _ in hk.backends().values()}))
     limit = os.environ.get("HETLORA_INSTRUCTION_SET")
     instructions = torch.backends.cpu.get_cpu_capability() + (f", kernels limited to {limit}" if limit else "")
@@ -100,7 +101,7 @@ def match_versions(run: Path, device: torch.device) -> list[str]:
     elif threads != torch.get_num_threads():
         lines.append(f"using {threads} threads, as the run began with, instead of {torch.get_num_threads()}")
         torch.set_num_threads(threads)
-    now = versions(device)
+    saved, now = {"processes": "1", **saved}, versions(device)
     different = [f"{name} was {saved.get(name)}, is {value}" for name, value in now.items() if saved.get(name) != value]
     return lines + ([f"the result may differ in the last bits from that of an uninterrupted run: {'; '.join(different)}"] if different else [])
 

@@ -23,6 +23,7 @@ from hetlora import __version__, cli_flower, processor, signals
 from hetlora.cli_lines import SHOWN, Commands, leave_quietly, say, tell
 from hetlora.compare.methods import ALONE, METHODS, OWNED, Plan, default_method, left_out, make_plan, method_settings
 from hetlora.config import Config, ConfigError, setting_group
+from hetlora.processes import only_run, place
 from hetlora.report.json_lines import JsonObserver, SilentObserver, print_line
 from hetlora.run_folder import BITS_ONLY, LENGTH, is_run, read_config
 
@@ -210,6 +211,7 @@ def _finish_comparison(watched: _Watched, comparison: Any, opening: Sequence[str
 @click.pass_context
 def cli(ctx: click.Context) -> None:
     """Federated fine-tuning with LoRA adapters of different ranks (HETLORA)."""
+    only_run(ctx.invoked_subcommand)
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
@@ -254,9 +256,9 @@ def run(config_file: str | None, resume: bool, **options: Any) -> None:
     """
     flags = {name: value for name, value in options.items() if value is not None}
     cfg = _saved_settings(config_file, flags) if resume else _settings(config_file, flags)
-    loop = _loaded("hetlora.loop")
+    simulate = _loaded("hetlora.loop").simulate if place().count == 1 else _loaded("hetlora.spread").lead
     with _Watched(cfg.output) as watched:
-        result = loop.simulate(cfg, resume=resume, observer=watched.observer)
+        result = simulate(cfg, resume=resume, observer=watched.observer)
     _finish(watched, result)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,23 @@ from hetlora_kernels.peft import attach, client_segments, detach
 
 Progress = Callable[[int, int], None]
 Part = Literal["test", "train"]
+T = TypeVar("T")
 CLIENTS_AT_ONCE = 32  # banks of this many clients keep evaluation memory flat however many clients a federation has
+
+
+class Whole:
+    """Who does which part of an evaluation: this process all of them. `spread.Shared` deals them out; its numbers are the same to the bit."""
+
+    def mine(self, costs: Sequence[float]) -> list[int]:
+        """Positions of the parts that this process does; costs: of each part."""
+        return list(range(len(costs)))
+
+    def gathered(self, own: dict[int, T]) -> list[T]:
+        """What all parts gave, in their order.   own: {position: what it gave}, of `mine`."""
+        return [own[position] for position in sorted(own)]
+
+
+WHOLE = Whole()
 
 
 def pool_text(clients: Sequence[ClientData], max_tokens: int, part: Part = "test") -> list[Tensor]:
@@ -38,27 +54,35 @@ def pool_text(clients: Sequence[ClientData], max_tokens: int, part: Part = "test
 
 @torch.no_grad()
 def _token_losses(
-    model: torch.nn.Module, bank: hk.AdapterBank, owned: Sequence[tuple[int, Tensor]], scale: float, max_tokens: int, progress: Progress | None
+    model: torch.nn.Module,
+    bank: hk.AdapterBank,
+    owned: Sequence[tuple[int, Tensor]],
+    scale: float,
+    max_tokens: int,
+    progress: Progress | None,
+    split: Whole,
 ) -> tuple[Tensor, list[int]]:
-    """(summed loss [K] float64, predicted tokens [K]); owned: (client of the bank, sequence)."""
+    """(summed loss [K] float64, predicted tokens [K]); owned: (client of the bank, sequence). Batches are summed in their order, whoever did them."""
     slots = bank.num_clients
-    sums = torch.zeros(slots, dtype=torch.float64)
-    counts = [0] * slots
     parts = list(micro_batches([len(s) for _, s in owned], max_tokens))
+    mine = split.mine([sum(len(s) for _, s in owned[part]) for part in parts])
+    own: dict[int, Tensor] = {}
     attach(model, bank, scale=scale)
     try:
-        for done, part in enumerate(parts):
+        for done, number in enumerate(mine):
+            part = parts[number]
             ids, labels = collate([s for _, s in owned[part]], bank.device)
             owner = torch.tensor([k for k, _ in owned[part]], dtype=torch.int64)
             with client_segments(model, owner):
-                sums += token_losses(model, ids, labels, owner, slots).double().cpu()
-            for k, sequence in owned[part]:
-                counts[k] += predicted(sequence)
+                own[number] = token_losses(model, ids, labels, owner, slots).double().cpu()
             if progress:
-                progress(done + 1, len(parts))
+                progress(done + 1, len(mine))
     finally:
         detach(model)
-    return sums, counts
+    counts = [0] * slots
+    for k, sequence in owned:
+        counts[k] += predicted(sequence)
+    return sum(split.gathered(own), torch.zeros(slots, dtype=torch.float64)), counts
 
 
 def evaluation(loss_sum: float, tokens: int) -> dict[str, Any]:
@@ -68,12 +92,18 @@ def evaluation(loss_sum: float, tokens: int) -> dict[str, Any]:
 
 
 def evaluate_bank(
-    model: torch.nn.Module, bank: hk.AdapterBank, sequences: Sequence[Tensor], scale: float, max_tokens: int, progress: Progress | None = None
+    model: torch.nn.Module,
+    bank: hk.AdapterBank,
+    sequences: Sequence[Tensor],
+    scale: float,
+    max_tokens: int,
+    progress: Progress | None = None,
+    split: Whole = WHOLE,
 ) -> dict[str, Any] | None:
     """{"loss" (nats per token), "perplexity", "tokens"} of a bank of one client on `sequences`; None when there are none."""
     if not sequences:
         return None
-    sums, counts = _token_losses(model, bank, [(0, s) for s in sequences], scale, max_tokens, progress)
+    sums, counts = _token_losses(model, bank, [(0, s) for s in sequences], scale, max_tokens, progress, split)
     return evaluation(float(sums[0]), counts[0])
 
 
@@ -87,6 +117,7 @@ def evaluate_clients(
     tokens_per_client: int = 0,
     progress: Progress | None = None,
     part: Part = "test",
+    split: Whole = WHOLE,
 ) -> list[dict[str, Any]]:
     """Each client's own held-out (or training) text under the leading rows of `bank` that its rank gives it, many clients in one batch."""
     results: list[dict[str, Any]] = []
@@ -94,7 +125,7 @@ def evaluate_clients(
         group = clients[start : start + CLIENTS_AT_ONCE]
         own = bank.truncate(bank_ranks(list(ranks[start : start + CLIENTS_AT_ONCE]), bank.shapes))
         owned = [(k, s) for k, client in enumerate(group) for s in pool_text([client], tokens_per_client, part)]
-        sums, counts = _token_losses(model, own, owned, scale, max_tokens, None)
+        sums, counts = _token_losses(model, own, owned, scale, max_tokens, None, split)
         results += [evaluation(float(total), count) for total, count in zip(sums, counts, strict=True)]
         if progress:
             progress(len(results), len(clients))

@@ -13,7 +13,7 @@ import torch
 from hetlora import checkpoint, rouge, samples
 from hetlora.config import Config
 from hetlora.data import ClientData
-from hetlora.evaluate import Part, evaluate_bank, evaluate_clients, mean_over_clients, pool_text
+from hetlora.evaluate import WHOLE, Part, Whole, evaluate_bank, evaluate_clients, mean_over_clients, pool_text
 from hetlora.federation import Federation, base_weights, starting_ranks
 from hetlora.models import checkpointed
 from hetlora.ranks import RankPlan
@@ -72,9 +72,10 @@ class Fleet(Protocol):
 
 @dataclass
 class LocalFleet:
-    """Clients simulated in this process, on one copy of the base model."""
+    """Clients simulated in this process, on one copy of the base model.   split: who does which part of an evaluation."""
 
     federation: Federation
+    split: Whole = WHOLE
 
     def __post_init__(self) -> None:
         self.clients = {client.name: client for client in self.federation.data.clients}
@@ -116,7 +117,7 @@ class LocalFleet:
         sets = {"client_text": pool_text(data.clients, cfg.eval_tokens), "held_out_clients": pool_text(data.held_out, cfg.eval_tokens)}
         scale = cfg.scale_at(state.r_max)
         found: dict[str, Any] = {
-            name: evaluate_bank(self.model, state.bank, sequences, scale, cfg.max_tokens_per_step, progress) for name, sequences in sets.items()
+            name: evaluate_bank(self.model, state.bank, sequences, scale, cfg.max_tokens_per_step, progress, self.split) for name, sequences in sets.items()
         }
         if cfg.evaluate == "all":
             parts: dict[str, Part] = {"own_text": "test", "own_train": "train"}
@@ -124,12 +125,13 @@ class LocalFleet:
         return found | (self.answers(cfg, state, progress) if state.round in (0, cfg.rounds) else {})
 
     def answers(self, cfg: Config, state: ServerState, progress: Progress) -> dict[str, Any]:
-        found: dict[str, Any] = {"rouge_l": rouge.evaluate(self.federation, state.bank, cfg, progress)} if cfg.rouge_examples else {}
-        return found | ({"samples": samples.evaluate(self.federation, state.bank, cfg, progress)} if cfg.sample_prompts else {})
+        found: dict[str, Any] = {"rouge_l": rouge.evaluate(self.federation, state.bank, cfg, progress, self.split)} if cfg.rouge_examples else {}
+        return found | ({"samples": samples.evaluate(self.federation, state.bank, cfg, progress, self.split)} if cfg.sample_prompts else {})
 
     def own_text(self, cfg: Config, state: ServerState, progress: Progress, part: Part = "test") -> dict[str, dict[str, Any]]:
         clients: list[ClientData] = list(self.clients.values())
         share = math.ceil(cfg.eval_tokens / len(clients)) if cfg.eval_tokens else 0
         with cfg.training_kind.load_receives()(state, cfg, self.model, self.names) as (bank, ranks):
-            found = evaluate_clients(self.model, bank, ranks, clients, cfg.scale_at(state.r_max), cfg.max_tokens_per_step, share, progress, part)
+            scale = cfg.scale_at(state.r_max)
+            found = evaluate_clients(self.model, bank, ranks, clients, scale, cfg.max_tokens_per_step, share, progress, part, self.split)
         return dict(zip(self.names, found, strict=True))

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from hetlora.errors import ConfigError
+from hetlora.processes import place
 
 _BRIEFLY = "1000"  # turns of libgomp's loop, some microseconds; its own default is 300,000, or for ever
 _SAMPLE = 0.1  # seconds
@@ -64,17 +65,21 @@ def used_by_others(seconds: float = _SAMPLE) -> float | None:
 def prepare(threads: int | None = None) -> str:
     """Choose threads and their waiting for this process, and say what was chosen.
 
-    threads: of the computation; None: OMP_NUM_THREADS where it is set, else `cores()`. Raises `ConfigError` where it is not positive.
+    threads: of the computation; None: OMP_NUM_THREADS where it is set, else this process's share of `cores()`; among several processes of torchrun, which
+    sets OMP_NUM_THREADS to 1 by itself, a 1 counts as not set. Raises `ConfigError` where it is not positive.
     Sets OMP_NUM_THREADS, and OMP_WAIT_POLICY or GOMP_SPINCOUNT unless one of those is set already. Once torch is imported only the number can change.
     """
     if threads is not None and not 1 <= threads <= 1024:
         raise ConfigError(f"--threads: expected a number from 1 to 1024, got {threads}")
-    available = cores()
+    available, here = cores(), place().count_here
     given = os.environ.get("OMP_NUM_THREADS", "").strip()
+    if here > 1 and given == "1":
+        given = ""  # torchrun sets it where the user has not
     if threads is None and given:
         count, origin = given, "OMP_NUM_THREADS"
     else:
-        count, origin = str(threads or available), "--threads" if threads else f"cores here: {available}"
+        shared = f", for {here} processes" if here > 1 else ""
+        count, origin = str(threads or max(1, available // here)), "--threads" if threads else f"cores here: {available}{shared}"
     chosen = f"threads: {count} ({origin})"
     if "torch" in sys.modules:
         if threads is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import hetlora_kernels as hk
 from hetlora.config import Config, ConfigError
+from hetlora.evaluate import WHOLE, Whole
 from hetlora.federation import Federation
 from hetlora.samples import generate
 
@@ -30,7 +31,9 @@ def scorer() -> Callable[[list[str], list[str]], float]:
     return score
 
 
-def evaluate(federation: Federation, bank: hk.AdapterBank, cfg: Config, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+def evaluate(
+    federation: Federation, bank: hk.AdapterBank, cfg: Config, progress: Callable[[int, int], None] | None = None, split: Whole = WHOLE
+) -> dict[str, Any]:
     """{"f1": mean ROUGE-L, "examples": how many} of greedy answers to cfg.rouge_examples held-out prompts, one of each client in turn.
 
     bank: of one client.   An answer ends at EOS or after cfg.rouge_tokens tokens. Raises `ConfigError` when the data has no prompts.
@@ -40,5 +43,5 @@ def evaluate(federation: Federation, bank: hk.AdapterBank, cfg: Config, progress
     examples = [examples[turn] for turn in range(max(map(len, own), default=0)) for examples in own if turn < len(examples)][: cfg.rouge_examples]
     if not examples:
         raise ConfigError("rouge_examples: no client has a held-out prompt")
-    answers = generate(federation, bank, [prompt for prompt, _ in examples], cfg, progress)
+    answers = generate(federation, bank, [prompt for prompt, _ in examples], cfg, progress, split)
     return {"f1": score(answers, [response for _, response in examples]), "examples": len(examples)}

@@ -65,6 +65,13 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def end_at_once() -> None:
+    """Signals end this process without a word: one that writes nothing and has nothing to say."""
+    for number in (signal.SIGINT, *_ENDING):
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            signal.signal(number, signal.SIG_DFL)
+
+
 @contextmanager
 def _handled(numbers: tuple[int, ...], handler: Callable[[int, types.FrameType | None], Any]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
