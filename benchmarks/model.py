@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.shapes import LLAMA_8B_ATTENTION_LAYER, elements_per_rank
+from benchmarks.shapes import LLAMA_8B_ATTENTION_LAYER, elements_per_rank, power_law_ranks
 
 COPY_SHARE = 0.9  # of the public bandwidth that a copy reaches
 PRODUCT_SHARE = 0.7  # of the public 16-bit peak that the framework's large products reach
@@ -22,12 +22,14 @@ STAGE_CLOCKS = 480  # of a block of the layer's kernels for 64 columns or rows: 
 DROPOUT_CLOCKS = 470  # more with dropout
 RESIDENT = 3  # such blocks on a multiprocessor, by registers and shared memory
 DROPOUT_INTEGERS = 38  # integer instructions for eight columns: counted in the machine code (tests/gpu/test_cuda_build.py)
-GRAM_SHARE = 0.5  # of the float32 peak in the server's Gram kernel: a 4 x 4 tile of sums a thread is bound by shared memory
+GRAM_SHARE = 0.6  # of the float32 peak in the server's Gram kernel: 256 products beside 16 loads from shared memory, and 84 to 98 % of the threads have some
+MMA_SHARE = 0.5  # of the 16-bit peak that mma.sync reaches
 CASTS = 0  # of float32 factors to the base's type, each way: the optimiser keeps them in it (`cast=`); 2 without
 
 # of csrc/cuda: lora.h, lora_layer.h, gram.cu
 ROWS, COLUMNS, DEPTH, SPLIT, SPLITS, CHUNK = 64, 64, 64, 1024, 8, 1024
 WIDEST, BLOCKS, EXPAND_PLANES = 256, 256, 16 << 20
+WIDEST_GRAM, GRAM_SPLIT = 64, 2048
 
 
 @dataclass(frozen=True)
@@ -182,13 +184,24 @@ def accumulate(elements: int, rank: int) -> Work:
     return Work("accumulate_", 2, 4 * elements * rank * 3)
 
 
-def gram(elements: int, ranks: Sequence[int]) -> Work:
-    def tile(rank: int) -> int:
-        side = 16 if rank <= 16 else 32 if rank <= 32 else 64
-        across = math.ceil(rank / side)
-        return across * (across + 1) // 2 * side * side
+def gram_tiles(rank: int, size: int) -> tuple[int, int, int]:
+    """(multiplications, rows read, elements of planes) for one column of a client's rows of `size` bytes: tiles on or above the diagonal, of squares of 8 or
+    bands of 16 rows, each with the later ones and itself."""
+    unit = 16 if size == 2 else 8
+    tiles = math.ceil(rank / WIDEST_GRAM)
+    across = math.ceil(math.ceil(rank / max(tiles, 1)) / unit)
+    beside = tiles * (tiles - 1) // 2  # off the diagonal; on tensor cores two bands by two
+    read = rank + beside * (math.ceil(across / 2) ** 2 * 4 if size == 2 else 2 * across) * unit
+    multiplications = (tiles * across * (across + 1) // 2 + beside * across**2) * unit**2
+    return multiplications, read, (tiles + beside) * (across * unit) ** 2
 
-    return Work("gram", 3, 4 * elements * sum(ranks), products=2 * elements * sum(map(tile, ranks)), pipe="float32", share=GRAM_SHARE)
+
+def gram(elements: int, ranks: Sequence[int], size: int = 4) -> Work:
+    """Rows of `size` bytes: 4 for float32, which multiplies without tensor cores, 2 for the 16-bit types."""
+    multiplications, read, planes = (sum(column) for column in zip(*(gram_tiles(rank, size) for rank in ranks), strict=True))
+    cached = size * elements * (read - sum(ranks)) + 2 * 4 * planes * math.ceil(elements / GRAM_SPLIT)
+    pipe, share = ("bfloat16", MMA_SHARE) if size == 2 else ("float32", GRAM_SHARE)
+    return Work("gram", 3, size * elements * sum(ranks), cached, products=2 * elements * multiplications, pipe=pipe, share=share)
 
 
 def delta_norms(elements: int, ranks: Sequence[int]) -> Work:
@@ -255,8 +268,12 @@ def table() -> list[str]:
     rows += [("T=8192, 4096 columns, r=16, p=0", expand(8192, 4096, 16, False, True)), ("16 x 4096", cast(16 * 4096))]
     ranks, elements = [4, 8, 16, 32, 64] * 20, elements_per_rank(LLAMA_8B_ATTENTION_LAYER)
     load = "Llama-3.1-8B attention layer, 100 clients, ranks 4..64, float32"
-    rows += [(load, make(elements, ranks)) for make in (truncate, aggregate, gram, delta_norms, tail_norms, adamw, sgd)]
+    rows += [(load, make(elements, ranks)) for make in (truncate, aggregate, delta_norms, tail_norms, adamw, sgd)]
     rows += [(load, make(elements, ranks, bits)) for make in (quantize, dequantize) for bits in (8, 4)]
+    # The Gram kernel by type and rank: what a rank pays is the squares or bands it rounds up to.
+    for name, own in (("ranks 4..64", ranks), ("ranks 5..50 by a power law", power_law_ranks(100)), ("rank 39", [39] * 100), ("rank 64", [64] * 100)):
+        for dtype, size in (("float32", 4), ("bfloat16", 2)):
+            rows.append((load.replace("ranks 4..64, float32", f"{name}, {dtype}"), gram(elements, own, size)))
     rows.append((load.replace("100 clients, ranks 4..64", "1 client, rank 16"), accumulate(elements, 16)))
     lines = [*kernel_table(rows), "", "Forward and backward of the layer over the frozen layer's, *modelled*, r = 16, p = 0.1:", ""]
     lines += [

@@ -1,175 +1,157 @@
 // Gram matrices of each client's rank rows, and the norms of the updates B A from them.
 //
-// One block owns a SIDE x SIDE tile of one client's matrix (SIDE = 16, 32 or 64 by rank; tiles on or above the diagonal, mirrored when stored) over SPLIT
-// columns (grid z). Each thread holds 4 x 4 sums; the block's 256 threads are 16, 4 or 1 groups that share the columns of a stage in shared memory, so that a
-// rank of 5 does not pay for a tile of 64. Groups, then splits, are added in a fixed order: no atomics, and a client's result does not depend on who else is
-// in the call. Bytes: S d in (again per tile row for ranks above 64), sum r^2 out. Float32 FMA, no TF32; float64 for float64 and `exact`.
-// Layout: offsets [K + 1], tiles before each client [K + 1], result offsets [K], plane offsets [K].
+// One block owns a tile of one client's matrix (gram.cuh) over SPLIT columns. 16-bit rows multiply on tensor cores (gram_mma.cuh); float32 rows by FMA, without
+// TF32; float64 rows and `exact` in float64. Here a thread holds Q x Q sums of the tile, 8 x 8 in float32: 16 loads of 16 bytes from shared memory for
+// 256 products, where 4 x 4 has twice as many and waits for them. The squares on or above the diagonal, 36 at rank 64 instead of 64, are dealt to as many
+// groups of threads as there is room for, which share the columns of a stage. A stage is 24 KB whatever the rank: one in use, one on its way. Groups, then
+// splits, are added in a fixed order: no atomics, and a client's result does not depend on who else is in the call.
+// Bytes: S d in (ranks above the widest tile: again per tile row), sum r^2 out.
 #include "dispatch.cuh"
+#include "gram_mma.cuh"
 
 namespace hetlora {
 
-constexpr int GRAM_THREADS = 256, GRAM_SPLIT = 2048, QUAD = 4;
+constexpr int GRAM_STAGE = 24 << 10, PIECES = 8;  // bytes of a stage; 16-byte pieces of a row that lie together
 
-HETLORA_HOST_DEVICE constexpr int gram_depth(int side) { return 2048 / side; }  // columns of a stage
-HETLORA_HOST_DEVICE constexpr int gram_stage(int side, int operands) {
-    return operands * side * (gram_depth(side) + QUAD);
-}  // elements; rows are padded by a bank group
-HETLORA_HOST_DEVICE constexpr int gram_sums() { return GRAM_THREADS * QUAD * QUAD; }  // elements to add the groups
-constexpr int GRAM_SHARED = gram_stage(64, 2) > gram_sums() ? gram_stage(64, 2) : gram_sums();               // two operands only where SIDE is 64
-static_assert(GRAM_SHARED >= gram_stage(16, 1) && GRAM_SHARED >= gram_stage(32, 1));
-
-// Blocks per multiprocessor: said outright, because the compiler otherwise aims for more of them and spills (8 bytes on sm_110 and 120, 128 on sm_80).
-template <class Acc>
-constexpr int GRAM_BLOCKS = sizeof(Acc) == 4 ? 2 : 1;
-
-// One tile's place: its client's rows, its matrix in the result, its plane of partial sums (null: straight to the result).
+// What the products of this kernel come in, rows of a tile.
 template <class T, class Acc>
-struct GramTile {
-    const T* rows;
-    Acc *out, *plane;
-    int rank, i, j;
-    __device__ __forceinline__ void store(int row, int column, int side, Acc value) const {
-        if (plane) {
-            plane[row * side + column] = value;
-            return;
-        }
-        const int left = i * side + row, right = j * side + column;
-        if (left >= rank || right >= rank) return;
-        out[static_cast<int64_t>(left) * rank + right] = value;
-        if (i != j) out[static_cast<int64_t>(right) * rank + left] = value;
+constexpr int UNIT = gram_unit(TYPE<T>, TYPE<Acc>);
+
+// A stage: chunks of `rows` x 128 bytes, the eight pieces of a row permuted by its square, so that those of eight squares lie in different banks.
+template <int Q, class Acc>
+struct GramStage {
+    static constexpr int V = VECTOR<Acc>, CHUNK = PIECES * V;  // columns of a piece, of a chunk
+    Acc* shared;
+    int rows;
+
+    __device__ __forceinline__ int pieces() const { return PIECES * (GRAM_STAGE / (rows * CHUNK * static_cast<int>(sizeof(Acc)))); }
+    __device__ __forceinline__ Acc* at(int buffer, int chunk, int row, int piece) const {
+        return shared + buffer * (GRAM_STAGE / static_cast<int>(sizeof(Acc))) + (chunk * rows + row) * CHUNK + (piece ^ (row / Q % PIECES)) * V;
     }
 };
 
-// SIDE rows from `first_row` x DEPTH columns from `start`, zero outside the client's rows and past `last`, to shared memory.
-template <bool ALIGNED, int SIDE, class T, class Acc>
-__device__ __forceinline__ void stage_rows(Acc* shared, const T* rows, int first_row, int rank, int64_t width, int start, int last) {
-    constexpr int DEPTH = gram_depth(SIDE), PITCH = DEPTH + QUAD, V = VECTOR<T>;
-    for (int at = threadIdx.x * V; at < SIDE * DEPTH; at += GRAM_THREADS * V) {
-        const int row = at / DEPTH, column = at % DEPTH;
-        const T* source = rows + (first_row + row) * width + start + column;
-        Pack<T, V> pack{};
-        if (first_row + row < rank) {
-            if constexpr (ALIGNED) {
-                if (start + column < last) pack = *reinterpret_cast<const Pack<T, V>*>(source);
-            } else {
+// `pieces` of the tile's rows from column `start`; zero outside the client's rows and past `last`. COPIED: as they are, asynchronously.
+template <bool COPIED, int Q, class T, class Acc>
+__device__ __forceinline__ void fill_stage(const GramStage<Q, Acc>& stage, int buffer, const GramTile<T, Acc>& tile, int64_t width, int start, int pieces,
+                                           int last) {
+    constexpr int V = VECTOR<Acc>;
+    const int piece = threadIdx.x % PIECES;
+    for (int row = threadIdx.x / PIECES, chunk = 0;; row += GRAM_THREADS / PIECES) {
+        for (; row >= stage.rows; row -= stage.rows) ++chunk;
+        if (chunk * PIECES >= pieces) break;
+        const int own = row < tile.side ? tile.i * tile.side + row : tile.j * tile.side + row - tile.side, column = start + (chunk * PIECES + piece) * V;
+        const int valid = own < tile.rank ? min(max(last - column, 0), V) : 0;
+        const T* from = tile.rows + own * width + column;
+        Acc* to = stage.at(buffer, chunk, row, piece);
+        if constexpr (COPIED) {
+            copy_async(to, valid ? from : tile.rows, valid * static_cast<int>(sizeof(T)));
+        } else {
+            Pack<Acc, V> pack{};
 #pragma unroll
-                for (int e = 0; e < V; ++e)
-                    if (start + column + e < last) pack.v[e] = source[e];
-            }
-        }
-        constexpr int WIDE = V < QUAD ? V : QUAD;  // 16-byte stores: one element at a time, the lanes of a warp would meet in the same banks
-#pragma unroll
-        for (int e = 0; e < V; e += WIDE) {
-            Pack<Acc, WIDE> wide;
-#pragma unroll
-            for (int w = 0; w < WIDE; ++w) wide.v[w] = convert<Acc>(pack.v[e + w]);
-            *reinterpret_cast<Pack<Acc, WIDE>*>(shared + row * PITCH + column + e) = wide;
+            for (int e = 0; e < V; ++e)
+                if (e < valid) pack.v[e] = convert<Acc>(from[e]);
+            *reinterpret_cast<Pack<Acc, V>*>(to) = pack;
         }
     }
 }
 
-template <bool ALIGNED, int SIDE, class T, class Acc>
+// sum += the products of a square's Q rows and Q rows in one piece.
+template <int Q, class Acc>
+__device__ __forceinline__ void multiply_squares(Acc (&sum)[Q][Q], const Acc* left, const Acc* right) {
+    constexpr int V = VECTOR<Acc>, CHUNK = PIECES * V;
+    Pack<Acc, V> a[Q];
+#pragma unroll
+    for (int r = 0; r < Q; ++r) a[r] = *reinterpret_cast<const Pack<Acc, V>*>(left + r * CHUNK);
+#pragma unroll
+    for (int s = 0; s < Q; ++s) {
+        const Pack<Acc, V> b = *reinterpret_cast<const Pack<Acc, V>*>(right + s * CHUNK);
+#pragma unroll
+        for (int e = 0; e < V; ++e)
+#pragma unroll
+            for (int r = 0; r < Q; ++r) sum[r][s] += a[r].v[e] * b.v[e];
+    }
+}
+
+template <bool COPIED, int Q, class T, class Acc>
 __device__ void gram_tile(const GramTile<T, Acc>& tile, int64_t width, int first, int last, Acc* shared) {
-    constexpr int DEPTH = gram_depth(SIDE), PITCH = DEPTH + QUAD, ACROSS = SIDE / QUAD, GROUPS = GRAM_THREADS / (ACROSS * ACROSS);
-    const int group = threadIdx.x / (ACROSS * ACROSS), place = threadIdx.x % (ACROSS * ACROSS), y = place / ACROSS, x = place % ACROSS;
-    Acc* left = shared;
-    Acc* right = tile.i == tile.j ? shared : shared + SIDE * PITCH;
-    Acc sum[QUAD][QUAD] = {};
-    for (int start = first; start < last; start += DEPTH) {
-        stage_rows<ALIGNED, SIDE>(left, tile.rows, tile.i * SIDE, tile.rank, width, start, last);
-        if (tile.i != tile.j) stage_rows<ALIGNED, SIDE>(right, tile.rows, tile.j * SIDE, tile.rank, width, start, last);
-        __syncthreads();
-        for (int column = group * QUAD; column < DEPTH; column += GROUPS * QUAD) {
-            Pack<Acc, QUAD> a[QUAD], b[QUAD];
-#pragma unroll
-            for (int r = 0; r < QUAD; ++r) {
-                a[r] = *reinterpret_cast<const Pack<Acc, QUAD>*>(left + (r * ACROSS + y) * PITCH + column);
-                b[r] = *reinterpret_cast<const Pack<Acc, QUAD>*>(right + (r * ACROSS + x) * PITCH + column);
-            }
-#pragma unroll
-            for (int c = 0; c < QUAD; ++c)
-#pragma unroll
-                for (int r = 0; r < QUAD; ++r)
-#pragma unroll
-                    for (int s = 0; s < QUAD; ++s) sum[r][s] += a[r].v[c] * b[s].v[c];
-        }
-        __syncthreads();
+    const bool diagonal = tile.i == tile.j;
+    const int across = tile.side / Q, squares = diagonal ? across * (across + 1) / 2 : across * across, groups = GRAM_THREADS / squares;
+    const int group = threadIdx.x / squares, place = threadIdx.x % squares;
+    int y = 0, x = place;
+    for (; x >= (diagonal ? across - y : across); ++y) x -= diagonal ? across - y : across;
+    const int right = diagonal ? y + x : across + x;  // the square's rows in the stage, in units of Q
+    const GramStage<Q, Acc> stage{shared, (diagonal ? 1 : 2) * tile.side};
+    const int depth = stage.pieces() * stage.V, steps = (last - first + depth - 1) / depth;
+    const auto pieces_of = [&](int start) { return min(stage.pieces(), (last - start + stage.V - 1) / stage.V); };
+    Acc sum[Q][Q] = {};
+    if (steps) fill_stage<COPIED, Q>(stage, 0, tile, width, first, pieces_of(first), last);
+    close_copies();
+    for (int step = 0; step < steps; ++step) {
+        const int start = first + step * depth, pieces = pieces_of(start);
+        await_copies<0>();
+        __syncthreads();  // the stage is whole, and the one before it is free
+        if (step + 1 < steps) fill_stage<COPIED, Q>(stage, (step + 1) % 2, tile, width, start + depth, pieces_of(start + depth), last);
+        close_copies();
+        if (group < groups)
+            for (int piece = group; piece < pieces; piece += groups)
+                multiply_squares<Q>(sum, stage.at(step % 2, piece / PIECES, y * Q, piece % PIECES),
+                                    stage.at(step % 2, piece / PIECES, right * Q, piece % PIECES));
     }
-    if constexpr (GROUPS > 1) {
+    for (int left = groups; left > 1; left = (left + 1) / 2) {  // the upper half of the groups to the lower
+        const int half = (left + 1) / 2, slots = half * squares, slot = (group < half ? group : group - half) * squares + place;
+        __syncthreads();  // what was there has been read
+        if (group >= half && group < left)
 #pragma unroll
-        for (int r = 0; r < QUAD; ++r)
+            for (int at = 0; at < Q * Q; ++at) shared[at * slots + slot] = sum[at / Q][at % Q];
+        __syncthreads();  // the sums of the upper half are there
+        if (group + half < left)
 #pragma unroll
-            for (int s = 0; s < QUAD; ++s) shared[(group * SIDE + r * ACROSS + y) * SIDE + s * ACROSS + x] = sum[r][s];
-        __syncthreads();
-        for (int at = threadIdx.x; at < SIDE * SIDE; at += GRAM_THREADS) {
-            Acc total = 0;
+            for (int at = 0; at < Q * Q; ++at) sum[at / Q][at % Q] += shared[at * slots + slot];
+    }
+    if (group) return;
 #pragma unroll
-            for (int g = 0; g < GROUPS; ++g) total += shared[g * SIDE * SIDE + at];
-            tile.store(at / SIDE, at % SIDE, SIDE, total);
-        }
-    } else {
-#pragma unroll
-        for (int r = 0; r < QUAD; ++r)
-#pragma unroll
-            for (int s = 0; s < QUAD; ++s) tile.store(r * ACROSS + y, s * ACROSS + x, SIDE, sum[r][s]);
+    for (int at = 0; at < Q * Q; ++at) {
+        const int row = y * Q + at / Q, column = (diagonal ? right : x) * Q + at % Q;
+        tile.store(row, column, sum[at / Q][at % Q]);
     }
 }
 
-// Tile blockIdx.x of a module: false when the module has fewer. `plane` is that of split 0 even where the module has one split.
 template <class T, class Acc>
-__device__ __forceinline__ bool find_tile(GramTile<T, Acc>& tile, const Table& table, const Module& module, Acc* planes) {
-    const int clients = table.clients, index = blockIdx.x;
-    const int* layout = table.layouts + static_cast<int64_t>(module.layout) * table.stride;
-    const int *tiles = layout + clients + 1, *squares = tiles + clients + 1, *plane = squares + clients;
-    if (index >= tiles[clients]) return false;
-    const int k = owner_of(tiles, clients, index);
-    tile.rank = layout[k + 1] - layout[k];
-    const int count = gram_tiles_per_side(tile.rank), side = gram_side(tile.rank);
-    int rest = index - tiles[k], i = 0;
-    for (; rest >= count - i; ++i) rest -= count - i;
-    tile.i = i;
-    tile.j = i + rest;
-    tile.rows = static_cast<const T*>(module.p[0]) + static_cast<int64_t>(layout[k]) * module.width;
-    tile.out = static_cast<Acc*>(const_cast<void*>(module.p[1])) + squares[k];
-    tile.plane = planes + module.first + plane[k] + static_cast<int64_t>(index - tiles[k]) * side * side;
-    return true;
-}
+constexpr int GRAM_SHARED = UNIT<T, Acc> == BAND ? GRAM_EXCHANGE : 2 * GRAM_STAGE / static_cast<int>(sizeof(Acc));
 
-// p of a module: rows, result. `rows` of a module: elements of one split's planes.
+// Blocks per multiprocessor: what shared memory has room for on sm_80. Said outright, because the compiler otherwise aims for more of them and spills.
 template <class T, class Acc>
-__global__ void __launch_bounds__(GRAM_THREADS, GRAM_BLOCKS<Acc>) gram_kernel(Table table, Acc* planes) {
-    alignas(16) __shared__ Acc shared[GRAM_SHARED];
+__global__ void __launch_bounds__(GRAM_THREADS, 3) gram_kernel(Table table, Acc* planes) {
+    alignas(16) __shared__ Acc shared[GRAM_SHARED<T, Acc>];
     const Module module = table.modules[blockIdx.y];
-    const int first = blockIdx.z * GRAM_SPLIT, last = min(first + GRAM_SPLIT, module.width);
     GramTile<T, Acc> tile;
-    if ((blockIdx.z && first >= module.width) || !find_tile(tile, table, module, planes)) return;
-    tile.plane = module.width > GRAM_SPLIT ? tile.plane + static_cast<int64_t>(blockIdx.z) * module.rows : nullptr;
-    const int side = gram_side(tile.rank);
-    if (module.aligned) {
-        if (side == 16) gram_tile<true, 16>(tile, module.width, first, last, shared);
-        else if (side == 32) gram_tile<true, 32>(tile, module.width, first, last, shared);
-        else gram_tile<true, 64>(tile, module.width, first, last, shared);
+    int first, last;
+    if (!find_part(tile, first, last, table, module, UNIT<T, Acc>, planes)) return;
+    if constexpr (UNIT<T, Acc> == BAND) {
+        if (module.aligned) gram_mma_tile<true>(tile, module.width, first, last, shared);
+        else gram_mma_tile<false>(tile, module.width, first, last, shared);
+    } else if constexpr (std::is_same_v<T, Acc>) {
+        if (module.aligned) gram_tile<true, UNIT<T, Acc>>(tile, module.width, first, last, shared);
+        else gram_tile<false, UNIT<T, Acc>>(tile, module.width, first, last, shared);
     } else {
-        if (side == 16) gram_tile<false, 16>(tile, module.width, first, last, shared);
-        else if (side == 32) gram_tile<false, 32>(tile, module.width, first, last, shared);
-        else gram_tile<false, 64>(tile, module.width, first, last, shared);
+        gram_tile<false, UNIT<T, Acc>>(tile, module.width, first, last, shared);
     }
 }
 
 // The planes of a module with several splits, added in order.
 template <class Acc>
-__global__ void __launch_bounds__(GRAM_THREADS) gram_sum_kernel(Table table, Acc* planes) {
+__global__ void __launch_bounds__(GRAM_THREADS) gram_sum_kernel(Table table, int unit, Acc* planes) {
     const Module module = table.modules[blockIdx.y];
     GramTile<Acc, Acc> tile;
-    if (module.width <= GRAM_SPLIT || !find_tile(tile, table, module, planes)) return;
+    if (module.width <= GRAM_SPLIT || !find_tile(tile, table, module, unit, planes)) return;
     const Acc* plane = tile.plane;
     tile.plane = nullptr;
-    const int side = gram_side(tile.rank), splits = (module.width + GRAM_SPLIT - 1) / GRAM_SPLIT;
-    for (int at = threadIdx.x; at < side * side; at += GRAM_THREADS) {
+    const int splits = (module.width + GRAM_SPLIT - 1) / GRAM_SPLIT;
+    for (int at = threadIdx.x; at < tile.side * tile.side; at += GRAM_THREADS) {
+        if (!tile.has(at / tile.side, at % tile.side)) continue;
         Acc total = 0;
         for (int split = 0; split < splits; ++split) total += plane[static_cast<int64_t>(split) * module.rows + at];
-        tile.store(at / side, at % side, side, total);
+        tile.store(at / tile.side, at % tile.side, total);
     }
 }
 
@@ -194,7 +176,7 @@ static cudaError_t launch_gram(const HetloraCall& call, int splits, Acc* planes)
     HETLORA_LAUNCH((gram_kernel<T, Acc>), grid, dim3(GRAM_THREADS), call.stream, call.table, planes);
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess || splits == 1) return error;
-    HETLORA_LAUNCH((gram_sum_kernel<Acc>), dim3(grid.x, grid.y), dim3(GRAM_THREADS), call.stream, call.table, planes);
+    HETLORA_LAUNCH((gram_sum_kernel<Acc>), dim3(grid.x, grid.y), dim3(GRAM_THREADS), call.stream, call.table, UNIT<T, Acc>, planes);
     return cudaGetLastError();
 }
 

@@ -16,7 +16,7 @@ Tensors launch_gram(const Tensors& rows, const Integers& ranks, Type result, con
         const int64_t width = rows[m].size(1);
         const int own = std::max(1, hetlora::divide_up(width, hetlora_gram_split()));
         const std::vector<int> offsets = checked_offsets(ranks, m, clients, rows[m].size(0));
-        const hetlora::GramLayout layout = hetlora::gram_layout(offsets);
+        const hetlora::GramLayout layout = hetlora::gram_layout(offsets, hetlora::gram_unit(type_of(rows[m]), result));
         STD_TORCH_CHECK(layout.result < INT32_MAX && layout.plane < INT32_MAX, "ranks: expected a sum of squares below 2^31");
         out.push_back(torch::stable::new_empty(rows[m], {layout.result}, scalar_of(result)));
         launch.module({{rows[m].const_data_ptr(), out[m].mutable_data_ptr(), nullptr, nullptr},

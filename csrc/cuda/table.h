@@ -80,9 +80,14 @@ inline std::vector<int> offsets_of(const int64_t* ranks, int clients) {
 
 inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
-// Side of a Gram tile for a client of this rank, and tiles along it.
-HETLORA_HOST_DEVICE constexpr int gram_side(int rank) { return rank <= 16 ? 16 : rank <= 32 ? 32 : 64; }
-HETLORA_HOST_DEVICE constexpr int gram_tiles_per_side(int rank) { return (rank + gram_side(rank) - 1) / gram_side(rank); }
+// What the products of a Gram tile come in, rows: bands of tensor cores for 16-bit rows in float32, else squares of sums that a thread holds.
+HETLORA_HOST_DEVICE constexpr int gram_unit(Type rows, Type result) { return result == Type::f64 ? 4 : rows == Type::f32 ? 8 : 16; }
+// Rows of the tiles of a client of this rank, and tiles along a side: at most 64 rows, 32 in float64, and no more than its rank needs.
+HETLORA_HOST_DEVICE constexpr int gram_tiles_per_side(int rank, int unit) { return unit == 4 ? (rank + 31) / 32 : (rank + 63) / 64; }
+HETLORA_HOST_DEVICE constexpr int gram_side(int rank, int unit) {
+    const int tiles = gram_tiles_per_side(rank, unit), rows = tiles ? (rank + tiles - 1) / tiles : 0;
+    return (rows + unit - 1) / unit * unit;
+}
 
 // Layout of the Gram kernels: offsets [K + 1], tiles before each client [K + 1], result offsets [K], plane offsets [K].
 struct GramLayout {
@@ -91,16 +96,16 @@ struct GramLayout {
     int64_t plane = 0, result = 0;  // elements of one split's planes, of the result
 };
 
-inline GramLayout gram_layout(const std::vector<int>& offsets) {
+inline GramLayout gram_layout(const std::vector<int>& offsets, int unit) {
     GramLayout out;
     const int clients = static_cast<int>(offsets.size()) - 1;
     std::vector<int> tiles(1, 0), results, planes;
     for (int k = 0; k < clients; ++k) {
-        const int rank = offsets[k + 1] - offsets[k], across = gram_tiles_per_side(rank), own = across * (across + 1) / 2;
+        const int rank = offsets[k + 1] - offsets[k], across = gram_tiles_per_side(rank, unit), own = across * (across + 1) / 2;
         results.push_back(static_cast<int>(out.result));
         planes.push_back(static_cast<int>(out.plane));
         out.tiles += own;
-        out.plane += int64_t(own) * gram_side(rank) * gram_side(rank);
+        out.plane += int64_t(own) * gram_side(rank, unit) * gram_side(rank, unit);
         out.result += int64_t(rank) * rank;
         tiles.push_back(out.tiles);
     }

@@ -2,8 +2,9 @@
 
 Tile: SIDE x SIDE of one client's matrix over SPLIT columns, SIDE = 16, 32 or 64 by the client's rank; only tiles on or above the diagonal are computed
 and mirrored. A row wider than SPLIT is divided among programs; their planes are added in order by a second launch (no atomics, and a client's result
-does not depend on who else is in the call). Bytes: S d in (again per tile row for ranks above 64), sum r^2 out. Products in float32 without TF32, or in
-float64 for float64 and `exact`, which first makes a float64 copy of narrower rows.
+does not depend on who else is in the call). Bytes: S d in (again per tile row for ranks above 64), sum r^2 out. 16-bit rows multiply on tensor cores, which
+cut sums off instead of rounding: CHAIN dot products in one chain, and chains are added as float32. Float32 rows multiply in float32 without TF32; float64
+and `exact`, which first makes a float64 copy of narrower rows, in float64.
 """
 
 from __future__ import annotations
@@ -48,17 +49,25 @@ def plane_size(ranks: tuple[int, ...]) -> int:
 
 
 @triton.jit
-def _tile_product(source, rank, width, first, last, i, j, T: tl.constexpr, ACC: tl.constexpr, SIDE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr):
-    """[SIDE, SIDE] products of the rows of tiles i and j over columns first .. last."""
+def _load_tile(source, row, rank, width, column, last, ALIGN: tl.constexpr):
     BYTES: tl.constexpr = 16 if ALIGN > 1 else 1  # promised for every row start: the compiler cannot see into the table
+    inside = tl.max_constancy(column < last, (1, ALIGN))
+    return tl.load(tl.multiple_of(source + row * width + column, (1, BYTES)), mask=(row < rank) & inside, other=0.0)
+
+
+@triton.jit
+def _tile_product(source, rank, width, first, last, i, j, ACC: tl.constexpr, SIDE: tl.constexpr, DEPTH: tl.constexpr, CHAIN: tl.constexpr, ALIGN: tl.constexpr):
+    """[SIDE, SIDE] products of the rows of tiles i and j over columns first .. last, in 16 bits CHAIN times DEPTH columns in one chain of sums."""
     left, right = i * SIDE + tl.arange(0, SIDE)[:, None], j * SIDE + tl.arange(0, SIDE)[:, None]
     total = tl.zeros((SIDE, SIDE), dtype=ACC)
-    for start in range(first, last, DEPTH):
-        column = start + tl.arange(0, DEPTH)[None, :]
-        inside = tl.max_constancy(column < last, (1, ALIGN))
-        x = tl.load(tl.multiple_of(source + left * width + column, (1, BYTES)), mask=(left < rank) & inside, other=0.0).to(ACC)
-        y = tl.load(tl.multiple_of(source + right * width + column, (1, BYTES)), mask=(right < rank) & inside, other=0.0).to(ACC)
-        total += tl.dot(x, tl.trans(y), input_precision="ieee", out_dtype=ACC)
+    for start in range(first, last, DEPTH * CHAIN):
+        part = tl.zeros((SIDE, SIDE), dtype=ACC)
+        for step in tl.static_range(CHAIN):
+            column = start + step * DEPTH + tl.arange(0, DEPTH)[None, :]
+            x = _load_tile(source, left, rank, width, column, last, ALIGN)
+            y = _load_tile(source, right, rank, width, column, last, ALIGN)
+            part = tl.dot(x, tl.trans(y), acc=part, input_precision="ieee", out_dtype=ACC)
+        total += part
     return total
 
 
@@ -85,6 +94,7 @@ def _gram_kernel(
     ACC: tl.constexpr,
     SPLIT: tl.constexpr,
     DEPTH: tl.constexpr,
+    CHAIN: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     entry = modules + tl.program_id(1) * 7
@@ -101,11 +111,11 @@ def _gram_kernel(
     planes = tl.load(entry + 2).to(tl.pointer_type(ACC)) + tl.program_id(2) * tl.load(entry + 6) + tl.load(tile + 3)
     last, single = tl.minimum(first + SPLIT, width), width <= SPLIT
     if rank <= 16:
-        _store_tile(_tile_product(source, rank, width, first, last, i, j, T, ACC, 16, DEPTH, ALIGN), out, planes, rank, i, j, single, 16)
+        _store_tile(_tile_product(source, rank, width, first, last, i, j, ACC, 16, DEPTH, CHAIN, ALIGN), out, planes, rank, i, j, single, 16)
     elif rank <= 32:
-        _store_tile(_tile_product(source, rank, width, first, last, i, j, T, ACC, 32, DEPTH, ALIGN), out, planes, rank, i, j, single, 32)
+        _store_tile(_tile_product(source, rank, width, first, last, i, j, ACC, 32, DEPTH, CHAIN, ALIGN), out, planes, rank, i, j, single, 32)
     else:
-        _store_tile(_tile_product(source, rank, width, first, last, i, j, T, ACC, 64, DEPTH, ALIGN), out, planes, rank, i, j, single, 64)
+        _store_tile(_tile_product(source, rank, width, first, last, i, j, ACC, 64, DEPTH, CHAIN, ALIGN), out, planes, rank, i, j, single, 64)
 
 
 @triton.jit
@@ -150,7 +160,7 @@ def gram(rows, ranks, exact):
     device, own = rows[0].device, split_ranks(ranks, len(rows))
     dtype = torch.float64 if exact else compute_dtype(rows[0].dtype)
     out = [torch.empty(sum(r * r for r in ranks_m), dtype=dtype, device=device) for ranks_m in own]
-    setting = params("gram_float64" if dtype == torch.float64 else "gram", device)
+    setting = params("gram" + {torch.float64: "_float64", torch.float32: "_float32"}.get(rows[0].dtype, ""), device)
     split, depth, warps = setting["SPLIT"], setting["DEPTH"], setting["num_warps"]
     widths, sizes, tiles = [r.shape[1] for r in rows], [plane_size(r) for r in own], [len(_tiles(r)) for r in own]
     splits = [triton.cdiv(w, split) for w in widths]
@@ -168,6 +178,7 @@ def gram(rows, ranks, exact):
         table,
         T=TYPES[rows[0].dtype],
         DEPTH=depth,
+        CHAIN=setting["CHAIN"],
         ALIGN=alignment(widths, rows),
         **common,
     )

@@ -34,6 +34,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "small": {"ranks": [[4, 0, 1, 7], [3, 18, 40, 2]], "widths": [33, 64]},
     # More than 32 clients, tiles off the diagonal, more than one split, a width of one.
     "large": {"ranks": [[1, 0, 3, 8] * 9 + [33, 70], [2] * 37 + [5]], "widths": [1, 2056]},
+    # Gram tiles of every size, on the diagonal and off it, in rows that are aligned, not aligned, and in several splits.
+    "tiles": {"ranks": [[64, 70, 5, 130], [33, 96, 17, 0], [66, 20, 1, 49]], "widths": [136, 41, 2056]},
     # Modules that share their ranks, which then travel once.
     "shared": {"ranks": [[3, 0, 18, 2]] * 2 + [[1, 2, 0, 5]] + [[4, 4, 4, 4]] * 2, "widths": [33, 8, 5, 16, 40]},
     # A module without columns, one without rank rows.

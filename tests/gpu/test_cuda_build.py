@@ -112,6 +112,20 @@ def test_the_layer_multiplies_on_tensor_cores_and_copies_asynchronously(build: t
         assert ("LDSM" in names) == narrow and "LDGSTS" in names, f"{name} on sm_{arch}: ldmatrix or cp.async not as expected"
 
 
+@needs_disassembler
+def test_the_servers_gram_multiplies_16_bit_rows_on_tensor_cores(build: tuple[Path, str]) -> None:
+    """With float32 sums, straight from registers; float32 rows by FMA from asynchronous copies; what is added in float64 in float64."""
+    found = instructions(built_object(build, "gram.cu"))
+    own = {place: names for place, names in found.items() if "gram_kernelI" in place[1]}
+    assert len(own) == 7 * len({arch for arch, _ in found}), "four types, three of them in float64 too"
+    for (arch, name), names in own.items():
+        narrow, wide = "bfloat16fE" in name or "halffE" in name, "dEEv" in name
+        where = f"{name} on sm_{arch}"
+        assert ("HMMA" in names) == narrow and ("DFMA" in names) == wide, f"{where}: not the products expected"
+        assert ("LDGSTS" in names) == ("Iff" in name or "Idd" in name), f"{where}: cp.async not as expected"
+        assert narrow or wide or names["FFMA"] >= 2 * 256, f"{where}: not 8 x 8 sums of four columns a thread, aligned and not"
+
+
 DROPOUT_INTEGERS = 44  # 65 with 64-bit products, halves taken apart and masks made element by element
 INTEGER = {
     "LOP3",

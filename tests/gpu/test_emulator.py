@@ -19,6 +19,12 @@ def test_many_clients_several_tiles_and_splits(library: Path) -> None:
     assert not wrong(work(library, "f32,bf16", "large", "rev,warp"))
 
 
+def test_gram_tiles_of_every_size(library: Path) -> None:
+    """On tensor cores, in float32 and in float64."""
+    assert not wrong(work(library, "f32,bf16,f16", "tiles", "rand", "gram"))
+    assert not wrong(work(library, "bf16,f64", "tiles", "rev", "delta_norms-exact"))
+
+
 def test_modules_that_share_their_ranks(library: Path) -> None:
     assert not wrong(work(library, "f32", "shared", "fwd"))
 
@@ -27,20 +33,39 @@ def test_modules_without_columns_or_rows(library: Path) -> None:
     assert not wrong(work(library, "f32,bf16", "edge", "warp"))
 
 
-BARRIER = "        __syncthreads();\n"
+STAGED = "        await_copies<0>();\n        __syncthreads();  // the stage is whole, and the one before it is free\n"
+READ, UPPER, WARPS = (
+    f"__syncthreads();  // {why}\n" for why in ("what was there has been read", "the sums of the upper half are there", "the sums of all warps are there")
+)
 MUTANTS = {
-    "no barrier between staging and use": Mutant(
-        "gram.cu", "gram", BARRIER + "        for (int column = group", "        for (int column = group", "small", "gram"
-    ),
-    "no barrier before the next stage": Mutant("gram.cu", "gram", "        }\n" + BARRIER + "    }\n", "        }\n    }\n", "large", "gram"),
-    "no barrier before the groups are added": Mutant("gram.cu", "gram", BARRIER + "        for (int at", "        for (int at", "small", "gram"),
-    "a barrier that half the threads miss": Mutant(
-        "gram.cu", "gram", BARRIER + "        for (int at", "        if (threadIdx.x < 128) __syncthreads();\n        for (int at", "small", "gram"
-    ),
-    "a tile stored past its matrix": Mutant("gram.cu", "gram", "if (left >= rank || right >= rank) return;", "", "small", "gram"),
-    "a mirrored tile forgotten": Mutant("gram.cu", "gram", "if (i != j) out", "if (false) out", "large", "gram"),
+    "no barrier between staging and use": Mutant("gram.cu", "gram", STAGED, "        await_copies<0>();\n", "small", "gram"),
+    "no wait for the copies": Mutant("gram.cu", "gram", STAGED, STAGED.replace("await_copies<0>();", ""), "small", "gram"),
+    "the next stage over the one in use": Mutant("gram.cu", "gram", "stage, (step + 1) % 2,", "stage, step % 2,", "large", "gram"),
+    "no barrier before the groups are added": Mutant("gram.cu", "gram", UPPER, "\n", "small", "gram"),
+    "no barrier before the next groups are added": Mutant("gram.cu", "gram", READ, "\n", "small", "gram"),
+    "a barrier that half the threads miss": Mutant("gram.cu", "gram", READ, "if (threadIdx.x < 64) " + READ, "small", "gram"),
+    "half of the groups forgotten": Mutant("gram.cu", "gram", "left > 1; left =", "left > 2; left =", "small", "gram"),
+    "columns past the width": Mutant("gram.cu", "gram", "min(max(last - column, 0), V)", "V", "small", "gram"),
+    "a tile against itself, not its neighbour": Mutant("gram.cu", "gram", "y + x : across + x;", "y + x : x;", "tiles", "gram"),
+    "a tile stored past its matrix": Mutant("gram.cuh", "gram", "left <= right && right < rank", "left <= right", "small", "gram"),
+    "a mirrored element forgotten": Mutant("gram.cuh", "gram", "if (left != right) out", "if (false) out", "small", "gram"),
     "splits added without the last": Mutant("gram.cu", "gram", "split < splits;", "split + 1 < splits;", "large", "gram"),
-    "shared memory overrun": Mutant("gram.cu", "gram", "at < SIDE * DEPTH; at", "at < 2 * GRAM_SHARED; at", "small", "gram"),
+    "shared memory overrun": Mutant("gram.cu", "gram", "chunk * PIECES >= pieces", "chunk * PIECES >= 3 * stage.pieces()", "small", "gram"),
+    "tensor cores: halves of a band in each other's place": Mutant(
+        "gram_mma.cuh", "gram", "half % 2 + 2 * (w % 2)", "half % 2 * 2 + w % 2", "small", "gram", "bf16"
+    ),
+    "tensor cores: a tile against itself, not its neighbour": Mutant("gram_mma.cuh", "gram", "left_of = tile.j", "left_of = tile.i", "tiles", "gram", "bf16"),
+    "tensor cores: columns of the first warp again": Mutant("gram_mma.cuh", "gram", "first + warp * STEP * AHEAD", "first", "small", "gram", "bf16"),
+    "tensor cores: aligned columns past the width": Mutant(
+        "gram_mma.cuh", "gram", "if (inside > 0) words", "if (row + 8 * half + down < rank) words", "large", "gram", "bf16"
+    ),
+    "tensor cores: an element past the width": Mutant("gram_mma.cuh", "gram", "if (4 * e < inside)", "if (inside > 0)", "small", "gram", "bf16"),
+    "tensor cores: two warps forgotten": Mutant("gram_mma.cuh", "gram", "w < GRAM_WARPS;", "w < GRAM_WARPS / 2;", "large", "gram", "bf16"),
+    "tensor cores: sums over those of another tile": Mutant("gram_mma.cuh", "gram", READ, "\n", "tiles", "gram", "bf16"),
+    "tensor cores: sums added before they are there": Mutant("gram_mma.cuh", "gram", WARPS, "\n", "small", "gram", "bf16"),
+    "tensor cores: one chain of sums for all columns": Mutant(
+        "gram_mma.cuh", "gram", "if (AHEAD > 1 && a % CHAIN == CHAIN - 1)", "if (false)", "large", "gram", "f16"
+    ),
     "a load past the row": Mutant("common.cuh", "aggregate", "if (column < width) pack", "pack", "small", "aggregate"),
     "a store past the row": Mutant("common.cuh", "aggregate", "if (column >= width) return;", "", "small", "accumulate"),
     "a scalar store past the row": Mutant("common.cuh", "aggregate", "if (column < width) row[column] =", "row[column] =", "small", "accumulate"),

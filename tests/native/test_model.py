@@ -35,7 +35,18 @@ def test_bytes_are_the_floor_of_each_kernel():
     assert model.shrink(100, 64, 4, True).bytes == 2 * (100 * 64 + 4 * 64 + 100 * 4)
     assert model.expand(100, 64, 4, False, True).bytes - model.expand(100, 64, 4, False, False).bytes == 2 * 100 * 64
     assert model.aggregate(10, [1, 3]).bytes == 4 * 10 * (4 + 3) and model.adamw(10, [1, 3]).bytes == 7 * 4 * 10 * 4
-    assert model.gram(10, [5]).products == 2 * 10 * 256, "a rank of 5 pays for a tile of 16"
+
+
+def test_a_rank_pays_for_the_squares_of_its_gram_matrix():
+    """csrc/cuda/table.h: squares of 8 rows in float32, bands of 16 in 16 bits, those on or above the diagonal; tiles of at most 64 rows."""
+    table, kernel = ((ROOT / "csrc" / "cuda" / name).read_text() for name in ("table.h", "gram.cuh"))
+    assert "result == Type::f64 ? 4 : rows == Type::f32 ? 8 : 16" in table and f"(rank + {model.WIDEST_GRAM - 1}) / {model.WIDEST_GRAM};" in table
+    assert f"GRAM_SPLIT = {model.GRAM_SPLIT};" in kernel
+    assert [model.gram_tiles(rank, 4)[0] for rank in (0, 5, 9, 40, 64)] == [0, 64, 3 * 64, 15 * 64, 36 * 64]
+    assert [model.gram_tiles(rank, 2)[0] for rank in (0, 5, 17, 40, 64)] == [0, 256, 3 * 256, 6 * 256, 10 * 256]
+    assert model.gram_tiles(70, 4) == (2 * 15 * 64 + 25 * 64, 70 + 80, 3 * 40 * 40), "two tiles of 40, and one beside them that reads both"
+    assert model.gram(10, [5, 9]).products == 2 * 10 * 4 * 64 and model.gram(10, [5], 2).bytes == 2 * 10 * 5
+    assert model.gram(4096, [64], 2).bound(H100) == "memory" == model.gram(4096, [40]).bound(H100)
 
 
 def test_a_kernel_takes_its_launches_and_its_longest_part():
