@@ -1,9 +1,7 @@
 // The tiles of gram_kernels.h in vectors. Whatever the tile, a sum is one chain over the columns of its panel and lane, then a tree over the lanes.
 #include "gram_kernels.h"
 
-#if defined(HETLORA_X86) && (defined(__clang__) || __GNUC__ >= 11)  // those that know the name of the instruction set
-#define HETLORA_PAIRS 1
-#endif
+#include "pairs.h"
 
 namespace hetlora {
 namespace {
@@ -20,33 +18,6 @@ HETLORA_INLINE typename VectorOf<E, 4>::type four_lanes(const typename VectorOf<
         const Half sum = halves[0] + halves[1];
         return four_lanes<E, W / 2>(sum);
     }
-}
-
-// The lanes of 16 vectors of 16 added up, as vector j's sum in lane j: 15 additions of 30 shuffled halves.
-template <class V>
-HETLORA_INLINE V sixteen_sums(const V* sums) {
-    V v[16];
-    HETLORA_UNROLL
-    for (int j = 0; j < 16; ++j) {  // lane j of the result comes from the place whose bits are those of j in another order
-        v[(j >> 2 & 1) * 8 + (j >> 3) * 4 + (j & 1) * 2 + (j >> 1 & 1)] = sums[j];
-    }
-    HETLORA_UNROLL
-    for (int k = 0; k < 8; ++k) {
-        v[k] = HETLORA_SHUFFLE(v[k], v[k + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-               HETLORA_SHUFFLE(v[k], v[k + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    }
-    HETLORA_UNROLL
-    for (int k = 0; k < 4; ++k) {
-        v[k] = HETLORA_SHUFFLE(v[k], v[k + 4], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-               HETLORA_SHUFFLE(v[k], v[k + 4], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-    }
-    HETLORA_UNROLL
-    for (int k = 0; k < 2; ++k) {
-        v[k] = HETLORA_SHUFFLE(v[k], v[k + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-               HETLORA_SHUFFLE(v[k], v[k + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    }
-    return HETLORA_SHUFFLE(v[0], v[1], 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
-           HETLORA_SHUFFLE(v[0], v[1], 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
 }
 
 // out[j] += the sum of the lanes of sums[j], in double, for N vectors, a multiple of 4 (16 where W is): as columns of a transposed block, since lane by lane
@@ -89,15 +60,13 @@ struct Plain {
 };
 
 #if defined(HETLORA_PAIRS)
-// bfloat16 pairs (AVX512-BF16): products are exact in float32; subnormal operands and products count as zero.
+// bfloat16 pairs (pairs.h).
 struct Pairs {
     typedef bf16 Element;
     typedef float Sum;
     typedef VectorOf<float, 16>::type Vector;
     static constexpr int kStep = 32, kSums = 16;
-    static HETLORA_INLINE void multiply_add(Vector& sum, const Vector& left, const Vector& right) {
-        __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(left), "v"(right));
-    }
+    static HETLORA_INLINE void multiply_add(Vector& sum, const Vector& left, const Vector& right) { add_pairs(sum, left, right); }
 };
 #endif
 
@@ -226,7 +195,7 @@ template PanelKernel<double> panel_kernel<double>();
 
 PanelKernel<bf16> pair_kernel() {
 #if defined(HETLORA_PAIRS)
-    if (instruction_set() >= InstructionSet::avx512 && __builtin_cpu_supports("avx512bf16")) {
+    if (has_pairs()) {
         return {panel_pairs, 5, 6, 16};
     }
 #endif

@@ -8,6 +8,7 @@
 // Dropout is regenerated while a panel is made. bfloat16 and float16 are converted panel by panel, which the products repay from rank 4 on.
 // Bytes: x, S and the factors once each, the result once (out: twice). Against the framework's GEMMs at rank 16 these win by what they do not write: no
 // drop(x), no mask, no scaled or converted copy.
+#include "lora_pairs.h"
 #include "lora_tiles.h"
 
 namespace hetlora {
@@ -76,12 +77,13 @@ struct Block {
     int64_t t, rows;
 };
 
-// Of the clients that are not on the tiles.
-std::vector<Block> row_blocks(const Plan& plan, Type type) {
+// Of the clients whose products are not made `elsewhere(rank)`.
+template <class Elsewhere>
+std::vector<Block> row_blocks(const Plan& plan, const Elsewhere& elsewhere) {
     std::vector<Block> out;
     out.reserve(static_cast<size_t>(plan.active_rows / kRows) + plan.segments.size());
     for (const Segment& segment : plan.segments) {
-        for (int64_t t = on_tiles(type, segment.rank) ? segment.length : 0; t < segment.length; t += kRows) {
+        for (int64_t t = elsewhere(segment.rank) ? segment.length : 0; t < segment.length; t += kRows) {
             out.push_back({&segment, t, std::min(kRows, segment.length - t)});
         }
     }
@@ -90,7 +92,7 @@ std::vector<Block> row_blocks(const Plan& plan, Type type) {
 
 template <class E>
 void shrink_as(const Plan& plan, const Matrix& x, const Matrix& factor, const std::vector<double>& scale, E* out) {
-    const std::vector<Block> blocks = row_blocks(plan, x.type);
+    const std::vector<Block> blocks = row_blocks(plan, [&](int64_t rank) { return on_tiles(x.type, rank) || by_pairs(x.type, factor.type, rank); });
     if (blocks.empty()) {
         return;
     }
@@ -110,7 +112,7 @@ void shrink_as(const Plan& plan, const Matrix& x, const Matrix& factor, const st
 
 template <class E>
 void expand_as(const Plan& plan, const Matrix& out, Type s_type, const void* s, const Matrix& factor) {
-    const std::vector<Block> blocks = row_blocks(plan, out.type);
+    const std::vector<Block> blocks = row_blocks(plan, [&](int64_t rank) { return on_tiles(out.type, rank); });
     if (blocks.empty()) {
         return;
     }
@@ -186,6 +188,9 @@ void shrink(const Plan& plan, const Matrix& x, const Matrix& rows, const std::ve
     x.type == Type::f64 ? shrink_as(plan, x, rows, scale, static_cast<double*>(out)) : shrink_as(plan, x, rows, scale, static_cast<float*>(out));
     if (any_on_tiles(plan, x.type)) {
         shrink_on_tiles(plan, x, rows, scale, static_cast<float*>(out));
+    }
+    if (any_by_pairs(plan, x.type, rows.type)) {
+        shrink_by_pairs(plan, x, rows, scale, static_cast<float*>(out));
     }
 }
 

@@ -5,7 +5,7 @@
 // which eight rows of W at a time are added, as eight streams from memory. Long sums are made in parts, added in order (`kSumOfRows`, `kChain`). What LoRA
 // adds has the sums of lora.cpp in their order, so a client's gradients have the same bits either way. Bytes: W once a pass, in its own type; everything else
 // stays in L1 or L2.
-#include "lora.h"
+#include "lora_pairs.h"
 
 namespace hetlora {
 namespace {
@@ -140,6 +140,14 @@ const E* shrunk(const Layer& layer, const Segment& segment, const E* rows, const
     return room;
 }
 
+// S of the clients whose S is made of pairs, in `room`; the others' is left as it is.
+void shrink_pairs(const Plan& plan, const Matrix& x, const Matrix& factor, const std::vector<double>& scale, float* room) {
+    if (any_by_pairs(plan, x.type, factor.type)) {
+        shrink_by_pairs(plan, x, factor, scale, room);
+    }
+}
+void shrink_pairs(const Plan&, const Matrix&, const Matrix&, const std::vector<double>&, double*) {}
+
 // out += S F for one client, dropped as x was where `drops`.
 template <class E>
 void expand(const Plan& plan, const Segment& segment, const E* s, const E* factor, int64_t width, bool drops, E* room, E* out) {
@@ -179,9 +187,13 @@ void forward(const Layer& layer, const Matrix* base, const MaybeTensor& bias, co
         }
     }
     E* shrunk_rows = static_cast<E*>(const_cast<void*>(s_tensor.const_data_ptr()));
+    shrink_pairs(layer.plan, layer.x, layer.a, layer.scale, shrunk_rows);
     std::vector<E> room(static_cast<size_t>(layer.longest * std::max(n, m)));
     for (const Segment& segment : layer.plan.segments) {
-        const E* s = shrunk(layer, segment, dropped_rows(layer.plan, segment, x + 0, n, room.data()), a + 0, n, shrunk_rows + segment.flat);
+        const E* s = shrunk_rows + segment.flat;
+        if (!by_pairs(layer.x.type, layer.a.type, segment.rank)) {
+            shrunk(layer, segment, dropped_rows(layer.plan, segment, x + 0, n, room.data()), a + 0, n, shrunk_rows + segment.flat);
+        }
         expand(layer.plan, segment, s, bt + 0, m, false, room.data(), out + 0);
     }
     out.store();
@@ -214,6 +226,11 @@ void backward(const Layer& layer, const Matrix& d_y_matrix, const Shrunk& s_give
         d_bt.emplace(*d_bt_tensor, filled != total);
     }
     const LoraKernels<E>& kernels = lora_kernels<E>();
+    const bool paired = (d_x || d_a) && any_by_pairs(plan, d_y_matrix.type, layer.bt.type);
+    std::vector<E> d_s_pairs(static_cast<size_t>(paired ? plan.flat : 0));
+    if (paired) {
+        shrink_pairs(plan.without_dropout(), d_y_matrix, Matrix("bt", factor), layer.scale, d_s_pairs.data());
+    }
     std::vector<E> room(static_cast<size_t>(layer.longest * (2 * std::max(n, m) + layer.widest)));
     E *x_room = room.data(), *y_room = x_room + layer.longest * std::max(n, m), *s_room = y_room + layer.longest * std::max(n, m);
     for (const Segment& segment : plan.segments) {
@@ -228,7 +245,8 @@ void backward(const Layer& layer, const Matrix& d_y_matrix, const Shrunk& s_give
             }
         }
         if (d_x || d_a) {
-            const E* d_s = shrunk(layer, segment, own_y, bt + 0, m, s_room);
+            const bool own_pairs = by_pairs(d_y_matrix.type, layer.bt.type, rank);
+            const E* d_s = own_pairs ? d_s_pairs.data() + segment.flat : shrunk(layer, segment, own_y, bt + 0, m, s_room);
             if (d_a) {
                 kernels.outer(d_s, 1, rank, dropped_rows(plan, segment, x + 0, n, x_room), n, length, rank, n, *d_a + segment.row * n, n, false);
             }

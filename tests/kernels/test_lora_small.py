@@ -58,6 +58,33 @@ def test_factor_gradients_have_the_bits_of_the_other_way(dtype, p, ids):
             assert [small[name].dtype for name in ("y", "d_x", "d_bias", "d_a", "d_bt")] == [dtype] * 3 + [factor_dtype] * 2
 
 
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("ids", IDS[:3], ids=lambda ids: "".join(map(str, ids)))
+@pytest.mark.parametrize("transposed", [False, True])
+def test_large_ranks_in_bfloat16_have_the_bits_of_the_other_way(p, ids, transposed):
+    """On both sides of the rank from which S is made of pairs of bfloat16 numbers."""
+    layer = rounded(make_layer([31, 32], ids, 150, 131, p=p), torch.bfloat16)
+    seg, outcomes = layer.segments(), []
+    for way in (SMALL, FRAMEWORK):
+        leaves = leaf_tensors(layer, torch.bfloat16, None, "cpu")
+        bt = leaves["bt"].detach().t().contiguous().requires_grad_() if transposed else leaves["bt"]
+        with going(way):
+            y = hk.lora_linear(
+                *(leaves["x"], leaves["weight"], leaves["bias"], leaves["a"], bt, layer.layout(), seg),
+                scale=layer.scale,
+                dropout=p,
+                seeds=torch.tensor(layer.seeds),
+                transposed=transposed,
+            )
+            y.backward(layer.grad.to(y.dtype))
+        d_bt = bt.grad.t() if transposed else bt.grad
+        outcomes.append(results(y, {**leaves, "bt": leaves["bt"].detach()}) | {"d_bt": d_bt})
+    for name in ("d_a", "d_bt", "d_bias"):
+        assert same_bits(outcomes[0][name], outcomes[1][name]), name
+    for outcome in outcomes:
+        assert_exact(outcome, estimated(layer, torch.bfloat16))
+
+
 # Past a task of 16 rows of the weight, a chunk of 8, the 64 columns of a span and the columns whose result stays in L1.
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (63, 17), (130, 8), (517, 300), (1100, 9), (4100, 33)])
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 8])

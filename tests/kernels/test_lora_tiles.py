@@ -8,7 +8,7 @@ from itertools import accumulate
 import numpy
 import pytest
 import torch
-from accuracy import assert_exact
+from accuracy import Estimate, assert_exact, in_parts
 from kernel_cases import drawn, estimated, guarded, kept, leaf_tensors, make_layer, rounded, run_fused, same_bits
 
 import hetlora_kernels as hk
@@ -16,7 +16,7 @@ from hetlora_kernels import _library, reference
 
 N, M = 584, 530  # past one panel of columns, multiples of no vector
 LENGTHS, RANKS = [150, 0, 65, 1, 24], [16, 4, 5, 8, 0]
-LARGE_RANKS = [70, 4, 33, 32, 0]  # in bfloat16 on the matrix tiles of a processor that has them
+LARGE_RANKS = [70, 4, 33, 32, 0]  # in bfloat16 on the matrix tiles of a processor that has them, or S of pairs
 
 
 def large_layer(p: float, shuffled: bool = False, n: int = N, m: int = M, ranks: list[int] = RANKS):
@@ -79,6 +79,25 @@ def test_factor_gradients_alone_and_co_batched_over_many_tiles(dtype, shuffled, 
 def test_large_ranks_beside_bfloat16_rows_are_exact(length, factor_dtype, p, device):
     layer = rounded(make_layer([33, 64], [0, 1] * (length // 2), 1100, 75, p=p), torch.bfloat16, factor_dtype)
     assert_exact(run_fused(layer, torch.bfloat16, factor_dtype, device), estimated(layer, torch.bfloat16, device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ranks", [[31, 32], [256], [512]])
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_ranks_on_both_sides_of_the_threshold_and_far_above_are_exact(dtype, ranks, p, device):
+    layer = rounded(make_layer(ranks, [k for k in range(len(ranks)) for _ in range(40)], 330, 75, p=p), dtype)
+    assert_exact(run_fused(layer, dtype, device=device), estimated(layer, dtype, device))
+
+
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 1024, 1056, 2100])  # in steps of 32 columns and parts of 1024
+def test_s_of_bfloat16_pairs_over_steps_and_parts(n, device):
+    """Also of numbers of one sign, whose sum is long, and with a rest of rows and ranks beside whole tiles."""
+    draw = drawn(n)
+    x, a = (torch.randn(rows, n, generator=draw).abs().to(device, torch.bfloat16) for rows in (27, 39))
+    got = _library.call("shrink")(x, a, torch.full((1,), 0.5, device=device), None, None, None, [39], [0], [27], 0.0).view(27, 39)
+    operand = reference.operand_dtype(x)
+    s = Estimate(x.cpu()).matmul(Estimate(a.cpu()).t(), torch.float32, in_parts).times(0.5, torch.float32).rounded(operand)
+    assert_exact({"s": got}, {"s": s})
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 3.4e38, 2.0**-100])
