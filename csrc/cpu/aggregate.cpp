@@ -36,18 +36,23 @@ HETLORA_INLINE void add_strip(Sum* __restrict sums, const T* const* from, const 
     }
 }
 
-// The same in strips, while the sources `next` (count of them, or none) are fetched at the same places: uploads are many short streams, which the
-// processor's own prefetcher does not follow.
+// What is fetched meanwhile: `count` sources at the places of those that are added.
+struct Next {
+    const void* from[kFan];
+    int count = 0;
+};
+
+// The same in strips, while others are fetched: uploads are many short streams, which the processor's own prefetcher does not follow.
 template <int count, class T, class Sum>
-HETLORA_INLINE void add_count(Sum* sums, const void* const* from, const Sum* weights, const void* const* next, int64_t n) {
+HETLORA_INLINE void add_count(Sum* sums, const void* const* from, const Sum* weights, const Next& next, int64_t n) {
     const T* source[count];
     for (int j = 0; j < count; ++j) {
         source[j] = static_cast<const T*>(from[j]);
     }
     for (int64_t at = 0; at < n; at += kStrip) {
-        for (int j = 0; next != nullptr && j < count; ++j) {
+        for (int j = 0; j < next.count; ++j) {
             for (int64_t line = 0; line < kStrip; line += 64 / static_cast<int64_t>(sizeof(T))) {
-                __builtin_prefetch(static_cast<const T*>(next[j]) + at + line, 0, 2);
+                __builtin_prefetch(static_cast<const T*>(next.from[j]) + at + line, 0, 2);
             }
         }
         if (at + kStrip <= n) {
@@ -62,7 +67,7 @@ HETLORA_INLINE void add_count(Sum* sums, const void* const* from, const Sum* wei
 }
 
 template <class T, class Sum>
-HETLORA_INLINE void add(Sum* sums, const void* const* from, const Sum* weights, int count, const void* const* next, int64_t n) {
+HETLORA_INLINE void add(Sum* sums, const void* const* from, const Sum* weights, int count, const Next& next, int64_t n) {
     switch (count) {
         case 1: return add_count<1, T>(sums, from, weights, next, n);
         case 2: return add_count<2, T>(sums, from, weights, next, n);
@@ -71,10 +76,10 @@ HETLORA_INLINE void add(Sum* sums, const void* const* from, const Sum* weights, 
     }
 }
 
-HETLORA_CLONES void add_scaled(Type type, float* sums, const void* const* from, const float* weights, int count, const void* const* next, int64_t n) {
+HETLORA_CLONES void add_scaled(Type type, float* sums, const void* const* from, const float* weights, int count, const Next& next, int64_t n) {
     HETLORA_FOR_TYPE(type, T, add<T>(sums, from, weights, count, next, n));
 }
-HETLORA_CLONES void add_scaled(Type type, double* sums, const void* const* from, const double* weights, int count, const void* const* next, int64_t n) {
+HETLORA_CLONES void add_scaled(Type type, double* sums, const void* const* from, const double* weights, int count, const Next& next, int64_t n) {
     HETLORA_FOR_TYPE(type, T, add<T>(sums, from, weights, count, next, n));
 }
 
@@ -98,7 +103,7 @@ struct Module {
 
 // Owners first .. first + size; those that own less of the tile drop out on the way, the order of the others stays.
 template <class Sum>
-void add_group(Type type, Sum* sums, const Owners<Sum>& owners, int64_t first, int64_t size, bool fetch_next) {
+void add_group(Type type, Sum* sums, const Owners<Sum>& owners, int64_t first, int64_t size, int64_t count) {
     for (int64_t at = 0;;) {
         const void* from[kFan];
         Sum weights[kFan];
@@ -114,7 +119,13 @@ void add_group(Type type, Sum* sums, const Owners<Sum>& owners, int64_t first, i
         if (active == 0) {
             return;
         }
-        add_scaled(type, sums + at, from, weights, active, at == 0 && active == kFan && fetch_next ? &owners.from[first + kFan] : nullptr, end - at);
+        Next next;
+        for (int64_t j = first + size; j < std::min(count, first + size + kFan); ++j) {
+            if (owners.counts[j] > at) {
+                next.from[next.count++] = static_cast<const char*>(owners.from[j]) + at * size_of(type);
+            }
+        }
+        add_scaled(type, sums + at, from, weights, active, next, end - at);
         at = end;
     }
 }
@@ -133,7 +144,7 @@ void sum_tile(const Module<Sum>& module, int64_t begin, int64_t n, Owners<Sum>& 
     }
     std::fill(sums, sums + n, Sum{0});
     for (int64_t s = 0; s < count; s += kFan) {
-        add_group(module.rows->type, sums, owners, s, std::min<int64_t>(kFan, count - s), s + 2 * kFan <= count);
+        add_group(module.rows->type, sums, owners, s, std::min<int64_t>(kFan, count - s), count);
     }
 }
 
@@ -230,7 +241,7 @@ void accumulate_as(std::vector<Matrix>& totals, const std::vector<Matrix>& rows,
         const int64_t begin = tiles[task].begin, n = std::min(kTile, from.rows * from.width - begin);
         const void* source = from.at(begin);
         const Sum weight = static_cast<Sum>(weights[tiles[task].module]);
-        add_scaled(from.type, reinterpret_cast<Sum*>(totals[tiles[task].module].at(begin)), &source, &weight, 1, nullptr, n);
+        add_scaled(from.type, reinterpret_cast<Sum*>(totals[tiles[task].module].at(begin)), &source, &weight, 1, Next{}, n);
     });
 }
 
