@@ -11,13 +11,15 @@ from safetensors.torch import load_file
 from tiny import SIZES, contents, lines, tiny_config, tiny_federation, tiny_state
 
 from hetlora.client import tail_scores, train_client
-from hetlora.config import ConfigError
+from hetlora.compare.methods import METHODS, method_config
+from hetlora.config import Config, ConfigError
 from hetlora.evaluate import evaluate_bank, evaluate_clients
 from hetlora.export import export_adapter
 from hetlora.export_model import export_merged
 from hetlora.kinds import TRAININGS
 from hetlora.loop import simulate
 from hetlora.merge import MergeCall, merge_stack
+from hetlora.ranks import RankPlan
 from hetlora.training import Work, train_adapters
 
 RANKS, R = [2, 8, 3, 5], 8
@@ -155,3 +157,13 @@ def test_where_it_has_no_meaning_it_is_refused_by_name(tmp_path, settings):
     with pytest.raises(ConfigError, match="scale_rule = 'rslora'"):
         tiny_config(tmp_path, **known, **settings, scale_rule="rslora")
     assert {name for name, kind in TRAININGS.items() if "scale_rule" not in kind.unused} == {"adapters", "b-only", "alternating"}
+
+
+def test_a_comparison_runs_methods_without_it_where_they_refuse_it():
+    plan = RankPlan(2, 8, {"a": 2, "b": 8})
+    taken = {
+        name: method_config(METHODS[name], Config(**RS), plan).scale_rule for name in ("hetlora", "homlora-max", "rolora", "fold", "fed-plora", "fedavg-full")
+    }
+    assert taken == {**dict.fromkeys(("hetlora", "homlora-max", "rolora"), "rslora"), **dict.fromkeys(("fold", "fed-plora", "fedavg-full"), "constant")}
+    with pytest.raises(ConfigError, match=r"weight_decay = 0\.1: reaches rows"):  # no setting that says nothing: left out, the run would be another
+        method_config(METHODS["fed-plora"], Config(weight_decay=0.1), plan)
