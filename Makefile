@@ -16,6 +16,8 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 ifneq ($(filter Linux-x86_64 Linux-aarch64,$(shell uname -sm | tr ' ' '-')),)
 TRITON ?= triton==3.7.1
+# Their tests see them in a folder of their own: in the environment, every process that imports PEFT would import them too.
+QUANTISED ?= bitsandbytes>=0.48 torchao>=0.14
 endif
 JOBS   ?= 2
 ARGS   ?=
@@ -74,6 +76,7 @@ $(BASE):
 	@# The constraint holds torch at the build just installed, whatever a dependency would rather have.
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > .venv/constraints.txt
 	@$(BIN)/python -m pip install -q --no-build-isolation -c .venv/constraints.txt --config-settings editable_mode=compat -e '.[test]'
+	@$(if $(QUANTISED),$(BIN)/python -m pip install -q --upgrade --no-deps --target .venv/quantised $(foreach word,$(QUANTISED),'$(word)'))
 	@touch $@
 	@$(BIN)/python -c 'import torch; print("ready: torch", torch.__version__, "with CUDA" if torch.cuda.is_available() else "on the CPU")'
 
