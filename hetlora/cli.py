@@ -49,6 +49,13 @@ class _GroupedOptions(click.Command):
             formatter.write_dl([(name, METHODS[name].text) for name in shown])
 
 
+class _Tokens(click.ParamType):
+    name = "integer or auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return 0 if value == "auto" else click.INT.convert(value, param, ctx)
+
+
 class _ConfigOption(click.Option):
     """One field of `Config` on the command line; None when it was not given."""
 
@@ -62,6 +69,7 @@ class _ConfigOption(click.Option):
         else:
             shown = str(field.default)
             choice = click.Choice([str(v) for v in typing.get_args(kind)]) if typing.get_origin(kind) is typing.Literal else kind
+        choice = _Tokens() if name == "max_tokens_per_step" else choice
         super().__init__([flag, name], type=choice, default=None, help=f"{field.description} [default: {shown}]")
 
 

@@ -169,7 +169,12 @@ class Config(BaseModel):
     weight_decay: float = _setting(0.0, "training", "Decoupled weight decay (adamw) or L2 (sgd).", ge=0)
     momentum: float = _setting(0.0, "training", "Momentum (sgd).", ge=0, lt=1)
     clip_norm: float = _setting(1.0, "training", "Clip each client's gradient norm; 0 = no clip.", ge=0)
-    max_tokens_per_step: int = _setting(16384, "training", "Largest forward/backward in tokens; larger batches are split with the same result.", ge=1)
+    max_tokens_per_step: int = _setting(
+        16384,
+        "training",
+        "Largest forward/backward in tokens; larger batches are split with the same result. 'auto' (0): as the memory that is free allows, by a model of it.",
+        ge=0,
+    )
     padding_free: Literal["auto", "on", "off"] = _setting(
         "off",
         "training",
@@ -249,6 +254,8 @@ class Config(BaseModel):
             for key in ("ranks", "target_modules"):
                 if isinstance(values.get(key), (list, tuple)):
                     values[key] = ",".join(str(v) for v in values[key])
+            if values.get("max_tokens_per_step") == "auto":
+                values["max_tokens_per_step"] = 0
         return values
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ from hetlora.config import Config
 from hetlora.data import ClientData
 from hetlora.evaluate import WHOLE, Part, Whole, evaluate_bank, evaluate_clients, mean_over_clients, pool_text
 from hetlora.federation import Federation, base_weights, starting_ranks
+from hetlora.memory import with_step_tokens
 from hetlora.models import checkpointed
 from hetlora.ranks import RankPlan
 from hetlora.server import ServerState
@@ -36,6 +37,8 @@ class Fleet(Protocol):
     model: Any
 
     def describe(self) -> dict[str, Any]: ...
+
+    def sized(self, cfg: Config, state: ServerState) -> tuple[Config, list[str]]: ...
 
     def fingerprint(self) -> str:
         """Changes when the run must not be continued with these clients."""
@@ -82,6 +85,15 @@ class LocalFleet:
         self.names = list(self.clients)
         self.model, self.model_name = self.federation.model, self.federation.model_name
         self.shapes, self.device = self.federation.shapes, self.federation.device
+        self.step_tokens = 0
+
+    def sized(self, cfg: Config, state: ServerState) -> tuple[Config, list[str]]:
+        """`cfg` with a number for max_tokens_per_step = 'auto', found once, and lines that say how."""
+        if cfg.max_tokens_per_step or self.step_tokens:
+            return cfg.model_copy(update={"max_tokens_per_step": cfg.max_tokens_per_step or self.step_tokens}), []
+        own, said = with_step_tokens(cfg, self.model, self.shapes, list(state.ranks_start.values()))
+        self.step_tokens = own.max_tokens_per_step
+        return own, said
 
     def describe(self) -> dict[str, Any]:
         data = self.federation.data
@@ -106,6 +118,7 @@ class LocalFleet:
         return self.clients[name].sequences
 
     def train(self, cfg: Config, state: ServerState, names: Sequence[str], number: int, lr: float, progress: Progress) -> Trained:
+        cfg, _ = self.sized(cfg, state)
         work = Work(cfg, self.model, state, [self.clients[name] for name in names], number, lr, progress)
         with checkpointed(self.model, cfg.gradient_checkpointing):
             trained: Trained = cfg.training_kind.load()(work)
@@ -113,6 +126,7 @@ class LocalFleet:
 
     def evaluate(self, cfg: Config, state: ServerState, progress: Progress) -> dict[str, Any]:
         """Losses and perplexities; before the first and after the last round also ROUGE-L of answers, if asked for."""
+        cfg, _ = self.sized(cfg, state)
         data = self.federation.data
         sets = {"client_text": pool_text(data.clients, cfg.eval_tokens), "held_out_clients": pool_text(data.held_out, cfg.eval_tokens)}
         scale = cfg.scale_at(state.r_max)
@@ -129,6 +143,7 @@ class LocalFleet:
         return found | ({"samples": samples.evaluate(self.federation, state.bank, cfg, progress, self.split)} if cfg.sample_prompts else {})
 
     def own_text(self, cfg: Config, state: ServerState, progress: Progress, part: Part = "test") -> dict[str, dict[str, Any]]:
+        cfg, _ = self.sized(cfg, state)
         clients: list[ClientData] = list(self.clients.values())
         share = math.ceil(cfg.eval_tokens / len(clients)) if cfg.eval_tokens else 0
         with cfg.training_kind.load_receives()(state, cfg, self.model, self.names) as (bank, ranks):

@@ -118,6 +118,7 @@ def _rounds(cfg: Config, folder: Path, lock: FolderLock, resume: bool, observer:
     if not resume:
         checkpoint.create_run(cfg, fleet.device, lock)
     run = Run(cfg, fleet, state, folder, observer)
+    said += fleet.sized(cfg, state)[1]
     for line in [*([lock.note] if lock.note else []), *said, *(checkpoint.match_versions(folder, fleet.device) if resume else ())]:
         observer.message(line)
     observer.start(cfg, _describe(run))

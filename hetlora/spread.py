@@ -97,6 +97,9 @@ class SpreadFleet:
         self.names, self.model_name, self.shapes = local.names, local.model_name, local.shapes
         self.device, self.model = local.device, local.model
 
+    def sized(self, cfg: Config, state: ServerState) -> tuple[Config, list[str]]:
+        return cfg, []  # `lead` takes numbers alone
+
     def describe(self) -> dict[str, Any]:
         return self.local.describe()
 
@@ -146,6 +149,8 @@ def lead(cfg: Config, *, resume: bool = False, observer: Observer | None = None,
     observer, at = observer or Observer(), place()
     if cfg.train == "full":
         raise ConfigError("train = 'full': the mean of whole models is made in one process, as they arrive; start it without torchrun")
+    if not cfg.max_tokens_per_step:
+        raise ConfigError("max_tokens_per_step = 'auto': several processes cut batches in the same places, and their free memory differs; give a number")
     groups: list[Group] = []
 
     def fleet() -> SpreadFleet:

@@ -25,6 +25,7 @@ from hetlora.federation import resolve_model
 from hetlora.flower import messages
 from hetlora.flower.exchange import Order, Reply, exchange
 from hetlora.flower.settings import Node, client_settings
+from hetlora.memory import with_step_tokens
 from hetlora.models import checkpointed, load_model, load_tokenizer, read_limits, target_shapes
 from hetlora.server import ServerState
 from hetlora.training import Work
@@ -137,6 +138,7 @@ def _state(message: Message, cfg: Config, order: Order, local: Local) -> tuple[C
 
 def _train(message: Message, cfg: Config, local: Local) -> RecordDict:
     order = _order(message, local)
+    cfg, _ = with_step_tokens(cfg, local.model, local.shapes, [max(order.ranks, default=1)])
     own, state = _state(message, cfg, order, local)
     work = Work(own.model_copy(update={"cobatch": False}), local.model, state, [local.data], order.number, order.lr)
     with checkpointed(local.model, cfg.gradient_checkpointing):
@@ -153,7 +155,8 @@ def _evaluate(message: Message, cfg: Config, local: Local) -> RecordDict:
     share = math.ceil(cfg.eval_tokens / len(order.fleet)) if cfg.eval_tokens else 0
     own, state = _state(message, cfg, replace(order, ranks=[order.r_max] * len(local.shapes)), local)
     state.ranks[order.name] = dict(zip(local.shapes, order.ranks, strict=True))
-    scale, tokens = cfg.scale_at(order.r_max), cfg.max_tokens_per_step
+    sized, _ = with_step_tokens(cfg, local.model, local.shapes, [max(order.ranks, default=1)])
+    scale, tokens = cfg.scale_at(order.r_max), sized.max_tokens_per_step
     found: dict[str, tuple[float, int]] = {"train": (0.0, 0)}
     found["whole"] = _sum(evaluate_bank(local.model, state.bank, pool_text([local.data], share), scale, tokens))
     with own.training_kind.load_receives()(state, own, local.model, [order.name]) as (bank, ranks):

@@ -206,6 +206,9 @@ class FlowerFleet:
         self.names = self.members.gather()
         return self
 
+    def sized(self, cfg: Config, state: ServerState) -> tuple[Config, list[str]]:
+        return cfg, []  # each node finds out for itself
+
     def describe(self) -> dict[str, Any]:
         return {"parameters": self.strategy.base.parameters, "data": "on the clients", "clients": len(self.names), "held_out_clients": 0}
 

@@ -1,0 +1,201 @@
+"""What a training step takes of a device's memory, and how many tokens it may have: the model behind `--max-tokens-per-step auto`."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import hetlora_kernels as hk
+from hetlora.client import token_losses
+from hetlora.config import Config, ConfigError
+from hetlora.models import checkpoint_layers
+from hetlora_kernels.peft import attach, client_segments, detach
+from hetlora_kernels.peft.losses import CHUNK
+
+SHARE = 0.9
+"""Of the memory that is free: the rest is for what the model of memory leaves out (fragments of the allocator, the libraries' own work space)."""
+
+Shapes = Mapping[str, tuple[int, int]]  # {module: (m, n)}
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of a training step of T tokens: M(T) = W + A + T k + max(T g, c min(T V, C)).
+
+    base: W, the weights, once whatever the number of clients.
+    adapters: A = N w_a (1 + 1 + o) for N trained numbers of w_a bytes: the factors, their gradients, o = 2 moments of AdamW (SGD: 1 with momentum, else 0).
+    kept: k, what a token leaves for the backward pass. Without checkpointing it is measured, and is a sum over L layers; with it, k = L d w + k / L: the inputs
+        of all layers (d numbers of w bytes), and what one layer leaves while it is computed again.
+    moved: g, what the backward pass holds of a token besides: gradients of the widest layer and of its inputs.
+    chunk: c min(T V, C), logits of a chunk of rows (`client_losses`): V words, at most C numbers, c = 12 bytes for each: a float32
+        and the two copies of it that a logsumexp makes.
+    """
+
+    base: int
+    adapters: int
+    kept: float
+    moved: float
+    words: int
+    most_logits: int
+    logit_bytes: int
+
+    def of(self, tokens: int) -> float:
+        """M(T), bytes."""
+        return self.base + self.adapters + tokens * self.kept + max(tokens * self.moved, self.logit_bytes * min(tokens * self.words, self.most_logits))
+
+    def tokens(self, free: float) -> int:
+        """The largest T with M(T) <= `free`; 0 where nothing fits. M rises with T."""
+        low, high = 0, 1
+        while self.of(high) <= free and high < 2**40:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.of(middle) <= free else (low, middle)
+        return low
+
+
+def adapter_bytes(shapes: Shapes, total_rank: int, cfg: Config) -> int:
+    """A of `StepMemory`: clients of `total_rank` rank rows together in every module."""
+    numbers = total_rank * sum(m + n for m, n in shapes.values())
+    moments = 2 if cfg.optimizer == "adamw" else int(cfg.momentum > 0)
+    return numbers * getattr(torch, cfg.adapter_dtype).itemsize * (2 + moments)
+
+
+def step_memory(model: nn.Module, shapes: Shapes, total_rank: int, rank: int, cfg: Config, layers: int | None = None) -> StepMemory:
+    """The memory of a step on this model, whose k is measured in two forward passes of one and two sequences of cfg.seq_len tokens.
+
+    total_rank: of all clients of a round together.   rank: of a client, the mean.
+    layers: L, for a model of L layers of which `model` has some: k is measured on these and goes on as a straight line.
+    """
+    config: Any = model.config
+    text = config.get_text_config()
+    here = int(text.num_hidden_layers)
+    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    width, element = int(text.hidden_size), weight.dtype.itemsize
+    words = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    kept = _kept(model, shapes, rank, cfg)
+    if cfg.gradient_checkpointing:
+        checkpoint_layers(model)  # an error where there are none
+        kept = (layers or here) * width * element + kept / here
+    elif layers:
+        kept *= layers / here
+    widest = max(m for name, m in _linears(model) if m != words)
+    wide = 8 if weight.dtype == torch.float64 else 4  # losses are in float32
+    base = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    most = CHUNK.get(weight.device.type, CHUNK["cuda"])
+    return StepMemory(base, adapter_bytes(shapes, total_rank, cfg), kept, (3 * widest + 2 * width) * element, words, most, 3 * wide)
+
+
+def _linears(model: nn.Module) -> list[tuple[str, int]]:
+    return [(name, int(module.out_features)) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _kept(model: nn.Module, shapes: Shapes, rank: int, cfg: Config) -> float:
+    """Bytes that autograd keeps of a token: of two sequences less those of one, so that what is no token's falls out."""
+    device = next(model.parameters()).device
+    draw = torch.Generator().manual_seed(0)
+    bank = hk.AdapterBank(dict(shapes), [rank], dtype=getattr(torch, cfg.adapter_dtype), device=device, generator=draw)
+    words = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    held = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), *bank.parameters())}
+    attach(model, bank, dropout=cfg.dropout)
+    try:
+        sizes = []
+        for rows in (1, 2):
+            ids = torch.randint(words, (rows, cfg.seq_len), generator=draw).to(device)
+            seen: dict[int, int] = {}
+
+            def note(tensor: Tensor, seen: dict[int, int] = seen) -> Tensor:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in held:
+                    seen[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            owner = torch.zeros(rows, dtype=torch.int64)
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), client_segments(model, owner, seeds=torch.zeros(1, dtype=torch.int64)):
+                losses = token_losses(model, ids, ids, owner, 1)  # holds the graph, so that no address comes twice
+                sizes.append(sum(seen.values()))
+                losses.sum().backward()  # which lets go of what is kept
+    finally:
+        detach(model)
+    return (sizes[1] - sizes[0]) / cfg.seq_len
+
+
+# ---------------------------------------------------------------- what is free
+
+
+def free_memory(device: torch.device) -> tuple[int, str]:
+    """(bytes, where the number comes from) that a step may still take on `device`.
+
+    A GPU: `torch.cuda.mem_get_info`, and what torch's allocator holds unused. A CPU: the least of MemAvailable and what the control group (a container) leaves.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused, f"free on {device}"
+    found = {"MemAvailable": available} if (available := _available()) is not None else {}
+    if (left := _group_left()) is not None:
+        found["the control group's limit"] = left
+    if not found:
+        raise ConfigError("max_tokens_per_step = 'auto': this system does not say how much memory is free; give a number")
+    name = min(found, key=found.__getitem__)
+    return found[name], name
+
+
+def _available(path: Path = Path("/proc/meminfo")) -> int | None:
+    try:
+        return next(int(line.split()[1]) * 1024 for line in path.read_text(encoding="ascii").splitlines() if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def _group_left(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes to the limit of the control group, version 2 or 1; None where there is none."""
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        try:
+            text, now = ((root / name).read_text(encoding="ascii").strip() for name in (limit, used))
+        except OSError:
+            continue
+        if text != "max" and int(text) < 2**60:
+            return max(0, int(text) - int(now))
+    return None
+
+
+def give_back_freed_memory() -> None:
+    """Let glibc return every freed block of a MiB to the system. By itself it keeps blocks of up to 32 MiB, in pieces that later ones do not fit."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 1 << 20)
+
+
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
+
+
+def with_step_tokens(cfg: Config, model: nn.Module, shapes: Shapes, ranks: Sequence[int]) -> tuple[Config, list[str]]:
+    """`cfg` with max_tokens_per_step as a number, and lines that say how 'auto' came to it.   ranks: of all clients; the largest that make a round count."""
+    if cfg.max_tokens_per_step:
+        return cfg, []
+    if cfg.training_kind.no_ranks:
+        raise ConfigError(f"max_tokens_per_step = 'auto': its model of memory is that of adapters, and train = {cfg.train!r} trains none; give a number")
+    device = next(model.parameters()).device
+    if device.type == "cpu":
+        give_back_freed_memory()
+    free, source = free_memory(device)
+    largest = sorted((max(1, rank) for rank in ranks), reverse=True)[: cfg.clients_per_round if cfg.cobatch else 1]
+    memory = step_memory(model, shapes, sum(largest), max(1, round(sum(largest) / len(largest))), cfg)
+    most = cfg.seq_len * cfg.batch_size * len(largest)
+    fitting = memory.tokens(memory.base + SHARE * free)  # the base is there already
+    tokens = min(max(fitting, cfg.seq_len), most)
+    gib = 2**30
+    line = (
+        f"max_tokens_per_step: {tokens} (auto), modelled: {memory.of(tokens) / gib:.2f} GiB with a base of {memory.base / gib:.2f}, adapters and optimiser of "
+        f"{memory.adapters / gib:.2f} and {memory.kept / 1024:.0f} KiB a token; {free / gib:.2f} GiB are free ({source})"
+    )
+    return cfg.model_copy(update={"max_tokens_per_step": tokens}), [line] + (
+        [f"one sequence of {cfg.seq_len} tokens may not fit; give --gradient-checkpointing or a shorter --seq-len"] if fitting < cfg.seq_len else []
+    )
