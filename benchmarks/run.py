@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 import hetlora_kernels as hk
-from benchmarks import lora, peft_suite, saved, server
+from benchmarks import lora, peft_suite, rounds, saved, server
 from hetlora_kernels import _library
 
-SUITES = {"server": server, "lora": lora, "peft": peft_suite}
+SUITES = {"server": server, "lora": lora, "peft": peft_suite, "round": rounds}
 LINE = "{op:32s} {shape:34.34s} K={clients:<5d}{dtype:9s} t={threads} {provider:26s} {median_s:10.5f} s {gb_per_s:7.1f} GB/s {ratio:6.2f} x {yardstick}"
 
 
@@ -44,7 +44,7 @@ def cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    names = ("torch", "triton", "numpy", "peft", "transformers")
+    names = ("torch", "triton", "numpy", "peft", "transformers", "flwr", "ray")
     found = {"python": platform.python_version()}
     for name in names:
         try:

@@ -203,6 +203,22 @@ def peft_summary(data: dict[str, Any]) -> list[str]:
     return lines
 
 
+def round_table(data: dict[str, Any]) -> list[str]:
+    """Seconds of a round by every form, one line for each case."""
+    names = [name for name in dict.fromkeys(r["provider"] for r in data["results"]) if name not in ("hetlora", "frozen base")]
+    head = ["clients", "tokens a client", "threads", "frozen base", "hetlora", "hetlora / base", *names, *(f"{name} / hetlora" for name in names)]
+    lines = [_row(head), "|" + "--:|" * len(head)]
+    groups: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for r in data["results"]:
+        groups.setdefault((r["clients"], r["shape"].split(", ")[1].split()[0], r["threads"]), {})[r["provider"]] = r
+    for key, own in groups.items():
+        ours, base = own["hetlora"], own["frozen base"]
+        others = [f"{_seconds(own[name]['median_s'])}" if name in own else "" for name in names]
+        ratios = [f"{own[name]['median_s'] / ours['median_s']:.2f} x" if name in own else "" for name in names]
+        lines.append(_row([*map(str, key), _seconds(base["median_s"]), _seconds(ours["median_s"]), f"{ours['ratio']:.2f} x", *others, *ratios]))
+    return lines
+
+
 TABLES = {
     "server": server_table,
     "summary": summary_table,
@@ -212,6 +228,7 @@ TABLES = {
     "layer_targets": layer_targets,
     "peft": peft_table,
     "peft_summary": peft_summary,
+    "round": round_table,
 }
 
 
@@ -234,6 +251,8 @@ def render(text: str, results: Path, page: Path) -> str:
         if match["kind"] == "modelled":
             return match[1] + "\n".join(model.table()) + "\n" + match["end"]
         file = results / match["file"]
+        if not file.is_file():
+            return f"{match[1]}Not measured yet.\n{match['end']}"
         data = saved.read(file)
         lines = facts(data, file, page) if match["kind"] == "conditions" else TABLES[match["kind"]](data)
         return match[1] + "\n".join(lines) + "\n" + match["end"]

@@ -68,23 +68,27 @@ def interleaved(
     most_rounds: int = 30,
     least_rounds: int = 3,
     aside: Collection[str] = (),
+    known: Mapping[str, float] | None = None,
 ) -> dict[str, Timing]:
     """Time `runs` in rounds for about `seconds`, after two calls of each that are not counted.
 
     At least `least_rounds`, and no more of what takes longer than SLOW_SECONDS; three of what is in `aside`, which does not count for the number of rounds;
     one of what takes longer than ENDLESS_SECONDS.
+    known: seconds of a call that was made before, in place of the two; where it took longer than ENDLESS_SECONDS it is the only one.
     """
-    for run in runs.values():
-        _turn(run, device)
-    warm = {name: _turn(run, device) for name, run in runs.items()}
+    if known is None:
+        for run in runs.values():
+            _turn(run, device)
+    warm = known or {name: _turn(run, device) for name, run in runs.items()}
     calls = {name: max(1, int(SHORT_SECONDS / max(once, 1e-9))) for name, once in warm.items()}
     a_round = sum(warm[name] * calls[name] for name in runs if name not in aside)
     rounds = max(least_rounds, min(most_rounds, int(seconds / max(a_round, 1e-9))))
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    long = {name for name in known or {} if warm[name] > ENDLESS_SECONDS}
+    times: dict[str, list[float]] = {name: [warm[name]] if name in long else [] for name in runs}
     for turn in range(rounds):
         for name in list(runs) if turn % 2 == 0 else reversed(runs):
             most = 3 if name in aside else least_rounds if warm[name] > SLOW_SECONDS else rounds
-            few = 1 if warm[name] > ENDLESS_SECONDS else most
+            few = 0 if name in long else 1 if warm[name] > ENDLESS_SECONDS else most
             if turn < few:
                 times[name].append(_turn(runs[name], device, calls[name]))
     base = Timing(times[yardstick], 1.0)
