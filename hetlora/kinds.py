@@ -67,6 +67,7 @@ class TrainingKind:
         it changed since the client was here last.
     all_rows: a client receives every row of the bank, whatever its rank; otherwise as many leading rows as its rank.
     own_text: what the perplexity of a client in summaries and reports is that of.
+    one_process: why the clients of a round cannot be shared by several processes; '' where they can.
     settings: read by this kind alone, refused with every other.   refuses: settings of others that it cannot use.
     """
 
@@ -80,6 +81,7 @@ class TrainingKind:
     factors: tuple[str, ...] = ("ab",)
     all_rows: bool = False
     own_text: str = "the global adapter at the client's rank"
+    one_process: str = ""
     settings: tuple[str, ...] = ()
     refuses: tuple[Refusal, ...] = ()
 
@@ -176,6 +178,7 @@ TRAININGS = {
             no_ranks="none, full fine-tuning",
             saves=(),
             own_text="the global model",
+            one_process="the mean of whole models is made in one process, as they arrive",
             refuses=(
                 Refusal(("dtype",), "train = 'full' steps the weights themselves, whose small changes float16 cannot hold; use another dtype", ("float16",)),
                 Refusal(_OF_ADAPTERS, "of adapters, and train = 'full' trains none; leave it out"),

@@ -147,8 +147,8 @@ class SpreadFleet:
 def lead(cfg: Config, *, resume: bool = False, observer: Observer | None = None, load: Load = prepare) -> Result:
     """`simulate` as process 0 of several. Its clients' text and its model are loaded first; faults are said before the others have begun."""
     observer, at = observer or Observer(), place()
-    if cfg.train == "full":
-        raise ConfigError("train = 'full': the mean of whole models is made in one process, as they arrive; start it without torchrun")
+    if reason := cfg.training_kind.one_process:
+        raise ConfigError(f"train = {cfg.train!r}: {reason}; start it without torchrun")
     if not cfg.max_tokens_per_step:
         raise ConfigError("max_tokens_per_step = 'auto': several processes cut batches in the same places, and their free memory differs; give a number")
     groups: list[Group] = []
