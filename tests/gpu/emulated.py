@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,7 +29,7 @@ TYPES = {
     "f64": "case Type::f64: return body(double{});",
 }
 _SANITIZE = ["-fsanitize=address,alignment", "-fno-sanitize-recover=all"]
-_COMMON = ["g++", "-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+_COMMON = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
 
 
 def cuda_include() -> Path | None:
@@ -59,12 +62,20 @@ def _compile(source: Path, target: Path, extra: list[str]) -> Path:
     return target
 
 
-def compile_kernel(source: Path, target: Path, headers: Path = CSRC, sanitize: bool = True) -> Path:
-    return _compile(
-        source,
-        target,
-        [*(_SANITIZE if sanitize else []), "-O1", "-x", "c++", "-include", str(ENGINE / "cuda_on_cpu.h"), f"-I{ENGINE}", f"-I{headers}", "-Wno-switch"],
-    )
+def compile_kernel(source: Path, target: Path, headers: Path = CSRC, sanitize: bool = True, engine: Path = ENGINE) -> Path:
+    """`engine`: a folder with the precompiled header, for builds as that one is made for."""
+    options = [*(_SANITIZE if sanitize else []), "-O1", "-x", "c++", "-include", str(engine / "cuda_on_cpu.h")]
+    return _compile(source, target, [*options, f"-I{ENGINE}", f"-I{headers}", "-Wno-switch"])
+
+
+@cache
+def _precompiled() -> Path:
+    """A folder with cuda_on_cpu.h, precompiled: it and what it includes are half of a kernel's compilation for one type."""
+    folder = Path(tempfile.mkdtemp(prefix="hetlora-emulator-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    header = shutil.copy2(ENGINE / "cuda_on_cpu.h", folder)  # with its time: by that #pragma once knows the two for one
+    _compile(Path(header), folder / "cuda_on_cpu.h.gch", [*_SANITIZE, "-O1", "-x", "c++-header", "-w"])
+    return folder
 
 
 def _compile_bindings(source: Path, target: Path) -> Path:
@@ -95,20 +106,40 @@ def link(objects: list[Path], target: Path, sanitize: bool = True) -> Path:
     return target
 
 
-def run_worker(script: str, library: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a worker of this folder on an emulated library."""
-    environment = os.environ | {
+def _environment() -> dict[str, str]:
+    return os.environ | {
         "LD_PRELOAD": str(sanitizer_library()),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "PYTHONPATH": str(HERE.parents[1]),
         "OMP_NUM_THREADS": "1",
     }
+
+
+def run_worker(script: str, library: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a worker of this folder on an emulated library."""
     command = [sys.executable, str(HERE / script), str(library), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, env=_environment(), capture_output=True, text=True)
+
+
+@cache
+def _server() -> subprocess.Popen[str]:
+    """An emulator_worker.py that has imported everything and forks for each call; it ends with its input."""
+    command = [sys.executable, str(HERE / "emulator_worker.py")]
+    server = subprocess.Popen(command, env=_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(server.communicate)
+    return server
 
 
 def work(library: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return run_worker("emulator_worker.py", library, *arguments)
+    """Run cases on an emulated library in a process of their own."""
+    server, command = _server(), [str(library), *arguments]
+    assert server.stdin is not None and server.stdout is not None
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("out", "errors")]
+        print(json.dumps([*command, *map(str, files)]), file=server.stdin, flush=True)
+        status = server.stdout.readline()
+        assert status, "emulator_worker.py has ended; what it forks must not end it"
+        return subprocess.CompletedProcess(command, int(status), *(file.read_text() for file in files))
 
 
 def wrong(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
@@ -142,6 +173,6 @@ def run_changed(mutant: Mutant, objects: list[Path], folder: Path) -> subprocess
         assert line in dispatch
         dispatch = dispatch if name == mutant.dtype else dispatch.replace(line, "")
     (source / "dispatch.cuh").write_text(dispatch)
-    changed = compile_kernel(source / f"{mutant.source}.cu", folder / "changed.o", source)
+    changed = compile_kernel(source / f"{mutant.source}.cu", folder / "changed.o", source, engine=_precompiled())
     library = link([changed if o.stem == mutant.source else o for o in objects], folder / "changed.so")
     return work(library, mutant.dtype, mutant.shapes, SCHEDULES, mutant.case)

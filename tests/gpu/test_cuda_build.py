@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,7 @@ def disassembler() -> str | None:
     return shutil.which("cuobjdump") or (str(beside) if beside and beside.exists() else None)
 
 
+@cache
 def instructions(file: Path) -> dict[tuple[int, str], Counter[str]]:
     """{(architecture, kernel): how often each instruction is in it, by name without modifiers}."""
     tool = disassembler()

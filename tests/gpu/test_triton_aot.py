@@ -49,7 +49,11 @@ def compiled(arch: int, cache: Path, *cases: str) -> list[dict]:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_compile_without_spills(arch: int, tmp_path: Path) -> None:
     cases = [case for case in launch_cases() if not case.startswith(LAYER_OPS)]
-    assert {v["kernel"] for v in compiled(arch, tmp_path, *cases)} >= STREAMING
+    variants = compiled(arch, tmp_path, *cases)
+    assert {v["kernel"] for v in variants} >= STREAMING
+    grams = {v["case"]: v for v in variants if v["kernel"] == "_gram_kernel"}
+    assert grams["norms-bf16"]["mma"] and grams["norms-f16"]["mma"], "no tensor-core instruction in the Gram matrices of 16-bit rows"
+    assert not (grams["norms-f32"]["mma"] or grams["norms-f32"]["tf32"]), "float32 Gram matrices on tensor cores: TF32"
 
 
 @pytest.mark.parametrize("arch", ARCHS)
