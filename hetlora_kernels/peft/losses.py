@@ -118,9 +118,9 @@ class _StatesLoss(torch.autograd.Function):
         losses = rows.new_empty(len(rows), dtype=_wide(states.dtype))
         slopes = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         for part in _chunks(rows, weight):
-            logits, total, losses[part] = _chunk_losses(rows[part], labels[part], head, extras)
+            losses[part], of_logits = _of_chunk(rows[part], labels[part], head, extras, slopes is not None)
             if slopes is not None:
-                torch.mm(_slopes(logits, total, labels[part], head, extras).to(rows.dtype), weight, out=slopes[part])
+                torch.mm(of_logits.to(rows.dtype), weight, out=slopes[part])
         ctx.save_for_backward(states, weight, bias, targets, kept, slopes)
         ctx.head, ctx.extras = (scale, softcap), extras
         if kept is None:
@@ -141,9 +141,7 @@ class _StatesLoss(torch.autograd.Function):
             head, dtype = Head(weight, bias, *ctx.head), grads.dtype
             d_weight, d_bias = torch.zeros(weight.shape, dtype=dtype, device=weight.device), torch.zeros(len(weight), dtype=dtype, device=weight.device)
             for part in _chunks(rows, weight):
-                logits, total, _ = _chunk_losses(rows[part], labels[part], head, ctx.extras)
-                slope = _slopes(logits, total, labels[part], head, ctx.extras) * grads[part, None]
-                own = rows[part]
+                slope, own = _of_chunk(rows[part], labels[part], head, ctx.extras, True)[1] * grads[part, None], rows[part]
                 if kept is None:  # nothing of nobody's rows: 0 times a NaN of theirs is no 0
                     slope, own = slope.masked_fill_(nobody[part], 0.0), own.masked_fill(nobody[part], 0.0)
                 d_weight += (slope.to(rows.dtype).t() @ own).to(dtype)
@@ -163,25 +161,30 @@ def _chunks(rows: Tensor, weight: Tensor) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, len(rows), size))
 
 
-def _chunk_losses(rows: Tensor, labels: Tensor, head: Head, extras: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
-    """(logits, their logsumexp, losses) of some rows, in float32 or float64."""
+def _of_chunk(rows: Tensor, labels: Tensor, head: Head, extras: tuple[float, float], sloped: bool) -> tuple[Tensor, Tensor]:
+    """(losses, d loss / d (h W^T + b) in place of the logits) of some rows, in float32 or float64; the second is nothing to use unless `sloped`.
+
+    With m the largest logit z of a row and e = exp(z - m), made once: the logsumexp is m + log sum e, and the softmax e / sum e.
+    """
     smoothing, z_loss = extras
     logits = head.logits(rows).to(_wide(rows.dtype))
-    total = logits.logsumexp(1)
-    losses = total - (1 - smoothing) * logits.gather(1, labels[:, None])[:, 0]
+    steep = (1 - (logits / head.softcap).square()).mul_(head.scale) if sloped and head.softcap else head.scale
+    top = logits.amax(1)
+    logits -= top[:, None]
+    losses = (smoothing - 1) * logits.gather(1, labels[:, None])[:, 0]
     if smoothing:
         losses -= smoothing * logits.mean(1)
-    return logits, total, losses + z_loss * total.square() if z_loss else losses
-
-
-def _slopes(logits: Tensor, total: Tensor, labels: Tensor, head: Head, extras: tuple[float, float]) -> Tensor:
-    """d loss / d (h W^T + b) of each row, in place of the logits."""
-    smoothing, z_loss = extras
-    steep = (1 - (logits / head.softcap).square()).mul_(head.scale) if head.softcap else head.scale
-    slopes = logits.sub_(total[:, None]).exp_()
+    slopes = logits.exp_()
+    sums = slopes.sum(1)
+    exponents = sums.log()
+    losses += exponents
+    total = exponents + top
     if z_loss:
-        slopes *= 1 + 2 * z_loss * total[:, None]
+        losses += z_loss * total.square()
+    if not sloped:
+        return losses, slopes
+    slopes *= ((1 + 2 * z_loss * total) / sums)[:, None]
     if smoothing:
-        slopes -= smoothing / logits.shape[1]
+        slopes -= smoothing / slopes.shape[1]
     slopes.scatter_add_(1, labels[:, None], slopes.new_full((len(labels), 1), smoothing - 1))
-    return slopes.mul_(steep)
+    return losses, slopes.mul_(steep)
