@@ -37,7 +37,7 @@ def write(result: dict[str, Any], path: Path) -> None:
     cases = []
     for case, providers in _grouped(result["results"]):
         lines = [f"   {json.dumps(name)}: {json.dumps(figures)}" for name, figures in providers.items()]
-        cases.append(f"  {json.dumps(case)[:-1]}, \"providers\": {{\n" + ",\n".join(lines) + "}}")
+        cases.append(f'  {json.dumps(case)[:-1]}, "providers": {{\n' + ",\n".join(lines) + "}}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'{head[:-2]},\n "cases": [\n' + ",\n".join(cases) + "\n ]\n}\n", encoding="utf-8")
 

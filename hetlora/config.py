@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from hetlora.errors import ConfigError
 from hetlora.kinds import MERGE_CHOICES, MERGES, TRAININGS, MergeKind, TrainingKind, merge_kind, own_settings
 from hetlora.ranks import RankRule, parse_ranks
-from hetlora.text_files import parse_json, read_text
+from hetlora.settings_file import read_settings
+from hetlora.text_files import shortened
 
 __all__ = ["Config", "ConfigError"]
 
@@ -227,7 +228,7 @@ class Config(BaseModel):
             elif fault["type"] == "extra_forbidden":
                 faults.append(f"unknown setting '{name}'{_nearest(name, cls.model_fields)}")
             else:
-                faults.append(f"{name}: {fault['msg'].lower()}, got {_shortened(repr(fault['input']))}")
+                faults.append(f"{name}: {fault['msg'].lower()}, got {shortened(repr(fault['input']))}")
         return faults
 
     def __repr__(self) -> str:
@@ -286,7 +287,7 @@ class Config(BaseModel):
         if not (self.rouge_examples or self.sample_prompts) and not self._at_default("rouge_tokens"):
             raise ConfigError(f"{self._shown(['rouge_tokens'])}: of answers, and none are asked for; set rouge_examples or sample_prompts, or leave it out")
         if not self.data.startswith("hub:") and not self._at_default("split"):
-            raise ConfigError(f"{self._shown(['split'])}: of a hub data set, and data = {_shortened(repr(self.data))} is none; leave it out")
+            raise ConfigError(f"{self._shown(['split'])}: of a hub data set, and data = {shortened(repr(self.data))} is none; leave it out")
         if self.dropout and not 0 < round(65536 * self.dropout) < 65536:
             raise ConfigError(f"dropout: expected 0, or a probability from 1/65536 to 65535/65536, got {self.dropout}")
         if self.scale_rule == "rslora" and self.prune_scope == "module":
@@ -368,18 +369,7 @@ class Config(BaseModel):
 
         Raises `ConfigError` naming the file: it cannot be read or parsed, a name comes twice, a name is no text.
         """
-        path = Path(path)
-        text = read_text(path, "config file", most=2**18)
-        try:
-            values = _parse(path.suffix.lower(), text)
-        except Exception as error:  # the three parsers raise unrelated types
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ConfigError(f"config file {path}: not valid {path.suffix or 'YAML'} ({reason})") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"config file {path}: expected settings as 'name: value', got {type(values).__name__}")
-        if odd := [name for name in values if not isinstance(name, str)]:
-            raise ConfigError(f"config file {path}: expected the name of a setting, got {_shortened(repr(odd[0]))}")
-        return values
+        return read_settings(path)
 
     @classmethod
     def from_file(cls, path: str | Path, **overrides: Any) -> Config:
@@ -411,39 +401,3 @@ def _nearest(name: str, known: Any) -> str:
 
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean '{close[0]}'?)" if close else " ('hetlora run --help' lists them)"
-
-
-def _parse(suffix: str, text: str) -> Any:
-    if suffix == ".toml":
-        try:
-            import tomllib
-        except ModuleNotFoundError:  # Python 3.10
-            import tomli as tomllib  # type: ignore[no-redef]
-        return tomllib.loads(text)
-    if suffix == ".json":
-        return parse_json(text)
-    return _parse_yaml(text)
-
-
-def _parse_yaml(text: str) -> Any:
-    """YAML without references, which a few lines can expand to more than any memory holds, and without a name that comes twice."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.events.AliasEvent):
-                raise ValueError(f"line {self.peek_event().start_mark.line + 1}: references (*name) are not allowed, write the value out")
-            return super().compose_node(parent, index)
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise ValueError(f"line {node.start_mark.line + 1}: the key {twice[0]!r} comes twice")
-            return super().construct_mapping(node, deep)
-
-    found = yaml.load(text, Loader)
-    return {} if found is None else found
-
-
-def _shortened(text: str, most: int = 80) -> str:
-    return text if len(text) <= most else f"{text[:most]}..."

@@ -19,6 +19,11 @@ _OTHER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", co
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
 
 
+def shortened(text: str, most: int = 80) -> str:
+    """What a message shows of a text of any length."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def kind_of(path: str | Path) -> str:
     """'' for a regular file; else what `path` is instead, in words."""
     return _kind(os.stat(path).st_mode)
