@@ -50,20 +50,26 @@ def test_weights_are_those_of_the_parts():
         torch.testing.assert_close(left, right, rtol=0, atol=1e-13)  # the signs agree too
 
 
-def test_batches_of_any_size_give_the_same_bits(monkeypatch):
+def assert_same(pair, other):
+    """To rounding: some processors' libraries multiply a batch in another order than one matrix."""
+    for mine, theirs in zip(pair, other, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-13)
+
+
+def test_batches_of_any_size_give_the_same(monkeypatch):
     stacks = [(draw(5, 6, seed=i), draw(5, 8, seed=50 + i)) for i in range(5)]
     weights = [torch.rand(5, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(5)]
     whole = best_rank(stacks, 3, weights)
     for size in (1, 8 * 5 * 14 * 2):
         monkeypatch.setattr(low_rank, "BATCH_BYTES", size)
-        assert all(torch.equal(one, other) for pair in zip(whole, best_rank(stacks, 3, weights), strict=True) for one, other in zip(*pair, strict=True))
+        for pair in zip(whole, best_rank(stacks, 3, weights), strict=True):
+            assert_same(*pair)
 
 
 def test_modules_in_one_batch_are_what_each_is_alone():
     stacks = [(draw(5, 6, seed=i), draw(5, 8, seed=50 + i)) for i in range(3)] + [(draw(4, 6, seed=9), draw(4, 8, seed=59)), (draw(0, 6), draw(0, 8))]
     for together, (x, y) in zip(best_rank(stacks, 3), stacks, strict=True):
-        alone = best_rank([(x, y)], 3)[0]
-        assert all(torch.equal(left, right) for left, right in zip(together, alone, strict=True))
+        assert_same(together, best_rank([(x, y)], 3)[0])
 
 
 def test_zero_and_rank_deficient_sums():

@@ -43,6 +43,7 @@ def _of(model: str, config: str, kind: str = "text", dtype=torch.float64, leave=
 
 
 MOE = torch.float32  # their grouped product takes no float64
+INSIDE = torch.float32  # its attention is float32 whatever the model is, and the order of its sums the library's, by the size of the batch
 ARCHITECTURES = {
     "llama": _of("LlamaForCausalLM", "LlamaConfig", **GROUPED),
     "qwen2": _of("Qwen2ForCausalLM", "Qwen2Config", **GROUPED),
@@ -52,7 +53,7 @@ ARCHITECTURES = {
     "phi": _of("PhiForCausalLM", "PhiConfig", **(DECODER | {"hidden_size": 32})),
     "phi3": _of("Phi3ForCausalLM", "Phi3Config", **GROUPED),
     "gpt2": _of("GPT2LMHeadModel", "GPT2Config", **GPT),
-    "gpt_neo": _of("GPTNeoForCausalLM", "GPTNeoConfig", **NEO),
+    "gpt_neo": _of("GPTNeoForCausalLM", "GPTNeoConfig", dtype=INSIDE, **NEO),
     "gpt_neox": _of("GPTNeoXForCausalLM", "GPTNeoXConfig", **DECODER),
     "opt": _of("OPTForCausalLM", "OPTConfig", **(DECODER | {"ffn_dim": 40, "word_embed_proj_dim": 24, "dropout": 0.0})),
     "bloom": _of("BloomForCausalLM", "BloomConfig", vocab_size=VOCAB, hidden_size=24, n_layer=2, n_head=4),
