@@ -36,6 +36,7 @@ class MergeKind:
     keeps_bank: the next round starts from the merged bank, and clients download their rows of it. Otherwise it starts from a fresh bank, which
         everybody draws from the run's seed, so that a client downloads only what the function called `follow_bytes` in the rounds since it was here last.
     no_adapter: why no adapter of the run holds what it learned, and what does; '' where the bank does.
+    no_pruning: which clients cannot prune although they have rows to; '' where all can.
     settings: read by this merge alone, refused with every other.   refuses: settings of others that it cannot use.
     """
 
@@ -45,6 +46,7 @@ class MergeKind:
     base: Literal["none", "targets", "all"] = "none"
     keeps_bank: bool = True
     no_adapter: str = ""
+    no_pruning: str = ""
     settings: tuple[str, ...] = ()
     refuses: tuple[Refusal, ...] = ()
 
@@ -167,6 +169,9 @@ TRAININGS = {
                 _OWN_MERGE,
                 Refusal(("scale_rule",), "with train = 'chosen-rows' every client computes with all rows of the bank, at its one scale; leave it out"),
                 Refusal(("weight_decay",), "reaches rows that train = 'chosen-rows' keeps as they are; leave it out", idle=False),
+                Refusal(
+                    ("server_optimizer",), "goes on moving rows that nobody chose, and train = 'chosen-rows' keeps these as they are; leave it out", idle=False
+                ),
                 Refusal(("cuda_graph",), "records steps in which all rows move, and train = 'chosen-rows' keeps most as they are; leave it out", (True,)),
             ),
         ),
@@ -223,6 +228,7 @@ MERGES = {
             "energy",
             "truncate the SVD of the exact sum, in each module at the rank that holds a share of its energy (FLoRIST)",
             "hetlora.merge:merge_energy",
+            no_pruning="those whose last rows merge = 'energy' cut never do, as zeros have no norm to fall",
             settings=("energy",),
             refuses=(_TURNED,),
         ),

@@ -180,6 +180,8 @@ def _ranks_described(cfg: Config, state: server.ServerState) -> dict[str, str]:
     if kind.prunes:
         able = sum(kept_rank(rank, cfg.gamma, state.r_min) < rank for rank in dealt)
         said["pruning"] = f"{able} of {len(dealt)} clients have rows to prune, by gamma = {cfg.gamma:g} and lambda = {cfg.prune_lambda:g}"
+        if able and cfg.merge_kind.no_pruning:
+            said["pruning"] += f"; {cfg.merge_kind.no_pruning}"
     return said | {"bytes": f"compared with HomLoRA at rank {state.homlora_rank}, the largest that a client has"}
 
 

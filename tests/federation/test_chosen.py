@@ -119,7 +119,9 @@ def test_a_run_learns_and_keeps_whole_adapters_of_clients(tmp_path):
     assert ranks == {8}
 
 
-@pytest.mark.parametrize("setting", [{"weight_decay": 0.1}, {"cuda_graph": True}, {"prune_lambda": 0.5}, {"merge": "svd"}, {"scale_rule": "rslora"}])
+@pytest.mark.parametrize(
+    "setting", [{"weight_decay": 0.1}, {"server_optimizer": "fedavgm"}, {"cuda_graph": True}, {"prune_lambda": 0.5}, {"merge": "svd"}, {"scale_rule": "rslora"}]
+)
 def test_what_it_cannot_be_is_refused_by_name(tmp_path, setting):
     with pytest.raises(ConfigError, match=f"{next(iter(setting))} = .*chosen-rows|{next(iter(setting))} = .*this kind of training"):
         tiny_config(tmp_path, **{**CHOSEN, **setting})

@@ -30,6 +30,10 @@ def test_they_say_the_ranks_who_can_prune_and_what_bytes_are_compared_with(tmp_p
     assert info["ranks"] == "2..6, mean 3.3; 2 of 3 clients have the least; the server's bank has 6 rows"
     assert info["pruning"] == "1 of 3 clients have rows to prune, by gamma = 0.5 and lambda = 2"
     assert info["bytes"] == "compared with HomLoRA at rank 6, the largest that a client has"
+    said = started(tmp_path / "f", gamma=0.5, prune_lambda=2.0, merge="energy", energy=0.5)[0]["pruning"]
+    assert said.startswith("1 of 3 clients have rows to prune") and said.endswith(
+        "; those whose last rows merge = 'energy' cut never do, as zeros have no norm to fall"
+    )
     assert started(tmp_path / "b", gamma=1.0)[0]["pruning"].startswith("0 of 3 clients")
     assert started(tmp_path / "c", ranks="fixed:4")[0]["ranks"] == "4..4, mean 4.0; the same for all; the server's bank has 4 rows"
     assert "pruning" not in started(tmp_path / "d", train="fold", weights="samples", **UNPRUNED)[0]
