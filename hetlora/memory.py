@@ -34,8 +34,9 @@ class StepMemory:
     kept: k, what a token leaves for the backward pass. Without checkpointing it is measured, and is a sum over L layers; with it, k = L d w + k / L: the inputs
         of all layers (d numbers of w bytes), and what one layer leaves while it is computed again.
     moved: g, what the backward pass holds of a token besides: gradients of the widest layer and of its inputs.
-    chunk: c min(T V, C), logits of a chunk of rows (`client_losses`): V words, at most C numbers, c = 12 bytes for each: a float32
-        and the two copies of it that a logsumexp makes.
+    chunk: c min(T V, C), logits of a chunk of rows (`client_losses`): V words, at most C numbers, c bytes for each: 4 in float32, where slopes take the
+        place of logits, and 6 on a 16-bit model, whose logits come and whose slopes go in w = 2 bytes beside them. A softcap (Gemma's) takes three float32
+        and those w bytes: logits, their hyperbolic tangent and its slope.
     """
 
     base: int
@@ -88,9 +89,13 @@ def step_memory(model: nn.Module, shapes: Shapes, total_rank: int, rank: int, cf
         kept *= layers / here
     widest = max(m for name, m in _linears(model) if m != words)
     wide = 8 if weight.dtype == torch.float64 else 4  # losses are in float32
+    if getattr(text, "final_logit_softcapping", None):
+        logit_bytes = 3 * wide + element
+    else:
+        logit_bytes = wide if element == wide else wide + element
     base = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     most = CHUNK.get(weight.device.type, CHUNK["cuda"])
-    return StepMemory(base, adapter_bytes(shapes, total_rank, cfg), kept, (3 * widest + 2 * width) * element, words, most, 3 * wide)
+    return StepMemory(base, adapter_bytes(shapes, total_rank, cfg), kept, (3 * widest + 2 * width) * element, words, most, logit_bytes)
 
 
 def _linears(model: nn.Module) -> list[tuple[str, int]]:

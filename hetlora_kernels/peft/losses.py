@@ -121,6 +121,7 @@ class _StatesLoss(torch.autograd.Function):
             losses[part], of_logits = _of_chunk(rows[part], labels[part], head, extras, slopes is not None)
             if slopes is not None:
                 torch.mm(of_logits.to(rows.dtype), weight, out=slopes[part])
+            del of_logits  # before the next chunk's are made
         ctx.save_for_backward(states, weight, bias, targets, kept, slopes)
         ctx.head, ctx.extras = (scale, softcap), extras
         if kept is None:

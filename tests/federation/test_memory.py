@@ -23,7 +23,7 @@ from hetlora.observer import Observer
 @pytest.mark.skipif(not hasattr(memory.ctypes.CDLL(None), "mallopt"), reason="glibc's allocator: others keep freed memory")
 @pytest.mark.parametrize(("name", "checkpointing"), bench_memory.CASES[1:])  # a layer that checkpoints, and many words
 def test_the_peak_of_a_process_is_within_a_tenth_of_the_model(name, checkpointing):
-    found = bench_memory.in_a_process(name, checkpointing, 1024)
+    found = bench_memory.in_a_process(name, checkpointing)
     assert found["measured"] > 100, "MiB, or a tenth of it is little beside what a library loads late"
     assert 0.9 <= found["modelled"] / found["measured"] <= 1.1
 
