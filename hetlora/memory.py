@@ -159,16 +159,38 @@ def _available(path: Path = Path("/proc/meminfo")) -> int | None:
         return None
 
 
-def _group_left(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes to the limit of the control group, version 2 or 1; None where there is none."""
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        try:
-            text, now = ((root / name).read_text(encoding="ascii").strip() for name in (limit, used))
-        except OSError:
-            continue
-        if text != "max" and int(text) < 2**60:
-            return max(0, int(text) - int(now))
-    return None
+def _group_left(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Bytes to the nearest limit of the process's control group and those around it, version 2 or 1; None where there is none.
+
+    Files that the system has read and would drop first (`inactive_file`) are in a group's use, and count as free.
+    """
+    try:
+        lines = [line.split(":", 2) for line in own.read_text(encoding="ascii").splitlines()]
+    except OSError:
+        lines = []
+    paths = {"memory" if "memory" in kinds.split(",") else kinds: path.strip("/") for _, kinds, path in lines}
+    left = []
+    for kind, limit, used, files in (
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        inner = Path(paths.get(kind, ""))
+        for group in (inner, *inner.parents):
+            folder = root / kind / group
+            try:
+                text, now = ((folder / name).read_text(encoding="ascii").strip() for name in (limit, used))
+            except OSError:
+                continue
+            if text != "max" and int(text) < 2**60:
+                left.append(max(0, int(text) - max(0, int(now) - _stat(folder, files))))
+    return min(left, default=None)
+
+
+def _stat(folder: Path, name: str) -> int:
+    try:
+        return next(int(line.split()[1]) for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines() if line.startswith(f"{name} "))
+    except (OSError, StopIteration):
+        return 0
 
 
 def give_back_freed_memory() -> None:

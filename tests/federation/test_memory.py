@@ -66,19 +66,20 @@ def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer(tmp_path):
 
 
 def test_free_memory_is_the_least_of_what_the_system_and_the_container_leave(tmp_path, monkeypatch):
+    none = tmp_path / "none"
     (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:   4000 kB\n")
     assert memory._available(tmp_path / "meminfo") == 4000 * 1024 and memory._available(tmp_path / "none") is None
-    assert memory._group_left(tmp_path) is None
+    assert memory._group_left(tmp_path, none) is None
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("1000\n")
-    assert memory._group_left(tmp_path) is None
+    assert memory._group_left(tmp_path, none) is None
     (tmp_path / "memory.max").write_text("5000\n")
-    assert memory._group_left(tmp_path) == 4000
+    assert memory._group_left(tmp_path, none) == 4000
     old = tmp_path / "old" / "memory"
     old.mkdir(parents=True)
     (old / "memory.limit_in_bytes").write_text("7000")
     (old / "memory.usage_in_bytes").write_text("8000")
-    assert memory._group_left(tmp_path / "old") == 0
+    assert memory._group_left(tmp_path / "old", none) == 0
     cpu = torch.device("cpu")
     monkeypatch.setattr(memory, "_available", lambda: 300)
     monkeypatch.setattr(memory, "_group_left", lambda: 200)
@@ -88,6 +89,29 @@ def test_free_memory_is_the_least_of_what_the_system_and_the_container_leave(tmp
     monkeypatch.setattr(memory, "_available", lambda: None)
     with pytest.raises(ConfigError, match="max_tokens_per_step = 'auto': this system does not say how much memory is free; give a number"):
         free_memory(cpu)
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "limit", "used", "files"),
+    [
+        ("0::/a/b", "", "memory.max", "memory.current", "inactive_file"),
+        ("4:cpu,memory:/a/b", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_a_process_has_what_its_own_group_and_those_around_it_leave(tmp_path, line, folder, limit, used, files):
+    own = tmp_path / "cgroup"
+    own.write_text(f"9:name=systemd:/elsewhere\n{line}\n")
+    inner = tmp_path / folder / "a" / "b"
+    inner.mkdir(parents=True)
+    for group, most, now, unused in ((inner, 5000, 3000, 500), (inner.parent, 9000, 4000, 0), (tmp_path / folder, 2**62, 8000, 0)):
+        (group / limit).write_text(f"{most}\n")
+        (group / used).write_text(f"{now}\n")
+        (group / "memory.stat").write_text(f"active_file 70\n{files} {unused}\n")
+    assert memory._group_left(tmp_path, own) == 2500
+    (inner.parent / limit).write_text("6000\n")
+    assert memory._group_left(tmp_path, own) == 2000, "the group around it has less left"
+    own.write_text("9:name=systemd:/a/b\n")
+    assert memory._group_left(tmp_path, own) is None, "no limit at the root"
 
 
 def enough_for(tokens, ranks, cfg):
