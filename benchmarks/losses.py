@@ -7,7 +7,6 @@ anything is measured. Memory: what a process of its own takes at most beyond its
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.timing import peak_extra_mib
 from hetlora_kernels.peft import Head, client_losses
 
 FORMS = ("logits", "states")
@@ -59,9 +59,7 @@ def peak(form: str, options: argparse.Namespace, dtype: str) -> float:
 
 
 def peak_here(form: str, step: Step) -> None:
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step(form)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024)
+    print(peak_extra_mib(lambda: step(form)))
 
 
 def main() -> None:

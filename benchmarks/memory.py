@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import hetlora_kernels as hk
+from benchmarks.timing import peak_extra_mib
 from hetlora.cohort import train_cohort
 from hetlora.config import Config
 from hetlora.data import ClientData
@@ -48,10 +48,6 @@ def settings(**values: Any) -> Config:
     return Config.create("benchmark", **{"local_steps": 2, "batch_size": 1, "dropout": 0.0, "max_tokens_per_step": 2**20, **values})
 
 
-def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def measured(name: str, checkpointing: bool, tokens: int) -> dict[str, float]:
     """{"modelled", "measured"} MiB of a cohort's training in this process."""
     torch.set_num_threads(1)
@@ -60,9 +56,9 @@ def measured(name: str, checkpointing: bool, tokens: int) -> dict[str, float]:
     cfg = settings(seq_len=seq_len, gradient_checkpointing=checkpointing)
     give_back_freed_memory()
     _train({"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}, cfg, 16)  # loads what loads late
-    start = peak_mib()
-    memory = _train(MEASURED[name], cfg, seq_len)
-    return {"modelled": memory.of(tokens) / 2**20, "measured": peak_mib() - start}
+    memory: list[StepMemory] = []
+    taken = peak_extra_mib(lambda: memory.append(_train(MEASURED[name], cfg, seq_len)))
+    return {"modelled": memory[0].of(tokens) / 2**20, "measured": taken}
 
 
 def _train(shape: dict[str, int], cfg: Config, seq_len: int) -> StepMemory:

@@ -107,7 +107,10 @@ def _resident(field: str) -> int | None:
 
 
 def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """How far memory rises above what is held before the call; None where the system does not say."""
+    """How far memory rises above what is held before the call; None where the system does not say.
+
+    `getrusage` is no way to it: a process starts with the peak of the one that started it.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats(device)
@@ -126,3 +129,11 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | N
     run()
     peak = _resident("VmHWM")
     return None if start is None or peak is None else max(0, peak - start)
+
+
+def peak_extra_mib(run: Callable[[], object]) -> float:
+    """The same of this process on the CPU, in MiB; ends the program where the system does not say."""
+    peak = peak_extra_bytes(run, torch.device("cpu"))
+    if peak is None:
+        raise SystemExit("this system does not say how much memory a process took; nothing is measured")
+    return peak / 2**20

@@ -172,6 +172,7 @@ TRAININGS = {
                 Refusal(
                     ("server_optimizer",), "goes on moving rows that nobody chose, and train = 'chosen-rows' keeps these as they are; leave it out", idle=False
                 ),
+                Refusal(("max_tokens_per_step",), "'auto' (0) does not count the rows that train = 'chosen-rows' holds and keeps; give a number", (0,)),
                 Refusal(("cuda_graph",), "records steps in which all rows move, and train = 'chosen-rows' keeps most as they are; leave it out", (True,)),
             ),
         ),

@@ -81,7 +81,13 @@ def step_memory(model: nn.Module, shapes: Shapes, total_rank: int, rank: int, cf
     weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     width, element = int(text.hidden_size), weight.dtype.itemsize
     words = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-    kept = _kept(model, shapes, rank, cfg)
+    try:
+        kept = _kept(model, shapes, rank, cfg)
+    except RuntimeError as error:  # torch.OutOfMemoryError among them; on a CPU it has no class of its own
+        if not any(word in str(error) for word in ("out of memory", "allocate memory", "enough memory")):
+            raise
+        why = f"the probe of two sequences of {cfg.seq_len} tokens found no memory"
+        raise ConfigError(f"max_tokens_per_step = 'auto': {why}; give a number, or a shorter seq_len") from None
     if cfg.gradient_checkpointing:
         checkpoint_layers(model)  # an error where there are none
         kept = (layers or here) * width * element + kept / here

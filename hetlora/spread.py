@@ -31,6 +31,7 @@ from hetlora.result import Result
 from hetlora.run_folder import is_run
 from hetlora.server import ServerState
 from hetlora.shares import empty_bank, shared_out, train_share
+from hetlora.sources import read_prompts
 from hetlora.training import Trained
 
 Load = Callable[[Config, Observer], Federation]
@@ -59,10 +60,11 @@ def _loaded(cfg: Config, at: Place, load: Load, observer: Observer) -> LocalFlee
 _WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _identity(local: LocalFleet) -> dict[str, Any]:
-    """What all processes must have the same: data, modules and weights. Weights count by the sum of their bits, which has no order."""
+def _identity(local: LocalFleet, cfg: Config) -> dict[str, Any]:
+    """What all processes must have the same: data, prompts, modules and weights. Weights count by the sum of their bits, which has no order."""
     bits = [p.detach().contiguous().view(_WHOLE_NUMBERS[p.element_size()]).sum(dtype=torch.int64) for p in local.model.parameters()]
-    return {"data": local.fingerprint(), "modules": local.shapes, "weights": torch.stack([own.cpu() for own in bits]).tolist()}
+    weights = torch.stack([own.cpu() for own in bits]).tolist()
+    return {"data": local.fingerprint(), "sample prompts": read_prompts(cfg), "modules": local.shapes, "weights": weights}
 
 
 def _check_same(found: Sequence[dict[str, Any]]) -> list[str]:
@@ -80,10 +82,10 @@ def _check_same(found: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _report(local: LocalFleet | None, error: str = "") -> dict[str, Any]:
+def _report(local: LocalFleet | None, same: dict[str, Any], error: str = "") -> dict[str, Any]:
     own = {} if local is None else {name: value for name, value in checkpoint.versions(local.device).items() if name != "threads"}
     own["device"] = own.get("device", "").partition(" ")[2]  # the kind of GPU, not its number
-    return {"host": socket.gethostname(), "error": error, "versions": own, "same": _identity(local) if local else {}}
+    return {"host": socket.gethostname(), "error": error, "versions": own, "same": same}
 
 
 # ---------------------------------------------------------------- process 0
@@ -158,7 +160,7 @@ def lead(cfg: Config, *, resume: bool = False, observer: Observer | None = None,
         group = Group(at)
         groups.append(group)
         group.ordered({**cfg.model_dump(), "device": local.device.type})
-        reports = group.all(_report(local))
+        reports = group.all(_report(local, _identity(local, cfg)))
         machines = len({own["host"] for own in reports})
         observer.message(f"processes: {at.count} on {machines} machine{'s' * (machines > 1)}, {local.device.type}; they share the clients of a round")
         for line in _check_same(reports):
@@ -191,13 +193,14 @@ def follow(load: Load = prepare) -> int:
     try:
         group = Group(at)
         cfg = Config.create("process 0", **group.ordered())
-        local, error = None, ""
+        local, same, error = None, {}, ""
         try:
             local = _loaded(cfg, at, load, Observer())
+            same = _identity(local, cfg)
         except ConfigError as fault:
             error = str(fault)
-        group.all(_report(local, error))
-        if local is None:
+        group.all(_report(local, same, error))
+        if local is None or error:
             return 2
         group.connect(local.device)
         local.split = Shared(group)

@@ -52,6 +52,11 @@ def process(number: int, run: dict[str, Any], others: list[int], port: int) -> i
             raise ConfigError("model 'x': not here")
         return tiny_federation(sizes, held_out=1)
 
+    if "prompts" in run:  # the text of each process's own prompts.txt
+        place = Path(f"{run['folder']}-{number}")
+        place.mkdir()
+        (place / "prompts.txt").write_text(run["prompts"][number])
+        os.chdir(place)
     if number:
         return follow(load)
     observer = Watched(run.get("kill_at", 0), others[: run.get("kills", 1)])

@@ -120,7 +120,16 @@ def test_a_run_learns_and_keeps_whole_adapters_of_clients(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"weight_decay": 0.1}, {"server_optimizer": "fedavgm"}, {"cuda_graph": True}, {"prune_lambda": 0.5}, {"merge": "svd"}, {"scale_rule": "rslora"}]
+    "setting",
+    [
+        {"weight_decay": 0.1},
+        {"server_optimizer": "fedavgm"},
+        {"max_tokens_per_step": 0},
+        {"cuda_graph": True},
+        {"prune_lambda": 0.5},
+        {"merge": "svd"},
+        {"scale_rule": "rslora"},
+    ],
 )
 def test_what_it_cannot_be_is_refused_by_name(tmp_path, setting):
     with pytest.raises(ConfigError, match=f"{next(iter(setting))} = .*chosen-rows|{next(iter(setting))} = .*this kind of training"):

@@ -223,12 +223,19 @@ def test_a_process_that_dies_ends_the_run_which_can_be_resumed(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_process_with_other_data_or_without_its_model_is_refused_by_the_first(tmp_path):
-    odd, missing, idle = in_processes(
+    odd, prompts, missing, idle = in_processes(
         {"folder": str(tmp_path / "odd"), "processes": 2, "settings": RUNS["alone"], "odd": 1},
+        {
+            "folder": str(tmp_path / "prompts"),
+            "processes": 2,
+            "settings": {**RUNS["alone"], "sample_prompts": "prompts.txt"},
+            "prompts": ["first\nsecond", "first\nanother"],
+        },
         {"folder": str(tmp_path / "missing"), "processes": 3, "settings": RUNS["alone"], "fails": 2},
         {"folder": str(tmp_path / "idle"), "processes": 3, "settings": {**RUNS["alone"], "rounds": 1, "clients_per_round": 1}},
     )
     assert odd["error"].startswith("process 1 on ") and "its data are not those of process 0" in odd["error"] and 0 not in odd["codes"]
+    assert prompts["error"].startswith("process 1 on ") and "its sample prompts are not those of process 0" in prompts["error"] and 0 not in prompts["codes"]
     assert missing["error"].startswith("process 2 on ") and missing["error"].endswith(": model 'x': not here") and 0 not in missing["codes"]
     assert not (tmp_path / "odd").exists() and not (tmp_path / "missing").exists()
     assert idle["codes"] == [0, 0, 0] and any("2 of 3 processes have no client to train in a round" in text for text in idle["messages"])
