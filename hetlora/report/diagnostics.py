@@ -44,7 +44,7 @@ def draw_energy(axes: Axes, runs: Sequence[Diagnosed], title: str) -> AxesImage:
     extent = (rounds[0] - 0.5, rounds[-1] + 0.5, 0.5, height + 0.5)
     image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis", norm=LogNorm(_LEAST, 1), extent=extent, origin="lower")
     axes.grid(False)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title if len(title) < 30 else title.replace("+", "\n+"), fontsize=10)  # a comparison's 'method+setting=value+...'
     axes.set_xlabel("round")
     axes.set_ylabel("rank row")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
