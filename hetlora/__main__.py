@@ -39,11 +39,16 @@ def _follows() -> bool:
 def _follow() -> int:
     """One process of several: it reads no argument and says nothing, but does what process 0 orders."""
     signals.end_at_once()
-    if sys.argv[1 + (sys.argv[1:2] == ["--"]) :][:1] != ["run"] or {"-h", "--help"} & set(sys.argv):
+    given = sys.argv[1 + (sys.argv[1:2] == ["--"]) :]
+    if given[:1] != ["run"]:
         return 0  # process 0 does it alone, or refuses it
     if message := _missing_extra():
         print(f"{message} (process {place().number})", file=sys.stderr)
         return 2
+    from hetlora.cli import asks_for_help
+
+    if asks_for_help(given[1:]):
+        return 0
     processor.prepare()
     from hetlora.spread import follow
 

@@ -270,6 +270,16 @@ def run(config_file: str | None, resume: bool, **options: Any) -> None:
     _finish(watched, result)
 
 
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether `hetlora run` with these arguments prints its help and ends. An option's value that reads '--help' asks for none."""
+    with click.Context(run, help_option_names=cli.context_settings["help_option_names"]) as ctx:
+        try:
+            _, _, given = run.make_parser(ctx).parse_args(list(arguments))
+        except click.UsageError:
+            return False
+        return run.get_help_option(ctx) in given
+
+
 class _PlanOption(click.Option):
     """One field of `methods.Plan` on the command line; None when it was not given."""
 

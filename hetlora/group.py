@@ -24,6 +24,10 @@ class Lost(ConfigError):
     """Another process of the run has ended, or does not answer."""
 
 
+class Told(ConfigError):
+    """A fault of one process of the run, which all of them have been told."""
+
+
 @contextmanager
 def _answered() -> Iterator[None]:
     try:
@@ -62,6 +66,25 @@ class Group:
             dist.all_gather_object(found, own)
         return found
 
+    def agreed(self, own: T, fault: str = "") -> list[T]:
+        """What every process says, for every process; `Told` in all of them where one has a `fault` instead."""
+        said = self.all((fault, own))
+        for number, (text, _) in enumerate(said):
+            if text:
+                raise Told(f"process {number}: {text}" if number else text)
+        return [part for _, part in said]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Work of all processes that a `ConfigError` of one ends for all (`Told`), also in the middle of what they say to each other by `agreed`."""
+        try:
+            yield
+        except (Lost, Told):
+            raise
+        except ConfigError as error:
+            self.agreed(None, str(error))
+        self.agreed(None)
+
     def copied(self, tensors: Sequence[Tensor]) -> None:
         """Process 0's values, into everybody's."""
         with _answered():
@@ -97,5 +120,5 @@ class Shared(Whole):
         return deal(costs, self.group.at.count)[self.group.at.number]
 
     def gathered(self, own: dict[int, Any]) -> list[Any]:
-        found = {position: value for part in self.group.all(own) for position, value in part.items()}
+        found = {position: value for part in self.group.agreed(own) for position, value in part.items()}
         return [found[position] for position in sorted(found)]

@@ -51,25 +51,21 @@ def shared_out(local: LocalFleet, cfg: Config, state: ServerState, names: Sequen
 def train_share(local: LocalFleet, group: Group, cfg: Config, state: ServerState, shares: Shares, progress: Progress) -> Trained | None:
     """Train this process's share and bring all to process 0, which gets the whole; the others get None.
 
-    `ConfigError` in process 0 for what a process cannot train. A process without a client waits.
+    `ConfigError` in all processes for what one of them cannot train. A process without a client waits.
     """
     mine = [shares.names[k] for k in shares.of[group.at.number]]
     own, fault = None, ""
     try:
         own = local.train(cfg, state, mine, shares.number, shares.lr, progress) if mine else None
     except ConfigError as error:
-        if group.at.number == 0:
-            raise
         fault = str(error)
-    said = group.all((fault, own and _without_banks(own), _ranks(own)))
-    if faults := [f"process {process}: {text}" for process, (text, _, _) in enumerate(said) if text]:
-        raise ConfigError(faults[0])
+    said = group.agreed((own and _without_banks(own), _ranks(own)), fault)
     if group.at.number:
         for bank in _banks(own).values():
             group.send(list(bank.parameters()))
         return None
     parts = [(shares.of[0], own)] if own else []
-    for process, (_, part, ranks) in enumerate(said[1:], 1):
+    for process, (part, ranks) in enumerate(said[1:], 1):
         if part is not None:
             for name, of in ranks.items():
                 bank = empty_bank(local.shapes, of, state.bank.dtype, local.device)

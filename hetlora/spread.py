@@ -61,10 +61,24 @@ _WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64
 
 
 def _identity(local: LocalFleet, cfg: Config) -> dict[str, Any]:
-    """What all processes must have the same: data, prompts, modules and weights. Weights count by the sum of their bits, which has no order."""
+    """What all processes must have the same. Weights count by the sum of their bits, which has no order."""
     bits = [p.detach().contiguous().view(_WHOLE_NUMBERS[p.element_size()]).sum(dtype=torch.int64) for p in local.model.parameters()]
     weights = torch.stack([own.cpu() for own in bits]).tolist()
-    return {"data": local.fingerprint(), "sample prompts": read_prompts(cfg), "modules": local.shapes, "weights": weights}
+    return {
+        "data": local.fingerprint(),
+        "sample prompts": read_prompts(cfg),
+        "modules": list(local.shapes.items()),  # their order is that of sums and of draws
+        "weights": weights,
+        "settings of the model": _model_settings(local.model),
+        "end and padding tokens": [getattr(local.federation.tokenizer, name, None) for name in ("eos_token_id", "pad_token_id")],
+    }
+
+
+def _model_settings(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """What computes besides the weights: the model's configuration and how it writes text, without where it lies and who wrote it."""
+    found: list[Any] = [getattr(model, name, None) for name in ("config", "generation_config")]
+    said = [own.to_dict() if hasattr(own, "to_dict") else {} for own in found]
+    return [{name: value for name, value in own.items() if name not in ("_name_or_path", "transformers_version")} for own in said]
 
 
 def _check_same(found: Sequence[dict[str, Any]]) -> list[str]:
@@ -126,6 +140,11 @@ class SpreadFleet:
         self.group.ordered((what, tables, ranks, torch.get_num_threads(), arguments))
         self.group.copied([*state.bank.parameters(), *self.local.base_weights(cfg).values()])
 
+    def _together(self, what: str, cfg: Config, state: ServerState, progress: Progress) -> Any:
+        self._order(what, cfg, state)
+        with self.group.together():
+            return getattr(self.local, what)(cfg, state, progress)
+
     def train(self, cfg: Config, state: ServerState, names: Sequence[str], number: int, lr: float, progress: Progress) -> Trained:
         shares = shared_out(self.local, cfg, state, names, number, lr, self.group.at.count)
         self._order("train", cfg, state, shares)
@@ -134,16 +153,13 @@ class SpreadFleet:
         return trained
 
     def evaluate(self, cfg: Config, state: ServerState, progress: Progress) -> dict[str, Any]:
-        self._order("evaluate", cfg, state)
-        return self.local.evaluate(cfg, state, progress)
+        return self._together("evaluate", cfg, state, progress)
 
     def answers(self, cfg: Config, state: ServerState, progress: Progress) -> dict[str, Any]:
-        self._order("answers", cfg, state)
-        return self.local.answers(cfg, state, progress)
+        return self._together("answers", cfg, state, progress)
 
     def own_text(self, cfg: Config, state: ServerState, progress: Progress) -> dict[str, dict[str, Any]]:
-        self._order("own_text", cfg, state)
-        return self.local.own_text(cfg, state, progress)
+        return self._together("own_text", cfg, state, progress)
 
 
 def lead(cfg: Config, *, resume: bool = False, observer: Observer | None = None, load: Load = prepare) -> Result:
@@ -192,9 +208,9 @@ def follow(load: Load = prepare) -> int:
     at = place()
     try:
         group = Group(at)
-        cfg = Config.create("process 0", **group.ordered())
-        local, same, error = None, {}, ""
+        local, same, error, settings = None, {}, "", group.ordered()
         try:
+            cfg = Config.create("process 0", **settings)
             local = _loaded(cfg, at, load, Observer())
             same = _identity(local, cfg)
         except ConfigError as fault:
@@ -225,7 +241,8 @@ def _obey(
     if what == "train":
         train_share(local, group, cfg, state, arguments[0], _unseen)
     else:
-        getattr(local, what)(cfg, state, _unseen)
+        with group.together():
+            getattr(local, what)(cfg, state, _unseen)
 
 
 def _unseen(done: int, total: int) -> None:

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from tiny import SIZES, tiny_config, tiny_federation
 
+from hetlora import spread
 from hetlora.errors import ConfigError
+from hetlora.fleet import LocalFleet
 from hetlora.observer import Observer
 from hetlora.spread import follow, lead
 
@@ -40,6 +42,13 @@ class Watched(Observer):
                 os.kill(victim, signal.SIGKILL)
 
 
+class Full(LocalFleet):
+    """One with no room left when the second part of an evaluation begins."""
+
+    def own_text(self, *arguments: Any) -> Any:
+        raise ConfigError("held-out text: no room")
+
+
 def process(number: int, run: dict[str, Any], others: list[int], port: int) -> int:
     """One process of the run; its exit status."""
     count = run["processes"]
@@ -50,7 +59,13 @@ def process(number: int, run: dict[str, Any], others: list[int], port: int) -> i
     def load(cfg, observer):
         if number == run.get("fails"):
             raise ConfigError("model 'x': not here")
-        return tiny_federation(sizes, held_out=1)
+        federation = tiny_federation(sizes, held_out=1)
+        if number == run.get("eps"):
+            federation.model.config.rms_norm_eps = 0.5
+        return federation
+
+    if number == run.get("full"):
+        spread.LocalFleet = Full
 
     if "prompts" in run:  # the text of each process's own prompts.txt
         place = Path(f"{run['folder']}-{number}")

@@ -15,6 +15,7 @@ from tiny import SIZES, lines, tiny_config, tiny_federation, tiny_state
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from hetlora import checkpoint, processor, spread
+from hetlora.cli import asks_for_help
 from hetlora.config import Config, ConfigError
 from hetlora.evaluate import Whole
 from hetlora.fleet import LocalFleet
@@ -222,8 +223,9 @@ def test_a_process_that_dies_ends_the_run_which_can_be_resumed(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_process_with_other_data_or_without_its_model_is_refused_by_the_first(tmp_path):
-    odd, prompts, missing, idle = in_processes(
+def test_a_process_that_differs_or_fails_is_named_by_the_first(tmp_path):
+    """Other data, prompts or settings of the model; no model; a fault in the middle of an evaluation. A process without a client is no fault."""
+    odd, prompts, missing, other, full, idle = in_processes(
         {"folder": str(tmp_path / "odd"), "processes": 2, "settings": RUNS["alone"], "odd": 1},
         {
             "folder": str(tmp_path / "prompts"),
@@ -232,12 +234,16 @@ def test_a_process_with_other_data_or_without_its_model_is_refused_by_the_first(
             "prompts": ["first\nsecond", "first\nanother"],
         },
         {"folder": str(tmp_path / "missing"), "processes": 3, "settings": RUNS["alone"], "fails": 2},
+        {"folder": str(tmp_path / "other"), "processes": 2, "settings": RUNS["alone"], "eps": 1},
+        {"folder": str(tmp_path / "full"), "processes": 3, "settings": RUNS["alone"], "full": 1},
         {"folder": str(tmp_path / "idle"), "processes": 3, "settings": {**RUNS["alone"], "rounds": 1, "clients_per_round": 1}},
     )
     assert odd["error"].startswith("process 1 on ") and "its data are not those of process 0" in odd["error"] and 0 not in odd["codes"]
     assert prompts["error"].startswith("process 1 on ") and "its sample prompts are not those of process 0" in prompts["error"] and 0 not in prompts["codes"]
     assert missing["error"].startswith("process 2 on ") and missing["error"].endswith(": model 'x': not here") and 0 not in missing["codes"]
     assert not (tmp_path / "odd").exists() and not (tmp_path / "missing").exists()
+    assert "its settings of the model are not those of process 0" in other["error"] and 0 not in other["codes"]
+    assert full["codes"] == [2, 2, 2] and full["error"] == "process 1: held-out text: no room"
     assert idle["codes"] == [0, 0, 0] and any("2 of 3 processes have no client to train in a round" in text for text in idle["messages"])
 
 
@@ -275,6 +281,11 @@ def test_other_processes_are_silent_where_there_is_nothing_to_share(several, arg
     environment = {**os.environ, "RANK": "1", "LOCAL_RANK": "1"}
     done = subprocess.run([sys.executable, "-m", "hetlora", *arguments], capture_output=True, text=True, env=environment, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(("arguments", "asks"), [("-h", 1), ("--rounds 3 --help", 1), ("--output --help", 0), ("--output=--help", 0), ("--nonsense -h", 0)])
+def test_a_value_that_reads_help_asks_for_none(arguments, asks):
+    assert asks_for_help(arguments.split()) == bool(asks)
 
 
 @pytest.fixture
