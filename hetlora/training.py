@@ -117,6 +117,8 @@ def train_adapters(work: Work) -> Trained:
     ranks, tails = work.ranks, [(0.0, 0.0)] * len(results)
     scores = (tail_scores(start, cuts), tail_scores(trained, cuts)) if kind.prunes else None
     trained = _at_own_scale(trained, cfg, state.r_max, back=True)
+    if "b" not in factors:  # as it was received: there and back rounds it twice
+        trained = hk.AdapterBank.of(trained.shapes, {name: layout.ranks for name, layout in trained.layouts.items()}, trained.a, received.bt)
     dropped = server.refused(trained)
     if scores:
         before, after = scores

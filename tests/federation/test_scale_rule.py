@@ -56,6 +56,19 @@ def test_each_client_trains_at_its_own_scale_from_the_banks_products(tmp_path, c
                 assert torch.equal(received.bt[name], state.bank.bt[name][:rank]), "as it travelled"
 
 
+@pytest.mark.parametrize("cobatch", [True, False])
+def test_a_frozen_factor_goes_back_as_it_came(tmp_path, cobatch):
+    """In bfloat16, where B s_R / s_k times s_k / s_R is not B."""
+    federation = tiny_federation(SIZES)
+    cfg = tiny_config(tmp_path, adapter_dtype="bfloat16", train="alternating", weights="samples", gamma=0.99, lr=0.03, cobatch=cobatch, **RS)
+    state = tiny_state(federation, RANKS, dtype=torch.bfloat16)
+    for number in (1, 2):
+        trained, trains = train_adapters(Work(cfg, federation.model, state, federation.data.clients, number, cfg.lr)), cfg.training_kind.trains(number)
+        for name in federation.shapes:
+            same = [torch.equal(own[name], came[name]) for own, came in ((trained.uploads.a, trained.received.a), (trained.uploads.bt, trained.received.bt))]
+            assert same == [trains == "b", trains == "a"], (number, name)
+
+
 def test_a_client_computes_the_same_whatever_the_rule(tmp_path):
     """s_k B_k A_k at the client's own scale is s_R B A of the bank's leading rows: truncation does not rescale."""
     federation, cfg, state = in_float64(tmp_path)
