@@ -146,7 +146,16 @@ class ConsoleObserver(Observer):
 
 
 class ComparisonObserver(ConsoleObserver):
-    """Shows a comparison: bars for the run at work on a terminal, and one line for every cell that is done."""
+    """Shows a comparison: bars for the run at work on a terminal, and one line for every cell that is done. What many runs say is shown once."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__(console)
+        self._said: set[str] = set()
+
+    def message(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            super().message(text)
 
     def start(self, cfg: Config, info: dict[str, Any]) -> None:
         self.cfg, self._total = cfg, cfg.rounds

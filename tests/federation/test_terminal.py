@@ -73,6 +73,14 @@ def test_clients_that_got_worse_are_marked_and_no_others():
     assert "-12.5 %" in lines["better"] and "+2.5 % worse" in lines["hurt"]
 
 
+def test_what_every_run_of_a_comparison_says_is_shown_once(capsys):
+    observer = terminal.ComparisonObserver(Console(width=80))
+    for seed in range(3):
+        observer.message("clients_per_round = 8: there are 3 clients")
+        observer.message(f"seed {seed}")
+    assert capsys.readouterr().out.splitlines() == ["clients_per_round = 8: there are 3 clients", "seed 0", "seed 1", "seed 2"]
+
+
 def test_json_lines_are_json_for_every_parser(capsys):
     observer = JsonObserver()
     observer.message("one\nline")
