@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 import hetlora_kernels as hk
-from benchmarks import lora, model, server
-from benchmarks.run import device_facts, versions
-from benchmarks.shapes import TINY, elements_per_rank, power_law_ranks
 from hetlora_kernels import _library, reference
 from hetlora_kernels.peft import attach, client_losses, client_segments, detach, hidden_states
+
+from . import lora, model, server
+from .run import device_facts, versions
+from .shapes import TINY, elements_per_rank, power_law_ranks
 
 DRY = "dry run: not a measurement"
 SHAPES = [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096), (1536, 1536), (1536, 8960), (8960, 1536)]

@@ -7,6 +7,7 @@ first round is not counted: in it Ray's processes load the model. Prints one JSO
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import sys
@@ -19,7 +20,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
-from benchmarks import rounds
+from . import rounds
 
 client_app = ClientApp()
 _loaded: dict[str, tuple[rounds.Federation, Any]] = {}  # of this process: it serves one client after another
@@ -97,6 +98,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from benchmarks import flower_round  # Ray's processes import the app by name
-
-    sys.exit(flower_round.main())
+    # Ray's processes import the app by name.
+    sys.exit(importlib.import_module(f"{__package__}.flower_round").main())

@@ -14,8 +14,9 @@ import time
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peft_suite import adapted, smollm, twin
 from hetlora_kernels.peft import client_segments, fuse
+
+from .peft_suite import adapted, smollm, twin
 
 SHAPES = {"narrow-2": (2, True), "narrow-30": (30, True), "SmolLM2-135M": (30, False)}  # layers, whether of width 24
 BATCH, LENGTH = 8, 32

@@ -7,6 +7,7 @@ Adapters are float32, the base and its input `dtype`, as PEFT has them; every pr
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hetlora_kernels as hk
-from benchmarks import model
-from benchmarks.server import WrongResultError
-from benchmarks.shapes import power_law_ranks
-from benchmarks.timing import interleaved, peak_extra_bytes
 from hetlora_kernels import _library
+
+from . import model
+from .server import WrongResultError
+from .shapes import chosen, power_law_ranks
+from .timing import interleaved, peak_extra_bytes
 
 # in -> out features
 SMOLLM2_135M = [(576, 576), (576, 192), (576, 1536), (1536, 576)]
@@ -33,6 +35,10 @@ GPU_SHAPES = [*SMOLLM2_135M, *QWEN25_15B, *LLAMA_8B, (2048, 2048), (8192, 8192)]
 CPU_LOADS = [(4, [4]), (256, [16]), (1024, [16]), (4096, [16]), (1024, [16] * 4), (1024, [16] * 8), (1024, [4, 8, 16, 32, 64, 4, 8, 16])]
 GPU_LOADS = [(2048, [16]), (8192, [16]), (8192, [64]), (2048, power_law_ranks(8)), (8192, [4, 8, 16, 32]), (16384, power_law_ranks(32))]
 SMALLEST = (64, 64), (4, [4])  # a shape and its load
+SHORT = {  # one shape, by rank and by clients
+    "cpu": ([(576, 1536)], [(1024, [4]), (1024, [16]), (1024, [64]), (1024, [16] * 4), (1024, [16] * 8), (1024, [4, 8, 16, 32, 64, 4, 8, 16])]),
+    "cuda": ([(4096, 4096)], [(8192, [4]), (8192, [16]), (8192, [64]), (8192, [16] * 4), (8192, [16] * 8), (8192, [4, 8, 16, 32])]),
+}
 COMPILED = [(576, 576), (1536, 576), (4096, 4096)]  # one client, 1024 or 8192 rows; float32 on a CPU: compiling takes longer than all else
 YARDSTICK, RIVAL = "frozen layer", "PEFT one by one"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -162,24 +168,35 @@ def padded(p: Problem) -> tuple[Callable[[], object], Results]:
 def providers(p: Problem) -> dict[str, Provider]:
     rungs = [rung for rung in _library.available() if rung != "reference" and (rung == "cpu") == (p.device.type == "cpu")]
     own: dict[str, Provider] = {f"hetlora {rung}": partial(ours, rung=rung) for rung in (*rungs, "reference")}
-    own |= {RIVAL: peft, "torch addmm one by one": addmm, "torch padded bmm": padded}
-    if (p.n, p.m) in COMPILED and p.tokens in (1024, 8192) and p.ranks == [16] and (p.dtype == torch.float32 or p.device.type == "cuda"):
+    stock = importlib.util.find_spec("peft") is not None
+    own |= {RIVAL: peft} if stock else {}
+    own |= {"torch addmm one by one": addmm, "torch padded bmm": padded}
+    if stock and (p.n, p.m) in COMPILED and p.tokens in (1024, 8192) and p.ranks == [16] and (p.dtype == torch.float32 or p.device.type == "cuda"):
         own["PEFT compiled"] = partial(peft, compiled=True)
     return own
 
 
-def cases(options: Any, device: torch.device) -> Iterator[tuple[Problem, str]]:
+def wanted(options: Any, device: torch.device) -> list[tuple[tuple[Any, ...], str]]:
+    """(arguments of the problem, name) of each case."""
     on_cpu = device.type == "cpu"
     shapes, loads = (CPU_SHAPES, CPU_LOADS) if on_cpu else (GPU_SHAPES, GPU_LOADS)
     if options.quick:
         shapes, loads = [(40, 24)], [(16, [4]), (16, [4, 1, 7, 4])]
-    wanted = [("smallest call", *SMALLEST), *(("lora_linear", shape, load) for shape in shapes for load in loads)]
+    elif options.short:
+        shapes, loads = SHORT[device.type]
+    named = [("smallest call", *SMALLEST), *(("lora_linear", shape, load) for shape in shapes for load in loads)]
+    found: list[tuple[tuple[Any, ...], str]] = []
     for dtype in (torch.float32, torch.bfloat16) if on_cpu or options.quick else (torch.bfloat16,):
-        for name, (n, m), (tokens, ranks) in wanted:
-            for p in (0.0, 0.1):
+        for name, (n, m), (tokens, ranks) in named:
+            for p in (0.1,) if options.short else (0.0, 0.1):
                 op = f"{name} p={p}"
-                if not options.only or {op, name, f"T={tokens}", f"{n}->{m}", str(dtype).removeprefix("torch.")} & set(options.only):
-                    yield Problem(n, m, tokens, ranks, dtype, device, p), op
+                if chosen(options, op, name, f"T={tokens}", f"{n}->{m}", str(dtype).removeprefix("torch.")):
+                    found.append(((n, m, tokens, ranks, dtype, device, p), op))
+    return found
+
+
+def cases(options: Any, device: torch.device) -> Iterator[tuple[Problem, str]]:
+    return ((Problem(*arguments), op) for arguments, op in wanted(options, device))
 
 
 def check(p: Problem) -> None:
@@ -199,6 +216,12 @@ def check(p: Problem) -> None:
 
 def _text(ranks: list[int]) -> str:
     return str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)}..{max(ranks)}"
+
+
+def flops(p: Problem) -> int:
+    """Of y = x W^T and d_x = d_y W, and six products of a client's rows with its factors: two forward, four backward."""
+    rows = p.tokens // p.clients
+    return 4 * p.tokens * p.n * p.m + 6 * rows * sum(p.ranks) * (p.n + p.m)
 
 
 def saved_bytes(run: Callable[[], object], p: Problem) -> int:
@@ -221,7 +244,7 @@ def measure(case: tuple[Problem, str], options: Any, device: torch.device, threa
     torch.set_num_threads(threads)
     p, op = case
     check(p)
-    runs = {YARDSTICK: frozen(p)} | {name: make(p)[0] for name, make in providers(p).items()}
+    runs: dict[str, Callable[[], object]] = {YARDSTICK: frozen(p)} | {name: make(p)[0] for name, make in providers(p).items()}
     contest = {YARDSTICK, RIVAL, *(name for name in runs if name.startswith("hetlora") and name != "hetlora reference")}
     timings = interleaved(runs, YARDSTICK, device, options.seconds / 4, most_rounds=60, least_rounds=9, aside=runs.keys() - contest)
     size = (2 * p.tokens * (p.n + p.m) + p.n * p.m) * p.dtype.itemsize
@@ -230,7 +253,8 @@ def measure(case: tuple[Problem, str], options: Any, device: torch.device, threa
         record = {"op": op, "shape": f"{p.n}->{p.m} T={p.tokens} r={_text(p.ranks)}", "clients": p.clients, "dtype": str(p.dtype).removeprefix("torch.")}
         record |= {"threads": threads, "provider": name, "yardstick": YARDSTICK, "bytes": size, "rounds": timing.rounds, "note": ""}
         record |= {"median_s": timing.median, "p20_s": timing.p20, "p80_s": timing.p80, "gb_per_s": size / timing.median / 1e9, "ratio": timing.ratio}
-        record["ratio_to_peft"] = timing.over(timings[RIVAL])
+        record["flops"] = flops(p)
+        record["ratio_to_peft"] = timing.over(timings[RIVAL]) if RIVAL in timings else None
         own = device.type == "cuda" and p.dtype == torch.bfloat16 and name.startswith("hetlora")
         record["modelled_s"] = model.layer_seconds(torch.cuda.get_device_name(device), p.tokens, p.n, p.m, p.ranks, p.p > 0) if own else None
         record |= {"peak_extra_bytes": peak_extra_bytes(runs[name], device), "saved_bytes": saved_bytes(runs[name], p)}

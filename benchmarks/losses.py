@@ -15,8 +15,9 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.timing import peak_extra_mib
 from hetlora_kernels.peft import Head, client_losses
+
+from .timing import peak_extra_mib
 
 FORMS = ("logits", "states")
 CLIENTS = 8
@@ -54,7 +55,7 @@ def check(step: Step, words: int, dtype: torch.dtype) -> None:
 def peak(form: str, options: argparse.Namespace, dtype: str) -> float:
     """MiB beyond the start, of a process that does one step."""
     own = ["--of", form, "--dtype", dtype, "--words", options.words, "--columns", options.columns, "--tokens", options.tokens]
-    done = subprocess.run([sys.executable, "-m", "benchmarks.losses", *map(str, own)], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", f"{__package__}.losses", *map(str, own)], capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 

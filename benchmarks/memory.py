@@ -18,12 +18,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import hetlora_kernels as hk
-from benchmarks.timing import peak_extra_mib
 from hetlora.cohort import train_cohort
 from hetlora.config import Config
 from hetlora.data import ClientData
 from hetlora.memory import SHARE, StepMemory, adapter_bytes, give_back_freed_memory, step_memory
 from hetlora.models import checkpointed, target_shapes
+
+from .timing import peak_extra_mib
 
 CLIENTS, RANK = 8, 16
 MEASURED: dict[str, dict[str, Any]] = {
@@ -73,7 +74,7 @@ def _train(shape: dict[str, int], cfg: Config, seq_len: int) -> StepMemory:
 
 
 def in_a_process(name: str, checkpointing: bool, tokens: int = TOKENS) -> dict[str, float]:
-    own = [sys.executable, "-m", "benchmarks.memory", "--of", name, "--tokens", str(tokens), *(["--checkpointing"] if checkpointing else [])]
+    own = [sys.executable, "-m", f"{__package__}.memory", "--of", name, "--tokens", str(tokens), *(["--checkpointing"] if checkpointing else [])]
     done = subprocess.run(own, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found

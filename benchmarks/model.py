@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.shapes import LLAMA_8B_ATTENTION_LAYER, elements_per_rank, power_law_ranks
+from .shapes import LLAMA_8B_ATTENTION_LAYER, elements_per_rank, power_law_ranks
 
 COPY_SHARE = 0.9  # of the public bandwidth that a copy reaches
 PRODUCT_SHARE = 0.7  # of the public 16-bit peak that the framework's large products reach

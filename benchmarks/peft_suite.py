@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.server import WrongResultError
-from benchmarks.timing import interleaved, peak_extra_bytes
-from hetlora_kernels.peft import client_losses, client_segments, fuse
+from .server import WrongResultError
+from .shapes import chosen
+from .timing import interleaved, peak_extra_bytes
 
 RANKS = {1: [16], 8: [4, 4, 8, 8, 16, 16, 32, 64]}
 BATCH, LENGTH, CUT_LAYERS = 8, 32, 2
@@ -100,6 +100,8 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def stepper(model: nn.Module, run: nn.Module, case: Case, tokens: Tensor, mixed: bool) -> Callable[[], None]:
     """One training step of `run` (the model, or its compiled form)."""
+    from hetlora_kernels.peft import client_losses, client_segments
+
     optimiser = torch.optim.AdamW([p for name, p in model.named_parameters() if "lora_" in name], lr=0.0, weight_decay=0.0)
     clients = torch.arange(BATCH) % case.clients
     names = [str(k) for k in range(case.clients)]
@@ -123,6 +125,8 @@ def stepper(model: nn.Module, run: nn.Module, case: Case, tokens: Tensor, mixed:
 
 
 def model_runs(case: Case, quick: bool, device: torch.device) -> Runs:
+    from hetlora_kernels.peft import fuse
+
     make, _, targets = MODELS[case.kind]
     torch.manual_seed(0)
     base = make(case.layers or 1, quick).to(device)
@@ -139,6 +143,8 @@ def model_runs(case: Case, quick: bool, device: torch.device) -> Runs:
 
 
 def layer_runs(case: Case, device: torch.device) -> Runs:
+    from hetlora_kernels.peft import fuse
+
     n, m = case.shape
     torch.manual_seed(0)
     stock = adapted(nn.Sequential(nn.Linear(n, m)).to(device), ["0"], RANKS[1], case.dropout)
@@ -179,13 +185,20 @@ def check(case: Case, built: Runs) -> None:
                 raise WrongResultError(f"{name}: the gradient of {key} in {case.label}, K={case.clients} is off by {error:.2e}; nothing is timed")
 
 
-def cases(options: Any, device: torch.device) -> Iterator[Case]:
-    shapes, rows = ([(24, 16)], [1, 8]) if options.quick else (LAYERS, ROWS)
-    wanted = [Case("layer", dropout=p, shape=shape, rows=count) for shape in shapes for count in rows for p in (0.0, 0.1)]
+def wanted(options: Any, device: torch.device) -> list[Case]:
+    shapes, rows = ([(24, 16)], [1, 8]) if options.quick else (LAYERS[:1], ROWS[:2]) if options.short else (LAYERS, ROWS)
+    found = [Case("layer", dropout=p, shape=shape, rows=count) for shape in shapes for count in rows for p in (0.0, 0.1)]
     for name, (_, layers, _) in MODELS.items():
-        wanted += [Case(name, k, p, 1 if options.quick else layers) for k, p in ((1, 0.0), (1, 0.1), (8, 0.0))]
-        wanted.append(Case(name, 1, 0.0, CUT_LAYERS, not options.quick))
-    return iter([case for case in wanted if not options.only or case.kind in options.only or case.op in options.only])
+        if options.short:
+            found += [Case(name, k, 0.0, CUT_LAYERS) for k in RANKS if name == next(iter(MODELS))]
+            continue
+        found += [Case(name, k, p, 1 if options.quick else layers) for k, p in ((1, 0.0), (1, 0.1), (8, 0.0))]
+        found.append(Case(name, 1, 0.0, CUT_LAYERS, not options.quick))
+    return [case for case in found if chosen(options, case.kind, case.op, case.op.split(" p=")[0], "float32")]
+
+
+def cases(options: Any, device: torch.device) -> Iterator[Case]:
+    return iter(wanted(options, device))
 
 
 def measure(case: Case, options: Any, device: torch.device, threads: int) -> list[dict[str, Any]]:
@@ -197,13 +210,15 @@ def measure(case: Case, options: Any, device: torch.device, threads: int) -> lis
         check(case, built if case.dropout == 0 else make_runs(replace(case, dropout=0.0), options.quick, device))
         runs, models = built
         layer = case.kind == "layer"
-        seconds, most, least = (options.seconds / 4, 200, 20) if layer else (options.seconds, 15, 15)
+        seconds, most, least = (options.seconds / 4, 200, 20) if layer else (options.seconds, 15, 5 if options.short else 15)
         timings = interleaved(runs, YARDSTICK, device, seconds, most_rounds=most, least_rounds=least)
     size = 2 * sum(p.numel() * p.element_size() for p in models[YARDSTICK].parameters() if not p.requires_grad)
+    n, m = case.shape
+    flops = 4 * case.rows * n * m + 6 * case.rows * RANKS[1][0] * (n + m) if layer else None  # as the lora suite counts them
     records = []
     for name, timing in timings.items():
         record = {"op": case.op, "shape": case.label, "clients": case.clients, "dtype": "float32", "threads": threads, "provider": name}
-        record |= {"yardstick": YARDSTICK, "bytes": size, "rounds": timing.rounds, "note": "", "gb_per_s": size / timing.median / 1e9}
+        record |= {"yardstick": YARDSTICK, "bytes": size, "flops": flops, "rounds": timing.rounds, "note": "", "gb_per_s": size / timing.median / 1e9}
         record |= {"median_s": timing.median, "p20_s": timing.p20, "p80_s": timing.p80, "ratio": timing.ratio}
         record["peak_extra_bytes"] = peak_extra_bytes(runs[name], device)
         records.append(record)

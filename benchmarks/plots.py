@@ -12,8 +12,8 @@ import json
 import sys
 from typing import Any
 
-from benchmarks import saved
-from benchmarks.tables import ROOT
+from . import saved
+from .tables import ROOT
 
 SOURCE, PICTURE = ROOT / "benchmarks" / "results" / "cpu-peft.json", ROOT / "docs" / "figures" / "speed.png"
 STOCK, OWN = "PEFT", "hetlora"

@@ -26,15 +26,19 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.peft_suite import smollm
-from benchmarks.server import WrongResultError
-from benchmarks.timing import Timing, interleaved, peak_extra_bytes
+import hetlora_kernels
+
+from .peft_suite import smollm
+from .server import WrongResultError
+from .shapes import chosen
+from .timing import Timing, interleaved, peak_extra_bytes
 
 LAYERS, STEPS, LENGTH, MOST_TOKENS = 6, 2, 256, 2048
 RANKS = (5, 46)
@@ -232,10 +236,10 @@ def flower_round(case: Case, quick: bool, threads: int) -> tuple[list[float], Lo
         print(f"{FLOWER}, {case.shape}, K={case.clients}: not measured, {why}", file=sys.stderr)
         return None
     given = {"clients": case.clients, "tokens": case.tokens, "quick": quick, "threads": threads, "turns": FLOWER_ROUNDS}
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = str(Path(hetlora_kernels.__file__).resolve().parents[1])  # of a checkout and of an installation
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    command = [sys.executable, "-m", "benchmarks.flower_round", json.dumps(given)]
+    command = [sys.executable, "-m", f"{__package__}.flower_round", json.dumps(given)]
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:  # no pipes: Ray's processes would hold them open
         done = subprocess.run(command, env=environment, cwd=root, stdout=said, stderr=errors, timeout=600)
         said.seek(0)
@@ -256,8 +260,13 @@ def check(case: Case, found: dict[str, Losses]) -> None:
                 raise WrongResultError(f"{name}: a loss of {case.shape}, K={case.clients} is off by {error:.2e}; nothing is timed")
 
 
+def wanted(options: Any, device: torch.device) -> list[Case]:
+    few = QUICK if options.quick else CASES[:1] if options.short else CASES
+    return [case for case in (Case(*one) for one in few) if chosen(options, "round", f"K={case.clients}")]
+
+
 def cases(options: Any, device: torch.device) -> Iterator[Case]:
-    return (Case(*case) for case in (QUICK if options.quick else CASES))
+    return iter(wanted(options, device))
 
 
 def measure(case: Case, options: Any, device: torch.device, threads: int) -> list[dict[str, Any]]:
@@ -274,7 +283,7 @@ def measure(case: Case, options: Any, device: torch.device, threads: int) -> lis
             if device.type == "cuda":
                 torch.cuda.synchronize()
             known[name] = time.perf_counter() - start
-        flower = flower_round(case, options.quick, threads) if device.type == "cpu" else None
+        flower = flower_round(case, options.quick, threads) if device.type == "cpu" and not options.short else None
         check(case, found if flower is None else {**found, FLOWER: flower[1]})
         timings = interleaved(runs, YARDSTICK, device, options.seconds, most_rounds=15, known=known)
         if flower is not None:

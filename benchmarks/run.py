@@ -10,16 +10,20 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import hetlora_kernels as hk
-from benchmarks import lora, peft_suite, rounds, saved, server
 from hetlora_kernels import _library
 
-SUITES = {"server": server, "lora": lora, "peft": peft_suite, "round": rounds}
+from . import ceilings, lora, peft_suite, rounds, saved, server
+
+SUITES: dict[str, Any] = {"ceilings": ceilings, "server": server, "lora": lora, "peft": peft_suite, "round": rounds}
+Record = dict[str, Any]
+Refuse = Callable[[str, str, Exception], None]  # suite, the last case that was measured, what was raised
 LINE = "{op:32s} {shape:34.34s} K={clients:<5d}{dtype:9s} t={threads} {provider:26s} {median_s:10.5f} s {gb_per_s:7.1f} GB/s {ratio:6.2f} x {yardstick}"
 
 
@@ -66,17 +70,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory-gb", type=float, default=8.0, help="what a case may hold; uploads that need more are streamed")
     parser.add_argument("--only", nargs="*", help="only these operations")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
+    parser.add_argument("--short", action="store_true", help="the few shapes of `hetlora bench --quick`")
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = arguments(argv)
-    device = torch.device(options.device)
-    counts = options.threads or ([1] if device.type == "cuda" else sorted({1, os.cpu_count() or 1}))
-    result: dict[str, Any] = {
+def opening(suite: str, command: str, device: torch.device) -> dict[str, Any]:
+    """What a file of figures says of its run, before there are any."""
+    return {
         "date": f"measured {datetime.date.today()}",
-        "suite": options.suite,
-        "command": "python -m benchmarks.run " + shlex.join(argv if argv is not None else sys.argv[1:]),
+        "suite": suite,
+        "command": command,
         "device": device_facts(device),
         "versions": versions(),
         "build": _library.build_info(),
@@ -85,30 +88,55 @@ def main(argv: list[str] | None = None) -> int:
         "left_out": None,
         "results": [],
     }
+
+
+def measured(suite: str, options: Any, device: torch.device, counts: list[int], minutes: float, refuse: Refuse | None = None) -> Iterator[Record | str]:
+    """The figures of every case of a suite, each case checked and then timed with every count of threads; at the end, in words, what the limit leaves out.
+
+    refuse: told of the error of a case that cannot be measured, in place of its figures; None: the error ends the run.
+    """
+    start, longest, last = time.monotonic(), 0.0, "none"
+    for case in SUITES[suite].cases(options, device):
+        begin = time.monotonic()
+        if begin + longest > start + 60 * minutes:
+            yield f"for the limit of {minutes:.3g} minutes, the cases after: {last}"
+            return
+        for threads in counts:
+            try:
+                records = SUITES[suite].measure(case, options, device, threads)
+            except Exception as error:
+                if refuse is None:
+                    raise
+                refuse(suite, last, error)
+                records = []
+            for record in records:
+                last = "{op}, {shape}, {dtype}".format(**record)
+                yield record
+        longest = max(longest, time.monotonic() - begin)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(argv)
+    device = torch.device(options.device)
+    counts = options.threads or ([1] if device.type == "cuda" else sorted({1, os.cpu_count() or 1}))
+    result = opening(options.suite, "python -m benchmarks.run " + shlex.join(argv if argv is not None else sys.argv[1:]), device)
     minutes = options.minutes
     if minutes is None:
         minutes = 7.5 if (options.suite, device.type) == ("lora", "cuda") else float("inf")
-    start, longest, last = time.monotonic(), 0.0, "none"
-    for case in SUITES[options.suite].cases(options, device):
-        begin = time.monotonic()
-        if begin + longest > start + 60 * minutes:
-            result["left_out"] = f"for the limit of {minutes:g} minutes, the cases after: {last}"
-            write(result, options.json)
-            print(f"left out {result['left_out']}", file=sys.stderr)
-            break
-        for threads in counts:
-            for record in SUITES[options.suite].measure(case, options, device, threads):
-                result["results"].append(record)
-                last = "{op}, {shape}, {dtype}".format(**record)
-                modelled = record.get("modelled_s")
-                print(LINE.format(**record) + (f" (modelled {modelled:.6f} s)" if modelled else ""), flush=True)
-            write(result, options.json)
-        longest = max(longest, time.monotonic() - begin)
+    for record in measured(options.suite, options, device, counts, minutes):
+        if isinstance(record, str):
+            result["left_out"] = record
+            print(f"left out {record}", file=sys.stderr)
+        else:
+            result["results"].append(record)
+            modelled = record.get("modelled_s")
+            print(LINE.format(**record) + (f" (modelled {modelled:.6f} s)" if modelled else ""), flush=True)
+        write(result, options.json)
     return 0
 
 
 def write(result: dict[str, Any], path: Path | None) -> None:
-    """After every case, so that a run that is stopped leaves what it measured."""
+    """After every figure, so that a run that is stopped leaves what it measured."""
     result["load_average"]["after"] = os.getloadavg()[0]
     if path:
         saved.write(result, path)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 2
-OF_THE_CASE = ("op", "shape", "clients", "dtype", "threads", "yardstick", "bytes", "note")
+OF_THE_CASE = ("suite", "op", "shape", "clients", "dtype", "threads", "yardstick", "bytes", "flops", "note")
 DERIVED = ("gb_per_s",)  # bytes / median
 
 

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 import hetlora_kernels as hk
-from benchmarks.providers import PROVIDERS, Problem, Run
-from benchmarks.shapes import SERVER_SHAPES, TINY, elements_per_rank, power_law_ranks
-from benchmarks.steps import STEPS, step_bytes
-from benchmarks.timing import ENDLESS_SECONDS, interleaved, peak_extra_bytes
 from hetlora_kernels.ops.quantize import code_bytes
 
+from .providers import PROVIDERS, Problem, Run
+from .shapes import SERVER_SHAPES, TINY, chosen, elements_per_rank, power_law_ranks
+from .steps import STEPS, step_bytes
+from .timing import ENDLESS_SECONDS, interleaved, peak_extra_bytes
+
 QUANTIZED = tuple(op for op in PROVIDERS if "quantize_rows" in op)
+SHORT_CLIENTS = 32
 YARDSTICK_BYTES = 256 << 20  # a copy longer than this is timed on this much and scaled
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float64: 1e-10}
 
@@ -36,15 +38,24 @@ class WrongResultError(RuntimeError):
     """A provider disagrees with the reference; nothing of it is timed."""
 
 
+def wanted(options: Any, device: torch.device) -> list[tuple[str, str, list[tuple[int, int]], int, torch.dtype]]:
+    """(operation, name of the shapes, shapes, clients, type) of each case."""
+    shapes, counts = SERVER_SHAPES, (100, 1000)
+    if options.quick or options.short:
+        shapes, counts = ({"tiny": TINY}, (5,)) if options.quick else (dict([list(SERVER_SHAPES.items())[-1]]), (SHORT_CLIENTS,))
+    found = []
+    for name, shape in shapes.items():
+        for clients in counts:
+            for dtype in (torch.float32, torch.bfloat16):
+                ops = operations(shape, clients, dtype, options.memory_gb)
+                found += [(op, name, shape, clients, dtype) for op in ops if chosen(options, op, name, str(dtype).removeprefix("torch."))]
+    return found
+
+
 def cases(options: Any, device: torch.device) -> Iterator[Case]:
     """Made one at a time, so that only one holds its buffers."""
-    shapes = {"tiny": TINY} if options.quick else SERVER_SHAPES
-    for name, shape in shapes.items():
-        for clients in (5,) if options.quick else (100, 1000):
-            for dtype in (torch.float32, torch.bfloat16):
-                for op in operations(shape, clients, dtype, options.memory_gb):
-                    if not options.only or op in options.only:
-                        yield make_case(op, name, shape, power_law_ranks(clients), dtype, device, options.memory_gb)
+    for op, name, shape, clients, dtype in wanted(options, device):
+        yield make_case(op, name, shape, power_law_ranks(clients), dtype, device, options.memory_gb)
 
 
 def operations(shape: list[tuple[int, int]], clients: int, dtype: torch.dtype, memory_gb: float) -> list[str]:

@@ -1,9 +1,10 @@
-"""The shapes and ranks every suite measures."""
+"""The shapes and ranks every suite measures, and how `--only` chooses among them."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 # (out features m, in features n) of the attention projections q, k, v, o that LoRA adapts.
 SMOLLM2_135M_ATTENTION = [(576, 576), (192, 576), (192, 576), (576, 576)] * 30
@@ -11,6 +12,11 @@ LLAMA_8B_ATTENTION_LAYER = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 409
 TINY = [(24, 40), (8, 40)]
 
 SERVER_SHAPES = {"SmolLM2-135M attention (30 layers)": SMOLLM2_135M_ATTENTION, "Llama-3.1-8B attention (1 layer)": LLAMA_8B_ATTENTION_LAYER}
+
+
+def chosen(options: Any, *names: str) -> bool:
+    """Whether `--only` leaves a case that has these names."""
+    return not options.only or bool({*names} & {*options.only})
 
 
 def power_law_ranks(clients: int, lowest: int = 5, highest: int = 50) -> list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.providers import Problem, Run, _native
+from .providers import Problem, Run, _native
 
 LR, CLIP, LAM, MOMENTUM = 1e-3, 1.0, 1e-2, 0.9
 

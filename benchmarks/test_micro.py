@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.providers import PROVIDERS, Problem
-from benchmarks.shapes import LLAMA_8B_ATTENTION_LAYER, power_law_ranks
-from benchmarks.steps import STEPS
+from .providers import PROVIDERS, Problem
+from .shapes import LLAMA_8B_ATTENTION_LAYER, power_law_ranks
+from .steps import STEPS
 
 pytest.importorskip("pytest_benchmark")
 OWN = {op: next(iter(table.values())) for op, table in {**PROVIDERS, **STEPS}.items()}

@@ -1,4 +1,4 @@
-"""The `hetlora` command: demo, run, compare, report, export, info, tune, and those of cli_flower. Bad input is one line on stderr and exit status 2.
+"""The `hetlora` command: demo, run, compare, report, export, info, tune, bench, and those of cli_flower. Bad input is one line on stderr and exit status 2.
 
 A command loads what it needs when it runs: torch, transformers and matplotlib take seconds, and help and most faults need none of them.
 """
@@ -375,6 +375,15 @@ def info(model: str) -> None:
 def tune() -> None:
     """Measure the launch parameters of the Triton kernels on this machine's CUDA device, and keep them for it."""
     say(f"written: {_loaded('hetlora_kernels.triton.tune').tune(click.echo)}")
+
+
+@cli.command(context_settings={"ignore_unknown_options": True}, add_help_option=False, options_metavar="[compare|report] [OPTIONS]")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="")
+def bench(arguments: tuple[str, ...]) -> int:
+    """Measure this machine: its ceilings, every operation beside them and beside other ways; compare such files, or write a page of one."""
+    if not {"-h", "--help", "compare", "report"} & {*arguments}:
+        tell(processor.prepare())
+    return int(_loaded("hetlora_kernels.benchmarks.kit").main(list(arguments)))
 
 
 for _command in (cli_flower.serve, cli_flower.join, cli_flower.flower):

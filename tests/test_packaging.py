@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -96,9 +97,24 @@ def test_sdist_holds_every_file_of_the_project(sdist: Path) -> None:
 @pytest.mark.slow
 def test_wheel_from_the_sdist_holds_both_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     modules = {p.relative_to(ROOT).as_posix() for package in ("hetlora", "hetlora_kernels") for p in (ROOT / package).rglob("*.py")}
+    modules |= {f"hetlora_kernels/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "benchmarks").glob("*.py")}
     assert not modules - set(wheel.namelist())
+    assert not [name for name in wheel.namelist() if "benchmarks/results" in name]
     tops = {name.partition("/")[0] for name in wheel.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"hetlora", "hetlora_kernels"}
+
+
+@pytest.mark.slow
+def test_an_installed_copy_measures_a_row(wheel: zipfile.ZipFile, without_fed: Path) -> None:
+    """Out of the checkout and with torch alone; the rung is the compiled one of the wheel."""
+    wheel.extractall(without_fed)
+    command = ["-m", "hetlora_kernels.benchmarks", "--tiny", "--suite", "server", "--only", "gram", "--threads", "1", "--device", "cpu", "--json", "a.json"]
+    result = run_python(*command, cwd=without_fed, path=without_fed)
+    assert result.returncode == 0, result.stderr
+    data = json.loads((without_fed / "a.json").read_text())
+    assert {case["op"] for case in data["cases"]} == {"copy", "read", "product", "gram"} and data["backends"]["gram"] == "cpu"
+    where = run_python("-c", "import hetlora_kernels.benchmarks as b; print(b.__file__)", cwd=without_fed, path=without_fed).stdout
+    assert Path(where.strip()) == without_fed / "hetlora_kernels" / "benchmarks" / "__init__.py"
 
 
 @pytest.mark.slow

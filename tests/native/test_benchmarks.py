@@ -16,7 +16,7 @@ from benchmarks import packing as bench_packing
 from benchmarks import plots, providers, run, saved, server, steps, tables, timing
 from benchmarks.shapes import power_law_ranks
 
-OPTIONS = argparse.Namespace(quick=True, only=["aggregate"], memory_gb=1.0, seconds=0.01)
+OPTIONS = argparse.Namespace(quick=True, short=False, only=["aggregate"], memory_gb=1.0, seconds=0.01)
 
 
 @pytest.mark.slow

@@ -7,11 +7,12 @@ import argparse
 import pytest
 import torch
 
+import hetlora_kernels.peft
 from benchmarks import peft_suite, run, saved, tables
 from benchmarks.server import WrongResultError
 from hetlora_kernels.peft import FusedLinear
 
-OPTIONS = argparse.Namespace(quick=True, only=["layer"], seconds=0.01)
+OPTIONS = argparse.Namespace(quick=True, short=False, only=["layer"], seconds=0.01)
 
 
 @pytest.mark.slow
@@ -30,7 +31,7 @@ def test_a_quick_run_writes_every_figure(tmp_path):
 
 @pytest.mark.parametrize("case", [peft_suite.Case("layer", shape=(24, 16), rows=8), peft_suite.Case("BERT-base", 8, layers=1)])
 def test_a_wrong_gradient_is_not_timed(case, monkeypatch):
-    original = peft_suite.fuse
+    original = hetlora_kernels.peft.fuse
 
     def spoiling(model):
         original(model)
@@ -38,7 +39,7 @@ def test_a_wrong_gradient_is_not_timed(case, monkeypatch):
             if isinstance(module, FusedLinear):
                 module.scaling = {name: value * 1.01 for name, value in module.scaling.items()}
 
-    monkeypatch.setattr(peft_suite, "fuse", spoiling)
+    monkeypatch.setattr(hetlora_kernels.peft, "fuse", spoiling)
     monkeypatch.setattr(peft_suite, "interleaved", lambda *arguments, **options: pytest.fail("timed"))
     with pytest.raises(WrongResultError, match=r"hetlora: the gradient of .* is off by .*; nothing is timed"):
         peft_suite.measure(case, OPTIONS, torch.device("cpu"), torch.get_num_threads())

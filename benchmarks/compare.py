@@ -1,0 +1,111 @@
+"""`hetlora bench compare A.json B.json`: time in B over time in A, row by row. Other devices, versions or load are said first."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import figures, saved
+
+ROW = ("op", "shape", "clients", "dtype", "threads", "provider", "median_s", "p20_s", "p80_s", "yardstick", "ratio")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file of figures; ValueError, in one line, for anything else."""
+    try:
+        data = saved.read(path)
+        if not isinstance(data["device"], dict) or not isinstance(data["versions"], dict):
+            raise TypeError("device and versions are no objects")
+        for record in data["results"]:
+            if missing := [name for name in ROW if name not in record]:
+                raise KeyError(missing[0])
+            if not all(isinstance(record[name], (int, float)) and record[name] > 0 for name in ("median_s", "p20_s", "p80_s")):
+                raise TypeError(f"a time of {record['op']}, {record['provider']} is no positive number")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not text; expected a file that --json wrote") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON (line {error.lineno}: {error.msg}); expected a file that --json wrote") from None
+    except KeyError as error:
+        raise ValueError(f"{path}: no {error} where one is expected; not a file of figures, or of another release") from None
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: not a file of figures ({error}); expected one that --json wrote") from None
+    if not data["results"]:
+        raise ValueError(f"{path}: holds no figures; its run was stopped before the first")
+    return data
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """What else differs between two runs, beside what is compared."""
+    found = []
+    for part in ("device", "versions", "backends"):
+        left, right = a.get(part) or {}, b.get(part) or {}
+        for name in dict.fromkeys([*left, *right]):
+            if left.get(name) != right.get(name):
+                found.append(f"{part.removesuffix('s')} {name}: {left.get(name, 'none')} in A, {right.get(name, 'none')} in B")
+    return found
+
+
+def busy(data: Mapping[str, Any]) -> str:
+    load, threads = data.get("load_average") or {}, max(record["threads"] for record in data["results"])
+    return f"load average {load.get('before', 0.0):.1f} before, {load.get('after', 0.0):.1f} after" if load.get("before", 0.0) > 0.5 * threads else ""
+
+
+def percent(text: str) -> float:
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected per cent such as 5%, got {text!r}") from None
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected per cent from 0, got {text!r}")
+    return value
+
+
+def arguments(argv: list[str], prog: str, parser_class: type[argparse.ArgumentParser]) -> argparse.Namespace:
+    parser = parser_class(prog=prog, description=__doc__)
+    parser.add_argument("a", type=Path, metavar="A.json", help="what is compared with: before, or another machine")
+    parser.add_argument("b", type=Path, metavar="B.json")
+    limit = "exit status 1 where a row of hetlora takes longer in B by more than this, or was refused there as wrong"
+    parser.add_argument("--fail-above", type=percent, metavar="5%", help=limit)
+    return parser.parse_args(argv)
+
+
+def main(options: argparse.Namespace) -> int:
+    a, b = read(options.a), read(options.b)
+    for letter, path, data in (("A", options.a, a), ("B", options.b, b)):
+        print(f"{letter}  {path}: {data['device'].get('gpu') or data['device'].get('cpu')}; {data.get('date', 'no date')}; {data.get('command', 'no command')}")
+    differing = differences(a, b)
+    print("\n".join(f"differs: {text}" for text in differing) or "same device, versions and rungs")
+    for letter, data in (("A", a), ("B", b)):
+        if text := busy(data):
+            print(f"{letter} was measured on a busy machine: {text}")
+        if data.get("measurement") is False:
+            print(f"{letter} has tiny shapes: its figures mean nothing")
+    left, right = ({(figures.key(r), r["provider"]): r for r in data["results"]} for data in (a, b))
+    both = [name for name in left if name in right]
+    if not both:
+        raise ValueError(f"{options.a} and {options.b} have no row in common; measure both with the same options")
+    print(f"\n{'B / A':>7s}  {'A':>9s} {'B':>9s}  row")
+    worse = []
+    for name in both:
+        one, other = left[name], right[name]
+        ratio = other["median_s"] / one["median_s"]
+        apart = one["p80_s"] < other["p20_s"] or other["p80_s"] < one["p20_s"]
+        bounded = name[1].startswith("hetlora") and options.fail_above is not None and ratio > 1 + options.fail_above / 100
+        worse += [ratio] if bounded else []
+        mark = "!" if bounded else " " if apart else "~"
+        print(f"{ratio:7.3f}{mark} {figures.seconds(one['median_s']):>9s} {figures.seconds(other['median_s']):>9s}  {name[1]}: {figures.title(name[0])}")
+    print("~ the spans from the 20th to the 80th percentile overlap")
+    for letter, rest in (("A", [name for name in left if name not in right]), ("B", [name for name in right if name not in left])):
+        if rest:
+            print(f"not compared, only in {letter}: {len(rest)} rows, the first {rest[0][1]}: {figures.title(rest[0][0])}")
+    for letter, data in (("A", a), ("B", b)):
+        for text in data.get("refused") or []:
+            print(f"not measured in {letter}: {text}")
+    if options.fail_above is None:
+        return 0
+    if worse:
+        print(f"! {len(worse)} rows of hetlora take longer by more than {options.fail_above:g} %, the worst {max(worse):.3f} times")
+    return int(bool(worse or b.get("refused")))

@@ -1,0 +1,216 @@
+"""Measure this machine: its ceilings first, then every operation beside what the device could do and beside other ways to the same result.
+
+Every result is checked on this device before it is timed. What is wrong has no figure, and the exit status is 1. `compare A.json B.json` and
+`report FILE.json` read what --json writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from hetlora_kernels import _library
+
+from . import compare, figures, run
+
+NEEDS = {"peft": ("peft", "transformers"), "round": ("peft", "transformers", "pydantic")}  # packages, beside torch
+WAY_OUT = "pip install 'hetlora[bench]'"
+QUICK_SECONDS = 110.0
+DEFAULT = ("server", "lora", "peft", "round")
+QUICK = ("lora", "server", "peft")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help lists the options")
+
+
+def arguments(argv: list[str], prog: str) -> argparse.Namespace:
+    parser = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two minutes: a layer by rank and clients, the server's operations, a model of two layers")
+    parser.add_argument("--suite", nargs="+", choices=DEFAULT, help="only these suites; the ceilings are measured in any case [default: all; quick: not round]")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only cases that have one of these names: of operation, shape or type, such as gram")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help=f"begin nothing that would end later [quick: {QUICK_SECONDS:g}, else no limit]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, after each of them")
+    parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="counts of threads [default: 1 and all; quick: all; on a GPU 1]")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="[default: cuda where there is one]")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to see that all of it runs; such figures mean nothing")
+    options = parser.parse_args(argv)
+    if options.budget is not None and not options.budget > 0:
+        raise ValueError(f"--budget: expected seconds above 0, got {options.budget:g}")
+    if options.threads and min(options.threads) < 1:
+        raise ValueError(f"--threads: expected numbers from 1, got {min(options.threads)}")
+    if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
+        raise ValueError(f"--json {options.json}: expected a file in a folder that exists")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this torch sees no GPU; 'hetlora info' says why")
+    return options
+
+
+def free_gb(device: torch.device) -> float:
+    """Memory that a case may hold: half of what is free, at most 8 GB."""
+    if device.type == "cuda":
+        return min(8.0, torch.cuda.mem_get_info()[0] / 2e9)
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return min(8.0, next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024 / 2e9)
+    return 2.0
+
+
+def describe(result: dict[str, Any], counts: list[int]) -> list[str]:
+    """What is measured, before anything is."""
+    device, build = result["device"], result["build"]
+    name = f"{device['cpu']}, {device['cores']} cores"
+    if "gpu" in device:
+        name = f"{device['gpu']}, compute capability {device['capability']}, {device['memory_gb']} GB; {name}"
+    rungs: dict[str, list[str]] = {}
+    for op, rung in result["backends"].items():
+        rungs.setdefault(rung, []).append(op)
+    built = [f"{part} {'built' if build[part]['built'] else 'not built: ' + build[part]['reason']}" for part in ("cpu", "cuda") if part in build]
+    return [
+        f"device    {name}; {device['system']}",
+        f"versions  {', '.join(f'{package} {version}' for package, version in result['versions'].items())}",
+        f"threads   {' and '.join(map(str, counts))}; load average before {result['load_average']['before']:.1f}",
+        f"rungs     {'; '.join(f'{rung}: {len(ops)} operations' for rung, ops in rungs.items())} (present: {', '.join(_library.available())})",
+        f"compiled  {'; '.join(built) or 'nothing'}",
+    ]
+
+
+def chosen_suites(options: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """(those measured after the ceilings, why the others are not)."""
+    found, why = [], []
+    for name in options.suite or (QUICK if options.quick else DEFAULT):
+        missing = [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
+        if missing:
+            why.append(f"{name}: not installed: {', '.join(missing)} ({WAY_OUT})")
+        else:
+            found.append(name)
+    if "lora" in found and importlib.util.find_spec("peft") is None:
+        why.append(f"lora: its rows of stock PEFT, not installed: peft ({WAY_OUT})")
+    return found, why
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Any]:
+    """Called with each case that is done; a bar on a terminal that has rich."""
+    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+        yield lambda what: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda what: bar.update(task, advance=1, description=what)
+
+
+def names_of(plan: argparse.Namespace, suites: list[str], device: torch.device) -> list[str]:
+    """Operations that `--only` may name."""
+    every = argparse.Namespace(**{**vars(plan), "only": None})
+    found = [case[0] for case in run.SUITES["server"].wanted(every, device)] if "server" in suites else []
+    found += ["lora_linear", "smallest call"] if "lora" in suites else []
+    found += ["layer", *run.SUITES["peft"].MODELS] if "peft" in suites else []
+    return [f"'{name}'" if " " in name else name for name in dict.fromkeys(found + ["round"] * ("round" in suites))]
+
+
+def measure(options: argparse.Namespace, command: str) -> int:
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    every = torch.get_num_threads()
+    counts = options.threads or ([1] if device.type == "cuda" else [every] if options.quick or options.tiny else sorted({1, every}))
+    suites, why = chosen_suites(options)
+    setting = {"only": options.only, "memory_gb": free_gb(device), "seconds": 0.02 if options.tiny else 1.2 if options.quick else 4.0}
+    plan = argparse.Namespace(quick=options.tiny, short=options.quick and not options.tiny, **setting)
+    numbers = {name: len(run.SUITES[name].wanted(plan, device)) for name in suites}
+    if not suites:
+        raise ValueError(f"nothing to measure: {'; '.join(why)}")
+    for name in options.only or []:
+        one = argparse.Namespace(**{**vars(plan), "only": [name]})
+        if not any(run.SUITES[suite].wanted(one, device) for suite in suites):
+            raise ValueError(f"--only {name}: no case of {', '.join(suites)} has this name; there are {', '.join([*names_of(plan, suites, device), *why])}")
+    result = run.opening("kit", command, device)
+    result |= {"measurement": not options.tiny, "left_out": why, "refused": []}
+    print("\n".join(describe(result, counts)), flush=True)
+    if options.tiny:
+        print("tiny shapes: these figures mean nothing")
+    elif result["load_average"]["before"] > 0.5 * max(counts):
+        print("other work is running here: wait for a quiet machine, or read these figures as those of a busy one")
+
+    def refuse(suite: str, last: str, error: Exception) -> None:
+        said = str(error).strip().splitlines() or [""]
+        text = f"{suite}, after {last}: {type(error).__name__}: {said[0]}"
+        result["refused"].append(text)
+        print(f"  NOT MEASURED {text}", file=sys.stderr, flush=True)
+        if os.environ.get("HETLORA_DEBUG") == "1":
+            traceback.print_exception(error)
+
+    budget = options.budget or (QUICK_SECONDS if options.quick else float("inf"))
+    end = time.monotonic() + budget
+    names = ["ceilings", *(name for name in suites if numbers[name])]
+    total = len(counts) * (len(run.SUITES["ceilings"].wanted(plan, device)) + sum(numbers.values()))
+    with progress(total) as advance:
+        for place, name in enumerate(names):
+            print(f"\n{name}", flush=True)
+            minutes = max(0.0, end - time.monotonic()) / (len(names) - place) / 60  # an equal part of what is left
+            case: list[dict[str, Any]] = []
+            for one in run.measured(name, plan, device, counts, minutes, refuse):
+                if isinstance(one, str):
+                    why.append(f"{name}: {one}")
+                    continue
+                one = {"suite": name, **one}
+                if case and figures.key(case[0]) != figures.key(one):
+                    show(case, result)
+                    case = []
+                    advance(name)
+                case.append(one)
+                result["results"].append(one)
+                run.write(result, options.json)
+            show(case, result)
+    for text in why:
+        print(f"left out  {text}")
+    run.write(result, options.json)
+    load = result["load_average"]["after"]
+    print(f"load average after {load:.1f}" + (f"; written: {options.json}" if options.json else ""))
+    return 1 if result["refused"] else 0
+
+
+def show(case: list[dict[str, Any]], result: dict[str, Any]) -> None:
+    if not case:
+        return
+    best, rows = figures.ceilings(result["results"]), {record["provider"]: record for record in case}
+    if figures.is_ceiling(case[0]):
+        (record,) = case
+        text = figures.line({**record, "provider": f"{record['op']} {record['dtype']}, t={record['threads']}"}, rows, best)
+        print(f"{text}  {record['shape']}", flush=True)
+        return
+    print("\n".join([figures.title(figures.key(case[0])), *(figures.line(record, rows, best) for record in case)]), flush=True)
+
+
+def said(error: Exception) -> str:
+    """One line; of a file what is wrong with it, without the number of the error."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {(error.strerror or 'cannot be used').lower()}"
+    return " ".join(str(error).split())
+
+
+def main(argv: list[str] | None = None, prog: str = "hetlora bench") -> int:
+    """The command; returns its exit status: 0, 1 where a result was wrong or a bound broken, 2 for bad input, which is one line."""
+    given = sys.argv[1:] if argv is None else argv
+    try:
+        if given[:1] == ["compare"]:
+            return compare.main(compare.arguments(given[1:], f"{prog} compare", Parser))
+        return measure(arguments(given, prog), shlex.join([*prog.split(), *given]))
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{prog}: error: {said(error)}", file=sys.stderr)
+        return 2

@@ -1,0 +1,190 @@
+"""`hetlora bench`: what it measures, that a wrong result has no figure and fails the command, what it says where something is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from hetlora_kernels.benchmarks import ceilings, figures, kit, providers, run, saved
+
+CPU = torch.device("cpu")
+TINY = ["--tiny", "--device", "cpu", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_run_says_what_it_measures_and_writes_ceilings_and_rows(tmp_path, capsys):
+    file = tmp_path / "a.json"
+    assert kit.main([*TINY, "--suite", "server", "--only", "gram", "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[:5]] == ["device", "versions", "threads", "rungs", "compiled"]
+    assert out.index("copy float32") < out.index("product bfloat16") < out.index("gram, tiny, 5 clients, float32, 1 thread")
+    assert "torch loop" in out and "x the time of hetlora" in out and "% of read" in out and "mean nothing" in out
+    data = saved.read(file)
+    assert {r["op"] for r in data["results"] if r["suite"] == "ceilings"} == {"copy", "read", "product"}
+    assert {(r["op"], r["suite"]) for r in data["results"] if r["suite"] != "ceilings"} == {("gram", "server")}
+    assert data["measurement"] is False and data["refused"] == [] and data["left_out"] == []
+    assert data["command"].startswith("hetlora bench --tiny") and data["versions"]["torch"] == torch.__version__ and data["backends"]["gram"]
+
+
+def test_a_wrong_result_has_no_figure_and_fails_the_command(tmp_path, monkeypatch, capsys):
+    real = providers.PROVIDERS["gram"]["hetlora"]
+
+    def wrong(p):
+        work, result = real(p)
+        return work, lambda: [t * (1.01 if p.dtype == torch.float32 else 1.0) for t in result()]
+
+    monkeypatch.setitem(providers.PROVIDERS["gram"], "another", wrong)
+    file = tmp_path / "a.json"
+    assert kit.main([*TINY, "--suite", "server", "--only", "gram", "--json", str(file)]) == 1
+    data, said = saved.read(file), capsys.readouterr()
+    assert [r["dtype"] for r in data["results"] if r["op"] == "gram"] == ["bfloat16"] * 4, "float32 is not timed, the next case is"
+    (refused,) = data["refused"]
+    assert "WrongResultError: another: gram on tiny, torch.float32" in refused and f"NOT MEASURED {refused}" in said.err
+    assert "gram, tiny, 5 clients, float32" not in said.out
+
+
+def test_without_peft_its_rows_are_left_out_and_said(tmp_path, monkeypatch, capsys):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else real(name, *rest))
+    file = tmp_path / "a.json"
+    assert kit.main([*TINY, "--suite", "lora", "peft", "--only", "smallest call", "--json", str(file)]) == 0
+    results = saved.read(file)["results"]
+    assert {r["suite"] for r in results} == {"ceilings", "lora"} and "torch padded bmm" in {r["provider"] for r in results}
+    assert not [r for r in results if "PEFT" in r["provider"]]
+    out = capsys.readouterr().out
+    assert "peft: not installed: peft (pip install 'hetlora[bench]')" in out and "lora: its rows of stock PEFT, not installed: peft" in out
+    assert kit.main([*TINY, "--suite", "peft"]) == 2
+    assert capsys.readouterr().err == "hetlora bench: error: nothing to measure: peft: not installed: peft (pip install 'hetlora[bench]')\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--frob"], "unrecognized arguments: --frob"),
+        (["--only", "gram", "frob"], "--only frob: no case of server, lora, peft, round has this name; there are aggregate, truncate,"),
+        (["--budget", "0"], "--budget: expected seconds above 0, got 0"),
+        (["--threads", "0"], "--threads: expected numbers from 1, got 0"),
+        (["--json", "no/such/folder/a.json"], "--json no/such/folder/a.json: expected a file in a folder that exists"),
+    ],
+)
+def test_bad_input_is_one_line(given, said, capsys):
+    assert kit.main([*TINY, *given] if "--threads" not in given else given) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"hetlora bench: error: {said}") and err.count("\n") == 1
+
+
+def test_each_suite_has_an_equal_part_of_what_is_left_of_the_budget(monkeypatch, capsys):
+    """Ceilings take no time here, so three suites have a third of 90 seconds each; a suite that ends early leaves its part to the next."""
+    parts, clock = {}, [0.0]
+
+    def measured(name, options, device, counts, minutes, refuse):
+        parts[name] = round(60 * minutes)
+        clock[0] += 10.0 if name == "server" else 0.0
+        yield f"for the limit of {minutes:g} minutes, the cases after: none"
+
+    monkeypatch.setattr(kit.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(run, "measured", measured)
+    assert kit.main([*TINY, "--suite", "server", "lora", "--budget", "90"]) == 0
+    assert parts == {"ceilings": 30, "server": 45, "lora": 80}
+    assert "left out  server: for the limit of 0.75 minutes, the cases after: none" in capsys.readouterr().out
+
+
+def test_a_wrong_copy_is_no_ceiling(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda target, source: target)
+    case = ceilings.Case("copy", 1 << 10, torch.float32)
+    with pytest.raises(ceilings.WrongResultError, match=r"copy of .* is off by 1.00e\+00; nothing is timed"):
+        ceilings.measure(case, None, CPU, 1)
+
+
+def record(op, provider, seconds, **more):
+    head = {"op": op, "shape": "s", "clients": 1, "dtype": "float32", "threads": 1, "yardstick": "frozen layer", "bytes": 8e9, "flops": 4e12}
+    return {**head, "provider": provider, "median_s": seconds, "ratio": seconds, **more}
+
+
+def test_shares_and_ratios_are_those_of_the_figures():
+    """A device that copies 8 GB/s and multiplies at 2 TFLOP/s needs 2 s for 4 TFLOP, 1 s for 8 GB."""
+    roof = [record("copy", "torch", 1.0, yardstick="torch", flops=None), record("product", "torch", 2.0, yardstick="torch")]
+    roof += [record("product", "torch", 8.0, yardstick="torch")]  # a slower product is no ceiling
+    rows = [record("x", "frozen layer", 3.0), record("x", "hetlora cpu", 4.0), record("x", "hetlora reference", 8.0), record("x", "PEFT", 10.0)]
+    best = figures.ceilings(roof + rows)
+    assert best == {("copy", "float32", 1): 8e9, ("product", "float32", 1): 2e12}
+    ((key, case),) = figures.by_case(roof + rows).items()
+    assert key == ("x", "s", 1, "float32", 1) and figures.own(case) is rows[1]
+    assert figures.share(rows[1], best) == (0.5, "product") and figures.share({**rows[1], "bytes": 24e9}, best) == (0.75, "copy")
+    assert figures.alternatives(case) == {"PEFT": 2.5}, "nobody can use the frozen layer instead"
+    assert figures.share({**rows[1], "flops": None}, best) is None and figures.share(rows[1], {}) is None and figures.share(roof[0], best) is None
+    assert figures.share(record("gram", "hetlora", 4.0, yardstick="read", ratio=1.25), best) == (0.8, "read")
+
+
+def written(path, records, **head):
+    device = {"type": "cpu", "cpu": "a processor", "cores": 2}
+    saved.write({"device": device, "versions": {"torch": "1"}, "backends": {}, "load_average": {"before": 0.0, "after": 0.0}, **head, "results": records}, path)
+    return str(path)
+
+
+def timed(provider, seconds, op="gram", **more):
+    return record(op, provider, seconds, p20_s=seconds * 0.99, p80_s=seconds * 1.01, yardstick="read", note="", rounds=3, **more)
+
+
+def test_compare_fails_above_its_bound_and_looks_at_this_project_alone(tmp_path, capsys):
+    a = written(tmp_path / "a.json", [timed("hetlora", 1.0), timed("torch loop", 1.0), timed("hetlora", 1.0, op="adamw")])
+    b = written(tmp_path / "b.json", [timed("hetlora", 1.04), timed("torch loop", 3.0), timed("hetlora", 1.0, op="sgd")])
+    for limit, status in (([], 0), (["--fail-above", "5%"], 0), (["--fail-above", "3.9"], 1), (["--fail-above", "4.1%"], 0)):
+        assert kit.main(["compare", a, b, *limit]) == status, limit
+        out = " ".join(capsys.readouterr().out.split())
+    assert "same device, versions and rungs" in out and "differs" not in out
+    assert " 1.040 1 s 1.04 s hetlora: gram" in out and " 3.000 1 s 3 s torch loop: gram" in out
+    assert "not compared, only in A: 1 rows, the first hetlora: adamw" in out and "not compared, only in B: 1 rows, the first hetlora: sgd" in out
+    assert kit.main(["compare", a, b, "--fail-above", "3%"]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert " 1.040! 1 s 1.04 s hetlora: gram" in out and "! 1 rows of hetlora take longer by more than 3 %, the worst 1.040 times" in out
+
+
+def test_compare_says_first_what_else_differs(tmp_path, capsys):
+    a = written(tmp_path / "a.json", [timed("hetlora", 1.0)], load_average={"before": 3.0, "after": 2.0})
+    b = written(tmp_path / "b.json", [timed("hetlora", 1.005)], versions={"torch": "2", "peft": "3"}, refused=["gram: wrong"], measurement=False)
+    assert kit.main(["compare", a, b]) == 0
+    out = capsys.readouterr().out
+    head, table = out.split("\n\n")
+    assert "differs: version torch: 1 in A, 2 in B\ndiffers: version peft: none in A, 3 in B" in head
+    assert "A was measured on a busy machine: load average 3.0 before, 2.0 after" in head and "B has tiny shapes: its figures mean nothing" in head
+    assert " 1.005~ 1 s 1 s hetlora: gram" in " ".join(table.split()) and "not measured in B: gram: wrong" in table
+    assert kit.main(["compare", a, b, "--fail-above", "50%"]) == 1, "a result that is wrong now is no smaller fault than a slow one"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "no such file or directory"),
+        ("{", "not JSON (line 1:"),
+        ("[]", "not a file of figures"),
+        ('{"schema": 2, "cases": [], "device": {}, "versions": {}}', "holds no figures"),
+        ('{"schema": 2, "device": {}, "versions": {}}', "no 'cases' where one is expected"),
+        ('{"schema": 2, "device": {}, "versions": {}, "cases": [{"op": "a", "bytes": 1, "providers": {"x": {"median_s": "1"}}}]}', "not a file of figures"),
+        ('{"schema": 2, "device": {}, "versions": {}, "cases": [{"op": "a", "bytes": 1, "providers": {"x": {"median_s": 0}}}]}', "not a file of figures"),
+        ('{"schema": 2, "device": {}, "versions": {}, "cases": [{"op": "a", "providers": {"x": {"median_s": 1}}}]}', "no 'shape' where one is expected"),
+        (b"\xff\xfe\x00", "not text"),
+    ],
+)
+def test_compare_refuses_a_damaged_file_in_one_line(tmp_path, capsys, text, said):
+    good, path = written(tmp_path / "a.json", [timed("hetlora", 1.0)]), tmp_path / "b.json"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert kit.main(["compare", good, str(path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"hetlora bench: error: {path}: {said}") and err.count("\n") == 1
+
+
+def test_compare_of_files_without_a_common_row_is_an_error(tmp_path, capsys):
+    a, b = (written(tmp_path / f"{op}.json", [timed("hetlora", 1.0, op=op)]) for op in ("gram", "adamw"))
+    assert kit.main(["compare", a, b]) == 2 and "have no row in common" in capsys.readouterr().err
+    for bad in ("x", "-1%", "nan"):
+        assert kit.main(["compare", a, a, f"--fail-above={bad}"]) == 2 and "expected per cent" in capsys.readouterr().err
