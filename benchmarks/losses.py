@@ -1,7 +1,10 @@
-"""What a loss takes from hidden states and from logits: `python -m benchmarks.losses`.
+"""What a loss takes from hidden states and from logits: `python -m benchmarks.losses`; what its op takes on a chunk of logits: `... --chunk`.
 
 One batch of eight clients, the losses and the gradient of the hidden states. Both forms give the same losses and gradients to rounding, which is checked before
 anything is measured. Memory: what a process of its own takes at most beyond its start. Time: of the thread's processor, paired rounds in turn, one thread.
+
+The op: losses of a chunk of 2^24 logits and the slopes that replace them, against PyTorch's in-place operations (the reference), its `cross_entropy` with the
+backward pass, and the floor, a product with one in place that reads and writes as many bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +18,10 @@ from collections.abc import Callable
 
 import torch
 
+from hetlora_kernels import reference
+from hetlora_kernels.ops.cross_entropy import cross_entropy_
 from hetlora_kernels.peft import Head, client_losses
+from hetlora_kernels.peft.losses import CHUNK
 
 from .timing import peak_extra_mib
 
@@ -63,22 +69,85 @@ def peak_here(form: str, step: Step) -> None:
     print(peak_extra_mib(lambda: step(form)))
 
 
+Form = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (chunk [T, V], labels [T]) -> slopes [T, V]
+
+
+def by_op(chunk: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    cross_entropy_(chunk, labels)
+    return chunk
+
+
+def by_operations(chunk: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    reference.cross_entropy_(chunk, labels, None, 1.0, 0.0, 0.0, 0.0, True)
+    return chunk
+
+
+def by_autograd(chunk: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    leaf = chunk.detach().requires_grad_()
+    torch.nn.functional.cross_entropy(leaf, labels, reduction="sum").backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+ON_A_CHUNK: dict[str, dict[str, Form]] = {
+    "cross_entropy": {"floor": lambda chunk, labels: chunk.mul_(1), "op": by_op, "in place": by_operations, "autograd": by_autograd}
+}
+
+
+def chunk_times(forms: dict[str, Form], words: int, dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
+    """{form: seconds of the thread's processor in each round} after a look at the slopes; every call has the logits afresh."""
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(max(1, CHUNK["cpu"] // words), words, generator=draw).to(dtype)
+    labels = torch.randint(0, words, (len(logits),), generator=draw)
+    truth, chunk = by_autograd(logits.float(), labels), torch.empty_like(logits)
+    bound = 4 * torch.finfo(dtype).eps + words**0.5 * torch.finfo(torch.float32).eps
+    for name, form in forms.items():
+        off = float((form(chunk.copy_(logits), labels).float() - truth).norm() / truth.norm())
+        if name != "floor" and not off <= bound:
+            raise SystemExit(f"{dtype}, {name}: slopes are off by {off:.1e}; nothing is measured")
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for turn in range(rounds):
+        for name in forms if turn % 2 else reversed(forms):
+            chunk.copy_(logits)
+            start = time.thread_time()
+            forms[name](chunk, labels)
+            times[name].append(time.thread_time() - start)
+    return times
+
+
+def print_chunks(names: list[str], vocabularies: list[int], rounds: int) -> None:
+    forms = ON_A_CHUNK["cross_entropy"]
+    print(f"one chunk of {CHUNK['cpu']} logits, one thread, torch {torch.__version__}\n")
+    print("| type | words | floor | op | in place | autograd | op / floor | op / in place | op / autograd |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|")
+    for name in names:
+        for words in vocabularies:
+            times = chunk_times(forms, words, getattr(torch, name), rounds)
+            cells = [f"{1e3 * statistics.median(own):.1f} ms" for own in times.values()]
+            ratios = [f"{statistics.median(a / b for a, b in zip(times['op'], times[other], strict=True)):.2f}" for other in forms if other != "op"]
+            print(f"| {' | '.join([name, str(words), *cells, *ratios])} |", flush=True)
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description="Memory and time of a loss from hidden states and from logits.")
-    options.add_argument("--words", type=int, default=49152, help="vocabulary (default 49152)")
+    options.add_argument("--words", type=int, help="vocabulary (default 49152)")
     options.add_argument("--columns", type=int, default=576, help="width of the hidden states (default 576)")
     options.add_argument("--tokens", type=int, default=2048, help="of all clients (default 2048)")
     options.add_argument("--rounds", type=int, default=10, help="paired rounds (default 10)")
     options.add_argument("--of", choices=FORMS, help=argparse.SUPPRESS)
     options.add_argument("--dtype", choices=["float32", "bfloat16"], help="this one alone (default both)")
+    options.add_argument("--chunk", action="store_true", help="the op on a chunk of logits, of --words (default 49152 and 151936)")
     chosen = options.parse_args()
     torch.set_num_threads(1)
+    names = [chosen.dtype] if chosen.dtype else ["float32", "bfloat16"]
+    if chosen.chunk:
+        print_chunks(names, [chosen.words] if chosen.words else [49152, 151936], chosen.rounds)
+        return
+    chosen.words = chosen.words or 49152
     if chosen.of:
         peak_here(chosen.of, steps(chosen.words, chosen.columns, chosen.tokens, getattr(torch, chosen.dtype)))
         return
     print(f"{chosen.tokens} tokens, {chosen.words} words, {chosen.columns} columns, one thread, torch {torch.__version__}\n")
     print("| type | peak, logits | peak, states | time, logits | time, states | ratio of times (quartiles) |\n|---|--:|--:|--:|--:|--:|")
-    names = [chosen.dtype] if chosen.dtype else ["float32", "bfloat16"]
     # First: a process inherits the peak of the one that starts it, and this one is small still.
     peaks = {name: [f"{peak(form, chosen, name):.0f} MiB" for form in FORMS] for name in names}
     for name in names:

@@ -34,9 +34,8 @@ class StepMemory:
     kept: k, what a token leaves for the backward pass. Without checkpointing it is measured, and is a sum over L layers; with it, k = L d w + k / L: the inputs
         of all layers (d numbers of w bytes), and what one layer leaves while it is computed again.
     moved: g, what the backward pass holds of a token besides: gradients of the widest layer and of its inputs.
-    chunk: c min(T V, C), logits of a chunk of rows (`client_losses`): V words, at most C numbers, c bytes for each: 4 in float32, where slopes take the
-        place of logits, and 6 on a 16-bit model, whose logits come and whose slopes go in w = 2 bytes beside them. A softcap (Gemma's) takes three float32
-        and those w bytes: logits, their hyperbolic tangent and its slope.
+    chunk: c min(T V, C), logits of a chunk of rows (`client_losses`): V words, at most C numbers, c = w bytes for each, as slopes take the place of logits.
+        Where no kernel serves `cross_entropy_` they do so in float32, 6 bytes beside a 16-bit model's, and a softcap (Gemma's) takes three float32 and w.
     """
 
     base: int
@@ -95,7 +94,9 @@ def step_memory(model: nn.Module, shapes: Shapes, total_rank: int, rank: int, cf
         kept *= layers / here
     widest = max(m for name, m in _linears(model) if m != words)
     wide = 8 if weight.dtype == torch.float64 else 4  # losses are in float32
-    if getattr(text, "final_logit_softcapping", None):
+    if hk.backends(weight.device.type)["cross_entropy_"][0] != "reference":
+        logit_bytes = element
+    elif getattr(text, "final_logit_softcapping", None):
         logit_bytes = 3 * wide + element
     else:
         logit_bytes = wide if element == wide else wide + element

@@ -45,6 +45,7 @@ SCHEMAS = {
     "sgd_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, Tensor(c!)[] casts, "
     + _STEP_ARGS.format(step="")
     + ", float momentum, float weight_decay) -> ()",
+    "cross_entropy_": "(Tensor(a!) logits, Tensor labels, Tensor? weights, float scale, float softcap, float smoothing, float z_loss, bool slopes) -> Tensor",
 }
 
 LAYER = ("lora_forward", "lora_backward")  # the others of the layer's ops are its steps, called by tests and by `hetlora tune`

@@ -259,6 +259,53 @@ def dequantize_rows_(out, codes, scales, bits):
         target.copy_((values.to(dtype) * scale[:, None].to(dtype)).to(target.dtype))
 
 
+# ---------------------------------------------------------------- client: the loss of a language model
+
+
+def cross_entropy_(logits, labels, weights, scale, softcap, smoothing, z_loss, slopes):
+    """[T] losses of rows x of logits; with `slopes` weights_t d loss_t / d x_t takes the place of x_t. Label -100: both are zero.
+
+    With z = scale x, or softcap tanh(scale x / softcap), m the largest of a row and e = exp(z - m), made once: logsumexp(z) = m + log sum e and
+    softmax(z) = e / sum e.
+    """
+    ignored, label = labels == -100, labels.masked_fill(labels == -100, 0)[:, None]
+    dtype = compute_dtype(logits.dtype)
+    if not logits.shape[1]:
+        return logits.new_zeros(len(logits), dtype=dtype)
+    z = logits if dtype == logits.dtype and slopes else logits.to(dtype, copy=True)
+    if scale != 1 or softcap:
+        z *= scale
+    if softcap:
+        z.div_(softcap).tanh_()
+    steep = (1 - z.square()).mul_(scale) if slopes and softcap else scale
+    if softcap:
+        z *= softcap
+    top = z.amax(1)
+    z -= top[:, None]
+    losses = (smoothing - 1) * z.gather(1, label)[:, 0]
+    if smoothing:
+        losses -= smoothing * z.mean(1)
+    e = z.exp_()
+    sums = e.sum(1)
+    exponents = sums.log()
+    losses += exponents
+    total = exponents + top
+    if z_loss:
+        losses += z_loss * total.square()
+    if slopes:
+        e *= ((1 + 2 * z_loss * total) / sums)[:, None]
+        if smoothing:
+            e -= smoothing / e.shape[1]
+        e.scatter_add_(1, label, e.new_full((len(label), 1), smoothing - 1))
+        e *= steep
+        if weights is not None:
+            e *= weights[:, None].to(dtype)
+        e.masked_fill_(ignored[:, None], 0.0)
+        if e is not logits:
+            logits.copy_(e)
+    return losses.masked_fill(ignored, 0.0)
+
+
 # ---------------------------------------------------------------- client: optimisers over a bank
 
 

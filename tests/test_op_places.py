@@ -7,6 +7,7 @@ import re
 from functools import cache
 from pathlib import Path
 
+from benchmarks.losses import ON_A_CHUNK
 from benchmarks.providers import PROVIDERS
 from benchmarks.steps import STEPS
 from hetlora_kernels import _library, reference
@@ -17,6 +18,7 @@ LACKING = {
     "shrink": {"benchmark row"},  # the layer's three steps: the layer is measured
     "expand_": {"benchmark row"},
     "grouped_gram": {"benchmark row"},
+    "cross_entropy_": {"CUDA kernel", "Triton kernel", "emulator case"},
 }
 
 
@@ -44,7 +46,7 @@ PLACES = {
     "Triton kernel": lambda op: op in triton_launchers(),
     "case of every rung": lambda op: f'"{op}"' in text_of("tests/kernels/test_backends.py"),
     "emulator case": lambda op: f'return "{op}", ' in text_of("tests/gpu/*cases.py"),
-    "benchmark row": lambda op: op.rstrip("_") in {*PROVIDERS, *STEPS} or op in OF_THE_LORA_SUITE,
+    "benchmark row": lambda op: op.rstrip("_") in {*PROVIDERS, *STEPS, *ON_A_CHUNK} or op in OF_THE_LORA_SUITE,
     "docs row": lambda op: re.search(rf"`{op}`", text_of("docs/kernels*.md")) is not None,
 }
 

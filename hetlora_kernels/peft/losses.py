@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy, linear
 
+from hetlora_kernels.ops.cross_entropy import IGNORED, cross_entropy_
 from hetlora_kernels.peft.head import Head
 from hetlora_kernels.peft.ids import KnownClients, client_table
+from hetlora_kernels.reference import compute_dtype
 
-IGNORED = -100
 CHUNK = {"cpu": 1 << 24, "cuda": 1 << 26}
 """Logits that one chunk of rows holds at most, by device type: 64 and 256 MiB in float32. Other types: as 'cuda'."""
 COUNTED = {"cpu"}
@@ -82,14 +84,10 @@ def client_losses(
     return sums if reduction == "sum" else sums / own.sum(1).clamp_min(1)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _from_logits(logits: Tensor, targets: Tensor, smoothing: float, z_loss: float) -> Tensor:
     """[T] losses of rows of logits, 0 for ignored ones."""
-    logits = logits.to(_wide(logits.dtype))
-    losses = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing)
+    logits = logits.to(compute_dtype(logits.dtype))
+    losses = cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing)
     return losses + z_loss * logits.logsumexp(1).square().masked_fill(targets == IGNORED, 0.0) if z_loss else losses
 
 
@@ -112,80 +110,48 @@ class _StatesLoss(torch.autograd.Function):
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float, extras: tuple[float, float]
     ) -> Tensor:
-        head = Head(weight, bias, scale, softcap)
+        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "label_smoothing": extras[0], "z_loss": extras[1]}
         kept = (targets != IGNORED).nonzero()[:, 0] if states.device.type in COUNTED else None
-        rows, labels = (states, _words(targets)) if kept is None else (states[kept], targets[kept])
-        losses = rows.new_empty(len(rows), dtype=_wide(states.dtype))
+        rows, labels = (states, targets) if kept is None else (states[kept], targets[kept])
+        losses = rows.new_empty(len(rows), dtype=compute_dtype(states.dtype))
         slopes = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         for part in _chunks(rows, weight):
-            losses[part], of_logits = _of_chunk(rows[part], labels[part], head, extras, slopes is not None)
+            logits = linear(rows[part], weight, bias)
+            losses[part] = cross_entropy_(logits, labels[part], slopes=slopes is not None, **options)
             if slopes is not None:
-                torch.mm(of_logits.to(rows.dtype), weight, out=slopes[part])
-            del of_logits  # before the next chunk's are made
+                torch.mm(logits, weight, out=slopes[part])
+            del logits  # before the next chunk's are made
         ctx.save_for_backward(states, weight, bias, targets, kept, slopes)
-        ctx.head, ctx.extras = (scale, softcap), extras
-        if kept is None:
-            return losses.masked_fill(targets == IGNORED, 0.0)
-        return losses.new_zeros(len(states)).index_copy_(0, kept, losses)
+        ctx.options = options
+        return losses if kept is None else losses.new_zeros(len(states)).index_copy_(0, kept, losses)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         states, weight, bias, targets, kept, slopes = ctx.saved_tensors
-        rows, labels, grads = (states, _words(targets), grad) if kept is None else (states[kept], targets[kept], grad[kept])
-        nobody = (targets == IGNORED)[:, None]
+        rows, labels, grads = (states, targets, grad) if kept is None else (states[kept], targets[kept], grad[kept])
         d_states = d_weight = d_bias = None
         if slopes is not None:
             d_states = (slopes * grads[:, None]).to(states.dtype)  # the product in the losses' type
-            d_states = d_states.masked_fill_(nobody, 0.0) if kept is None else torch.zeros_like(states).index_copy_(0, kept, d_states)
+            d_states = d_states if kept is None else torch.zeros_like(states).index_copy_(0, kept, d_states)
         if any(ctx.needs_input_grad[1:3]):
-            head, dtype = Head(weight, bias, *ctx.head), grads.dtype
+            dtype = grads.dtype
             d_weight, d_bias = torch.zeros(weight.shape, dtype=dtype, device=weight.device), torch.zeros(len(weight), dtype=dtype, device=weight.device)
             for part in _chunks(rows, weight):
-                slope, own = _of_chunk(rows[part], labels[part], head, ctx.extras, True)[1] * grads[part, None], rows[part]
+                slope, own = linear(rows[part], weight, bias), rows[part]
+                if ctx.needs_input_grad[2]:
+                    slope = slope.to(dtype)  # for a sum over rows, of slopes that are not rounded
+                cross_entropy_(slope, labels[part], grads[part], **ctx.options)
+                if ctx.needs_input_grad[2]:
+                    d_bias += slope.sum(0)
                 if kept is None:  # nothing of nobody's rows: 0 times a NaN of theirs is no 0
-                    slope, own = slope.masked_fill_(nobody[part], 0.0), own.masked_fill(nobody[part], 0.0)
+                    own = own.masked_fill((labels[part] == IGNORED)[:, None], 0.0)
                 d_weight += (slope.to(rows.dtype).t() @ own).to(dtype)
-                d_bias += slope.sum(0)
             d_weight = d_weight.to(weight.dtype)
             d_bias = None if bias is None else d_bias.to(bias.dtype)
         return d_states, d_weight, d_bias, None, None, None, None
 
 
-def _words(targets: Tensor) -> Tensor:
-    """Labels to look up, word 0 where there is none. Other negative ones stay: a lookup refuses them."""
-    return targets.masked_fill(targets == IGNORED, 0)
-
-
 def _chunks(rows: Tensor, weight: Tensor) -> Iterator[slice]:
     size = max(1, CHUNK.get(rows.device.type, CHUNK["cuda"]) // len(weight))
     return (slice(start, start + size) for start in range(0, len(rows), size))
-
-
-def _of_chunk(rows: Tensor, labels: Tensor, head: Head, extras: tuple[float, float], sloped: bool) -> tuple[Tensor, Tensor]:
-    """(losses, d loss / d (h W^T + b) in place of the logits) of some rows, in float32 or float64; the second is nothing to use unless `sloped`.
-
-    With m the largest logit z of a row and e = exp(z - m), made once: the logsumexp is m + log sum e, and the softmax e / sum e.
-    """
-    smoothing, z_loss = extras
-    logits = head.logits(rows).to(_wide(rows.dtype))
-    steep = (1 - (logits / head.softcap).square()).mul_(head.scale) if sloped and head.softcap else head.scale
-    top = logits.amax(1)
-    logits -= top[:, None]
-    losses = (smoothing - 1) * logits.gather(1, labels[:, None])[:, 0]
-    if smoothing:
-        losses -= smoothing * logits.mean(1)
-    slopes = logits.exp_()
-    sums = slopes.sum(1)
-    exponents = sums.log()
-    losses += exponents
-    total = exponents + top
-    if z_loss:
-        losses += z_loss * total.square()
-    if not sloped:
-        return losses, slopes
-    slopes *= ((1 + 2 * z_loss * total) / sums)[:, None]
-    if smoothing:
-        slopes -= smoothing / slopes.shape[1]
-    slopes.scatter_add_(1, labels[:, None], slopes.new_full((len(labels), 1), smoothing - 1))
-    return losses, slopes.mul_(steep)

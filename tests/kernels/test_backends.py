@@ -77,6 +77,10 @@ def samples(name: str, device) -> list[tuple]:
             scales = [torch.rand(r.shape[0], device=device) for r in rows]
             cases.append((codes, scales, rows, bits) if name == "quantize_rows_" else (rows, [c + 0x35 for c in codes], scales, bits))
         return cases
+    if name == "cross_entropy_":
+        labels = torch.tensor([4, -100, 0], device=device)
+        forms = [(None, 1.0, 0.0, 0.0, 0.0, True), (torch.rand(3, device=device), 0.7, 3.0, 0.1, 0.05, True), (None, 1.0, 0.0, 0.1, 0.0, False)]
+        return [(logits, labels, *form) for form in forms for dtype in (torch.float32, torch.bfloat16) for logits in factors(device, (3, 5), dtype=dtype)]
     states = [factors(device, *modules) for _ in range(4)]
     states[3] = [t.square() for t in states[3]]
     copies: list[list[torch.Tensor]] = [[], [t.to(torch.bfloat16) for t in states[0]]]

@@ -196,6 +196,22 @@ def test_losses_are_measured_after_they_agree(monkeypatch, capsys):
         torch.set_num_threads(before)
 
 
+def test_the_op_of_the_losses_is_measured_after_its_slopes_agree(monkeypatch, capsys):
+    monkeypatch.setitem(bench_losses.CHUNK, "cpu", 640)
+    monkeypatch.setattr(sys, "argv", ["losses", "--chunk", "--words", "64", "--rounds", "2"])
+    before = torch.get_num_threads()
+    try:
+        bench_losses.main()
+        rows = capsys.readouterr().out.splitlines()[-2:]
+        for name, row in zip(("float32", "bfloat16"), rows, strict=True):
+            assert re.fullmatch(rf"\| {name} \| 64 \|" + r" [\d.]+ ms \|" * 4 + r" [\d.]+ \|" * 3, row)
+        monkeypatch.setitem(bench_losses.ON_A_CHUNK["cross_entropy"], "op", lambda chunk, labels: bench_losses.by_operations(chunk, labels).mul_(1.01))
+        with pytest.raises(SystemExit, match=r"torch.float32, op: slopes are off by 1.0e-02; nothing is measured"):
+            bench_losses.main()
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_packing_is_measured_after_the_ways_agree(monkeypatch, capsys):
     shape = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
     monkeypatch.setitem(bench_packing.MODELS, "small", shape)

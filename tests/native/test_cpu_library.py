@@ -75,6 +75,10 @@ def runs(dtype: torch.dtype, make: Callable[[Tensor], Tensor] = lambda t: t) -> 
     out["gram"] = ops.gram(a, ranks, False) + ops.gram(a, ranks, True)
     out["delta_norms"] = [ops.delta_norms(a, bt, ranks, exact) for exact in (False, True)]
     out["tail_norms"] = [ops.tail_norms(a, ranks, keep)]
+    logits, labels = rows(dtype, make), make(torch.randint(0, min(WIDTHS), (sum(RANKS),)))
+    labels[3] = -100
+    factor = make(torch.rand(sum(RANKS)).to(wide))
+    out["cross_entropy_"] = [ops.cross_entropy_(t, labels, factor, 0.7, cap, 0.1, 0.05, True) for t, cap in zip(logits, (0.0, 3.0), strict=True)] + logits
     params, grads, m, v = ([make(t) for t in rows(dtype) + rows(dtype)] for _ in range(4))
     for t in v:
         t.abs_()
@@ -168,6 +172,11 @@ BAD = {
     "codes of another type": lambda: ops.dequantize_rows_([f(2, 4)], [f(2, 4)], [f(2)], 8),
     "too few scales": lambda: ops.dequantize_rows_([f(2, 4)], [torch.zeros(2, 4, dtype=torch.int8)], [f(1)], 8),
     "bits of no code": lambda: ops.quantize_rows_([torch.zeros(2, 4, dtype=torch.int8)], [f(2)], [f(2, 4)], 6),
+    "a word past the last": lambda: ops.cross_entropy_(f(1, 4), torch.tensor([4]), None, 1.0, 0.0, 0.0, 0.0, True),
+    "a negative word": lambda: ops.cross_entropy_(f(1, 4), torch.tensor([-1]), None, 1.0, 0.0, 0.0, 0.0, True),
+    "too few labels": lambda: ops.cross_entropy_(f(2, 4), torch.tensor([1]), None, 1.0, 0.0, 0.0, 0.0, True),
+    "too few weights of rows": lambda: ops.cross_entropy_(f(2, 4), torch.tensor([1, 1]), f(1), 1.0, 0.0, 0.0, 0.0, True),
+    "logits that do not lie row by row": lambda: ops.cross_entropy_(f(4, 4).t(), torch.zeros(4, dtype=torch.int64), None, 1.0, 0.0, 0.0, 0.0, True),
     "a regulariser without cuts": lambda: ops.sgd_([f(2, 4), f(2, 4)], [f(2, 4), f(2, 4)], [], [], LR, ON, None, LR, [2], [], 0.0, 0.0),
 }
 

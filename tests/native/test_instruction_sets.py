@@ -33,6 +33,7 @@ KERNELS = (
     "bank",
     "attach",
     "client_losses",
+    "cross_entropy",
 )
 FILES = [*(f"tests/kernels/test_{name}.py" for name in KERNELS), *(f"tests/peft/test_{name}.py" for name in ("training", "fuse", "mixed"))]
 LEFT_OUT = "not compile and not compiles and not trainer"  # no numbers of their own
