@@ -11,6 +11,7 @@
 # an NVIDIA GPU the CPU build is smaller and enough. To choose it, set the index of PyTorch's CPU wheels in pip's configuration
 # (`pip config set global.extra-index-url ...`, or PIP_EXTRA_INDEX_URL), or name the build or a wheel file:
 #   make venv TORCH="torch==2.13.0+cpu"        make venv TORCH=/path/to/torch-....whl
+# To take the versions of constraints.txt, with which the checks passed: make venv CONSTRAINTS=constraints.txt
 # Another torch release on Linux wants the triton of that release: set TRITON too (TRITON= for none).
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -19,6 +20,7 @@ TRITON ?= triton==3.7.1
 # Their tests see them in a folder of their own: in the environment, every process that imports PEFT would import them too.
 QUANTISED ?= bitsandbytes>=0.48 torchao>=0.14
 endif
+CONSTRAINTS ?=
 JOBS   ?= 2
 ARGS   ?=
 
@@ -75,7 +77,7 @@ $(BASE):
 	@# Compat mode puts the checkout itself on the path: scripts beside it, type checkers and editors find both packages there.
 	@# The constraint holds torch at the build just installed, whatever a dependency would rather have.
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > .venv/constraints.txt
-	@$(BIN)/python -m pip install -q --no-build-isolation -c .venv/constraints.txt --config-settings editable_mode=compat -e '.[test]'
+	@$(BIN)/python -m pip install -q --no-build-isolation -c .venv/constraints.txt $(addprefix -c ,$(CONSTRAINTS)) --config-settings editable_mode=compat -e '.[test]'
 	@$(if $(QUANTISED),$(BIN)/python -m pip install -q --upgrade --no-deps --target .venv/quantised $(foreach word,$(QUANTISED),'$(word)'))
 	@touch $@
 	@$(BIN)/python -c 'import torch; print("ready: torch", torch.__version__, "with CUDA" if torch.cuda.is_available() else "on the CPU")'

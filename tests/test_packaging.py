@@ -15,6 +15,8 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import hetlora
 
@@ -27,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 SHIPPED_FOLDERS = [name for name in ("hetlora", "hetlora_kernels", "tests", "docs", "examples", "benchmarks", "csrc", ".ci") if (ROOT / name).is_dir()]
 TOP_FILES = [
-    *("pyproject.toml", "setup.py", "MANIFEST.in", "Makefile", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"),
+    *("pyproject.toml", "setup.py", "MANIFEST.in", "Makefile", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt"),
     *(".clang-format", ".pre-commit-config.yaml", ".gitignore"),
 ]
 NOT_SHIPPED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", "*.o", "*.egg-info", "_build_info.json", ".DS_Store")
@@ -187,3 +189,14 @@ def test_public_names_load_at_first_use(tmp_path: Path) -> None:
     assert callable(hetlora.simulate) and issubclass(hetlora.ConfigError, ValueError)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = hetlora.nothing
+
+
+def test_the_constraints_are_of_versions_that_the_project_allows():
+    """Everything that `make venv` installs directly is in constraints.txt, in a version of the range that pyproject.toml gives."""
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#"))
+    pinned = {canonicalize_name(name): version for name, version in pinned.items()}
+    needed = [Requirement(text) for extra in ("fed", "flower", "test") for text in PROJECT["optional-dependencies"][extra]]
+    needed = [own for own in needed if own.name not in ("hetlora", "setuptools") and (own.marker is None or own.marker.evaluate({"python_version": "3.11"}))]
+    assert len(needed) > 20
+    for own in [*needed, Requirement(PROJECT["dependencies"][0])]:
+        assert own.specifier.contains(pinned[canonicalize_name(own.name)]), own
