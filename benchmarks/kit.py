@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import os
 import shlex
@@ -74,6 +75,7 @@ def describe(result: dict[str, Any], counts: list[int]) -> list[str]:
     name = f"{device['cpu']}, {device['cores']} cores"
     if "gpu" in device:
         name = f"{device['gpu']}, compute capability {device['capability']}, {device['memory_gb']} GB; {name}"
+    name += "".join(f"; {device[fact]}" for fact in ("board", "release", "power_mode") if fact in device)
     rungs: dict[str, list[str]] = {}
     for op, rung in result["backends"].items():
         rungs.setdefault(rung, []).append(op)
@@ -210,6 +212,9 @@ def main(argv: list[str] | None = None, prog: str = "hetlora bench") -> int:
     try:
         if given[:1] == ["compare"]:
             return compare.main(compare.arguments(given[1:], f"{prog} compare", Parser))
+        if given[:1] == ["report"]:
+            page = importlib.import_module(f"{__package__}.page")  # matplotlib and jinja2: the extra
+            return int(page.main(page.arguments(given[1:], f"{prog} report", Parser)))
         return measure(arguments(given, prog), shlex.join([*prog.split(), *given]))
     except (ValueError, OSError, ImportError) as error:
         print(f"{prog}: error: {said(error)}", file=sys.stderr)

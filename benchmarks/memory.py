@@ -94,19 +94,19 @@ def modelled(name: str, checkpointing: bool, seq_len: int) -> StepMemory:
     return StepMemory(base, adapter_bytes(shapes, CLIENTS * RANK, cfg), memory.kept, memory.moved, shape["vocab_size"], 1 << 26, memory.logit_bytes)
 
 
-def table(seq_len: int, names: Sequence[str]) -> None:
+def table(seq_len: int, names: Sequence[str], sizes_gib: Sequence[float] | None) -> None:
     print(f"modelled: {CLIENTS} clients of rank {RANK} on attention, AdamW in float32, a bfloat16 base, sequences of {seq_len}, {SHARE:.0%} of memory\n")
     print("| model | memory | checkpointing | base | adapters, optimiser | a token | fits | tokens at once | sequences |")
     print("|---|--:|---|--:|--:|--:|---|--:|--:|")
     for name in names:
-        room = KNOWN[name][3] * 2**30
         for checkpointing in (False, True):
             memory = modelled(name, checkpointing, seq_len)
-            tokens = memory.tokens(SHARE * room)
-            fits = "yes" if tokens >= seq_len else "no"
-            sizes = [f"{size / 2**30:.2f} GiB" for size in (memory.base, memory.adapters)]
-            cells = [name, f"{KNOWN[name][3]:.0f} GiB", "yes" if checkpointing else "no", *sizes, f"{memory.kept / 1024:.0f} KiB", fits]
-            print(f"| {' | '.join([*cells, str(tokens), str(tokens // seq_len)])} |", flush=True)
+            for gib in sizes_gib or [KNOWN[name][3]]:
+                tokens = memory.tokens(SHARE * gib * 2**30)
+                fits = "yes" if tokens >= seq_len else "no"
+                sizes = [f"{size / 2**30:.2f} GiB" for size in (memory.base, memory.adapters)]
+                cells = [name, f"{gib:g} GiB", "yes" if checkpointing else "no", *sizes, f"{memory.kept / 1024:.0f} KiB", fits]
+                print(f"| {' | '.join([*cells, str(tokens), str(tokens // seq_len)])} |", flush=True)
 
 
 def main() -> None:
@@ -116,16 +116,17 @@ def main() -> None:
     options.add_argument("--model", choices=KNOWN, action="append", help="this model alone in the table; may come again")
     options.add_argument("--of", choices=MEASURED, help=argparse.SUPPRESS)
     options.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
+    options.add_argument("--free", type=float, nargs="+", metavar="GIB", help="the table alone, for so much free memory")
     chosen = options.parse_args()
     if chosen.of:
         print(json.dumps(measured(chosen.of, chosen.checkpointing, chosen.tokens)))
         return
-    for name, checkpointing in CASES:
+    for name, checkpointing in [] if chosen.free else CASES:
         found = in_a_process(name, checkpointing, chosen.tokens)
         how, off = ", checkpointing" if checkpointing else "", found["modelled"] / found["measured"] - 1
         print(f"{name}, {chosen.tokens} tokens{how}: modelled {found['modelled']:.0f} MiB, measured {found['measured']:.0f} MiB, {off:+.1%}", flush=True)
     print()
-    table(chosen.seq_len, chosen.model or list(KNOWN))
+    table(chosen.seq_len, chosen.model or list(KNOWN), chosen.free)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import os
 import platform
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,10 +30,26 @@ LINE = "{op:32s} {shape:34.34s} K={clients:<5d}{dtype:9s} t={threads} {provider:
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
-    facts: dict[str, Any] = {"type": device.type, "cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform(terse=True)}
+    facts: dict[str, Any] = {"type": device.type, "cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform(terse=True), **board_facts()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts |= {"gpu": properties.name, "capability": f"{properties.major}.{properties.minor}", "memory_gb": round(properties.total_memory / 1e9, 1)}
+    return facts
+
+
+def board_facts(root: Path = Path("/")) -> dict[str, str]:
+    """Of a Jetson: the board, its release and its power mode, on which all figures depend; nothing elsewhere."""
+    release = root / "etc" / "nv_tegra_release"
+    if not release.is_file():
+        return {}
+    facts = {"release": release.read_text(encoding="utf-8", errors="replace").split("\n")[0].strip("# ")}
+    with contextlib.suppress(OSError):
+        facts["board"] = (root / "proc" / "device-tree" / "model").read_text(encoding="utf-8", errors="replace").strip("\0\n ")
+    facts["power_mode"] = "not said"
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(["nvpmodel", "-q"], capture_output=True, text=True, timeout=10, check=False)
+        if done.returncode == 0:
+            facts["power_mode"] = " ".join(done.stdout.split())
     return facts
 
 

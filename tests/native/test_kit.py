@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -188,3 +189,60 @@ def test_compare_of_files_without_a_common_row_is_an_error(tmp_path, capsys):
     assert kit.main(["compare", a, b]) == 2 and "have no row in common" in capsys.readouterr().err
     for bad in ("x", "-1%", "nan"):
         assert kit.main(["compare", a, a, f"--fail-above={bad}"]) == 2 and "expected per cent" in capsys.readouterr().err
+
+
+def layer_record(rank, clients, provider, ratio):
+    of = {"op": "lora_linear p=0.1", "shape": f"8->4 T=64 r={rank}", "clients": clients, "rounds": 3, "note": "", "gb_per_s": 1.0}
+    return {**record("", provider, ratio, p20_s=ratio * 0.9, p80_s=ratio * 1.1), **of, "flops": 2e12}
+
+
+@pytest.mark.slow
+def test_a_report_is_one_page_with_pictures_of_what_the_file_has(tmp_path, capsys):
+    roof = {"yardstick": "torch", "clients": 1, "note": "", "rounds": 3, "gb_per_s": 1.0}
+    rows = [timed("torch", 1.0, op="copy") | roof | {"flops": None}, timed("torch", 2.0, op="product") | roof]
+    for rank, clients in ((4, 1), (16, 1), (16, 4), (16, 8), ("4..64", 8)):
+        times = {"frozen layer": 1.0, "hetlora cpu": 2.0, "hetlora reference": 9.0, "PEFT one by one": 4.0 + clients}
+        rows += [layer_record(rank, clients, name, ratio) for name, ratio in times.items()]
+    file = written(tmp_path / "a.json", rows, refused=["<b>gram</b> is wrong"], load_average={"before": 3.0, "after": 3.0}, date="measured 2026-01-02")
+    out = tmp_path / "pages"
+    assert kit.main(["report", file, "-o", str(out)]) == 0
+    assert capsys.readouterr().out == f"report: {out / 'a.html'} (3 pictures)\n"
+    names = {"a.html", "a-shares.png", "a-ratios.png", "a-curves-lora_linear-p-0.1-float32.png"}
+    assert {path.name for path in out.iterdir()} == names and all(path.read_bytes().startswith(b"\x89PNG") for path in out.glob("*.png"))
+    text = (out / "a.html").read_text(encoding="utf-8")
+    assert "<h1>hetlora on a processor</h1>" in text and "measured 2026-01-02" in text and "Other work was running on the machine" in text
+    assert "Not measured: &lt;b&gt;gram&lt;/b&gt; is wrong" in text and "<b>gram" not in text
+    assert not [link for link in re.findall(r'(?:src|href|srcset)="([^"]{0,9})', text) if not link.startswith("data:")], "nothing external"
+    assert "lora_linear p=0.1, float32: 50 %" in text and "lora_linear p=0.1, float32: 4.00" in text, "medians: 1 s over 2 s; 5, 5, 8, 12, 12 s over 2 s"
+    assert kit.main(["report", file, "-o", str(out)]) == 0, "a page of its own is written anew"
+    (out / "a.html").write_text("mine")
+    assert kit.main(["report", file, "-o", str(out)]) == 2 and "exists and is no page of hetlora bench" in capsys.readouterr().err
+    assert (out / "a.html").read_text() == "mine"
+
+
+def test_curves_are_of_one_layer_by_rank_and_by_clients():
+    from hetlora_kernels.benchmarks import page
+
+    points = ((4, 1, 2.0), (16, 1, 3.0), (16, 4, 4.0), (16, 8, 5.0), (64, 4, 9.0), ("4..64", 8, 9.0))
+    rows = [layer_record(*of, name, 1.0 if name in figures.FLOORS else ratio) for *of, ratio in points for name in ("frozen layer", "hetlora cpu")]
+    ((group, (where, by_rank, by_clients)),) = page.curves(figures.by_case(rows)).items()
+    assert group == ("lora_linear p=0.1", "float32") and where == "8->4, 64 rows, 1 thread; ranks at one client, clients of rank 16"
+    assert by_rank == {"hetlora cpu": {4: 2.0, 16: 3.0}} and by_clients == {"hetlora cpu": {1: 3.0, 4: 4.0, 8: 5.0}}
+    assert page.curves(figures.by_case(rows[:2])) == {}, "one point is no curve"
+
+
+def test_a_jetson_says_its_board_release_and_power_mode(tmp_path, monkeypatch):
+    """By stand-ins: none was at hand."""
+    assert run.board_facts(tmp_path) == {}
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "nv_tegra_release").write_text("# R36 (release), REVISION: 4.0, BOARD: generic\n# more\n")
+    (tmp_path / "proc" / "device-tree").mkdir(parents=True)
+    (tmp_path / "proc" / "device-tree" / "model").write_bytes(b"NVIDIA Jetson Orin\x00")
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    known = {"release": "R36 (release), REVISION: 4.0, BOARD: generic", "board": "NVIDIA Jetson Orin"}
+    assert run.board_facts(tmp_path) == {**known, "power_mode": "not said"}
+    tool = tmp_path / "bin" / "nvpmodel"
+    tool.write_text("#!/bin/sh\necho 'NV Power Mode: MAXN'; echo 0\n")
+    tool.chmod(0o755)
+    assert run.board_facts(tmp_path) == {**known, "power_mode": "NV Power Mode: MAXN 0"}
