@@ -3,8 +3,8 @@
 #   make demo [ARGS="--rounds 5"]   the offline federation, with a report to look at
 #   make test                       ruff, mypy, clang-format, the fast tests, then the slow ones
 #   make test-fast                  the fast tests alone
-#   make matrix                     the numeric tests with every instruction set of this machine, 1 and 2 threads, 20 seeds (about 40 minutes)
-#   make gates                      the GPU code compiled for every architecture, without a GPU (`make test` takes two or three of them)
+#   make matrix                     the numeric tests with every instruction set of this machine, 1 and 2 threads, 20 seeds (about 40 minutes); all kills of runs
+#   make gates                      all checks of GPU code without a GPU: every architecture, every planted bug (`make test` takes a share of both)
 #   make lint | venv | clean        the checks alone | the virtual environment alone | remove everything made here, .venv included
 #
 # Which torch: pip takes TORCH from the index it is configured for, and on Linux that is usually the build with CUDA (a few GB). On a machine without
@@ -25,6 +25,8 @@ JOBS   ?= 2
 ARGS   ?=
 
 BIN := .venv/bin
+# Every worker reads all the files that it is given; most have no slow test.
+SLOW := $(sort $(shell grep -rl 'mark\.slow' tests --include='test_*.py'))
 CXX_SOURCES := $(wildcard csrc/*/* tests/gpu/emulator/*)
 CHOICE := $(foreach word,$(TORCH) $(TRITON),'$(word)')
 # Its name carries the choice of Python and torch, so that asking for another one makes the environment anew rather than being ignored.
@@ -41,13 +43,13 @@ demo: venv
 # It has one worker more than there are cores, for that federation waits for its processes half of the time.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($(JOBS) + 1)) --dist loadfile --no-loadscope-reorder -m "slow and not matrix and not gates"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($(JOBS) + 1)) --dist loadfile --no-loadscope-reorder -m "slow and not matrix and not gates" $(SLOW)
 
 matrix: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m matrix tests/native/test_instruction_sets.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m matrix tests/native/test_instruction_sets.py tests/federation/test_killed.py
 
 gates: venv
-	HETLORA_TEST_CUDA_ARCHS=all $(BIN)/python -m pytest -m slow tests/gpu/test_cuda_build.py tests/gpu/test_triton_aot.py
+	HETLORA_TEST_CUDA_ARCHS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m slow tests/gpu
 
 test-fast: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"

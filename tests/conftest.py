@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Read at import time by the libraries, hence set before any of them is loaded; subprocesses of tests inherit them.
@@ -29,6 +30,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in set(left)]
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What the libraries and all tests are made of stays to the end: without it the collector walks through millions of objects again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
     """Under `--dist loadfile` a file is one worker's, for its builds are made once; the settings of test_instruction_sets.py are long and share nothing."""
@@ -46,8 +53,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds; left out by `make test-fast`")
-    config.addinivalue_line("markers", "gates: GPU code compiled for architectures beyond those of `make test`; `make gates`")
-    config.addinivalue_line("markers", "matrix: the numeric tests with further instruction sets and seeds; `make matrix`")
+    config.addinivalue_line("markers", "gates: GPU code for further architectures, further planted bugs and cases of a kind that `make test` has; `make gates`")
+    config.addinivalue_line("markers", "matrix: the numeric tests with further instruction sets and seeds, further kills of runs; `make matrix`")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 

@@ -458,11 +458,17 @@ def test_two_clients_of_one_name_in_two_cases_keep_their_own_adapters(tmp_path):
 
 TWO = """
 import sys
+import time
 from pathlib import Path
 sys.path[:0] = {path!r}
 from tiny import SIZES, tiny_config, tiny_federation
 from hetlora.loop import simulate
-simulate(tiny_config(Path(sys.argv[1]), rounds=60), federation=tiny_federation(SIZES))
+from hetlora.observer import Observer
+class Waits(Observer):
+    def round_start(self, round, total, names):
+        while round == 3 and not Path(sys.argv[1] + " may go on").exists():
+            time.sleep(0.01)
+simulate(tiny_config(Path(sys.argv[1]), rounds=5), federation=tiny_federation(SIZES), observer=Waits())
 """
 
 
@@ -475,6 +481,7 @@ def test_a_second_process_cannot_resume_a_living_run_which_ends_well(tmp_path):
     while not (log.exists() and log.read_text().count("\n") > 2) and time.monotonic() < end:
         time.sleep(0.01)
     for _ in range(3):
-        refused(tmp_path / "run", str(tmp_path / "run"), f"process {first.pid} on ", rounds=60)
+        refused(tmp_path / "run", str(tmp_path / "run"), f"process {first.pid} on ", rounds=5)
+    (tmp_path / "run may go on").touch()
     assert first.wait() == 0
-    assert [json.loads(line)["round"] for line in log.read_text().splitlines()] == list(range(61))
+    assert [json.loads(line)["round"] for line in log.read_text().splitlines()] == list(range(6))

@@ -1,7 +1,9 @@
-"""The emulated library, built once in a process for all the tests that run on it."""
+"""The emulated library, built once for all the tests that run on it, in whichever worker they run."""
 
 from __future__ import annotations
 
+import fcntl
+import os
 from pathlib import Path
 
 import emulated
@@ -9,10 +11,18 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return emulated.compile_all(tmp_path_factory.mktemp("objects"))
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "emulated"
+    folder.mkdir(exist_ok=True)
+    built = folder / "emulated.so"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a worker that comes while another builds waits for it
+        if not built.exists():
+            emulated.link(emulated.compile_all(folder), folder / "unnamed.so").rename(built)
+    return built
 
 
 @pytest.fixture(scope="session")
-def library(objects: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return emulated.link(objects, tmp_path_factory.mktemp("library") / "emulated.so")
+def objects(library: Path) -> list[Path]:
+    return sorted(library.parent.glob("*.o"))

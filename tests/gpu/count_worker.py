@@ -1,5 +1,5 @@
 """Count what a GPU would be given to do: `count_worker.py LIBRARY` runs two adapted layers and the optimisers of a bank on the emulated library, through
-the package's own Python, and prints {what: launches} as JSON.
+the package's own Python, and prints {what: launches} as JSON. No kernel runs: what is launched depends on no value.
 
 A launch is a kernel or a product of the library, as the emulator counts them, or a PyTorch op that computes something: every leaf of a profile that is no
 view and no allocation. Copies from the host are not seen here, where all is on the host: test_device_work.py counts them.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 from collections.abc import Callable
 
@@ -86,6 +87,7 @@ def optimisers(count: Counter) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
+    os.environ["HETLORA_SCHEDULE"] = "none"
     count = Counter(take(sys.argv[1]))
     ops.operand_dtype = lambda x: x.dtype  # as on a GPU
     layers(count, "small", 64, [3, 9], [8, 16])

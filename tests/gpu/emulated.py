@@ -10,17 +10,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 HERE = Path(__file__).parent
 ENGINE = HERE / "emulator"
 CSRC = HERE.parents[1] / "csrc" / "cuda"
 SCHEDULES = "fwd,rev,rand,warp"
+# Types and schedules that every op is run in: each type in two, so each schedule with two types; `make gates` has the other pairs.
+PAIRS = [pytest.param("f32,bf16", "rand,warp"), pytest.param("f16,f64", "fwd,rev")]
+PAIRS += [pytest.param("f32,bf16", "fwd,rev", marks=pytest.mark.gates), pytest.param("f16,f64", "rand,warp", marks=pytest.mark.gates)]
 # Where a planted bug is built, only the type that its case runs in is compiled.
 TYPES = {
     "f32": "case Type::f32: return body(float{});",
@@ -63,16 +69,13 @@ def _compile(source: Path, target: Path, extra: list[str]) -> Path:
 
 
 def compile_kernel(source: Path, target: Path, headers: Path = CSRC, sanitize: bool = True, engine: Path = ENGINE) -> Path:
-    """`engine`: a folder with the precompiled header, for builds as that one is made for."""
+    """`engine`: a folder with the header that _precompile made, for builds as that one is made for."""
     options = [*(_SANITIZE if sanitize else []), "-O1", "-x", "c++", "-include", str(engine / "cuda_on_cpu.h")]
     return _compile(source, target, [*options, f"-I{ENGINE}", f"-I{headers}", "-Wno-switch"])
 
 
-@cache
-def _precompiled() -> Path:
-    """A folder with cuda_on_cpu.h, precompiled: it and what it includes are half of a kernel's compilation for one type."""
-    folder = Path(tempfile.mkdtemp(prefix="hetlora-emulator-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+def _precompile(folder: Path) -> Path:
+    """cuda_on_cpu.h into the folder, precompiled: it and what it includes are half of a kernel's compilation for one type."""
     header = shutil.copy2(ENGINE / "cuda_on_cpu.h", folder)  # with its time: by that #pragma once knows the two for one
     _compile(Path(header), folder / "cuda_on_cpu.h.gch", [*_SANITIZE, "-O1", "-x", "c++-header", "-w"])
     return folder
@@ -91,8 +94,9 @@ def _compile_bindings(source: Path, target: Path) -> Path:
 
 
 def compile_all(folder: Path) -> list[Path]:
-    """Object files of everything, two at a time."""
-    jobs = [(compile_kernel, (source, folder / f"{source.stem}.o")) for source in sorted(CSRC.glob("*.cu"))]
+    """Object files of everything, two at a time, with the precompiled header beside them."""
+    engine = _precompile(folder)
+    jobs = [(partial(compile_kernel, engine=engine), (source, folder / f"{source.stem}.o")) for source in sorted(CSRC.glob("*.cu"))]
     jobs += [(_compile_bindings, (source, folder / f"{source.stem}_bindings.o")) for source in sorted(CSRC.glob("*.cpp"))]
     jobs.append((_compile, (ENGINE / "cuda_on_cpu.cpp", folder / "engine.o", [*_SANITIZE, "-O1"])))
     with ThreadPoolExecutor(2) as pool:
@@ -161,8 +165,18 @@ class Mutant:
     dtype: str = "f32"
 
 
+def a_third(mutants: Mapping[str, Mutant]) -> list[Any]:
+    """Parameters of a test of each: every third runs in `make test`, so does the first of each source and type, and `make gates` runs all."""
+    seen, chosen = set(), []
+    for number, (name, mutant) in enumerate(mutants.items()):
+        place = (mutant.source, mutant.dtype)
+        chosen.append(pytest.param(name, marks=() if number % 3 == 0 or place not in seen else pytest.mark.gates))
+        seen.add(place)
+    return chosen
+
+
 def run_changed(mutant: Mutant, objects: list[Path], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Build the library with the change and run the mutant's case in every schedule."""
+    """Build the library with the change and run the mutant's case in every schedule, until one notices."""
     source = folder / "csrc" / "cuda"
     shutil.copytree(CSRC.parent, source.parent)
     text = (source / mutant.file).read_text()
@@ -173,6 +187,10 @@ def run_changed(mutant: Mutant, objects: list[Path], folder: Path) -> subprocess
         assert line in dispatch
         dispatch = dispatch if name == mutant.dtype else dispatch.replace(line, "")
     (source / "dispatch.cuh").write_text(dispatch)
-    changed = compile_kernel(source / f"{mutant.source}.cu", folder / "changed.o", source, engine=_precompiled())
+    changed = compile_kernel(source / f"{mutant.source}.cu", folder / "changed.o", source, engine=objects[0].parent)
     library = link([changed if o.stem == mutant.source else o for o in objects], folder / "changed.so")
-    return work(library, mutant.dtype, mutant.shapes, SCHEDULES, mutant.case)
+    for schedule in SCHEDULES.split(","):
+        done = work(library, mutant.dtype, mutant.shapes, schedule, mutant.case)
+        if done.returncode or wrong(done):
+            break
+    return done

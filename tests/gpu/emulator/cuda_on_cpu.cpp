@@ -278,6 +278,7 @@ void run(dim3 grid, dim3 block, const std::function<void()>& kernel) {
     emulator_launches(1);
     const char* chosen = getenv("HETLORA_SCHEDULE");
     const std::string schedule = chosen ? chosen : "fwd";
+    if (schedule == "none") return;
     const int count = static_cast<int>(block.x * block.y * block.z);
     while (static_cast<int>(stacks.size()) < count) stacks.push_back(static_cast<char*>(aligned_alloc(64, STACK)));
     std::mt19937 random(1);

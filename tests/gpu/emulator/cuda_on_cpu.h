@@ -1,7 +1,8 @@
 // Runs unmodified CUDA kernels on the host, to test them where there is no GPU: one fiber per CUDA thread, blocks one after another.
 //
 // Include it before a kernel's own headers and compile the .cu as C++ (needs the CUDA toolkit's headers, not nvcc). HETLORA_LAUNCH then runs the kernel at
-// once. The order in which threads run is set by the environment variable HETLORA_SCHEDULE: fwd, rev, rand, or warp (one warp runs as far ahead as it can).
+// once. The order in which threads run is set by the environment variable HETLORA_SCHEDULE: fwd, rev, rand, or warp (one warp runs as far ahead as it can);
+// none counts the launch and runs nothing.
 // Barriers that some threads miss, collectives with lanes that have left, and deadlocks become the error that cudaGetLastError returns. Nothing is said
 // about timing, bank conflicts or the memory model.
 #pragma once
