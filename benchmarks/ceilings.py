@@ -61,7 +61,7 @@ def make(case: Case, device: torch.device) -> tuple[Callable[[], object], Callab
     if case.op == "product":
         a, b = ((torch.randn(case.size, case.size, generator=draw, device=device) * case.size**-0.5).to(case.dtype) for _ in range(2))
         out = torch.empty_like(a)
-        return lambda: torch.mm(a, b, out=out), lambda: (out[:8], a[:8].double() @ b.double())
+        return lambda: torch.mm(a, b, out=out), lambda: (out[:8, :8], a[:8].double() @ b[:, :8].double())
     source = torch.ones(case.size // case.dtype.itemsize, dtype=case.dtype, device=device)
     if case.op == "read":
         return source.sum, lambda: (source.sum(), torch.tensor(float(source.numel())))

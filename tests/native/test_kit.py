@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import re
 
 import pytest
 import torch
 
-from hetlora_kernels.benchmarks import ceilings, figures, kit, providers, run, saved
+from hetlora_kernels.benchmarks import ceilings, figures, kit, lora, providers, run, saved
 
 CPU = torch.device("cpu")
 TINY = ["--tiny", "--device", "cpu", "--threads", "1"]
@@ -246,3 +247,12 @@ def test_a_jetson_says_its_board_release_and_power_mode(tmp_path, monkeypatch):
     tool.write_text("#!/bin/sh\necho 'NV Power Mode: MAXN'; echo 0\n")
     tool.chmod(0o755)
     assert run.board_facts(tmp_path) == {**known, "power_mode": "NV Power Mode: MAXN 0"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_quick_run_compiles_nothing(device):
+    """Compiling one layer takes longer than the whole of it may."""
+    plan = argparse.Namespace(quick=False, short=True, only=None)
+    cases = [arguments for arguments, op in lora.wanted(plan, torch.device(device)) if op.startswith("lora_linear")]
+    assert len({(tokens, tuple(ranks)) for _, _, tokens, ranks, *_ in cases}) == 6
+    assert not [(n, m) for n, m, tokens, ranks, *_ in cases if (n, m) in lora.COMPILED and tokens in (1024, 8192) and ranks == [16]]
