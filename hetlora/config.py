@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hetlora.errors import ConfigError
-from hetlora.kinds import MERGE_CHOICES, MERGES, TRAININGS, MergeKind, TrainingKind, merge_kind, own_settings
-from hetlora.ranks import RankRule, parse_ranks
+from hetlora.kinds import MERGE_CHOICES, MERGES, PRIVATE, TRAININGS, MergeKind, TrainingKind, merge_kind, own_settings
+from hetlora.ranks import FROM_DATA, RankRule, parse_ranks
 from hetlora.settings_file import read_settings
 from hetlora.text_files import shortened
 
@@ -159,6 +159,17 @@ class Config(BaseModel):
     server_beta2: float = _setting(0.99, "federation", "Decay of the squared changes, with 'fedadam'.", ge=0, lt=1)
     server_tau: float = _setting(1e-3, "federation", "What 'fedadam' adds to the root of the squared changes.", gt=0)
 
+    # privacy
+    dp_clipping_norm: float = _setting(
+        0.0, "privacy", "C: scale each client's whole update to at most this Frobenius norm, for differential privacy of clients; 0 = none.", ge=0
+    )
+    dp_noise_multiplier: float = _setting(0.0, "privacy", "sigma: Gaussian noise of deviation sigma C on the sum of the clipped updates.", ge=0)
+    dp_delta: float = _setting(1e-5, "privacy", "delta, for which epsilon is computed; below 1 over the number of clients.", gt=0, lt=1)
+    dp_sampling: Literal["fixed", "poisson"] = _setting(
+        "fixed", "privacy", "'fixed': clients_per_round clients, from which epsilon gains nothing; 'poisson': each client by its own coin, and it does."
+    )
+    dp_secret: str = _setting("", "privacy", "File of secret bytes that noise and coins are drawn from; '' = the run's seed, which is for simulation alone.")
+
     # local training
     local_steps: int = _setting(5, "training", "Optimiser steps per client and round (a client without that much data repeats it).", ge=1, le=100_000)
     local_epochs: int = _setting(0, "training", "Passes over the client's own data per round instead of local_steps; 0 = use local_steps.", ge=0, le=10_000)
@@ -272,8 +283,8 @@ class Config(BaseModel):
         if zero := [name for name, value in self.model_dump().items() if isinstance(value, str) and "\0" in value]:
             raise ConfigError(f"{', '.join(zero)}: expected text without a zero byte")
         _ = self.rank_rule
-        for kind in (self.training_kind, self.merge_kind):
-            for refusal in kind.refuses:
+        for refuses in (self.training_kind.refuses, self.merge_kind.refuses, PRIVATE if self.dp_clipping_norm else ()):
+            for refusal in refuses:
                 refused = [name for name in refusal.settings if (getattr(self, name) in refusal.values if refusal.values else not self._at_default(name))]
                 if refused:
                     raise ConfigError(f"{self._shown(refused)}: {refusal.why}")
@@ -300,7 +311,24 @@ class Config(BaseModel):
             raise ConfigError("cuda_graph = True: a recorded step has one shape, which padding makes; leave padding_free = 'on' out")
         if self.cuda_graph and self.gradient_checkpointing:
             raise ConfigError("cuda_graph = True: gradient_checkpointing sets the state of torch's generator, which a recorded step cannot; leave one out")
+        self._check_privacy()
         self._check_examples()
+
+    def _check_privacy(self) -> None:
+        """Settings of differential privacy, and what else lets one client's text reach the bank past its clipped update."""
+        if not self.dp_clipping_norm:
+            if alone := [name for name in type(self).model_fields if name.startswith("dp_") and not self._at_default(name)]:
+                raise ConfigError(f"{self._shown(alone)}: only with a clip, which bounds what one client can do; set dp_clipping_norm, or leave it out")
+            return
+        if why := self.merge_kind.unbounded:
+            raise ConfigError(
+                f"dp_clipping_norm = {self.dp_clipping_norm}: merge = {self.merge_kind.name!r} {why}; use --method fold, ffa-lora or rolora, or --method delta"
+                " with gamma = 1, each with weights = 'uniform'"
+            )
+        if self.training_kind.prunes and self.gamma < 1:
+            raise ConfigError(f"gamma = {self.gamma}: under dp_clipping_norm ranks may not follow from the clients' text, as pruned ones do; use gamma = 1")
+        if isinstance(self.rank_rule, FROM_DATA):
+            raise ConfigError(f"ranks = {self.ranks!r}: under dp_clipping_norm ranks may not follow from the data; use 'dealt:MIN:MAX', a list or a file")
 
     def _check_examples(self) -> None:
         """Settings of prompts, conversations and answers."""
@@ -390,7 +418,7 @@ _OF_ONE_VALUE = {
 
 
 def setting_group(name: str) -> str:
-    """The group of settings that `name` belongs to: 'model', 'data', 'federation', 'training' or 'run'."""
+    """The group of settings that `name` belongs to: 'model', 'data', 'federation', 'privacy', 'training' or 'run'."""
     extra = Config.model_fields[name].json_schema_extra
     assert isinstance(extra, dict)
     return str(extra["group"])

@@ -5,6 +5,7 @@ The server keeps one bank of rank R. A round, s the scale of the run, m and n th
   2. it draws rho_k = floor(r_k (m + n) / m) fresh rows A_k, starts from B_k = 0 and trains B_k alone, as many numbers as a LoRA of rank r_k has.
   3. it sends B_k; the server draws A_k again from the same seed.
   4. bank <- the best approximation of rank R of B_g A_g + sum_k p_k B_k A_k.
+Under differential privacy all clients of a round draw the leading rows of one A, so that the sum is one of B alone and takes noise once (`common_rows`).
 The base never changes, and the bank is what is exported.
 """
 
@@ -24,6 +25,7 @@ from hetlora.cohort import train_cohort, train_one_by_one
 from hetlora.config import Config
 from hetlora.low_rank import best_rank
 from hetlora.merge import MergeCall, Merged, row_weights
+from hetlora.privacy import Common
 from hetlora.ranks import ClientRanks, bank_ranks
 from hetlora.seeds import torch_generator
 from hetlora.server import ServerState, refused
@@ -159,6 +161,7 @@ def fresh_bank(
     round_number: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    shared: bool = False,
 ) -> hk.AdapterBank:
     """The adapters that clients start a round from: A_k drawn, B_k = 0; A is frozen.
 
@@ -171,7 +174,8 @@ def fresh_bank(
         rows = []
         for client, rank in zip(clients, ranks[name], strict=True):
             bound = math.sqrt(means[name] / (max(1, rank) * n))
-            rows.append(torch.empty(rank, n, dtype=dtype).uniform_(-bound, bound, generator=torch_generator(seed, "fresh rows", round_number, client, name)))
+            purpose = ("shared rows", round_number, name) if shared else ("fresh rows", round_number, client, name)
+            rows.append(torch.empty(rank, n, dtype=dtype).uniform_(-bound, bound, generator=torch_generator(seed, *purpose)))
         a[name] = torch.cat(rows).to(device)
         bt[name] = torch.zeros(len(a[name]), m, dtype=dtype, device=device)
     return hk.AdapterBank.of(shapes, ranks, a, bt).freeze_a()
@@ -182,7 +186,19 @@ def drawn(cfg: Config, state: ServerState, names: Sequence[str], number: int) ->
     shapes = state.bank.shapes
     means = mean_ranks(fresh_ranks(bank_ranks(list(state.ranks.values()), shapes), shapes))
     ranks = fresh_ranks(bank_ranks([state.ranks[name] for name in names], shapes), shapes)
-    return fresh_bank(shapes, ranks, means, names, cfg.seed, number, state.bank.dtype, state.bank.device)
+    return fresh_bank(shapes, ranks, means, names, cfg.seed, number, state.bank.dtype, state.bank.device, bool(cfg.dp_clipping_norm))
+
+
+def common_rows(state: ServerState, cfg: Config, names: Sequence[str], number: int, uploads: hk.AdapterBank | None) -> Common:
+    """The one draw U of A, of bound 1 / sqrt(n), with B = 0. A_k is sqrt(rho_bar / rho_k) times the leading rows of U, so that B_k counts times that root:
+    B_k A_k = (sqrt(rho_bar / rho_k) B_k) U.
+    """
+    shapes = state.bank.shapes
+    most = {name: max(own) for name, own in fresh_ranks(bank_ranks([state.ranks[name] for name in names], shapes), shapes).items()}
+    start = fresh_bank(shapes, {name: [rank] for name, rank in most.items()}, most, [""], cfg.seed, number, state.bank.dtype, state.bank.device, shared=True)
+    means = mean_ranks(fresh_ranks(bank_ranks(list(state.ranks.values()), shapes), shapes))
+    layouts = {} if uploads is None else uploads.layouts
+    return Common(start, "b", {name: [math.sqrt(means[name] / max(1, rank)) for rank in layout.ranks] for name, layout in layouts.items()})
 
 
 def mean_ranks(ranks: Mapping[str, Sequence[int]]) -> dict[str, float]:

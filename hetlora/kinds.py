@@ -37,6 +37,8 @@ class MergeKind:
         everybody draws from the run's seed, so that a client downloads only what the function called `follow_bytes` in the rounds since it was here last.
     no_adapter: why no adapter of the run holds what it learned, and what does; '' where the bank does.
     no_pruning: which clients cannot prune although they have rows to; '' where all can.
+    unbounded: why one client's influence on the next bank has no proven bound, so that there is no differential privacy; '' where it has: the merge is a
+        function of the old bank and of the sum of the clients' updates alone (`privacy.private_upload`).
     settings: read by this merge alone, refused with every other.   refuses: settings of others that it cannot use.
     """
 
@@ -47,6 +49,7 @@ class MergeKind:
     keeps_bank: bool = True
     no_adapter: str = ""
     no_pruning: str = ""
+    unbounded: str = "is no function of the sum of the clients' updates alone, so that one client's influence on it has no proven bound"
     settings: tuple[str, ...] = ()
     refuses: tuple[Refusal, ...] = ()
 
@@ -69,6 +72,7 @@ class TrainingKind:
         it changed since the client was here last.
     all_rows: a client receives every row of the bank, whatever its rank; otherwise as many leading rows as its rank.
     own_text: what the perplexity of a client in summaries and reports is that of.
+    common: function of `(ServerState, Config, sampled names, round, uploads)` to `privacy.Common`: the rows in which the clients' updates are summed.
     one_process: why the clients of a round cannot be shared by several processes; '' where they can.
     settings: read by this kind alone, refused with every other.   refuses: settings of others that it cannot use.
     """
@@ -83,6 +87,7 @@ class TrainingKind:
     factors: tuple[str, ...] = ("ab",)
     all_rows: bool = False
     own_text: str = "the global adapter at the client's rank"
+    common: str = "hetlora.privacy:common_rows"
     one_process: str = ""
     settings: tuple[str, ...] = ()
     refuses: tuple[Refusal, ...] = ()
@@ -92,6 +97,9 @@ class TrainingKind:
 
     def load_receives(self) -> Callable[..., Any]:
         return pkgutil.resolve_name(self.receives)
+
+    def load_common(self) -> Callable[..., Any]:
+        return pkgutil.resolve_name(self.common)
 
     def trains(self, number: int) -> str:
         """The factors that clients train in a round, counted from 1."""
@@ -147,6 +155,7 @@ TRAININGS = {
             "hetlora.fold:train_fold",
             merge="bank",
             receives="hetlora.fold:received",
+            common="hetlora.fold:common_rows",
             all_rows=True,
             own_text="the global adapter with all its rows, as a client downloads it",
             settings=("download",),
@@ -217,7 +226,7 @@ MERGES = {
     kind.name: kind
     for kind in (
         MergeKind("factors", "average the factors (as published)", "hetlora.merge:merge_factors", settings=("shared_rows", "unowned_rows")),
-        MergeKind("delta", "average the factors' changes; a row that a client does not own counts as unchanged", "hetlora.merge:merge_delta"),
+        MergeKind("delta", "average the factors' changes; a row that a client does not own counts as unchanged", "hetlora.merge:merge_delta", unbounded=""),
         MergeKind("svd", "truncate the SVD of the exact sum (FlexLoRA)", "hetlora.merge:merge_svd", refuses=(_TURNED,)),
         MergeKind(
             "owners-svd",
@@ -273,9 +282,10 @@ MERGES = {
             "one-factor",
             "average the factor that was trained, keep the other",
             "hetlora.merge:merge_one_factor",
+            unbounded="",
             settings=("shared_rows", "unowned_rows"),
         ),
-        MergeKind("bank", "the bank of rank R nearest to the old one and the exact sum together", "hetlora.fold:merge_bank", refuses=(_TURNED,)),
+        MergeKind("bank", "the bank of rank R nearest to the old one and the exact sum together", "hetlora.fold:merge_bank", unbounded="", refuses=(_TURNED,)),
         MergeKind("chosen", "the mean of each row over the clients that chose it", "hetlora.chosen:merge_chosen"),
         MergeKind(
             "models",
@@ -287,6 +297,20 @@ MERGES = {
         ),
     )
 }
+
+PRIVATE = (
+    Refusal(
+        ("weights",),
+        "under dp_clipping_norm every client counts the same, as the weight of a norm or of a number of sequences follows from the clients' text and the share "
+        "of one client has no bound; use weights = 'uniform'",
+        ("sparsity", "samples"),
+    ),
+    Refusal(("clip_median",), "measures clients by the median of all, so that one moves the others; dp_clipping_norm takes its place, leave it out"),
+    Refusal(("clip_update",), "the clip of dp_clipping_norm takes its place; leave it out"),
+    Refusal(("shared_rows", "unowned_rows"), "of merges that replace rows, and under dp_clipping_norm changes are added to them; leave it out"),
+    Refusal(("keep_best", "patience"), "looks at the clients' held-out text, which no noise covers; leave it out"),
+)
+"""Settings that a run with differential privacy (`dp_clipping_norm`) cannot use."""
 
 MERGE_CHOICES = tuple(name for name in MERGES if name not in {kind.merge for kind in TRAININGS.values()})
 """Values of the setting `merge`: all merges but those that belong to a kind of training."""

@@ -21,6 +21,7 @@ def figures(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
         "perplexity/held_out_clients": perplexity_of(evaluation, "held_out_clients"),
         "train_loss/first": sum(c["loss_first"] for c in clients) / len(clients) if clients else None,
         "train_loss/last": sum(c["loss_last"] for c in clients) / len(clients) if clients else None,
+        "privacy/epsilon": (record.get("privacy") or {}).get("epsilon"),
         **{name: record.get(name) for name in ("mean_rank", "bytes_down", "bytes_up", "lr", "seconds")},
     }
     return ((name, float(value)) for name, value in found.items() if value is not None and math.isfinite(value))

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from hetlora import checkpoint, course, in_memory, init_adapter, run_folder, server
+from hetlora import checkpoint, course, in_memory, init_adapter, privacy, run_folder, server
 from hetlora.config import Config, ConfigError
 from hetlora.federation import Federation, prepare
 from hetlora.fleet import Fleet, LocalFleet
@@ -113,6 +113,7 @@ def _rounds(cfg: Config, folder: Path, lock: FolderLock, resume: bool, observer:
             f"cuda_graph = True: expected a CUDA device, which alone records graphs, got {fleet.device}; leave it out, or choose another --device"
         )
     state = _initial_state(cfg, fleet)
+    said += privacy.begin(cfg, len(fleet.names))
     if start:
         said.append(init_adapter.fill(state.bank, start, cfg))
     if not resume:
@@ -225,7 +226,7 @@ class _Clock:
 
 def _close_round(run: Run, record: dict[str, Any], start: _Clock) -> None:
     """Log first, then checkpoint: after a kill in between, the line is dropped and the round repeated."""
-    record |= start.read()
+    record |= privacy.spent(run.cfg, [*run.history, record], len(run.fleet.names)) | start.read()
     run_folder.append_round(run.folder, record)
     run.history.append(record)
     save(run)
@@ -233,15 +234,26 @@ def _close_round(run: Run, record: dict[str, Any], start: _Clock) -> None:
     run.observer.round_end(record)
 
 
+def _sampled(run: Run, number: int) -> list[str]:
+    """Names of the round's clients. With dp_sampling = 'poisson' there may be none, and that shows in nothing but the log: the noise is the same."""
+    cfg, there = run.cfg, run.fleet.present()
+    if cfg.dp_sampling == "poisson":
+        clients = len(run.state.ranks)
+        return server.toss(there, privacy.expected_clients(cfg, clients) / clients, privacy.noise_seed(cfg), number)
+    return server.sample(there, cfg.clients_per_round, cfg.seed, number)
+
+
 def _train(run: Run, number: int, lr: float) -> tuple[list[str], Trained]:
     """Sample, and let the sampled clients train; changes nothing but what it returns."""
     cfg = run.cfg
-    names = server.sample(run.fleet.present(), cfg.clients_per_round, cfg.seed, number)
+    names = _sampled(run, number)
     run.observer.round_start(number, cfg.rounds, names)
+    if not names:
+        return names, Trained([], {}, [], [], None, None, [], [], 0)
     trained = run.fleet.train(cfg, run.state, names, number, lr, run.observer.local_step)
     for k, reason in trained.dropped.items():
         run.observer.message(f"round {number}: {names[k]} is left out, {reason}")
-    if not trained.arrived:
+    if not trained.arrived and not cfg.dp_clipping_norm:
         raise ConfigError(
             f"round {number}: no clients left, every update was refused ({names[0]}: {trained.dropped[0]}); lower --lr or set --clip-norm; "
             f"the run in {run.folder} stands at round {run.state.round}"
@@ -266,10 +278,10 @@ def _round(run: Run, number: int) -> None:
     lines = [client_line(cfg, names[k], state.ranks[names[k]], trained, k) for k in arrived]
     state.seen |= dict.fromkeys(names, number)  # those whose upload was refused have downloaded too
     samples = [run.fleet.sequences(names[k]) for k in arrived]
-    merged = aggregate(state, trained.uploads, trained.received, samples, cfg, run.fleet.model, trained.weighed, trained.rows)
+    merged = aggregate(state, trained.uploads, trained.received, samples, cfg, run.fleet.model, trained.weighed, trained.rows, names)
     for i, k in enumerate(arrived):
         lines[i] |= upload_line(merged, trained, i, k)
-        if "clip" in lines[i]:
+        if "clip" in lines[i] and not cfg.dp_clipping_norm:
             scaled = f"scaled by {lines[i]['clip']:.3g}, to the limit of --clip-median or --clip-update"
             run.observer.message(f"round {number}: the update of {names[k]} is {scaled}")
         state.ranks[names[k]] = trained.ranks[k]
@@ -322,6 +334,7 @@ def _finish(run: Run) -> Result:
         "rounds": done,
         **({"best_round": kept["round"]} if cfg.keep_best else {}),
         "homlora_rank": state.homlora_rank,
+        **privacy.spent(cfg, history, len(run.fleet.names)),
         "notes": notes,
     }
     run_folder.write_atomic(run.folder / run_folder.SUMMARY, json.dumps(summary, indent=2) + "\n")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hetlora_kernels as hk
-from hetlora import diagnostics, server_optimizer
+from hetlora import diagnostics, privacy, server_optimizer
 from hetlora.config import Config
 from hetlora.federation import base_weights
 from hetlora.low_rank import best_rank
@@ -75,12 +75,16 @@ def aggregate(
     model: torch.nn.Module,
     weighed: tuple[Tensor, Tensor] | None = None,
     rows: Mapping[str, Sequence[Sequence[int]]] | None = None,
+    sampled: Sequence[str] = (),
 ) -> Aggregate:
     """Merge the uploads that arrived into `state`, and into `model` where the merge changes the base.
 
     received: what the same clients had received, as `uploads`, by which their updates are measured (`usual_limits`).   samples: training sequences of each.
     weighed: (p, S) where training weighed the uploads already; else they are `client_weights`.   rows: as in `MergeCall`.
+    sampled: all clients of the round, by which differential privacy measures it; there uploads may be None, for none.
     """
+    if cfg.dp_clipping_norm:
+        return _privately(state, uploads, received, sampled, cfg, model)
     clips: list[float] = []
     suspects = None
     if weighed is None and (cfg.clip_update or cfg.clip_median):
@@ -102,6 +106,23 @@ def aggregate(
     state.bank = merged.bank
     compared = uploads if merged.ended_with is None else merged.ended_with
     return Aggregate(weights, norms, clips, diagnostics.describe(state.bank, compared, weights, merged.rows, merged.added_to) if cfg.diagnostics else {})
+
+
+def _privately(
+    state: ServerState, uploads: hk.AdapterBank | None, received: hk.AdapterBank | None, sampled: Sequence[str], cfg: Config, model: torch.nn.Module
+) -> Aggregate:
+    """The merge of one upload that holds the noised mean of the clients' updates, of weight 1: all that follows from it is post-processing."""
+    one, clips = privacy.private_upload(state, uploads, received, sampled, cfg)
+    modules = len(one.shapes)
+    call = MergeCall(state.bank, one, torch.ones(1, modules, dtype=torch.float64), state.r_max, cfg, model, cfg.training_kind.trains(state.round + 1))
+    merged: Merged = _with_optimizer(state, call) if cfg.server_optimizer != "none" else cfg.merge_kind.load()(call)
+    assert merged.bank is not None
+    state.bank = merged.bank
+    weights = torch.full((len(clips), modules), 1 / privacy.expected_clients(cfg, len(state.ranks)), dtype=torch.float64)
+    if uploads is None or not clips:
+        return Aggregate(weights, torch.zeros(0, dtype=torch.float64))
+    norms = uploads.delta_norms().double().cpu().square().sum(1).sqrt()
+    return Aggregate(weights, norms, clips, diagnostics.describe(state.bank, uploads, weights, merged.rows, merged.added_to) if cfg.diagnostics else {})
 
 
 @torch.no_grad()

@@ -175,6 +175,8 @@ class Column:
 
 
 RankRule = PowerLaw | Dealt | Sized | Fixed | Listed | RankFile | Column
+FROM_DATA = (Sized, Column)
+"""Rules by which the data of one client decide ranks of the others too."""
 
 
 def parse_ranks(spec: str) -> RankRule:

@@ -48,6 +48,11 @@ class _Diagnostics(_Record):
     merge_error: _Number = None
 
 
+class _Privacy(_Record):
+    epsilon: _Number
+    delta: float
+
+
 class _Line(_Record):
     """One client in one round."""
 
@@ -76,6 +81,7 @@ class Round(_Record):
     mean_rank: _Number = None
     seconds: _Number = None
     cpu_seconds: _Number = None
+    privacy: _Privacy | None = None
     evaluation: _Evaluation | None = None
     diagnostics: _Diagnostics | Annotated[dict[str, Any], Field(max_length=0)] | None = None  # {} of a merge that keeps no bank
 
@@ -100,6 +106,7 @@ class Summary(_Record):
     evaluation_after: _Evaluation | None = None
     homlora_rank: int | None = None
     best_round: int | None = None
+    privacy: _Privacy | None = None
     notes: list[str] | None = None
 
 

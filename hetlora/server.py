@@ -45,6 +45,11 @@ def sample(names: Sequence[str], count: int, seed: int, round_number: int) -> li
     return [names[i] for i in sorted(chosen)]
 
 
+def toss(names: Sequence[str], probability: float, seed: int, round_number: int) -> list[str]:
+    """Each client with `probability`, by a coin of its own that no other client's presence changes, in name order."""
+    return [name for name in names if host_generator(seed, "toss", round_number, name).random() < probability]
+
+
 def distribute(state: ServerState, names: Sequence[str]) -> hk.AdapterBank:
     """Each client's download: the leading rank rows of the bank, nothing reordered (HETLORA section 3.1)."""
     return state.bank.truncate(bank_ranks([state.ranks[name] for name in names], state.bank.shapes))

@@ -207,6 +207,8 @@ def exchange(cfg: Config) -> Exchange:
         raise ConfigError(
             f"merge = {cfg.merge_kind.name!r}: changes the base, which every deployed client holds itself; use merge = 'factors' or 'svd', or hetlora run"
         )
+    if cfg.dp_noise_multiplier and not cfg.dp_secret:
+        raise ConfigError("dp_secret = '': clients have the run's seed and could take the noise away again; give a file of random bytes on the server")
     for name in ("rouge_examples", "held_out_clients", "sample_prompts"):
         if getattr(cfg, name):
             raise ConfigError(f"{name} = {getattr(cfg, name)}: evaluated in simulation only (hetlora run), the server has no text; leave it out")

@@ -13,7 +13,7 @@ from hetlora.config import Config, ConfigError
 from hetlora.kinds import TRAININGS
 from hetlora.report.drawing import Picture
 from hetlora.report.pictures import draw_all
-from hetlora.report.text import change_text, number, perplexity_of, rank_text, size_text
+from hetlora.report.text import change_text, number, perplexity_of, privacy_text, rank_text, size_text
 from hetlora.report.verdict import evaluations, got_worse, group_rows, run_sentence
 from hetlora.run_folder import DIAGNOSTICS, PICTURES, REPORT, Run, read_run, write_atomic
 
@@ -84,6 +84,8 @@ def _key_figures(run: Run) -> list[tuple[str, str, str]]:
         ours, full = (sum(record.get(key, 0) for record in run.records) for key in (f"bytes_{way}", f"bytes_{way}_homlora"))
         remark = f"{100 * ours / full:.1f} % of HomLoRA at the largest rank ({size_text(full)})" if full else ""
         figures.append((f"Adapter bytes {way}", size_text(ours), remark))
+    if spent := run.records[-1].get("privacy"):
+        figures.append(("Differential privacy", privacy_text(spent), "of each client, for the global adapter alone"))
     seconds = sum(record.get("seconds") or 0 for record in run.records)
     figures.append(("Time", f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s", "sum over the rounds on record"))
     return figures

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from hetlora.config import Config
 from hetlora.observer import Observer
-from hetlora.report.text import cells, change_text, number, perplexity_of, printable, rank_text, round_line, size_text, wrap
+from hetlora.report.text import cells, change_text, number, perplexity_of, printable, privacy_text, rank_text, round_line, size_text, wrap
 from hetlora.report.verdict import got_worse
 
 MOST_CLIENTS = 40
@@ -278,6 +278,8 @@ def total_lines(summary: dict[str, Any]) -> list[str]:
         ours, full = summary[f"bytes_{way}"], summary[f"bytes_{way}_homlora"]
         share = f", {100 * ours / full:.1f} % of it" if full else ""
         lines.append(f"adapter bytes {way}: {size_text(ours)}; HomLoRA at r={summary['homlora_rank']} would move {size_text(full)}{share}")
+    if summary.get("privacy"):
+        lines.append(f"privacy of each client: {privacy_text(summary['privacy'])}")
     return lines
 
 

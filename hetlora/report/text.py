@@ -72,6 +72,11 @@ def perplexity_of(evaluation: dict[str, Any] | None, part: str) -> float | None:
     return found["perplexity"] if found else None
 
 
+def privacy_text(spent: dict[str, Any]) -> str:
+    """What `privacy.spent` found, in words."""
+    return f"epsilon {'infinite' if spent['epsilon'] is None else number(spent['epsilon'])} at delta {spent['delta']:g}"
+
+
 def round_line(record: dict[str, Any], total: int) -> str:
     """One round in one line of plain text."""
     parts = []
@@ -90,6 +95,8 @@ def round_line(record: dict[str, Any], total: int) -> str:
     ]
     if clients:
         parts.append(f"down {size_text(record['bytes_down'])}, up {size_text(record['bytes_up'])}")
+    if record.get("privacy"):
+        parts.append(privacy_text(record["privacy"]))
     if record.get("seconds") is not None:
         parts.append(f"{record['seconds']:.1f} s")
     parts += [f"dropped {drop['name']}: {drop['reason']}" for drop in record.get("dropped") or []]

@@ -62,6 +62,7 @@ def deployed(cfg: Config, spoil=None, waiting: Waiting | None = None, nodes: lis
     return HetLora(cfg, base(cfg), waiting, said).start(grid), said.lines, grid
 
 
+PRIVATE = {"weights": "uniform", "dp_clipping_norm": 0.5, "dp_noise_multiplier": 0.3, "dp_secret": __file__}
 METHODS = {
     "published": {},
     "modules": {"prune_scope": "module"},
@@ -72,6 +73,8 @@ METHODS = {
     "dropout": {"dropout": 0.1, "optimizer": "sgd", "local_epochs": 1, "local_steps": 5},
     "fold": {"train": "fold", "gamma": 0.99, "download": "exact"},
     "fold in 8 bits": {"train": "fold", "gamma": 0.99, "weights": "samples"},
+    "private fold": {"train": "fold", "gamma": 0.99, **PRIVATE},
+    "private delta": {"merge": "delta", "gamma": 1.0, **PRIVATE, "dp_sampling": "poisson", "rounds": 6},
 }
 
 

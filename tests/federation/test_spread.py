@@ -28,12 +28,14 @@ HERE = Path(__file__).parent
 PLACE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 COMMON = {"lr": 0.05, "rounds": 3, "ranks": "2,8,4,6", "local_steps": 3, "evaluate": "all", "max_tokens_per_step": 30, "eval_tokens": 100}
 HETLORA = {**COMMON, "gamma": 0.5, "prune_lambda": 5.0}
+PRIVATE = {"weights": "uniform", "dp_clipping_norm": 0.5, "dp_noise_multiplier": 0.3}
 RUNS = {
     "hetlora": {**HETLORA, "prune_scope": "module", "dropout": 0.1},
     "alone": {**HETLORA, "cobatch": False},
     "stack": {**HETLORA, "merge": "stack"},
     "fold": {**COMMON, "gamma": 0.99, "train": "fold", "cobatch": False},
     "svd": {**HETLORA, "merge": "svd", "keep_best": True, "cobatch": False},
+    "private": {**COMMON, **PRIVATE, "gamma": 0.99, "train": "fold", "cobatch": False},
 }
 
 
@@ -197,7 +199,7 @@ def assert_same_folder(folder: Path, expected) -> None:
 @pytest.mark.timeout(300)
 def test_runs_in_processes_have_the_bits_of_one_process(tmp_path, monkeypatch):
     """Two and three processes; those that train in batches have the bits of the same batches."""
-    counts = {"hetlora": 2, "alone": 3, "stack": 2, "fold": 3, "svd": 2}
+    counts = {"hetlora": 2, "alone": 3, "stack": 2, "fold": 3, "svd": 2, "private": 2}
     runs = in_processes(*({"folder": str(tmp_path / kind), "processes": counts[kind], "settings": RUNS[kind]} for kind in RUNS))
     for kind, run in zip(RUNS, runs, strict=True):
         assert run["codes"] == [0] * counts[kind] and run["messages"][0].startswith(f"processes: {counts[kind]} on 1 machine, cpu")

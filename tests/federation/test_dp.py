@@ -1,0 +1,385 @@
+"""Differential privacy of clients: one client's influence is bounded whatever it sends, the noise is what it is said to be, and epsilon is the accountant's."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_resume import assert_same
+from tiny import SIZES, Interrupt, Stop, lines, same_bits, tiny_config, tiny_federation, trained_bank, watch_training, whole_bank
+
+import hetlora_kernels as hk
+from hetlora import fold, merge, privacy, server
+from hetlora.cli import cli
+from hetlora.config import ConfigError
+from hetlora.kinds import MERGES, TRAININGS
+from hetlora.loop import simulate
+from hetlora.report.page import write_report
+from hetlora.server import ServerState
+
+SHAPES = {"q": (6, 5), "v": (4, 7)}
+R, EPS = 8, torch.finfo(torch.float64).eps
+RISK = 20.0  # x: a false alarm has a probability below 2 exp(-x) a comparison, 4.2e-9
+PRIVATE = {"weights": "uniform", "gamma": 1.0, "merge": "delta", "dp_clipping_norm": 1.0}
+KINDS = {"delta": {}, **{train: {"train": train, "merge": "factors", "gamma": 0.99} for train in ("fold", "b-only", "alternating")}}
+
+
+def config(folder, **own):
+    return tiny_config(folder, **{**PRIVATE, **own})
+
+
+def mid_run(ranks, shapes=SHAPES, seed=0, dtype=torch.float64) -> ServerState:
+    """A server before its first round, with a bank of small numbers."""
+    everywhere = {f"c{k}": dict.fromkeys(shapes, rank) for k, rank in enumerate(ranks)}
+    return ServerState(trained_bank(shapes, [R], dtype, seed), everywhere, 1, R)
+
+
+def exchanged(cfg, state, draw) -> tuple[hk.AdapterBank, hk.AdapterBank]:
+    """(uploads, received) of all clients of `state`; draw(rows, client, name, side) changes an upload's rows in place."""
+    names = list(state.ranks)
+    received = fold.drawn(cfg, state, names, 1) if cfg.train == "fold" else server.distribute(state, names)
+    uploads = received.select(range(len(names)))
+    trained = {"fold": "b"}.get(cfg.train, cfg.training_kind.trains(1))
+    with torch.no_grad():
+        for side in ("a", "bt"):
+            if side[0] in trained:
+                for name, layout in uploads.layouts.items():
+                    for k in range(len(names)):
+                        draw(getattr(uploads, side)[name][layout.rows(k)], k, name, side)
+    return uploads, received
+
+
+def difference(one: hk.AdapterBank, other: hk.AdapterBank) -> float:
+    return math.sqrt(sum(float((a.detach() - b.detach()).square().sum()) for a, b in zip(one.parameters(), other.parameters(), strict=True)))
+
+
+# ---------------------------------------------------------------- the clip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_clients_whole_update_is_clipped_to_the_norm(tmp_path, kind):
+    """Over all modules and both factors together; what is within the norm stays as it is. A fold's update counts in the rows that all share."""
+    cfg = config(tmp_path, clients_per_round=1, **KINDS[kind])
+    generator = torch.Generator().manual_seed(1)
+    for size in (0.01, 3.0):
+        state = mid_run([5])
+        uploads, received = exchanged(cfg, state, lambda rows, *_, size=size: rows.add_(size * torch.randn(rows.shape, generator=generator, dtype=rows.dtype)))
+        private, (clip,) = privacy.private_upload(state, uploads, received, ["c0"], cfg)
+        norm = difference(uploads, received)
+        start = privacy.common_rows(state, cfg, ["c0"], 1, uploads).start if cfg.train != "fold" else fold.common_rows(state, cfg, ["c0"], 1, uploads).start
+        assert (clip < 1) == (norm > 1) == (size == 3.0)
+        assert difference(private, start) == pytest.approx(min(norm, 1.0), rel=100 * EPS)
+        assert clip == pytest.approx(min(1.0, 1 / norm), rel=10 * EPS) and (size == 3.0 or clip == 1.0)
+
+
+NASTY = [0.0, 1e-300, -1e-12, 1.0, -7.5, 1e12, -1e150]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_one_client_moves_the_sum_by_no_more_than_the_clip(tmp_path_factory, kind, data):
+    """Neighbours: with the client, with its update zero, and without its answer. Ranks differ, values are random or chosen to hurt."""
+    cfg = config(tmp_path_factory.getbasetemp() / "unused", clients_per_round=3, dp_clipping_norm=data.draw(st.sampled_from([1e-3, 1.0, 50.0])), **KINDS[kind])
+    ranks = data.draw(st.lists(st.integers(1, R), min_size=2, max_size=4))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    sizes = [data.draw(st.sampled_from(NASTY)) for _ in ranks]
+    alone = data.draw(st.booleans())  # the whole update in one row
+
+    def draw(rows, k, name, side):
+        noise = sizes[k] * torch.randn(rows.shape, generator=generator, dtype=rows.dtype)
+        rows.add_(noise * (torch.arange(len(rows))[:, None] == len(rows) - 1) if alone else noise)
+
+    state = mid_run(ranks)
+    names = list(state.ranks)
+    uploads, received = exchanged(cfg, state, draw)
+    gone = data.draw(st.integers(0, len(ranks) - 1))
+    others = [k for k in range(len(ranks)) if k != gone]
+    zeroed = uploads.select(range(len(ranks)))
+    with torch.no_grad():
+        for rows, old, layout in zip(zeroed.parameters(), received.parameters(), [*zeroed.layouts.values()] * 2, strict=True):
+            rows[layout.rows(gone)] = old[layout.rows(gone)]
+    whole, _ = privacy.private_upload(state, uploads, received, names, cfg)
+    without, _ = privacy.private_upload(state, uploads.select(others), received.select(others), names, cfg)
+    still, _ = privacy.private_upload(state, zeroed, received, names, cfg)
+    assert whole.ranks == without.ranks and same_bits(without, still)
+    share = cfg.dp_clipping_norm / privacy.expected_clients(cfg, len(ranks))
+    # each number is rounded in at most len(ranks) sums, a product, a division and the last sum
+    rounding = (len(ranks) + 3) * EPS * (len(ranks) * share + math.sqrt(sum(float(t.detach().square().sum()) for t in whole.parameters())))
+    assert difference(whole, without) <= share + rounding
+
+
+def test_whoever_answers_the_divisor_is_the_expected_number(tmp_path):
+    """A client that fails must not show in the weights of the others."""
+    cfg, state = config(tmp_path, clients_per_round=2, dp_clipping_norm=1e9), mid_run([2, 2, 2, 2])
+    uploads, received = exchanged(cfg, state, lambda rows, k, *_: rows.add_(1.0))
+    one, _ = privacy.private_upload(state, uploads.select([0]), received.select([0]), ["c0", "c1"], cfg)
+    for new, old in zip(one.parameters(), state.bank.truncate([2]).parameters(), strict=True):
+        assert torch.allclose(new - old, torch.full_like(new, 0.5), rtol=0, atol=4 * EPS)
+
+
+# ---------------------------------------------------------------- the noise
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_row_takes_the_noise_that_is_said(tmp_path, kind):
+    """Sum of squares of n normal numbers, Laurent and Massart (Ann. Statist. 28, 2000, lemma 1). Rows that nobody of the round owns take none."""
+    shapes = {"q": (500, 400), "v": (300, 600)}
+    cfg = config(tmp_path, clients_per_round=2, dp_clipping_norm=3.0, dp_noise_multiplier=0.7, **KINDS[kind])
+    state = mid_run([2, 5, 8, 1], shapes)
+    sampled = ["c0", "c1"]  # c1 does not answer, and its rows take noise all the same
+    uploads, received = exchanged(cfg, state, lambda rows, *_: None)
+    private, _ = privacy.private_upload(state, uploads.select([0]), received.select([0]), sampled, cfg)
+    common = cfg.training_kind.load_common()(state, cfg, sampled, 1, None)
+    deviation, seen = 0.7 * 3.0 / 2, 0
+    for side in ("a", "bt"):
+        for name in shapes:
+            moved = (getattr(private, side)[name] - getattr(common.start, side)[name]).detach() / deviation
+            if side[0] not in common.factors:
+                assert not moved.any()
+                continue
+            n = moved.shape[1]
+            for row in moved:
+                mean_square = float(row.square().mean()) - 1
+                assert -2 * math.sqrt(RISK / n) <= mean_square <= 2 * math.sqrt(RISK / n) + 2 * RISK / n
+                assert abs(float(row.mean())) <= math.sqrt(2 * RISK / n)
+                seen += 1
+    owned = max(layout.max_rank for layout in common.start.layouts.values())
+    assert seen == 5 * len(common.factors) * 2 if kind != "fold" else seen > 10
+    if kind != "fold":
+        assert owned == 5
+        merged = merge.aggregate(state, uploads.select([0]), received.select([0]), [1], cfg, torch.nn.Module(), sampled=sampled)
+        old = mid_run([2, 5, 8, 1], shapes).bank
+        assert all(torch.equal(new[5:], before[5:]) for new, before in zip(state.bank.parameters(), old.parameters(), strict=True))
+        assert merged.weights.tolist() == [[0.5, 0.5]]
+
+
+def test_noise_is_anew_in_every_round_row_and_secret(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(range(32)))
+    seen, square = [], {"q": (40, 40), "v": (40, 40)}  # so that one draw would serve for all
+    for number, own in ((0, {}), (1, {}), (0, {"seed": 1}), (0, {"dp_secret": str(secret)}), (0, {"dp_secret": str(secret), "seed": 1})):
+        state = mid_run([3, 3], square)
+        state.round = number
+        private, _ = privacy.private_upload(state, None, None, ["c0", "c1"], config(tmp_path, dp_noise_multiplier=1.0, **own))
+        seen.append(private)
+    assert same_bits(seen[3], seen[4]), "a secret stands for itself"
+    assert len({tuple(bank.a["q"].detach().flatten().tolist()) for bank in seen}) == 4
+    start = mid_run([3, 3], square).bank.truncate([3])
+    noise = torch.cat([(new - old).detach().flatten() for new, old in zip(seen[0].parameters(), start.parameters(), strict=True)])
+    assert len((noise * 1e12).round().unique()) == len(noise), "no number of it twice, in A and in B"
+    secret.write_bytes(b"short")
+    with pytest.raises(ConfigError, match=r"dp_secret: .*secret: expected at least 16 random bytes, got 5"):
+        privacy.begin(config(tmp_path, dp_noise_multiplier=1.0, dp_secret=str(secret)), 4)
+    with pytest.raises(ConfigError, match=r"dp_secret: .*none: no such file"):
+        privacy.begin(config(tmp_path, dp_noise_multiplier=1.0, dp_secret=str(tmp_path / "none")), 4)
+
+
+# ---------------------------------------------------------------- the merge without noise
+
+
+@pytest.mark.parametrize("kind", ["delta", "b-only", "alternating"])
+def test_without_noise_and_within_the_clip_it_is_the_plain_merge(tmp_path, kind):
+    """To the bit on whole numbers and four clients; to rounding else, as the sums are taken in another order and type."""
+    ranks = [2, 8, 5, 3] if kind == "delta" else [4] * 4
+    state, beside = (ServerState(whole_bank(SHAPES, [R], 0), mid_run(ranks).ranks, 1, R) for _ in range(2))
+    cfg = config(tmp_path, clients_per_round=4, dp_clipping_norm=1e6, **KINDS[kind])
+    plain = config(tmp_path, clients_per_round=4, dp_clipping_norm=0.0, clip_median=0.0, **KINDS[kind])
+    generator = torch.Generator().manual_seed(2)
+    uploads, received = exchanged(cfg, state, lambda rows, *_: rows.add_(torch.randint(-4, 5, rows.shape, generator=generator)))
+    mine = merge.aggregate(state, uploads, received, [1] * 4, cfg, torch.nn.Module(), sampled=list(state.ranks))
+    other = merge.aggregate(beside, uploads, received, [1] * 4, plain, torch.nn.Module())
+    assert same_bits(state.bank, beside.bank) and not same_bits(state.bank, whole_bank(SHAPES, [R], 0))
+    assert torch.equal(mine.weights, other.weights) and torch.equal(mine.norms, other.norms) and mine.clips == [1.0] * 4
+
+
+def test_a_fold_sums_the_clients_products_over_one_draw_of_rows(tmp_path):
+    """sum_k B_k A_k / m, though only B is summed: A_k are leading rows of one draw, scaled by the client's rank."""
+    cfg, state = config(tmp_path, clients_per_round=3, dp_clipping_norm=1e6, **KINDS["fold"]), mid_run([1, 3, 2])
+    generator = torch.Generator().manual_seed(3)
+    uploads, received = exchanged(cfg, state, lambda rows, *_: rows.add_(torch.randn(rows.shape, generator=generator, dtype=rows.dtype)))
+    private, _ = privacy.private_upload(state, uploads, received, list(state.ranks), cfg)
+    for name, layout in uploads.layouts.items():
+        a, bt = uploads.a[name].detach(), uploads.bt[name].detach()
+        expected, size = bt.t() @ a / 3, bt.abs().t() @ a.abs() / 3
+        found = private.bt[name].detach().t() @ private.a[name].detach()
+        assert bool(((found - expected).abs() <= (layout.total + 12) * EPS * size).all()), "a sum of `total` products, each of a few roundings"
+        assert private.ranks == tuple(private.layouts[name].ranks) or private.layouts[name].ranks[0] == layout.max_rank
+
+
+# ---------------------------------------------------------------- epsilon
+
+
+def gaussian_delta(epsilon: float, sigma: float) -> float:
+    """delta of one Gaussian mechanism, exact (Balle and Wang, arXiv 1805.06530, theorem 8)."""
+
+    def phi(x: float) -> float:
+        return math.erfc(-x / math.sqrt(2)) / 2
+
+    return phi(1 / (2 * sigma) - epsilon * sigma) - math.exp(epsilon) * phi(-1 / (2 * sigma) - epsilon * sigma)
+
+
+def records(*rounds):
+    """Lines of rounds.jsonl with these names; what begins with '-' was left out."""
+    return [{"round": 0, "clients": [], "dropped": []}] + [
+        {
+            "round": i + 1,
+            "clients": [{"name": name} for name in names if name[0] != "-"],
+            "dropped": [{"name": name[1:], "reason": ""} for name in names if name[0] == "-"],
+        }
+        for i, names in enumerate(rounds)
+    ]
+
+
+def test_epsilon_is_that_of_the_client_in_most_rounds(tmp_path):
+    dp = pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[dp]')")
+    from dp_accounting import rdp
+
+    cfg = config(tmp_path, dp_noise_multiplier=2.0, dp_delta=1e-6)
+    history = records("ab", ["b", "-c"], ["-c", "d"], "c")
+    accountant = rdp.RdpAccountant()
+    accountant.compose(dp.GaussianDpEvent(2.0), 3)  # c, of which an answer that was refused counts too
+    found = privacy.epsilon(cfg, history, 5)
+    assert found == accountant.get_epsilon(1e-6)
+    # between the exact value and the plain conversion of Renyi's divergence n a / 2 sigma^2
+    assert gaussian_delta(found, 2.0 / math.sqrt(3)) < 1e-6
+    assert found <= min(3 * a / 8 + math.log(1e6) / (a - 1) for a in range(2, 60))
+    assert privacy.epsilon(cfg, records(), 5) == 0.0
+    assert privacy.epsilon(config(tmp_path), history, 5) is None
+    assert privacy.spent(cfg, history, 5) == {"privacy": {"epsilon": found, "delta": 1e-6}}
+    assert privacy.spent(tiny_config(tmp_path), history, 5) == {}
+
+
+def test_coins_give_the_epsilon_of_poisson_sampling(tmp_path):
+    dp = pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[dp]')")
+    from dp_accounting import rdp
+
+    cfg = config(tmp_path, dp_noise_multiplier=1.5, dp_sampling="poisson", clients_per_round=10)
+    history = records("", "a", "", "b")
+    accountant = rdp.RdpAccountant()
+    accountant.compose(dp.PoissonSampledDpEvent(0.01, dp.GaussianDpEvent(1.5)), 4)
+    assert privacy.epsilon(cfg, history, 1000) == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-9)
+    assert privacy.epsilon(cfg, history, 1000) < privacy.epsilon(cfg, history, 20)
+    assert privacy.epsilon(cfg, history, 5) == privacy.epsilon(cfg.model_copy(update={"dp_sampling": "fixed"}), records(*"aaaa"), 5), "all take part"
+
+
+def test_a_coin_is_a_clients_own():
+    names = [f"c{k}" for k in range(10)]
+    rounds = range(1, 1001)
+    drawn = [server.toss(names, 0.3, 7, number) for number in rounds]
+    for name in names:
+        count = sum(name in chosen for chosen in drawn)
+        assert abs(count / 1000 - 0.3) <= math.sqrt(RISK / 2000)  # Hoeffding
+        assert [server.toss([name], 0.3, 7, number) == [name] for number in rounds] == [name in chosen for chosen in drawn]
+    assert server.toss(names, 1.0, 7, 1) == names and len({tuple(chosen) for chosen in drawn}) > 100
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+REFUSED = {
+    "dp_noise_multiplier = 1.0: only with a clip": {"dp_noise_multiplier": 1.0, "weights": "uniform"},
+    "weights = 'sparsity': .* use weights = 'uniform'": {**PRIVATE, "weights": "sparsity"},
+    "weights = 'samples': .* use weights = 'uniform'": {**PRIVATE, "weights": "samples"},
+    "gamma = 0.5: .* use gamma = 1": {**PRIVATE, "gamma": 0.5},
+    "ranks = 'sized:2:8': .* a list or a file": {**PRIVATE, "ranks": "sized:2:8"},
+    "ranks = 'column:ram:2:8': .* a list or a file": {**PRIVATE, "ranks": "column:ram:2:8"},
+    "clip_median = 2.0: .* leave it out": {**PRIVATE, "clip_median": 2.0},
+    "clip_update = 1.0: .* leave it out": {**PRIVATE, "clip_update": 1.0},
+    "keep_best = True: .* leave it out": {**PRIVATE, "keep_best": True},
+    "patience = 2: .* leave it out": {**PRIVATE, "patience": 2},
+    "unowned_rows = 'zero': .* leave it out": {**PRIVATE, "train": "b-only", "merge": "factors", "gamma": 0.99, "unowned_rows": "zero"},
+}
+BOUNDED = [name for name, kind in MERGES.items() if not kind.unbounded]
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_has_no_bound_is_refused_by_name(tmp_path, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(tmp_path, **REFUSED[message])
+
+
+@pytest.mark.parametrize("name", [name for name in MERGES if name not in BOUNDED])
+def test_merges_that_are_not_of_the_sum_are_refused(tmp_path, name):
+    train = next((kind.name for kind in TRAININGS.values() if kind.merge == name), "adapters")
+    own = {"train": train, **({"merge": name} if train == "adapters" else {"merge": "factors", "gamma": 0.99})}
+    if TRAININGS[train].no_ranks:
+        own["ranks"] = "powerlaw:5:50"
+    with pytest.raises(ConfigError, match=rf"dp_clipping_norm = 1.0: merge = '{name}' is no function .* use --method fold, ffa-lora or rolora"):
+        tiny_config(tmp_path, **{**PRIVATE, **own})
+
+
+def test_a_delta_that_lays_a_client_open_and_a_missing_accountant(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"dp_delta = 0.25: expected less than 1 over the number of clients \(4\)"):
+        simulate(config(tmp_path / "run", dp_noise_multiplier=1.0, dp_delta=0.25), federation=tiny_federation(SIZES), quiet=True)
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    with pytest.raises(ConfigError, match=r"dp-accounting .* install it with: pip install '.\[dp\]'"):
+        simulate(config(tmp_path / "run", dp_noise_multiplier=1.0), federation=tiny_federation(SIZES), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_says_it_in_one_line():
+    done = CliRunner().invoke(cli, ["run", "--dp-clipping-norm", "1", "--data", "nowhere"])
+    assert done.exit_code == 2 and "weights = 'samples': under dp_clipping_norm every client counts the same" in done.output
+    assert "Traceback" not in done.output
+
+
+# ---------------------------------------------------------------- a run
+
+
+RUN = {"lr": 0.05, "rounds": 4, "ranks": "2,8,4,6", "dp_clipping_norm": 0.5, "dp_noise_multiplier": 0.8}
+
+
+@pytest.mark.parametrize("own", [{**KINDS["fold"]}, {"dp_sampling": "poisson", "clients_per_round": 1}], ids=["fold", "poisson"])
+def test_a_run_that_was_stopped_ends_with_the_same_bits_and_epsilon(tmp_path, own):
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[dp]')")
+    cfg, stopped = (config(tmp_path / name, **{**RUN, **own}) for name in ("whole", "stopped"))
+    whole = simulate(cfg, federation=tiny_federation(SIZES), quiet=True)
+    with pytest.raises(Stop):
+        simulate(stopped, federation=tiny_federation(SIZES), observer=Interrupt("evaluate", 4))
+    part = lines(tmp_path / "stopped")
+    assert 0 < len(part) < 5
+    resumed = simulate(stopped, resume=True, federation=tiny_federation(SIZES), quiet=True)
+    assert_same(resumed, whole)
+    spent = [record["privacy"]["epsilon"] for record in lines(tmp_path / "stopped")]
+    assert spent == [record["privacy"]["epsilon"] for record in whole.history]
+    assert spent == sorted(spent) and spent[0] == 0 < spent[-1] == resumed.summary["privacy"]["epsilon"]
+    assert resumed.summary["privacy"] == json.loads((tmp_path / "stopped" / "summary.json").read_text())["privacy"]
+    page = write_report(tmp_path / "stopped").read_text(encoding="utf-8")
+    assert f"epsilon {spent[-1]:.2f} at delta 1e-05" in page
+
+
+def test_a_round_whose_answers_are_all_refused_goes_on_with_the_noise(tmp_path, monkeypatch):
+    """An end there would tell everybody of the clients' updates."""
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[dp]')")
+
+    def spoil(number, names, bank):
+        if number == 2:
+            bank.a["model.layers.0.self_attn.q_proj"].fill_(float("nan"))
+
+    watch_training(monkeypatch, spoil)
+    result = simulate(config(tmp_path / "run", **{**RUN, "rounds": 2}), federation=tiny_federation(SIZES), quiet=True)
+    first, last = result.history[1:]
+    assert len(first["clients"]) == len(last["dropped"]) == 3 and last["clients"] == []
+    assert last["privacy"]["epsilon"] > first["privacy"]["epsilon"]
+    assert last["evaluation"]["client_text"]["loss"] != first["evaluation"]["client_text"]["loss"]
+
+
+def test_a_round_without_clients_has_the_noise_of_any_other(tmp_path):
+    """Whether nobody was drawn must not show in the bank."""
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[dp]')")
+    seen: list = []
+    cfg = config(tmp_path / "run", **{**RUN, "rounds": 12, "dp_sampling": "poisson", "clients_per_round": 1, "local_steps": 1, "diagnostics": True})
+    result = simulate(cfg, federation=tiny_federation(SIZES), quiet=True, on_round_end=seen.append)
+    losses = [record["evaluation"]["client_text"]["loss"] for record in result.history]
+    empty = [record["round"] for record in result.history[1:] if not record["clients"]]
+    assert 0 < len(empty) < 12, "at 0.75^4 a round, all or none of twelve has a probability below 0.02; the seed is fixed"
+    assert all(losses[number] != losses[number - 1] for number in empty)
+    assert all(record["bytes_up"] == 0 for record in result.history if record["round"] in empty)
+    write_report(cfg.output)
