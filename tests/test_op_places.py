@@ -18,7 +18,6 @@ LACKING = {
     "shrink": {"benchmark row"},  # the layer's three steps: the layer is measured
     "expand_": {"benchmark row"},
     "grouped_gram": {"benchmark row"},
-    "cross_entropy_": {"CUDA kernel", "Triton kernel", "emulator case"},
 }
 
 

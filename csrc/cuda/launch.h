@@ -63,6 +63,26 @@ cudaError_t hetlora_adamw(const HetloraCall* call, hetlora::Type type, const Het
 cudaError_t hetlora_sgd(const HetloraCall* call, hetlora::Type type, const HetloraStep* step, double momentum, double weight_decay);
 }
 
+// Losses of rows of logits [rows, words]; with a softcap c the logit z is c tanh(scale x / c).
+namespace hetlora {
+struct LossForm {
+    double scale, softcap, smoothing, z_loss;
+};
+struct LossCall {
+    void* logits;
+    const int64_t* labels;
+    const void* weights;  // null: 1
+    void* losses;         // in the type of the arithmetic, as the weights
+    int words;
+    bool sloped, aligned;
+    LossForm form;
+};
+}  // namespace hetlora
+
+extern "C" {
+cudaError_t hetlora_cross_entropy(const hetlora::LossCall* call, hetlora::Type type, int64_t rows, cudaStream_t stream);
+}
+
 // The LoRA layer. `type` is that of x and S; `tiles` and `chunks` are the sums over clients, `rank` the largest.
 extern "C" {
 // Into call->planes where x has several splits of columns, else into call->s.

@@ -3,6 +3,7 @@
 from hetlora_kernels.triton.accumulate import accumulate_
 from hetlora_kernels.triton.adamw import adamw_
 from hetlora_kernels.triton.aggregate import aggregate_
+from hetlora_kernels.triton.cross_entropy import cross_entropy_
 from hetlora_kernels.triton.delta_norms import delta_norms
 from hetlora_kernels.triton.expand import expand_
 from hetlora_kernels.triton.gram import gram
@@ -16,5 +17,6 @@ from hetlora_kernels.triton.truncate import truncate_
 
 _LAYER = (shrink, expand_, grouped_gram, lora_forward, lora_backward)
 _SERVER_AND_CLIENT = (truncate_, aggregate_, accumulate_, gram, delta_norms, tail_norms, quantize_rows_, dequantize_rows_, adamw_, sgd_)
-OPS = {op.__name__: op for op in (*_LAYER, *_SERVER_AND_CLIENT)}
+_LOSS = (cross_entropy_,)
+OPS = {op.__name__: op for op in (*_LAYER, *_SERVER_AND_CLIENT, *_LOSS)}
 """Op name -> launcher with the signature of the reference's."""

@@ -28,7 +28,7 @@ from accuracy import factor_of
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
 WRITTEN = {"truncate_": (0,), "aggregate_": (0,), "accumulate_": (0,), "adamw_": (0, 2, 3, 4, 6), "sgd_": (0, 2, 3), "expand_": (0,)}
-WRITTEN |= {"quantize_rows_": (0, 1), "dequantize_rows_": (0,)}
+WRITTEN |= {"quantize_rows_": (0, 1), "dequantize_rows_": (0,), "cross_entropy_": (0,)}
 EXACT = {"truncate_", "quantize_rows_", "dequantize_rows_"}
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {"ranks": [[4, 0, 1, 7], [3, 18, 40, 2]], "widths": [33, 64]},
@@ -163,6 +163,21 @@ def sgd(shape: Mapping[str, Any], clip: bool, lam: bool, momentum: bool, cast: t
     return "sgd_", [*lists[:2], lists[2] if momentum else [], _casts(lists[0], cast), rate, *rest, 0.9, 0.01]
 
 
+def cross_entropy(
+    shape: Mapping[str, Any], of: int, scale: float, softcap: float, smoothing: float, z_loss: float, slopes: bool, dtype: torch.dtype
+) -> tuple[str, list[Any]]:
+    """Rows of one module's width: large ones, one with words that never come, one without a label, one that holds a NaN and has none either."""
+    words = max(1, shape["widths"][of])
+    logits = 3 * torch.randn(6, words, generator=_generator(40), dtype=torch.float64)
+    logits[1], logits[3] = 10 * logits[1], float("nan")
+    if softcap or not smoothing:  # else the loss is infinite
+        logits[2, (words + 1) // 2 :] = float("-inf")
+    labels = torch.randint(0, (words + 1) // 2, (6,), generator=_generator(41))
+    labels[3:5] = -100
+    weights = torch.rand(6, generator=_generator(42), dtype=torch.float64).to(compute_dtype(dtype)) if softcap or z_loss else None
+    return "cross_entropy_", [logits.to(dtype), labels, weights, scale, softcap, smoothing, z_loss, slopes]
+
+
 def cases(shape: Mapping[str, Any]) -> dict[str, Case]:
     """Every op with each of its options at least once."""
     return {
@@ -184,6 +199,10 @@ def cases(shape: Mapping[str, Any]) -> dict[str, Case]:
         "adamw-clip": partial(adamw, shape, True, False, None),
         "adamw-clip-tail": partial(adamw, shape, True, True, None),
         "adamw-cast": partial(adamw, shape, False, True, torch.bfloat16),
+        "cross_entropy": partial(cross_entropy, shape, -1, 1.0, 0.0, 0.0, 0.0, True),
+        "cross_entropy-smooth": partial(cross_entropy, shape, 0, 0.5, 0.0, 0.1, 0.01, True),
+        "cross_entropy-capped": partial(cross_entropy, shape, -1, 0.7, 3.0, 0.1, 0.05, True),
+        "cross_entropy-losses": partial(cross_entropy, shape, 0, 1.0, 0.0, 0.0, 0.1, False),
         "sgd": partial(sgd, shape, False, False, False, None),
         "sgd-momentum-tail": partial(sgd, shape, False, True, True, None),
         "sgd-cast": partial(sgd, shape, False, False, False, torch.float16),
@@ -200,9 +219,8 @@ def _copy(value: Any, dtype: torch.dtype | None = None) -> Any:
 
 def _results(op: str, run: Callable, args: list[Any]) -> list[Tensor]:
     returned = run(*args)
-    if op in WRITTEN:
-        return [t for i in WRITTEN[op] for t in (args[i] if isinstance(args[i], list) else [args[i]])]
-    return list(returned) if isinstance(returned, (list, tuple)) else [returned]
+    written = [t for i in WRITTEN.get(op, ()) for t in (args[i] if isinstance(args[i], list) else [args[i]])]
+    return written + (list(returned) if isinstance(returned, (list, tuple)) else [] if returned is None else [returned])
 
 
 def _distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:

@@ -44,7 +44,13 @@ def _quantize(dtype: torch.dtype, bits: int, odd: int = 0) -> None:
     OPS["dequantize_rows_"](rows, codes, scales, bits)
 
 
+def _cross_entropy(dtype: torch.dtype, softcap: float, odd: int = 0) -> None:
+    labels, weights = torch.zeros(8, dtype=torch.int64), torch.ones(8, dtype=compute_dtype(dtype))
+    OPS["cross_entropy_"](torch.zeros(8, 49152 + odd, dtype=dtype), labels, weights if softcap else None, 1.0, softcap, 0.1, 0.01, True)
+
+
 CASES: dict[str, Callable[[], None]] = {
+    "cross_entropy-f32-odd": partial(_cross_entropy, torch.float32, 0.0, 1),
     "quantize-4-f32-odd": partial(_quantize, torch.float32, 4, 1),
     "truncate-f32-bf16": partial(_truncate, torch.float32, torch.bfloat16, False),
     "truncate-f32-odd": partial(_truncate, torch.float32, torch.float32, False, 1),
@@ -57,6 +63,7 @@ for _name, _dtype in TYPES.items():
     CASES[f"quantize-8-{_name}"] = partial(_quantize, _dtype, 8)
     CASES[f"quantize-4-{_name}"] = partial(_quantize, _dtype, 4)
     CASES[f"accumulate-{_name}"] = partial(_accumulate, _dtype)
+    CASES[f"cross_entropy-{_name}"] = partial(_cross_entropy, _dtype, 30.0 if _name in ("bf16", "f64") else 0.0)
 
 
 def _norms(dtype: torch.dtype, exact: bool) -> None:

@@ -84,6 +84,12 @@ MUTANTS = {
     "a maximum over half the warp": Mutant("quantize.cu", "quantize", "distance = WARP / 2;", "distance = WARP / 4;", "large", "quantize-8"),
     "a code past an odd width": Mutant("quantize.cu", "quantize", "high = 2 * at + 1 < width ?", "high = true ?", "small", "quantize-4"),
     "a scale that is no normal number": Mutant("quantize.cu", "quantize", "if (scale < 1.17549435e-38f) scale = 0;", "", "small", "quantize-8"),
+    "slopes over the label's logit before it is read": Mutant(
+        "cross_entropy.cu", "cross_entropy", "__syncthreads();  // the factors are there, and", "//", "small", "cross_entropy"
+    ),
+    "a sum that stays relative to a smaller logit": Mutant(
+        "cross_entropy.cu", "cross_entropy", "own.sum *= exponential(own.top - relative);", "", "large", "cross_entropy"
+    ),
     "a sum over half the warp": Mutant("common.cuh", "norms", "distance = WARP / 2;", "distance = WARP / 4;", "small", "tail_norms"),
     "the neighbour's row": Mutant("common.cuh", "optim", "if (offsets[middle] <= row) low", "if (offsets[middle] < row) low", "small", "adamw-clip-tail"),
     "modules added before all are there": Mutant("optim.cu", "optim", "__syncthreads();  // every module's", "// every module's", "small", "adamw-clip"),
