@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from hetlora import settings_rules
 from hetlora.errors import ConfigError
-from hetlora.kinds import MERGE_CHOICES, MERGES, PRIVATE, TRAININGS, MergeKind, TrainingKind, merge_kind, own_settings
-from hetlora.ranks import FROM_DATA, RankRule, parse_ranks
+from hetlora.kinds import MERGE_CHOICES, MERGES, TRAININGS, MergeKind, TrainingKind, merge_kind
+from hetlora.ranks import RankRule, parse_ranks
 from hetlora.settings_file import read_settings
 from hetlora.text_files import shortened
 
@@ -242,18 +243,20 @@ class Config(BaseModel):
                 faults.append(f"{name}: {fault['msg'].lower()}, got {shortened(repr(fault['input']))}")
         return faults
 
+    def _given(self) -> list[tuple[str, Any]]:
+        return [(name, value) for name, field in type(self).model_fields.items() if (value := getattr(self, name)) != field.default]
+
     def __repr__(self) -> str:
         """The settings that are not at their defaults."""
-        return f"Config({', '.join(f'{name}={getattr(self, name)!r}' for name in type(self).model_fields if not self._at_default(name))})"
+        return f"Config({', '.join(f'{name}={value!r}' for name, value in self._given())})"
 
     __str__ = __repr__
 
     def _repr_html_(self) -> str:
         """For notebooks: a table of the settings that are not at their defaults."""
-        rows = [(name, getattr(self, name)) for name in type(self).model_fields if not self._at_default(name)]
         return (
             "<table><caption>hetlora.Config; all else at its default</caption>"
-            + "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows)
+            + "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in self._given())
             + "</table>"
         )
 
@@ -280,70 +283,7 @@ class Config(BaseModel):
 
         `Config(...)` and `Config.create` call it; `model_copy` does not.
         """
-        if zero := [name for name, value in self.model_dump().items() if isinstance(value, str) and "\0" in value]:
-            raise ConfigError(f"{', '.join(zero)}: expected text without a zero byte")
-        _ = self.rank_rule
-        for refuses in (self.training_kind.refuses, self.merge_kind.refuses, PRIVATE if self.dp_clipping_norm else ()):
-            for refusal in refuses:
-                refused = [name for name in refusal.settings if (getattr(self, name) in refusal.values if refusal.values else not self._at_default(name))]
-                if refused:
-                    raise ConfigError(f"{self._shown(refused)}: {refusal.why}")
-        in_force = {**self.model_dump(include={"weights", "optimizer", "server_optimizer"}), "train": self.training_kind.name, "merge": self.merge_kind.name}
-        for setting, (chooser, needed) in {**own_settings(), **_OF_ONE_VALUE}.items():
-            if in_force[chooser] not in needed and not self._at_default(setting):
-                values = " or ".join(map(repr, needed))
-                raise ConfigError(f"{self._shown([setting])}: only for {chooser} = {values}, got {chooser} = {in_force[chooser]!r}; leave it out")
-        if self.local_epochs and not self._at_default("local_steps"):
-            raise ConfigError(f"{self._shown(['local_steps'])}: local_epochs = {self.local_epochs} counts passes in place of steps; leave one of them out")
-        if not (self.rouge_examples or self.sample_prompts) and not self._at_default("rouge_tokens"):
-            raise ConfigError(f"{self._shown(['rouge_tokens'])}: of answers, and none are asked for; set rouge_examples or sample_prompts, or leave it out")
-        if not self.data.startswith("hub:") and not self._at_default("split"):
-            raise ConfigError(f"{self._shown(['split'])}: of a hub data set, and data = {shortened(repr(self.data))} is none; leave it out")
-        if self.dropout and not 0 < round(65536 * self.dropout) < 65536:
-            raise ConfigError(f"dropout: expected 0, or a probability from 1/65536 to 65535/65536, got {self.dropout}")
-        if self.scale_rule == "rslora" and self.prune_scope == "module":
-            raise ConfigError("scale_rule = 'rslora': a client has one scale, and prune_scope = 'module' gives its modules ranks of their own; leave one out")
-        if self.warmup_rounds >= self.rounds:
-            raise ConfigError(f"warmup_rounds: expected fewer than rounds = {self.rounds}, got {self.warmup_rounds}")
-        if self.cuda_graph and not self.cobatch:
-            raise ConfigError("cuda_graph = True: only for cobatch = True, as it records the step of a cohort; leave it out")
-        if self.cuda_graph and self.padding_free == "on":
-            raise ConfigError("cuda_graph = True: a recorded step has one shape, which padding makes; leave padding_free = 'on' out")
-        if self.cuda_graph and self.gradient_checkpointing:
-            raise ConfigError("cuda_graph = True: gradient_checkpointing sets the state of torch's generator, which a recorded step cannot; leave one out")
-        self._check_privacy()
-        self._check_examples()
-
-    def _check_privacy(self) -> None:
-        """Settings of differential privacy, and what else lets one client's text reach the bank past its clipped update."""
-        if not self.dp_clipping_norm:
-            if alone := [name for name in type(self).model_fields if name.startswith("dp_") and not self._at_default(name)]:
-                raise ConfigError(f"{self._shown(alone)}: only with a clip, which bounds what one client can do; set dp_clipping_norm, or leave it out")
-            return
-        if why := self.merge_kind.unbounded:
-            raise ConfigError(
-                f"dp_clipping_norm = {self.dp_clipping_norm}: merge = {self.merge_kind.name!r} {why}; use --method fold, ffa-lora or rolora, or --method delta"
-                " with gamma = 1, each with weights = 'uniform'"
-            )
-        if self.training_kind.prunes and self.gamma < 1:
-            raise ConfigError(f"gamma = {self.gamma}: under dp_clipping_norm ranks may not follow from the clients' text, as pruned ones do; use gamma = 1")
-        if isinstance(self.rank_rule, FROM_DATA):
-            raise ConfigError(f"ranks = {self.ranks!r}: under dp_clipping_norm ranks may not follow from the data; use 'dealt:MIN:MAX', a list or a file")
-
-    def _check_examples(self) -> None:
-        """Settings of prompts, conversations and answers."""
-        rows = self.prompt_field or self.messages_field
-        if self.messages_field:
-            if other := [name for name in ("prompt_field", "text_field") if not self._at_default(name)]:
-                raise ConfigError(f"{self._shown(other)}: with messages_field the conversation holds all text; leave it out")
-        elif self.truncate != "end":
-            raise ConfigError(f"{self._shown(['truncate'])}: only conversations have exchanges to leave out; set messages_field, or leave it out")
-        if alone := [name for name in ("template", "loss_on", "pack") if not rows and not self._at_default(name)]:
-            raise ConfigError(f"{self._shown(alone)}: of examples, and the data is running text; set prompt_field or messages_field, or leave it out")
-        if self.system_prompt and not self.chats:
-            raise ConfigError("system_prompt: written by a chat template, and none is in force; set messages_field or template, or leave it out")
-        if self.rouge_examples and not rows:
-            raise ConfigError("rouge_examples: answers prompts, and prompt_field names none, nor messages_field; set one, or leave it out")
+        settings_rules.check(self)
 
     @property
     def chats(self) -> bool:
@@ -358,12 +298,6 @@ class Config(BaseModel):
     def scale_at(self, rank: int) -> float:
         """s in dW = s B A of an adapter of this rank: of a client that trains it, or of the server's bank."""
         return self.scale if self.scale_rule == "constant" else self.scale / math.sqrt(max(rank, 1))
-
-    def _at_default(self, name: str) -> bool:
-        return bool(getattr(self, name) == type(self).model_fields[name].default)
-
-    def _shown(self, names: Iterable[str]) -> str:
-        return ", ".join(f"{name} = {getattr(self, name)!r}" for name in names)
 
     @property
     def rank_rule(self) -> RankRule:
@@ -406,15 +340,6 @@ class Config(BaseModel):
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(), indent=2) + "\n"
-
-
-_OF_ONE_VALUE = {
-    **dict.fromkeys(("weight_cap", "weight_scope"), ("weights", ("sparsity",))),
-    "momentum": ("optimizer", ("sgd",)),
-    **dict.fromkeys(("server_lr", "server_momentum"), ("server_optimizer", ("fedavgm", "fedadam"))),
-    **dict.fromkeys(("server_beta2", "server_tau"), ("server_optimizer", ("fedadam",))),
-}
-"""{setting: (another setting, the values of it with which this one is read)}, besides those of the kinds of run."""
 
 
 def setting_group(name: str) -> str:
