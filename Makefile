@@ -25,8 +25,9 @@ JOBS   ?= 2
 ARGS   ?=
 
 BIN := .venv/bin
-# Every worker reads all the files that it is given; most have no slow test.
+# Every worker reads all the files that it is given; most have no slow test. Those of these two folders are the longest, and none of them shall be alone at the end.
 SLOW := $(sort $(shell grep -rl 'mark\.slow' tests --include='test_*.py'))
+LONGEST := tests/gpu/% tests/peft/%
 CXX_SOURCES := $(wildcard csrc/*/* tests/gpu/emulator/*)
 CHOICE := $(foreach word,$(TORCH) $(TRITON),'$(word)')
 # Its name carries the choice of Python and torch, so that asking for another one makes the environment anew rather than being ignored.
@@ -39,11 +40,11 @@ demo: venv
 	$(BIN)/hetlora demo $(ARGS)
 
 # Two stages, so that a plain mistake shows before the slow checks (GPU code without a GPU: emulator, compilers) begin.
-# In the second, files go in their own order: by number of tests the longest one, a deployed federation, would be alone at the end.
+# In the second, files go in the order given: by number of tests the longest one, a deployed federation, would be alone at the end.
 # It has one worker more than there are cores, for that federation waits for its processes half of the time.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($(JOBS) + 1)) --dist loadfile --no-loadscope-reorder -m "slow and not matrix and not gates" $(SLOW)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($(JOBS) + 1)) --dist loadfile --no-loadscope-reorder -m "slow and not matrix and not gates" $(filter $(LONGEST),$(SLOW)) $(filter-out $(LONGEST),$(SLOW))
 
 matrix: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m matrix tests/native/test_instruction_sets.py tests/federation/test_killed.py
