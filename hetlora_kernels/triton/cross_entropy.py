@@ -81,7 +81,7 @@ def _cross_entropy_kernel(
     labels,  # [T]
     weights,  # [T], or anything without WEIGHED
     losses,  # [T]
-    words,  # V
+    words,  # V; a constant where it is 1
     SCALE: tl.constexpr,
     CAP: tl.constexpr,
     SMOOTHING: tl.constexpr,
@@ -123,14 +123,14 @@ def _cross_entropy_kernel(
     whole = exponent + top
     loss = exponent - (1 - SMOOTHING) * (z_label - top) + Z_LOSS * whole * whole
     if SMOOTHING != 0:
-        loss -= SMOOTHING * (divide(off, words.to(ACC)) + (origin - top))
+        loss -= SMOOTHING * (divide(off, tl.zeros_like(off) + words) + (origin - top))
     tl.store(losses + at, loss)
     if SLOPES:
         weight = tl.zeros_like(top) + 1.0
         if WEIGHED:
             weight = tl.load(weights + at)
         share = divide(1 + 2 * Z_LOSS * whole, total) + nothing
-        each = divide(tl.zeros_like(top) + SMOOTHING, words.to(ACC))
+        each = divide(tl.zeros_like(top) + SMOOTHING, tl.zeros_like(top) + words)
         of_label = (_exponential(z_label - top) * share - each - (1 - SMOOTHING)) * steep_label * weight
         tl.debug_barrier()  # every thread has read the label's logit
         for start in range(0, words, BLOCK):

@@ -44,13 +44,14 @@ def _quantize(dtype: torch.dtype, bits: int, odd: int = 0) -> None:
     OPS["dequantize_rows_"](rows, codes, scales, bits)
 
 
-def _cross_entropy(dtype: torch.dtype, softcap: float, odd: int = 0) -> None:
+def _cross_entropy(dtype: torch.dtype, softcap: float, words: int = 49152) -> None:
     labels, weights = torch.zeros(8, dtype=torch.int64), torch.ones(8, dtype=compute_dtype(dtype))
-    OPS["cross_entropy_"](torch.zeros(8, 49152 + odd, dtype=dtype), labels, weights if softcap else None, 1.0, softcap, 0.1, 0.01, True)
+    OPS["cross_entropy_"](torch.zeros(8, words, dtype=dtype), labels, weights if softcap else None, 1.0, softcap, 0.1, 0.01, True)
 
 
 CASES: dict[str, Callable[[], None]] = {
-    "cross_entropy-f32-odd": partial(_cross_entropy, torch.float32, 0.0, 1),
+    "cross_entropy-f32-odd": partial(_cross_entropy, torch.float32, 0.0, 49153),
+    "cross_entropy-f32-odd-one": partial(_cross_entropy, torch.float32, 0.0, 1),  # an integer argument of 1 is a constant of the kernel
     "quantize-4-f32-odd": partial(_quantize, torch.float32, 4, 1),
     "truncate-f32-bf16": partial(_truncate, torch.float32, torch.bfloat16, False),
     "truncate-f32-odd": partial(_truncate, torch.float32, torch.float32, False, 1),
