@@ -32,7 +32,8 @@ def cross_entropy_(
 
     Returns l [T] in float32 (float64 for float64), the type of the arithmetic; slopes are rounded once to the logits' type. A row depends on itself alone.
     A row with a NaN, +inf or nothing above -inf has the loss NaN, as `torch.nn.functional.cross_entropy` has it; some of -inf are words that never come.
-    A label that is no word: `RuntimeError` on a CPU, NaN in its loss and slopes on a GPU. `ValueError` for shapes and types. Not differentiable.
+    A label that is no word: `RuntimeError` on a CPU, NaN in its loss and slopes on a GPU. `ValueError` for shapes, types and, as nothing is recorded
+    for autograd, for logits that require grad where grad is enabled.
 
     >>> import torch
     >>> from hetlora_kernels.ops.cross_entropy import cross_entropy_
@@ -42,6 +43,8 @@ def cross_entropy_(
     """
     if logits.dim() != 2 or logits.dtype not in FLOATS or not logits.is_contiguous():
         raise ValueError(f"logits: expected contiguous [T, V] of floating-point numbers, got {logits.dtype} {tuple(logits.shape)}, strides {logits.stride()}")
+    if logits.requires_grad and torch.is_grad_enabled():
+        raise ValueError("logits: expected none that require grad, as slopes take their place and nothing is recorded; detach them or use torch.no_grad()")
     for name, tensor, dtype in (("labels", labels, torch.int64), ("weights", weights, compute_dtype(logits.dtype))):
         if tensor is not None and (tensor.dtype != dtype or tensor.shape != logits.shape[:1] or tensor.device != logits.device):
             expected = f"{dtype} ({len(logits)},) on {logits.device}"

@@ -177,6 +177,7 @@ BAD = [
     (lambda: cross_entropy_(X.t(), torch.zeros(5, dtype=torch.int64)), ValueError, r"^logits: expected contiguous.*strides \(1, 5\)"),
     (lambda: cross_entropy_(X[0], LABELS), ValueError, r"^logits: .*\(5,\)"),
     (lambda: cross_entropy_(X.long(), LABELS), ValueError, r"^logits: .*int64"),
+    (lambda: cross_entropy_(X.clone().requires_grad_(), LABELS), ValueError, "^logits: expected none that require grad"),
     (lambda: cross_entropy_(X, LABELS[:1]), ValueError, r"^labels: expected torch.int64 \(2,\) .* \(1,\)"),
     (lambda: cross_entropy_(X, LABELS.int()), ValueError, r"^labels: .*int32"),
     (lambda: cross_entropy_(X, LABELS, torch.ones(2).double()), ValueError, r"^weights: expected torch.float32.*float64"),
