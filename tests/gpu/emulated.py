@@ -154,7 +154,8 @@ def wrong(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Mutant:
-    """A planted bug: `old` becomes `new` in `file`, the kernels of `source` are rebuilt for one type, and `case` of `shapes` has to fail."""
+    """A planted bug: `old` becomes `new` in `file`, the kernels of `source` are rebuilt for one type, and `case` of `shapes` has to fail. `kept`: one of its
+    kind, which `make test` has too."""
 
     file: str
     source: str
@@ -163,14 +164,15 @@ class Mutant:
     shapes: str
     case: str
     dtype: str = "f32"
+    kept: bool = False
 
 
-def a_third(mutants: Mapping[str, Mutant]) -> list[Any]:
-    """Parameters of a test of each: the first of each source and type and every fifth run in `make test`, all in `make gates`."""
+def share_of(mutants: Mapping[str, Mutant]) -> list[Any]:
+    """Parameters of a test of each: the first of each source and type, every fifth and the `kept` run in `make test`, all in `make gates`."""
     seen, chosen = set(), []
     for number, (name, mutant) in enumerate(mutants.items()):
         place = (mutant.source, mutant.dtype)
-        chosen.append(pytest.param(name, marks=() if number % 5 == 0 or place not in seen else pytest.mark.gates))
+        chosen.append(pytest.param(name, marks=() if mutant.kept or number % 5 == 0 or place not in seen else pytest.mark.gates))
         seen.add(place)
     return chosen
 

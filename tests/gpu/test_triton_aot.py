@@ -1,5 +1,5 @@
 """Every Triton kernel variant compiled without a GPU: no spills, shared memory within the architecture's limit, 16-byte accesses. `make test` takes the layer
-for the oldest architecture and for Hopper, the server's kernels and the optimisers for the oldest; `make gates` takes all."""
+for the oldest architecture and for Hopper, the server's kernels and the optimisers for the oldest, those near a limit for Hopper; `make gates` takes all."""
 
 from __future__ import annotations
 
@@ -61,6 +61,12 @@ def test_kernels_compile_without_spills(arch: int, tmp_path: Path) -> None:
     grams = {v["case"]: v for v in variants if v["kernel"] == "_gram_kernel"}
     assert grams["norms-bf16"]["mma"] and grams["norms-f16"]["mma"], "no tensor-core instruction in the Gram matrices of 16-bit rows"
     assert not (grams["norms-f32"]["mma"] or grams["norms-f32"]["tf32"]), "float32 Gram matrices on tensor cores: TF32"
+
+
+def test_kernels_near_the_limit_of_registers_on_hopper(tmp_path: Path) -> None:
+    """Larger blocks of float64 spill: those of cross_entropy on sm_90, those of quantize on sm_100."""
+    variants = compiled(90, tmp_path, "cross_entropy-f64", "quantize-4-f64", "quantize-8-f64")
+    assert {v["kernel"] for v in variants} == {"_cross_entropy_kernel", "_quantize_kernel", "_dequantize_kernel"}
 
 
 @pytest.mark.parametrize("arch", archs(80, 90))
