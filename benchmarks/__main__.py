@@ -1,4 +1,4 @@
-"""`python -m hetlora_kernels.benchmarks`: what `hetlora bench` does, for which torch alone is enough."""
+"""`python -m hetlora_kernels.benchmarks`: what `hetlora bench` does, with torch alone, which chooses the threads."""
 
 from __future__ import annotations
 

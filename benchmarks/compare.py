@@ -4,33 +4,71 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from . import figures, saved
 
-ROW = ("op", "shape", "clients", "dtype", "threads", "provider", "median_s", "p20_s", "p80_s", "yardstick", "ratio")
+TEXTS, COUNTS, NUMBERS = ("op", "shape", "dtype", "provider", "yardstick"), ("clients", "threads"), ("median_s", "p20_s", "p80_s", "ratio", "bytes")
+
+
+def _is(kind: type | tuple[type, ...], value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is((int, float), value) and 0 < value <= sys.float_info.max
+
+
+def check_row(record: Mapping[str, Any]) -> None:
+    """KeyError or TypeError that says what is wrong with a row."""
+    if missing := [name for name in (*TEXTS, *COUNTS, *NUMBERS) if name not in record]:
+        raise KeyError(missing[0])
+    for name in TEXTS:
+        if not isinstance(record[name], str):
+            raise TypeError(f"{name} is {record[name]!r}, no text")
+    of = f"of {record['op']}, {record['provider']}"
+    for name in COUNTS:
+        if not _is(int, record[name]) or record[name] < 1:
+            raise TypeError(f"{name} {of} is {record[name]!r}, no whole number from 1")
+    needed = ("flops",) if (figures.is_ceiling(record) and record["op"] == "product") or record.get("flops") is not None else ()
+    for name in (*NUMBERS, *needed):
+        if not _is_positive(record.get(name)):
+            raise TypeError(f"{name} {of} is {record.get(name)!r}, no positive number")
+
+
+def check_head(data: Mapping[str, Any]) -> None:
+    """TypeError that says what is wrong with what a file says of its run."""
+    if not isinstance(data["device"], dict) or not isinstance(data["versions"], dict):
+        raise TypeError("device and versions are no objects")
+    load = data.get("load_average") or {}
+    if not isinstance(load, dict) or not all(_is((int, float), value) for value in load.values()):
+        raise TypeError(f"load_average is {load!r}, no object of numbers")
+    if not isinstance(data.get("backends") or {}, dict):
+        raise TypeError("backends is no object")
+    for name in ("refused", "left_out"):
+        said = data.get(name) or []
+        if not isinstance(said, (list, str)) or (name == "refused" and isinstance(said, str)):
+            raise TypeError(f"{name} is {said!r}, no list")
 
 
 def read(path: Path) -> dict[str, Any]:
     """A file of figures; ValueError, in one line, for anything else."""
     try:
         data = saved.read(path)
-        if not isinstance(data["device"], dict) or not isinstance(data["versions"], dict):
-            raise TypeError("device and versions are no objects")
+        check_head(data)
         for record in data["results"]:
-            if missing := [name for name in ROW if name not in record]:
-                raise KeyError(missing[0])
-            if not all(isinstance(record[name], (int, float)) and record[name] > 0 for name in ("median_s", "p20_s", "p80_s")):
-                raise TypeError(f"a time of {record['op']}, {record['provider']} is no positive number")
+            check_row(record)
+            record["gb_per_s"] = record["bytes"] / record["median_s"] / 1e9
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not text; expected a file that --json wrote") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON (line {error.lineno}: {error.msg}); expected a file that --json wrote") from None
     except KeyError as error:
         raise ValueError(f"{path}: no {error} where one is expected; not a file of figures, or of another release") from None
-    except (TypeError, AttributeError, ZeroDivisionError) as error:
+    except (TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path}: not a file of figures ({error}); expected one that --json wrote") from None
     if not data["results"]:
         raise ValueError(f"{path}: holds no figures; its run was stopped before the first")
@@ -67,7 +105,7 @@ def arguments(argv: list[str], prog: str, parser_class: type[argparse.ArgumentPa
     parser = parser_class(prog=prog, description=__doc__)
     parser.add_argument("a", type=Path, metavar="A.json", help="what is compared with: before, or another machine")
     parser.add_argument("b", type=Path, metavar="B.json")
-    limit = "exit status 1 where a row of hetlora takes longer in B by more than this, or was refused there as wrong"
+    limit = "exit status 1 where a row of hetlora takes longer in B by more than this, or where B says NOT MEASURED"
     parser.add_argument("--fail-above", type=percent, metavar="5%", help=limit)
     return parser.parse_args(argv)
 

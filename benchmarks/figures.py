@@ -81,7 +81,8 @@ def title(of: Key) -> str:
 
 
 def rate(record: Record) -> str:
-    if record.get("flops"):
+    """Of a frozen layer there is none: the operations that a case counts are those with LoRA."""
+    if record.get("flops") and record["provider"] not in FLOORS:
         return f"{record['flops'] / record['median_s'] / 1e9:.3g} GFLOP/s"
     return f"{record['gb_per_s']:.3g} GB/s" if record["yardstick"] in ("copy", "read") or record["op"] in ("copy", "read") else ""
 

@@ -1,7 +1,7 @@
 """Measure this machine: its ceilings first, then every operation beside what the device could do and beside other ways to the same result.
 
-Every result is checked on this device before it is timed. What is wrong has no figure, and the exit status is 1. `compare A.json B.json` and
-`report FILE.json` read what --json writes.
+Every result is checked on this device before it is timed. What is wrong, or fails in another way such as for want of memory, has no figure: a line says
+NOT MEASURED and why, and the exit status is 1. `compare A.json B.json` and `report FILE.json` read what --json writes.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def said(error: Exception) -> str:
 
 
 def main(argv: list[str] | None = None, prog: str = "hetlora bench") -> int:
-    """The command; returns its exit status: 0, 1 where a result was wrong or a bound broken, 2 for bad input, which is one line."""
+    """The command; returns its exit status: 0, 1 where something was not measured or a bound broken, 2 for bad input, which is one line."""
     given = sys.argv[1:] if argv is None else argv
     try:
         if given[:1] == ["compare"]:

@@ -7,6 +7,7 @@ kept. Numbers have six digits. In memory the figures stay one flat record for ea
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,14 +33,27 @@ def _grouped(records: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[s
 
 
 def write(result: dict[str, Any], path: Path) -> None:
-    """Write a run's `result` (its "results" are flat records) to `path`."""
+    """Write a run's `result` (its "results" are flat records) to `path`: the whole file or, where that is stopped, none of it; what was there stays."""
     head = json.dumps({**{name: value for name, value in result.items() if name != "results"}, "schema": SCHEMA}, indent=1)
     cases = []
     for case, providers in _grouped(result["results"]):
         lines = [f"   {json.dumps(name)}: {json.dumps(figures)}" for name, figures in providers.items()]
         cases.append(f'  {json.dumps(case)[:-1]}, "providers": {{\n' + ",\n".join(lines) + "}}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{head[:-2]},\n "cases": [\n' + ",\n".join(cases) + "\n ]\n}\n", encoding="utf-8")
+    _replace(path, f'{head[:-2]},\n "cases": [\n' + ",\n".join(cases) + "\n ]\n}\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    if path.exists() and not path.is_file():  # a pipe, a device
+        path.write_text(text, encoding="utf-8")
+        return
+    path = path.resolve()  # a link stays
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict[str, Any]:

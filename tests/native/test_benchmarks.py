@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import compare, plots, providers, run, saved, server, steps, tables, timing
 from benchmarks import losses as bench_losses
 from benchmarks import packing as bench_packing
-from benchmarks import plots, providers, run, saved, server, steps, tables, timing
 from benchmarks.shapes import power_law_ranks
 
 OPTIONS = argparse.Namespace(quick=True, short=False, only=["aggregate"], memory_gb=1.0, seconds=0.01)
@@ -118,6 +120,36 @@ def test_what_is_read_is_what_was_written_to_six_digits(tmp_path):
     assert [line.count("median_s") for line in lines if "median_s" in line] == [1, 1, 1], "a line for each case and provider"
 
 
+def test_a_write_that_is_stopped_leaves_the_file_of_before(tmp_path, monkeypatch):
+    file, real = tmp_path / "a.json", Path.write_text
+    saved.write({"date": "first", "results": []}, file)
+    link = tmp_path / "link.json"
+    link.symlink_to(file)
+    saved.write({"date": "second", "results": []}, link)
+    assert link.is_symlink() and saved.read(file)["date"] == "second"
+
+    def half(path, text, **options):
+        real(path, text[: len(text) // 2], **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        saved.write({"date": "third", "results": []}, file)
+    assert saved.read(file)["date"] == "second" and sorted(tmp_path.iterdir()) == [file, link]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_written_into_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    end = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        saved.write({"date": "first", "results": []}, pipe)
+        assert pipe.is_fifo() and json.loads(os.read(end, 1 << 16))["date"] == "first"
+    finally:
+        os.close(end)
+
+
 def test_files_of_the_first_form_are_read_and_written_anew(tmp_path, capsys):
     record = {"op": "a", "shape": "s", "clients": 1, "dtype": "float32", "threads": 1, "provider": "x", "yardstick": "y", "bytes": 1, "median_s": 2.0}
     old = tmp_path / "old.json"
@@ -132,6 +164,7 @@ def test_committed_files_keep_medians_and_spreads_alone(path):
     assert data["schema"] == saved.SCHEMA, f"python -m benchmarks.saved {path}"
     figures = [own for case in data["cases"] for own in case["providers"].values()]
     assert figures and all(not isinstance(value, (list, dict)) for own in figures for value in own.values())
+    assert len(compare.read(path)["results"]) == len(figures), "what `hetlora bench compare` takes"
 
 
 def test_a_page_with_figures_says_once_how_they_were_measured():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import re
 
 import pytest
@@ -122,6 +123,7 @@ def test_shares_and_ratios_are_those_of_the_figures():
     assert key == ("x", "s", 1, "float32", 1) and figures.own(case) is rows[1]
     assert figures.share(rows[1], best) == (0.5, "product") and figures.share({**rows[1], "bytes": 24e9}, best) == (0.75, "copy")
     assert figures.alternatives(case) == {"PEFT": 2.5}, "nobody can use the frozen layer instead"
+    assert [figures.rate(r) for r in rows] == ["", "1e+03 GFLOP/s", "500 GFLOP/s", "400 GFLOP/s"], "the frozen layer does not do LoRA's operations"
     assert figures.share({**rows[1], "flops": None}, best) is None and figures.share(rows[1], {}) is None and figures.share(roof[0], best) is None
     assert figures.share(record("gram", "hetlora", 4.0, yardstick="read", ratio=1.25), best) == (0.8, "read")
 
@@ -162,6 +164,13 @@ def test_compare_says_first_what_else_differs(tmp_path, capsys):
     assert kit.main(["compare", a, b, "--fail-above", "50%"]) == 1, "a result that is wrong now is no smaller fault than a slow one"
 
 
+def a_file(*without, head=None, **other):
+    """The text of a file with one row that has `other` values and is `without` some."""
+    case = {name: value for name, value in {**timed("hetlora", 1.0), **other}.items() if name not in without}
+    own = {name: case.pop(name) for name in ("median_s", "p20_s", "p80_s", "ratio")}
+    return json.dumps({"schema": 2, "device": {}, "versions": {}, **(head or {}), "cases": [{**case, "providers": {case.pop("provider"): own}}]})
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -174,6 +183,20 @@ def test_compare_says_first_what_else_differs(tmp_path, capsys):
         ('{"schema": 2, "device": {}, "versions": {}, "cases": [{"op": "a", "bytes": 1, "providers": {"x": {"median_s": 0}}}]}', "not a file of figures"),
         ('{"schema": 2, "device": {}, "versions": {}, "cases": [{"op": "a", "providers": {"x": {"median_s": 1}}}]}', "no 'shape' where one is expected"),
         (b"\xff\xfe\x00", "not text"),
+        (a_file(clients="8"), "not a file of figures (clients of gram, hetlora is '8', no whole number from 1)"),
+        (a_file(threads=None), "not a file of figures (threads of gram, hetlora is None, no whole number from 1)"),
+        (a_file(threads=0), "not a file of figures (threads of gram, hetlora is 0, no whole number from 1)"),
+        (a_file(ratio=0), "not a file of figures (ratio of gram, hetlora is 0, no positive number)"),
+        (a_file(ratio=float("inf")), "not a file of figures (ratio of gram, hetlora is inf, no positive number)"),
+        (a_file(median_s=True), "not a file of figures (median_s of gram, hetlora is True, no positive number)"),
+        (a_file(shape=8), "not a file of figures (shape is 8, no text)"),
+        (a_file(flops="1"), "not a file of figures (flops of gram, hetlora is '1', no positive number)"),
+        (a_file(op="product", yardstick="torch", flops=None), "not a file of figures (flops of product, hetlora is None, no positive number)"),
+        (a_file("bytes", op="copy", yardstick="torch"), "no 'bytes' where one is expected"),
+        (a_file(head={"load_average": {"before": None}}), "not a file of figures (load_average is {'before': None}, no object of numbers)"),
+        (a_file(head={"refused": "gram"}), "not a file of figures (refused is 'gram', no list)"),
+        (a_file(head={"left_out": 1}), "not a file of figures (left_out is 1, no list)"),
+        (a_file(head={"backends": [1]}), "not a file of figures (backends is no object)"),
     ],
 )
 def test_compare_refuses_a_damaged_file_in_one_line(tmp_path, capsys, text, said):
