@@ -204,9 +204,9 @@ def peft_summary(data: dict[str, Any]) -> list[str]:
 
 
 def round_table(data: dict[str, Any]) -> list[str]:
-    """Seconds of a round by every form, one line for each case."""
+    """Seconds of a round by every form, one line for each case: medians, and quotients of the medians that stand in the line."""
     names = [name for name in dict.fromkeys(r["provider"] for r in data["results"]) if name not in ("hetlora", "frozen base")]
-    head = ["clients", "tokens a client", "threads", "frozen base", "hetlora", "hetlora / base", *names, *(f"{name} / hetlora" for name in names)]
+    head = ["clients", "tokens a client", "threads", "rounds", "frozen base", "hetlora", "hetlora / base", *names, *(f"{name} / hetlora" for name in names)]
     lines = [_row(head), "|" + "--:|" * len(head)]
     groups: dict[tuple, dict[str, dict[str, Any]]] = {}
     for r in data["results"]:
@@ -215,8 +215,15 @@ def round_table(data: dict[str, Any]) -> list[str]:
         ours, base = own["hetlora"], own["frozen base"]
         others = [f"{_seconds(own[name]['median_s'])}" if name in own else "" for name in names]
         ratios = [f"{own[name]['median_s'] / ours['median_s']:.2f} x" if name in own else "" for name in names]
-        lines.append(_row([*map(str, key), _seconds(base["median_s"]), _seconds(ours["median_s"]), f"{ours['ratio']:.2f} x", *others, *ratios]))
+        over_base = f"{ours['median_s'] / base['median_s']:.2f} x"
+        lines.append(_row([*map(str, key), _rounds(own), _seconds(base["median_s"]), _seconds(ours["median_s"]), over_base, *others, *ratios]))
     return lines
+
+
+def _rounds(own: dict[str, dict[str, Any]]) -> str:
+    """Of how many rounds the medians are: the base's, and what has another number."""
+    most = own["frozen base"]["rounds"]
+    return "; ".join([str(most), *(f"{name}: {r['rounds']}" for name, r in own.items() if r["rounds"] != most)])
 
 
 TABLES = {

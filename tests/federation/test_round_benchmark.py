@@ -70,6 +70,15 @@ def test_a_quick_run_writes_every_figure(tmp_path, monkeypatch, capsys):
     assert tables.round_table(data)[2].startswith("| 4 | 32 | 1 | ")
 
 
+def test_ratios_are_quotients_of_the_medians_in_the_line():
+    """The median of the ratios of each round, which the file has too, is another number."""
+    case = {"clients": 4, "shape": "X, 64 tokens a client", "threads": 2}
+    times = {"frozen base": (1.0, 1.0, 3), "hetlora": (0.9, 1.3, 3), "PEFT one by one": (1.8, 2.9, 1)}
+    results = [{**case, "provider": name, "median_s": median, "ratio": ratio, "rounds": n} for name, (median, ratio, n) in times.items()]
+    row = tables.round_table({"results": results})[2]
+    assert row == "| 4 | 64 | 2 | 3; PEFT one by one: 1 | 1 s | 900 ms | 0.90 x | 1.8 s | 2.00 x |"
+
+
 def test_what_was_timed_before_is_not_warmed_up_again(monkeypatch):
     calls = []
     runs = {name: lambda name=name: calls.append(name) for name in ("short", "long")}
