@@ -275,11 +275,13 @@ def cross_entropy_(logits, labels, weights, scale, softcap, smoothing, z_loss, s
     z = logits if dtype == logits.dtype and slopes else logits.to(dtype, copy=True)
     if scale != 1 or softcap:
         z *= scale
+    steep = scale
     if softcap:
-        z.div_(softcap).tanh_()
-    steep = (1 - z.square()).mul_(scale) if slopes and softcap else scale
-    if softcap:
-        z *= softcap
+        z.div_(softcap)
+        if slopes:  # of tanh a: 4 u / (1 + u)^2 with u = exp(-2 |a|), which is exact where tanh a is near 1 too
+            u = z.abs().mul_(-2).exp_()
+            steep = (1 + u).square_().reciprocal_().mul_(u).mul_(4 * scale)
+        z.tanh_().mul_(softcap)
     top = z.amax(1)
     z -= top[:, None]
     losses = (smoothing - 1) * z.gather(1, label)[:, 0]

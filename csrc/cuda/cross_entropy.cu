@@ -36,18 +36,16 @@ __device__ __forceinline__ Online<Acc> merged(const Online<Acc>& a, const Online
     return {top, a.sum * exponential(a.top - base) + b.sum * exponential(b.top - base)};
 }
 
-// z of a logit, and dz / dx.
+// z of a logit, and dz / dx: the slope of tanh a is 4 e / (1 + e)^2 with e = exp(-2 |a|), which is exact where tanh a is near 1 too.
 template <bool CAPPED, class Acc>
 __device__ __forceinline__ Acc logit_of(Acc x, const LossForm& form, Acc& steep) {
     const Acc scaled = x * static_cast<Acc>(form.scale);
     steep = static_cast<Acc>(form.scale);
     if constexpr (!CAPPED) return scaled;
-    const Acc cap = static_cast<Acc>(form.softcap);
-    Acc tangent;
-    if constexpr (sizeof(Acc) == 8) tangent = tanh(scaled / cap);
-    else tangent = tanhf(scaled / cap);
-    steep *= 1 - tangent * tangent;
-    return cap * tangent;
+    const Acc cap = static_cast<Acc>(form.softcap), inner = scaled / cap, e = exponential(inner < 0 ? 2 * inner : -2 * inner);
+    steep *= 4 * e / ((1 + e) * (1 + e));
+    if constexpr (sizeof(Acc) == 8) return cap * tanh(inner);
+    else return cap * tanhf(inner);
 }
 
 // What the second pass of a row needs of the first: a slope is (exp(z - top) factor - constant) dz / dx, that of the label `of_label`.

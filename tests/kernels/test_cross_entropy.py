@@ -53,9 +53,9 @@ def expected(logits, labels, weights, scale=1.0, softcap=0.0, label_smoothing=0.
     if softcap:
         inner = z.times(1 / softcap, dtype)
         tangent = function(inner.value.tanh(), inner, 1 - inner.value.tanh().square(), dtype)
-        slope = 1 - tangent.value.square()
-        squared = Estimate(tangent.value.square(), 4 * tangent.value.square() * tangent.own, 4 * tangent.value.square() * tangent.shared).rounded(dtype)
-        steep = Estimate(slope, squared.own, squared.shared).rounded(dtype).times(scale, dtype)
+        falling = (-2 * inner.value.abs()).exp()
+        e = function(falling, inner, 2 * falling, dtype)
+        steep = function(4 * falling / (1 + falling).square(), e, 4 * (1 - falling) / (1 + falling) ** 3, dtype).times(scale, dtype)
         z = tangent.times(softcap, dtype)
     place = z.value.argmax(1, keepdim=True)
     top = z.map(lambda t: t.gather(1, place))
