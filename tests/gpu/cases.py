@@ -178,6 +178,30 @@ def cross_entropy(
     return "cross_entropy_", [logits.to(dtype), labels, weights, scale, softcap, smoothing, z_loss, slopes]
 
 
+def odd_rows(shape: Mapping[str, Any], dtype: torch.dtype) -> tuple[str, list[Any]]:
+    """Labelled rows with a NaN, with +inf, with nothing above -inf; labels that are no word; a row as any other."""
+    words = max(1, shape["widths"][-1])
+    logits = 3 * torch.randn(7, words, generator=_generator(43), dtype=torch.float64)
+    logits[0, words // 2], logits[1, -1], logits[2] = float("nan"), float("inf"), float("-inf")
+    return "cross_entropy_", [logits.to(dtype), torch.tensor([0, 0, 0, words, -1, 1 << 32, 0]), None, 1.0, 0.0, 0.0, 0.0, True]
+
+
+def saturated(shape: Mapping[str, Any], dtype: torch.dtype) -> tuple[str, list[Any]]:
+    """Logits at six times the cap and more, whose slopes are small; by weights these count more than the losses."""
+    size = 6 + 1.5 * torch.rand(4, max(1, shape["widths"][-1]), generator=_generator(44), dtype=torch.float64)
+    logits = size * torch.randint(0, 2, size.shape, generator=_generator(45)).mul(2).sub(1)
+    return "cross_entropy_", [logits.to(dtype), torch.zeros(4, dtype=torch.int64), torch.full((4,), 1e6, dtype=compute_dtype(dtype)), 1.0, 1.0, 0.0, 0.0, True]
+
+
+def _cross_entropy_of_any_label(logits: Tensor, labels: Tensor, *rest: Any) -> Tensor:
+    """The reference's, which refuses a label that is no word: on a GPU its loss and slopes are NaN."""
+    no_word = (labels != -100) & ((labels < 0) | (labels >= logits.shape[1]))
+    losses = reference.cross_entropy_(logits, labels.masked_fill(no_word, -100), *rest)
+    if rest[-1]:
+        logits[no_word] = float("nan")
+    return losses.masked_fill(no_word, float("nan"))
+
+
 def cases(shape: Mapping[str, Any]) -> dict[str, Case]:
     """Every op with each of its options at least once."""
     return {
@@ -203,6 +227,8 @@ def cases(shape: Mapping[str, Any]) -> dict[str, Case]:
         "cross_entropy-smooth": partial(cross_entropy, shape, 0, 0.5, 0.0, 0.1, 0.01, True),
         "cross_entropy-capped": partial(cross_entropy, shape, -1, 0.7, 3.0, 0.1, 0.05, True),
         "cross_entropy-losses": partial(cross_entropy, shape, 0, 1.0, 0.0, 0.0, 0.1, False),
+        "cross_entropy-odd-rows": partial(odd_rows, shape),
+        "cross_entropy-saturated": partial(saturated, shape),
         "sgd": partial(sgd, shape, False, False, False, None),
         "sgd-momentum-tail": partial(sgd, shape, False, True, True, None),
         "sgd-cast": partial(sgd, shape, False, False, False, torch.float16),
@@ -240,13 +266,14 @@ def failures(case: Case, ops: Mapping[str, Callable], dtype: torch.dtype) -> str
 
 def _failures(case: Case, ops: Mapping[str, Callable], dtype: torch.dtype) -> str | None:
     op, args = case(dtype)
-    got, own = _results(op, ops[op], _copy(args)), _results(op, getattr(reference, op), _copy(args))
+    right = _cross_entropy_of_any_label if op == "cross_entropy_" else getattr(reference, op)
+    got, own = _results(op, ops[op], _copy(args)), _results(op, right, _copy(args))
     for i, (a, b) in enumerate(zip(got, own, strict=True)):
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"result {i}: expected {b.dtype} {tuple(b.shape)}, got {a.dtype} {tuple(a.shape)}"
     if op in EXACT:
         return None if all(torch.equal(a, b) for a, b in zip(got, own, strict=True)) else f"differs from the reference by {_distance(got, own):.3e}"
-    truth = _results(op, getattr(reference, op), _copy(args, torch.float64))
+    truth = _results(op, right, _copy(args, torch.float64))
     size = sum(float(t.nan_to_num().square().sum()) for t in truth) ** 0.5
     kind = own[0].dtype
     least = (8 if kind == torch.float64 else 2) * torch.finfo(kind).eps * size

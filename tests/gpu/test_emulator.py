@@ -103,6 +103,12 @@ MUTANTS = {
         "casts",
     ),
     "the tail one row late": Mutant("optim.cu", "optim", "coefficients && item.row >= item", "coefficients && item.row > item", "small", "sgd-momentum-tail"),
+    "a slope of the softcap that is lost where it saturates": Mutant(
+        "cross_entropy.cu", "cross_entropy", "4 * e / ((1 + e) * (1 + e))", "e / e * (1 - tanh(inner) * tanh(inner))", "small", "cross_entropy-saturated"
+    ),
+    "slopes of a label that is no word": Mutant(
+        "cross_entropy.cu", "cross_entropy", "is_word ? 0 : static_cast<double>(NAN)", "0", "small", "cross_entropy-odd-rows"
+    ),
 }
 
 
