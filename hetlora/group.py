@@ -82,7 +82,7 @@ class Group:
         except (Lost, Told):
             raise
         except ConfigError as error:
-            self.agreed(None, str(error))
+            self.agreed(None, str(error) or type(error).__name__)
         self.agreed(None)
 
     def copied(self, tensors: Sequence[Tensor]) -> None:

@@ -29,7 +29,6 @@ from torch import Tensor
 import hetlora_kernels as hk
 from hetlora.config import Config, ConfigError
 from hetlora.ranks import bank_ranks
-from hetlora.seeds import torch_generator
 from hetlora.server import ServerState
 
 _SIDES = {"a": "a", "b": "bt"}  # a factor, and where a bank has it
@@ -84,11 +83,10 @@ def private_upload(
         for place, rows in change.items():
             total[place][: len(rows)].add_(rows, alpha=clips[-1])
     merged = start.to()
-    seed, expected = noise_seed(cfg), expected_clients(cfg, len(state.ranks))
+    key, expected = noise_key(cfg, number, total), expected_clients(cfg, len(state.ranks))
     for (side, name), rows in total.items():
         if cfg.dp_noise_multiplier:
-            noise = torch.randn(rows.shape, dtype=torch.float64, generator=torch_generator(seed, "privacy noise", number, side, name))
-            rows.add_(noise.to(rows.device), alpha=cfg.dp_noise_multiplier * cfg.dp_clipping_norm)
+            rows.add_(normal(key, side, name, rows.shape).to(rows.device), alpha=cfg.dp_noise_multiplier * cfg.dp_clipping_norm)
         target = getattr(merged, side)[name]
         target.copy_(target.double() + rows / expected)
     return merged, clips
@@ -105,6 +103,26 @@ def _changes(
             new, old = (getattr(bank, side)[name].detach()[rows].double() for bank in (uploads, received))
             found[side, name] = (new - old) * (stretch[name][k] if name in stretch else 1.0)
         yield found
+
+
+def noise_key(cfg: Config, number: int, total: Mapping[tuple[str, str], Tensor]) -> bytes:
+    """What a round's noise is a function of: the secret, the round, its clip and noise, and the sum itself.
+
+    Another sum takes noise that has nothing to do with this one's: of a run with other clients, or of a round that is repeated. The same sum takes the same.
+    """
+    said = hashlib.blake2b(repr((noise_seed(cfg), number, cfg.dp_clipping_norm, cfg.dp_noise_multiplier)).encode(), digest_size=32)
+    for rows in total.values() if cfg.dp_noise_multiplier else ():
+        said.update(rows.cpu().contiguous().view(torch.uint8).numpy().data)
+    return said.digest()
+
+
+def normal(key: bytes, side: str, name: str, shape: Sequence[int]) -> Tensor:
+    """Independent standard normal numbers, float64: SHAKE-256 of the key, of 53 bits each, by Box and Muller. All of the key counts, not a seed of 32 bits."""
+    pairs = math.prod(shape) // 2 + 1
+    stream = hashlib.shake_256(key + repr((side, name)).encode()).digest(16 * pairs)
+    bits = torch.frombuffer(bytearray(stream), dtype=torch.int64).reshape(2, pairs) & (2**53 - 1)
+    radius, angle = (-2 * ((bits[0] + 1).double() / 2**53).log()).sqrt(), bits[1].double() * (2 * math.pi / 2**53)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()])[: math.prod(shape)].reshape(tuple(shape))
 
 
 def noise_seed(cfg: Config) -> int:
@@ -192,4 +210,4 @@ def spent(cfg: Config, history: Sequence[Mapping[str, Any]], clients: int) -> di
     """What a round's record and the summary say; {} where updates are not clipped for privacy."""
     if not cfg.dp_clipping_norm:
         return {}
-    return {"privacy": {"epsilon": epsilon(cfg, history, clients), "delta": cfg.dp_delta}}
+    return {"privacy": {"epsilon": epsilon(cfg, history, clients), "delta": cfg.dp_delta, "secret": bool(cfg.dp_secret)}}

@@ -51,6 +51,7 @@ class _Diagnostics(_Record):
 class _Privacy(_Record):
     epsilon: _Number
     delta: float
+    secret: bool
 
 
 class _Line(_Record):

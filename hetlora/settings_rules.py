@@ -72,6 +72,8 @@ def _check_privacy(cfg: Config) -> None:
         )
     if cfg.training_kind.prunes and cfg.gamma < 1:
         raise ConfigError(f"gamma = {cfg.gamma}: under dp_clipping_norm ranks may not follow from the clients' text, as pruned ones do; use gamma = 1")
+    if cfg.dp_noise_multiplier and cfg.cobatch:
+        raise ConfigError("cobatch = True: clients that train in one batch change how each other's sums round, which no clip bounds; use cobatch = False")
     if isinstance(cfg.rank_rule, FROM_DATA):
         raise ConfigError(f"ranks = {cfg.ranks!r}: under dp_clipping_norm ranks may not follow from the data; use 'dealt:MIN:MAX', a list or a file")
 

@@ -58,7 +58,7 @@ def train_share(local: LocalFleet, group: Group, cfg: Config, state: ServerState
     try:
         own = local.train(cfg, state, mine, shares.number, shares.lr, progress) if mine else None
     except ConfigError as error:
-        fault = str(error)
+        fault = str(error) or type(error).__name__
     said = group.agreed((own and _without_banks(own), _ranks(own)), fault)
     if group.at.number:
         for bank in _banks(own).values():

@@ -21,7 +21,7 @@ from hetlora import checkpoint, signals
 from hetlora.config import Config, ConfigError
 from hetlora.federation import Federation, prepare
 from hetlora.fleet import LocalFleet, Progress
-from hetlora.group import Group, Lost, Shared
+from hetlora.group import Group, Lost, Shared, Told
 from hetlora.loop import run_rounds
 from hetlora.models import resolve_device
 from hetlora.observer import Observer
@@ -88,7 +88,7 @@ def _check_same(found: Sequence[dict[str, Any]]) -> list[str]:
         who = f"process {number} on {other['host']}"
         if other["error"]:
             raise ConfigError(f"{who}: {other['error']}")
-        if wrong := [name for name, value in first["same"].items() if other["same"][name] != value]:
+        if wrong := [name for name, value in first["same"].items() if other["same"].get(name) != value]:
             raise ConfigError(f"{who}: its {wrong[0]} are not those of process 0; give every machine the same files and packages")
         versions = other["versions"]
         if differ := [f"{name} is {versions.get(name)}, not {value}" for name, value in first["versions"].items() if versions.get(name) != value]:
@@ -191,9 +191,9 @@ def lead(cfg: Config, *, resume: bool = False, observer: Observer | None = None,
     try:
         result = run_rounds(cfg, fleet, resume=resume, observer=observer)
         groups[0].ordered(None)
-    except Lost as error:
+    except (Lost, Told) as error:
         how = f"; continue with --resume --output {cfg.output}" if is_run(Path(cfg.output)) else ""
-        raise Lost(f"{error}{how}") from None
+        raise type(error)(f"{error}{how}") from None
     dist.destroy_process_group()
     return result
 

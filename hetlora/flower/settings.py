@@ -68,13 +68,15 @@ def client_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any
 
 def _of_a_method(values: dict[str, Any]) -> dict[str, Any]:
     """The settings with the row of their `method`, or of the default one, as `hetlora run` takes them."""
-    values = dict(values)
+    alone = {"cobatch": False} if values.get("dp_noise_multiplier") else {}  # as every node trains; differential privacy asks for it by name
+    values = {**alone, **values}
     name = values.pop("method", None)
     if name is None:
         return default_method(values)[0]
-    if others := left_out(name, values):
+    private = {"weights": values["weights"]} if values.get("dp_clipping_norm") and "weights" in values else {}  # which no method's own are bounded with
+    if others := [setting for setting in left_out(name, values) if setting not in private]:
         raise ConfigError(f"run config: method = {name!r} has other values of {', '.join(others)}; leave out one or the other")
-    return method_settings(name, values)
+    return {**method_settings(name, values), **private}
 
 
 def _underscored(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,8 @@ def perplexity_of(evaluation: dict[str, Any] | None, part: str) -> float | None:
 
 def privacy_text(spent: dict[str, Any]) -> str:
     """What `privacy.spent` found, in words."""
-    return f"epsilon {'infinite' if spent['epsilon'] is None else number(spent['epsilon'])} at delta {spent['delta']:g}"
+    said = f"epsilon {'infinite' if spent['epsilon'] is None else number(spent['epsilon'])} at delta {spent['delta']:g}"
+    return said if spent["secret"] or spent["epsilon"] is None else f"{said} (simulated: noise from the run's seed protects nobody)"
 
 
 def round_line(record: dict[str, Any], total: int) -> str:

@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_resume import assert_same
-from tiny import SIZES, Interrupt, Stop, lines, same_bits, tiny_config, tiny_federation, trained_bank, watch_training, whole_bank
+from tiny import SIZES, Interrupt, Stop, lines, same_bits, tiny_config, tiny_federation, trained_bank, whole_bank
 
 import hetlora_kernels as hk
-from hetlora import fold, merge, privacy, server
+from hetlora import fold, merge, privacy, server, training
 from hetlora.cli import cli
 from hetlora.config import ConfigError
 from hetlora.kinds import MERGES, TRAININGS
@@ -26,7 +26,7 @@ from hetlora.server import ServerState
 SHAPES = {"q": (6, 5), "v": (4, 7)}
 R, EPS = 8, torch.finfo(torch.float64).eps
 RISK = 20.0  # x: a false alarm has a probability below 2 exp(-x) a comparison, 4.2e-9
-PRIVATE = {"weights": "uniform", "gamma": 1.0, "merge": "delta", "dp_clipping_norm": 1.0}
+PRIVATE = {"weights": "uniform", "gamma": 1.0, "merge": "delta", "dp_clipping_norm": 1.0, "cobatch": False}
 KINDS = {"delta": {}, **{train: {"train": train, "merge": "factors", "gamma": 0.99} for train in ("fold", "b-only", "alternating")}}
 
 
@@ -169,16 +169,34 @@ def test_noise_is_anew_in_every_round_row_and_secret(tmp_path):
         state.round = number
         private, _ = privacy.private_upload(state, None, None, ["c0", "c1"], config(tmp_path, dp_noise_multiplier=1.0, **own))
         seen.append(private)
-    assert same_bits(seen[3], seen[4]), "a secret stands for itself"
+    assert same_bits(seen[3], seen[4]), "a secret stands for itself, and one sum has one noise"
     assert len({tuple(bank.a["q"].detach().flatten().tolist()) for bank in seen}) == 4
     start = mid_run([3, 3], square).bank.truncate([3])
     noise = torch.cat([(new - old).detach().flatten() for new, old in zip(seen[0].parameters(), start.parameters(), strict=True)])
     assert len((noise * 1e12).round().unique()) == len(noise), "no number of it twice, in A and in B"
+    cfg, state = config(tmp_path, dp_noise_multiplier=1.0, dp_secret=str(secret)), mid_run([3, 3], square)
+    uploads, received = exchanged(cfg, state, lambda rows, *_: rows.add_(1e-3))
+    with_text, _ = privacy.private_upload(state, uploads, received, ["c0", "c1"], cfg)
+    other = torch.cat([(new - old).detach().flatten() for new, old in zip(with_text.parameters(), seen[3].parameters(), strict=True)])
+    assert float(other.abs().mean()) > 0.1, "another sum has another noise: the difference of two runs with one secret does not lay a client open"
     secret.write_bytes(b"short")
     with pytest.raises(ConfigError, match=r"dp_secret: .*secret: expected at least 16 random bytes, got 5"):
         privacy.begin(config(tmp_path, dp_noise_multiplier=1.0, dp_secret=str(secret)), 4)
     with pytest.raises(ConfigError, match=r"dp_secret: .*none: no such file"):
         privacy.begin(config(tmp_path, dp_noise_multiplier=1.0, dp_secret=str(tmp_path / "none")), 4)
+
+
+def test_noise_is_normal_and_of_all_bits_of_its_key():
+    """Kolmogorov's distance to the normal distribution (Massart: above sqrt(x / 2n) with a probability below 2 exp(-x)); no 32-bit seed stands for a key."""
+    n = 200_001
+    drawn = privacy.normal(bytes(32), "a", "q", (n,))
+    below = torch.special.ndtr(drawn.sort().values)
+    place = torch.arange(n + 1, dtype=torch.float64) / n
+    assert float(torch.maximum((below - place[:-1]).abs(), (below - place[1:]).abs()).max()) <= math.sqrt(RISK / (2 * n))
+    pairs = drawn[: n // 2], drawn[n // 2 + 1 :]  # from one radius each
+    assert abs(float((pairs[0] * pairs[1]).mean())) <= 2 * math.sqrt(RISK / (n // 2))
+    keys = [bytes(32), bytes(31) + b"\1", b"\1" + bytes(31)]
+    assert len({float(privacy.normal(key, side, "q", (3,))[0]) for key in keys for side in ("a", "bt")}) == 6
 
 
 # ---------------------------------------------------------------- the merge without noise
@@ -252,7 +270,7 @@ def test_epsilon_is_that_of_the_client_in_most_rounds(tmp_path):
     assert found <= min(3 * a / 8 + math.log(1e6) / (a - 1) for a in range(2, 60))
     assert privacy.epsilon(cfg, records(), 5) == 0.0
     assert privacy.epsilon(config(tmp_path), history, 5) is None
-    assert privacy.spent(cfg, history, 5) == {"privacy": {"epsilon": found, "delta": 1e-6}}
+    assert privacy.spent(cfg, history, 5) == {"privacy": {"epsilon": found, "delta": 1e-6, "secret": False}}
     assert privacy.spent(tiny_config(tmp_path), history, 5) == {}
 
 
@@ -290,6 +308,7 @@ REFUSED = {
     "gamma = 0.5: .* use gamma = 1": {**PRIVATE, "gamma": 0.5},
     "ranks = 'sized:2:8': .* a list or a file": {**PRIVATE, "ranks": "sized:2:8"},
     "ranks = 'column:ram:2:8': .* a list or a file": {**PRIVATE, "ranks": "column:ram:2:8"},
+    "cobatch = True: clients that train in one batch .* use cobatch = False": {**PRIVATE, "dp_noise_multiplier": 1.0, "cobatch": True},
     "clip_median = 2.0: .* leave it out": {**PRIVATE, "clip_median": 2.0},
     "clip_update = 1.0: .* leave it out": {**PRIVATE, "clip_update": 1.0},
     "keep_best = True: .* leave it out": {**PRIVATE, "keep_best": True},
@@ -352,18 +371,23 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits_and_epsilon(tmp_path, ow
     assert spent == sorted(spent) and spent[0] == 0 < spent[-1] == resumed.summary["privacy"]["epsilon"]
     assert resumed.summary["privacy"] == json.loads((tmp_path / "stopped" / "summary.json").read_text())["privacy"]
     page = write_report(tmp_path / "stopped").read_text(encoding="utf-8")
-    assert f"epsilon {spent[-1]:.2f} at delta 1e-05" in page
+    assert f"epsilon {spent[-1]:.2f} at delta 1e-05 (simulated: noise from the run" in page
 
 
 def test_a_round_whose_answers_are_all_refused_goes_on_with_the_noise(tmp_path, monkeypatch):
     """An end there would tell everybody of the clients' updates."""
     pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[dp]')")
 
-    def spoil(number, names, bank):
-        if number == 2:
-            bank.a["model.layers.0.self_attn.q_proj"].fill_(float("nan"))
+    train = training.train_one_by_one
 
-    watch_training(monkeypatch, spoil)
+    def spoiled(model, bank, clients, cfg, number, *rest):
+        trained, results = train(model, bank, clients, cfg, number, *rest)
+        if number == 2:
+            with torch.no_grad():
+                trained.a["model.layers.0.self_attn.q_proj"].fill_(float("nan"))
+        return trained, results
+
+    monkeypatch.setattr(training, "train_one_by_one", spoiled)
     result = simulate(config(tmp_path / "run", **{**RUN, "rounds": 2}), federation=tiny_federation(SIZES), quiet=True)
     first, last = result.history[1:]
     assert len(first["clients"]) == len(last["dropped"]) == 3 and last["clients"] == []

@@ -378,6 +378,10 @@ def test_a_run_is_the_method_that_hetlora_run_would_take():
     assert server_settings({"merge": "svd"})[0].train == "adapters"
     with pytest.raises(ConfigError, match="method = 'hetlora' has other values of merge"):
         server_settings({"method": "hetlora", "merge": "svd"})
+    with pytest.raises(ConfigError, match="method = 'fold' has other values of weights"):
+        server_settings({"method": "fold", "weights": "uniform"})
+    private = server_settings({"method": "fold", "weights": "uniform", "dp-clipping-norm": 0.5, "dp-noise-multiplier": 1.0})[0]
+    assert (private.train, private.weights, private.cobatch) == ("fold", "uniform", False), "differential privacy takes equal weights and clients alone"
 
 
 def test_the_course_of_a_deployed_run_is_that_of_the_simulated_one(tmp_path):

@@ -480,8 +480,10 @@ def test_a_second_process_cannot_resume_a_living_run_which_ends_well(tmp_path):
     end = time.monotonic() + 1500
     while not (log.exists() and log.read_text().count("\n") > 2) and time.monotonic() < end:
         time.sleep(0.01)
-    for _ in range(3):
-        refused(tmp_path / "run", str(tmp_path / "run"), f"process {first.pid} on ", rounds=5)
-    (tmp_path / "run may go on").touch()
-    assert first.wait() == 0
+    try:
+        for _ in range(3):
+            refused(tmp_path / "run", str(tmp_path / "run"), f"process {first.pid} on ", rounds=5)
+    finally:
+        (tmp_path / "run may go on").touch()
+        assert first.wait() == 0
     assert [json.loads(line)["round"] for line in log.read_text().splitlines()] == list(range(6))

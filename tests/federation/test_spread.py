@@ -245,7 +245,7 @@ def test_a_process_that_differs_or_fails_is_named_by_the_first(tmp_path):
     assert missing["error"].startswith("process 2 on ") and missing["error"].endswith(": model 'x': not here") and 0 not in missing["codes"]
     assert not (tmp_path / "odd").exists() and not (tmp_path / "missing").exists()
     assert "its settings of the model are not those of process 0" in other["error"] and 0 not in other["codes"]
-    assert full["codes"] == [2, 2, 2] and full["error"] == "process 1: held-out text: no room"
+    assert full["codes"] == [2, 2, 2] and full["error"] == f"process 1: held-out text: no room; continue with --resume --output {tmp_path / 'full'}"
     assert idle["codes"] == [0, 0, 0] and any("2 of 3 processes have no client to train in a round" in text for text in idle["messages"])
 
 
