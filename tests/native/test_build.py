@@ -183,7 +183,7 @@ def test_a_device_is_covered_by_code_of_its_major_or_by_older_ptx():
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tree")
-    for name in ("hetlora", "hetlora_kernels", "csrc"):
+    for name in ("hetlora", "hetlora_kernels", "csrc", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=NOT_COPIED)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
