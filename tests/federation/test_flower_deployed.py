@@ -1,6 +1,4 @@
-"""The real thing on loopback: a SuperLink under TLS that admits known keys alone, two SuperNodes, a run that is killed and goes on.
-
-Two, for each message to a client starts a process that imports everything: with more clients, test_flower.py deals their replies in another order."""
+"""The real thing on loopback: a SuperLink under TLS that admits known keys alone, three SuperNodes, a run that is killed and goes on."""
 
 from __future__ import annotations
 
@@ -28,8 +26,8 @@ from hetlora.cli import cli
 from hetlora.flower import launch
 from hetlora.flower.certificates import write_certificates
 
-SETTINGS = {"ranks": "2,8", "rounds": 2, "seq-len": 32, "local-steps": 2, "batch-size": 2, "device": "cpu", "method": "hetlora", "eval-every": 2}
-CLIENTS = ("ARABIC", "GREEK")
+SETTINGS = {"ranks": "2,4,8", "rounds": 2, "seq-len": 32, "local-steps": 2, "batch-size": 2, "device": "cpu", "method": "hetlora", "eval-every": 2}
+CLIENTS = ("ARABIC", "GREEK", "HEBREW")
 DATA = f"unicode:{','.join(CLIENTS)}"
 PATIENCE = 1500  # seconds that any step may take on a loaded machine before the test gives up
 
@@ -141,11 +139,11 @@ def test_a_run_over_tls_that_is_killed_goes_on_to_the_bits_of_the_simulation(tmp
     listing = [command[0], "ls", "hetlora", "--format", "json"]
     processes.wait("the server did not answer", lambda: subprocess.run(listing, env=processes.environment, capture_output=True).returncode == 0)
 
-    for place, name in enumerate(("known0", "known1", "stranger")):
+    for place, name in enumerate(("known0", "known1", "known2", "stranger")):
         public = write_key(tmp_path / name)
         if name != "stranger":
             processes.run(command[0], "supernode", "register", str(public), "hetlora", "--format", "json")
-        node = launch.join_command(server, free_port(), [f"partition-id={min(place, 1)}"], ca, tmp_path / name)
+        node = launch.join_command(server, free_port(), [f"partition-id={min(place, 2)}"], ca, tmp_path / name)
         processes.start(name, node)
 
     processes.run(*run)
