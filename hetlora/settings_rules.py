@@ -1,17 +1,14 @@
-"""Rules between settings: which go together, and what is said of those that do not. `Config` calls `check`."""
+"""Rules between settings: which go together, and what is said of those that do not. `Config` calls `check` with itself."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Any
 
 from hetlora.errors import ConfigError
 from hetlora.kinds import PRIVATE, own_settings
 from hetlora.ranks import FROM_DATA
 from hetlora.text_files import shortened
-
-if TYPE_CHECKING:
-    from hetlora.config import Config
 
 _OF_ONE_VALUE = {
     **dict.fromkeys(("weight_cap", "weight_scope"), ("weights", ("sparsity",))),
@@ -22,7 +19,7 @@ _OF_ONE_VALUE = {
 """{setting: (another setting, the values of it with which this one is read)}, besides those of the kinds of run."""
 
 
-def check(cfg: Config) -> None:
+def check(cfg: Any) -> None:
     """`ConfigError` for settings that do not go together: one that would be ignored, or that a kind of run cannot use."""
     if zero := [name for name, value in cfg.model_dump().items() if isinstance(value, str) and "\0" in value]:
         raise ConfigError(f"{', '.join(zero)}: expected text without a zero byte")
@@ -59,7 +56,7 @@ def check(cfg: Config) -> None:
     _check_examples(cfg)
 
 
-def _check_privacy(cfg: Config) -> None:
+def _check_privacy(cfg: Any) -> None:
     """Settings of differential privacy, and what else lets one client's text reach the bank past its clipped update."""
     if not cfg.dp_clipping_norm:
         if alone := [name for name in type(cfg).model_fields if name.startswith("dp_") and not _at_default(cfg, name)]:
@@ -78,7 +75,7 @@ def _check_privacy(cfg: Config) -> None:
         raise ConfigError(f"ranks = {cfg.ranks!r}: under dp_clipping_norm ranks may not follow from the data; use 'dealt:MIN:MAX', a list or a file")
 
 
-def _check_examples(cfg: Config) -> None:
+def _check_examples(cfg: Any) -> None:
     """Settings of prompts, conversations and answers."""
     rows = cfg.prompt_field or cfg.messages_field
     if cfg.messages_field:
@@ -94,9 +91,9 @@ def _check_examples(cfg: Config) -> None:
         raise ConfigError("rouge_examples: answers prompts, and prompt_field names none, nor messages_field; set one, or leave it out")
 
 
-def _at_default(cfg: Config, name: str) -> bool:
+def _at_default(cfg: Any, name: str) -> bool:
     return bool(getattr(cfg, name) == type(cfg).model_fields[name].default)
 
 
-def _shown(cfg: Config, names: Iterable[str]) -> str:
+def _shown(cfg: Any, names: Iterable[str]) -> str:
     return ", ".join(f"{name} = {getattr(cfg, name)!r}" for name in names)
