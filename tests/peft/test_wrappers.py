@@ -44,11 +44,11 @@ def test_wrappers_that_divide_a_model(device):
 
 
 def test_weights_that_fsdp_divides_are_refused(device, tmp_path):
-    """Of one layer alone too, where the model itself is not wrapped: an attached bank's and a fused model's."""
+    """Of one layer alone too, where the model itself is not wrapped: an attached bank's and a fused model's. Without clients a fused model runs in FSDP."""
     distributed = pytest.importorskip("torch.distributed")
     if not distributed.is_available() or device.type != "cpu":
         pytest.skip("one gloo process of torch.distributed serves the CPU")
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
     distributed.init_process_group("gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
@@ -57,6 +57,13 @@ def test_weights_that_fsdp_divides_are_refused(device, tmp_path):
         fuse(model)
         fully_shard(next(module for module in model.modules() if isinstance(module, FusedLinear)), mesh=mesh)
         with pytest.raises(ValueError, match=r"^model: FSDP\w+ divides weights or batches past client_segments"), client_segments(model, [0, 1]):
+            pass
+        alone, sharded = several_adapters(device), several_adapters(device)
+        fuse(sharded)
+        sharded = FullyShardedDataParallel(sharded, use_orig_params=True, device_id=torch.device("cpu"))
+        tokens = token_batch(2, 5, device)
+        torch.testing.assert_close(sharded(tokens).logits, alone(tokens).logits, **TIGHT)
+        with pytest.raises(ValueError, match=r"^model: FullyShardedDataParallel divides weights"), client_segments(sharded, [0, 1]):
             pass
         plain = nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)
         attach(plain, hk.AdapterBank({"0": (4, 4)}, [2, 3]))
