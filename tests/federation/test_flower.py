@@ -11,21 +11,17 @@ import importlib
 import json
 import random
 import re
-from pathlib import Path
 
 import torch
 from flower_grid import LocalGrid
 from flwr.app import Array, Error, Message, MessageType
-from tiny import lines, tiny_clients, tiny_config, tiny_federation, tiny_model, tiny_state
+from tiny import lines, tiny_clients, tiny_config, tiny_federation, tiny_model
 
-from hetlora import server
 from hetlora.config import Config, ConfigError
 from hetlora.flower import Base, HetLora, Waiting, client_app
 from hetlora.flower import members as members_module
 from hetlora.flower.client import base_digest, modules_digest
-from hetlora.flower.exchange import EXCHANGES
-from hetlora.flower.settings import Node, client_settings, server_settings
-from hetlora.flower.wire import from_array, size, to_array
+from hetlora.flower.wire import to_array
 from hetlora.loop import simulate
 from hetlora.models import target_shapes
 from hetlora.observer import Observer
@@ -305,46 +301,6 @@ def test_the_examples_run(name):
     assert found.attempted > 0 and not found.failed
 
 
-# ---------------------------------------------------------------- what travels
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.uint8])
-def test_arrays_carry_every_bit(dtype):
-    bits = torch.randint(-(2**7), 2**7, (6, 8 * dtype.itemsize), dtype=torch.int8, generator=torch.Generator().manual_seed(0)).view(dtype)
-    array = to_array(bits)
-    back = from_array(Array(array.dtype, array.shape, array.stype, bytes(array.data)), bits.shape, dtype, "x")
-    assert torch.equal(back.view(torch.int8), bits.view(torch.int8))
-
-
-def test_clients_of_different_ranks_share_the_arrays_of_the_rows_they_share():
-    federation = tiny_federation(SIZES)
-    state = tiny_state(federation, [2, 4, 4, 8])
-    records = EXCHANGES["adapters"].down(tiny_config(Path("run")), state, list(state.ranks))
-    assert [list(record) for record in records] == [["rows 0:2"], *[["rows 0:2", "rows 2:4"]] * 2, ["rows 0:2", "rows 2:4", "rows 4:8"]]
-    assert [size(record) for record in records] == [server.distribute(state, [name]).num_bytes(0) for name in state.ranks]
-    distinct = {array.object_id: len(array.data) for record in records for array in record.values()}
-    assert sum(distinct.values()) == state.bank.num_bytes(0)  # a row is stored once, whoever gets it
-
-
-def test_a_node_may_set_where_its_files_lie_and_nothing_of_the_method():
-    cfg, node = client_settings({"lr": 0.01, "min-clients": 3, "data": "stdlib"}, {"client": "me", "data": "/mine", "num-partitions": 4})
-    assert (cfg.lr, cfg.data, node) == (0.01, "/mine", Node("me"))
-    with pytest.raises(ConfigError, match=r"node config: 'lr' is not a node's to set; a node has client, partition_id, model, data"):
-        client_settings({}, {"lr": 1.0})
-    with pytest.raises(ConfigError, match="did you mean 'client'"):
-        client_settings({}, {"cleint": "me"})
-
-
-def test_the_server_reads_its_waiting_beside_the_settings():
-    cfg, waiting = server_settings({"min-clients": 3, "round-timeout": 5, "lr": 0.01, "resume": True})
-    assert (cfg.lr, waiting) == (0.01, Waiting(3, 600.0, 5, True))
-    for wrong, text in (({"min-clients": 0}, "min_clients: expected a number >= 1, got 0"), ({"resume": "yes"}, "resume: expected true or false, got 'yes'")):
-        with pytest.raises(ConfigError, match=text):
-            server_settings(wrong)
-    with pytest.raises(ConfigError, match="unknown setting 'min_client'"):
-        server_settings({"min-client": 3})
-
-
 @pytest.mark.slow
 def test_two_hundred_clients_of_which_a_third_fail_in_every_round_lose_nothing(tmp_path):
     """20 rounds of 20 clients; a node that fails does so by error, silence or a NaN, in turn."""
@@ -370,18 +326,6 @@ def test_two_hundred_clients_of_which_a_third_fail_in_every_round_lose_nothing(t
         assert sorted(gone) == sorted(failed.get(str(record["round"]), []))
         assert len(gone) + len(record["clients"]) == 20
     assert len(rounds) == 20 and sum(map(len, failed.values())) > 80
-
-
-def test_a_run_is_the_method_that_hetlora_run_would_take():
-    assert server_settings({})[0].train == "fold"
-    assert client_settings({"method": "hetlora"}, {})[0].train == "adapters"
-    assert server_settings({"merge": "svd"})[0].train == "adapters"
-    with pytest.raises(ConfigError, match="method = 'hetlora' has other values of merge"):
-        server_settings({"method": "hetlora", "merge": "svd"})
-    with pytest.raises(ConfigError, match="method = 'fold' has other values of weights"):
-        server_settings({"method": "fold", "weights": "uniform"})
-    private = server_settings({"method": "fold", "weights": "uniform", "dp-clipping-norm": 0.5, "dp-noise-multiplier": 1.0})[0]
-    assert (private.train, private.weights, private.cobatch) == ("fold", "uniform", False), "differential privacy takes equal weights and clients alone"
 
 
 def test_the_course_of_a_deployed_run_is_that_of_the_simulated_one(tmp_path):

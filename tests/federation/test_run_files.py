@@ -1,4 +1,4 @@
-"""Files of a run folder: one writer, whole or absent, every damage noticed and named, equal for equal runs."""
+"""Files of a run folder: whole or absent, every damage noticed and named, equal for equal runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,10 +16,10 @@ from click.testing import CliRunner
 from synthetic_run import write_run
 from test_kinds import RUN_IDS, RUNS
 from test_messages import Recorder
-from tiny import SIZES, Interrupt, Stop, contents, tiny_config, tiny_federation
+from tiny import SIZES, Interrupt, Stop, contents, refused, resume, tiny_config, tiny_federation
 
 import hetlora_kernels as hk
-from hetlora import checkpoint, checkpoint_file, lock, records, run_folder
+from hetlora import checkpoint, checkpoint_file, records, run_folder
 from hetlora.cli import cli
 from hetlora.config import ConfigError
 from hetlora.loop import simulate
@@ -28,156 +27,8 @@ from hetlora.loop import simulate
 CHECKPOINT = run_folder.CHECKPOINT
 
 
-@pytest.fixture(scope="module")
-def stopped_bytes(tmp_path_factory) -> dict[str, bytes]:
-    """The files of a run that stands at round 2."""
-    folder = tmp_path_factory.mktemp("stopped") / "run"
-    with pytest.raises(Stop):
-        simulate(tiny_config(folder), federation=tiny_federation(SIZES), observer=Interrupt("round_start", 3))
-    return contents(folder)
-
-
-@pytest.fixture
-def stopped(tmp_path, stopped_bytes) -> Path:
-    folder = tmp_path / "run"
-    for name, content in stopped_bytes.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    return folder
-
-
-def resume(folder: Path, observer=None, **settings):
-    return simulate(tiny_config(folder, **settings), resume=True, federation=tiny_federation(SIZES), observer=observer)
-
-
-def refused(folder: Path, *words: str, **settings) -> str:
-    with pytest.raises(ConfigError) as error:
-        resume(folder, **settings)
-    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), str(error.value)
-    return str(error.value)
-
-
 def edit(file: Path, **values) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
-
-
-# ---------------------------------------------------------------- one writer
-
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from hetlora.lock import FolderLock
-with FolderLock() as lock:
-    lock.take(Path(sys.argv[1]))
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-def hold(folder: Path) -> subprocess.Popen:
-    other = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "held\n"
-    return other
-
-
-def test_a_folder_that_another_process_writes_to_is_refused_and_free_after_its_kill(stopped):
-    before = contents(stopped)
-    other = hold(stopped)
-    try:
-        refused(stopped, f"{stopped}: another process writes to it (process {other.pid} on ", ", since 20")
-    finally:
-        other.kill()
-        other.wait()
-        other.stdout.close()
-    assert contents(stopped) == {**before, ".lock": (stopped / ".lock").read_bytes()}, "a kill leaves the file of the lock, and no lock"
-    resume(stopped)
-    assert not (stopped / ".lock").exists()
-
-
-def test_a_run_holds_its_folder_from_the_first_moment_to_the_last(tmp_path):
-    seen = []
-
-    class Second(Recorder):
-        def start(self, *_):
-            with pytest.raises(ConfigError, match=f"another process writes to it \\(process {os.getpid()} "):
-                resume(tmp_path / "run")
-            seen.append("start")
-
-        finish = start
-
-    simulate(tiny_config(tmp_path / "run"), federation=tiny_federation(SIZES), observer=Second())
-    assert seen == ["start"] * 2 and [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert ".lock" not in contents(tmp_path / "run")
-
-
-def test_a_forked_child_does_not_end_its_parents_lock(tmp_path):
-    with lock.FolderLock() as mine:
-        mine.take(tmp_path)
-        child = os.fork()
-        if not child:
-            mine.release()
-            os._exit(0)
-        os.waitpid(child, 0)
-        with pytest.raises(ConfigError, match="another process writes to it"):
-            lock.FolderLock().take(tmp_path)
-
-
-def test_a_link_laid_in_place_of_the_lock_or_of_a_temporary_file_is_not_followed(stopped, monkeypatch):
-    mine = stopped.parent / "mine"
-    mine.write_text("mine")
-    (stopped / ".lock").symlink_to(mine)
-    with pytest.raises(OSError, match="lock"):
-        resume(stopped)
-    (stopped / ".lock").unlink()
-    monkeypatch.setattr("secrets.token_hex", lambda _: "0" * 16)
-    (stopped / f".x.{'0' * 16}.tmp").symlink_to(mine)
-    with pytest.raises(run_folder.WriteError, match="x: cannot be written"):
-        run_folder.write_atomic(stopped / "x", "yours")
-    assert mine.read_text() == "mine" and not (stopped / "x").exists()
-
-
-@pytest.mark.parametrize("missing", ["platform", "file system"])
-def test_without_locks_the_run_goes_on_and_says_so(tmp_path, monkeypatch, missing):
-    if missing == "platform":
-        monkeypatch.setattr(lock, "fcntl", None)
-    else:
-
-        def fail(*_):
-            raise OSError(errno.ENOLCK, "No locks available")
-
-        monkeypatch.setattr(lock.fcntl, "flock", fail)
-    seen = Recorder()
-    simulate(tiny_config(tmp_path / "run", rounds=1), federation=tiny_federation(SIZES), observer=seen)
-    assert any("start one at a time" in text for text in seen.messages)
-
-
-def test_leftovers_of_a_kill_are_removed_and_nothing_else(stopped):
-    own = [stopped / f".{CHECKPOINT}.{'a' * 16}.tmp", stopped / "adapter" / f".adapter_config.json.{'b' * 16}.tmp"]
-    own.append(next((stopped / "clients").iterdir()) / f".adapter_model.safetensors.{'c' * 16}.tmp")
-    foreign = [stopped / ".notes.tmp", stopped / f".{CHECKPOINT}.tmp~", stopped / "notes.tmp"]
-    staging = stopped.parent / ".other.staging-x1"
-    staging.mkdir()
-    users = stopped.parent / ".other.staging-mine"
-    users.mkdir()
-    for path in (*own, *foreign, staging / ".lock", staging / "config.json", users / ".lock", users / "thesis.tex"):
-        path.write_text("x")
-    resume(stopped)
-    simulate(tiny_config(stopped.parent / "other", rounds=1), federation=tiny_federation(SIZES))
-    assert not any(path.exists() for path in (*own, staging)) and all(path.exists() for path in (*foreign, users / "thesis.tex"))
-
-
-def test_a_folder_in_the_making_by_a_living_process_is_left_alone(tmp_path):
-    staging = tmp_path / ".run.staging-x1"
-    staging.mkdir()
-    other = hold(staging)
-    try:
-        simulate(tiny_config(tmp_path / "run", rounds=1), federation=tiny_federation(SIZES))
-        assert staging.is_dir()
-    finally:
-        other.kill()
-        other.wait()
-        other.stdout.close()
 
 
 # ---------------------------------------------------------------- written whole
@@ -451,39 +302,3 @@ def test_two_clients_of_one_name_in_two_cases_keep_their_own_adapters(tmp_path):
     ranks = {path.name: json.loads((path / "adapter_config.json").read_text())["r"] for path in (tmp_path / "run" / "clients").iterdir()}
     assert len(ranks) == 2 and ranks["ann"] in (3, 4) and ranks["%41nn"] in (1, 2)
     assert command("export", tmp_path / "run", "--client", "Ann", "-o", tmp_path / "out")[0] == 0
-
-
-# ---------------------------------------------------------------- two processes
-
-
-TWO = """
-import sys
-import time
-from pathlib import Path
-sys.path[:0] = {path!r}
-from tiny import SIZES, tiny_config, tiny_federation
-from hetlora.loop import simulate
-from hetlora.observer import Observer
-class Waits(Observer):
-    def round_start(self, round, total, names):
-        while round == 3 and not Path(sys.argv[1] + " may go on").exists():
-            time.sleep(0.01)
-simulate(tiny_config(Path(sys.argv[1]), rounds=5), federation=tiny_federation(SIZES), observer=Waits())
-"""
-
-
-@pytest.mark.slow
-def test_a_second_process_cannot_resume_a_living_run_which_ends_well(tmp_path):
-    script = TWO.format(path=[str(Path(__file__).parent), *sys.path])
-    first = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "run")])
-    log = tmp_path / "run" / "rounds.jsonl"
-    end = time.monotonic() + 1500
-    while not (log.exists() and log.read_text().count("\n") > 2) and time.monotonic() < end:
-        time.sleep(0.01)
-    try:
-        for _ in range(3):
-            refused(tmp_path / "run", str(tmp_path / "run"), f"process {first.pid} on ", rounds=5)
-    finally:
-        (tmp_path / "run may go on").touch()
-        assert first.wait() == 0
-    assert [json.loads(line)["round"] for line in log.read_text().splitlines()] == list(range(6))

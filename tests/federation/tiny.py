@@ -6,14 +6,16 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hetlora_kernels as hk
 from hetlora import training
-from hetlora.config import Config
+from hetlora.config import Config, ConfigError
 from hetlora.data import ClientData, FederatedData
 from hetlora.federation import Federation
+from hetlora.loop import simulate
 from hetlora.models import target_shapes
 from hetlora.observer import Observer
 from hetlora.server import ServerState
@@ -170,3 +172,16 @@ class Interrupt(Observer):
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder by its relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def resume(folder: Path, observer=None, **settings):
+    """A stopped run of tiny clients, continued."""
+    return simulate(tiny_config(folder, **settings), resume=True, federation=tiny_federation(SIZES), observer=observer)
+
+
+def refused(folder: Path, *words: str, **settings) -> str:
+    """The one line, with these words in it, by which a resume is refused."""
+    with pytest.raises(ConfigError) as error:
+        resume(folder, **settings)
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), str(error.value)
+    return str(error.value)

@@ -33,7 +33,7 @@ def backends_for(kind: str) -> list[str]:
     return [rung for rung in _library.available() if serves(rung, kind)]
 
 
-OF_THE_LAYER = ("test_lora", "test_lora_calls", "test_lora_tiles", "test_dropout")
+OF_THE_LAYER = ("test_lora", "test_lora_calls", "test_lora_errors", "test_lora_tiles", "test_dropout")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
