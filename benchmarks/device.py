@@ -84,7 +84,7 @@ class Clock:
         return sorted(times)[rounds // 4] * 1e6
 
     def modelled_us(self, *work: model.Work) -> float | None:
-        gpu = model.gpu_named(torch.cuda.get_device_name(self.device)) if self.cuda else None
+        gpu = model.gpu_of(self.device) if self.cuda else None
         return model.total(work, gpu) if gpu and work else None
 
 

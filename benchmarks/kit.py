@@ -23,7 +23,7 @@ import torch
 
 from hetlora_kernels import _library
 
-from . import compare, figures, run
+from . import compare, figures, run, static
 
 NEEDS = {"peft": ("peft", "transformers"), "round": ("peft", "transformers", "pydantic")}  # packages, beside torch
 WAY_OUT = "pip install 'hetlora[bench]'"
@@ -46,6 +46,7 @@ def arguments(argv: list[str], prog: str) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, after each of them")
     parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="counts of threads [default: 1 and all; quick: all; on a GPU 1]")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="[default: cuda where there is one]")
+    parser.add_argument("--static", action="store_true", help="in place of measuring: read the compiled CUDA kernels; --static --help has its options")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to see that all of it runs; such figures mean nothing")
     options = parser.parse_args(argv)
     if options.budget is not None and not options.budget > 0:
@@ -215,7 +216,10 @@ def main(argv: list[str] | None = None, prog: str = "hetlora bench") -> int:
         if given[:1] == ["report"]:
             page = importlib.import_module(f"{__package__}.page")  # matplotlib and jinja2: the extra
             return int(page.main(page.arguments(given[1:], f"{prog} report", Parser)))
-        return measure(arguments(given, prog), shlex.join([*prog.split(), *given]))
+        command = shlex.join([*prog.split(), *given])
+        if "--static" in given:
+            return static.main(static.arguments(given, prog, Parser), command)
+        return measure(arguments(given, prog), command)
     except (ValueError, OSError, ImportError) as error:
         print(f"{prog}: error: {said(error)}", file=sys.stderr)
         return 2

@@ -256,7 +256,7 @@ def measure(case: tuple[Problem, str], options: Any, device: torch.device, threa
         record["flops"] = flops(p)
         record["ratio_to_peft"] = timing.over(timings[RIVAL]) if RIVAL in timings else None
         own = device.type == "cuda" and p.dtype == torch.bfloat16 and name.startswith("hetlora")
-        record["modelled_s"] = model.layer_seconds(torch.cuda.get_device_name(device), p.tokens, p.n, p.m, p.ranks, p.p > 0) if own else None
+        record["modelled_s"] = model.layer_seconds(model.gpu_of(device), p.tokens, p.n, p.m, p.ranks, p.p > 0) if own else None
         record |= {"peak_extra_bytes": peak_extra_bytes(runs[name], device), "saved_bytes": saved_bytes(runs[name], p)}
         records.append(record)
     return records

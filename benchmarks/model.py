@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from .shapes import LLAMA_8B_ATTENTION_LAYER, elements_per_rank, power_law_ranks
 
 COPY_SHARE = 0.9  # of the public bandwidth that a copy reaches
@@ -24,6 +26,7 @@ RESIDENT = 3  # such blocks on a multiprocessor, by registers and shared memory
 DROPOUT_INTEGERS = 38  # integer instructions for eight columns: counted in the machine code (tests/gpu/test_cuda_build.py)
 GRAM_SHARE = 0.6  # of the float32 peak in the server's Gram kernel: 256 products beside 16 loads from shared memory, and 84 to 98 % of the threads have some
 MMA_SHARE = 0.5  # of the 16-bit peak that mma.sync reaches
+LOSS_INSTRUCTIONS = 42  # of cross_entropy_ for a bfloat16 logit: 186 and 151 in the loops of both passes for eight, counted in the machine code of sm_87
 CASTS = 0  # of float32 factors to the base's type, each way: the optimiser keeps them in it (`cast=`); 2 without
 
 # of csrc/cuda: lora.h, lora_layer.h, gram.cu
@@ -49,6 +52,7 @@ GPUS = (
     Gpu("H100", 132, 1.98, 3350, 67, 989),
     Gpu("H200", 132, 1.98, 4800, 67, 989),
     Gpu("AGX Orin", 16, 1.3, 204.8, 5.3, 42.5),
+    Gpu("Orin Nano", 8, 1.02, 102, 2.09, 16.7),  # 8 GB, in the mode MAXN SUPER of JetPack 6.2
     Gpu("Thor", 20, 1.575, 273, 8.06, 258, 128),
 )
 
@@ -231,18 +235,33 @@ def sgd(elements: int, ranks: Sequence[int]) -> Work:
     return Work("sgd_", 3, 3 * 4 * elements * sum(ranks))
 
 
+def cross_entropy(rows: int, words: int, held: bool) -> Work:
+    """bfloat16 logits in, slopes out in their place. `held`: L2 holds the rows in flight, so that the second pass reads none from memory.
+
+    An instruction counts as a multiplication and an addition without tensor cores.
+    """
+    size, products = 2 * rows * words, 2 * LOSS_INSTRUCTIONS * rows * words
+    name = f"cross_entropy_, logits again from {'L2' if held else 'memory'}"
+    return Work(name, 1, (2 if held else 3) * size + 12 * rows, size if held else 0, products=products, pipe="float32")
+
+
 # ---------------------------------------------------------------- tables
 
 
-def layer_seconds(device: str, rows: int, n: int, m: int, ranks: Sequence[int], drop: bool) -> float | None:
-    """Modelled time of the layer's launches on the device with this name, equal rows for each rank; None for a device that the model does not know."""
-    gpu = gpu_named(device)
+def layer_seconds(gpu: Gpu | None, rows: int, n: int, m: int, ranks: Sequence[int], drop: bool) -> float | None:
+    """Modelled time of the layer's launches on the device, equal rows for each rank; None for a device that the model does not know."""
     return None if gpu is None else total(layer(rows, n, m, math.ceil(sum(ranks) / len(ranks)), drop), gpu) / 1e6
 
 
-def gpu_named(name: str) -> Gpu | None:
-    """The device whose name is in what the driver says."""
-    return next((gpu for gpu in GPUS if gpu.name.removeprefix("AGX ").lower() in name.lower()), None)
+def gpu_named(name: str, multiprocessors: int) -> Gpu | None:
+    """The device that the driver means: every Orin is "Orin" to it, and other cards than the one modelled are called H100, too."""
+    words = set(name.lower().split())
+    return next((gpu for gpu in GPUS if words & {*gpu.name.lower().split()} and gpu.multiprocessors == multiprocessors), None)
+
+
+def gpu_of(device: torch.device) -> Gpu | None:
+    properties = torch.cuda.get_device_properties(device)
+    return gpu_named(properties.name, properties.multi_processor_count)
 
 
 def kernel_table(rows: Sequence[tuple[str, Work]]) -> list[str]:
@@ -254,8 +273,8 @@ def kernel_table(rows: Sequence[tuple[str, Work]]) -> list[str]:
     return lines
 
 
-def table() -> list[str]:
-    """The table of docs/kernels-gpu.md: each kernel of a layer at two lengths, server and client ops, and the layer's overhead."""
+def rows() -> list[tuple[str, Work]]:
+    """(load, kernel): each kernel of a layer at two lengths, server and client ops."""
     rows: list[tuple[str, Work]] = []
     for tokens in (8192, 2048):
         for p, drop in (("0", False), ("0.1", True)):
@@ -275,7 +294,13 @@ def table() -> list[str]:
         for dtype, size in (("float32", 4), ("bfloat16", 2)):
             rows.append((load.replace("ranks 4..64, float32", f"{name}, {dtype}"), gram(elements, own, size)))
     rows.append((load.replace("100 clients, ranks 4..64", "1 client, rank 16"), accumulate(elements, 16)))
-    lines = [*kernel_table(rows), "", "Forward and backward of the layer over the frozen layer's, *modelled*, r = 16, p = 0.1:", ""]
+    rows += [(f"T=2048, {words} words", cross_entropy(2048, words, held)) for words, held in ((49152, True), (128256, False))]
+    return rows
+
+
+def table() -> list[str]:
+    """The table of docs/kernels-gpu.md: the kernels, and the layer's overhead."""
+    lines = [*kernel_table(rows()), "", "Forward and backward of the layer over the frozen layer's, *modelled*, r = 16, p = 0.1:", ""]
     lines += [
         "| n -> m | T | launches | " + " | ".join(f"{gpu.name}, modelled" for gpu in GPUS) + " | measured |",
         "|---|--:|--:|" + "--:|" * len(GPUS) + "---|",

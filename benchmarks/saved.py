@@ -40,10 +40,11 @@ def write(result: dict[str, Any], path: Path) -> None:
         lines = [f"   {json.dumps(name)}: {json.dumps(figures)}" for name, figures in providers.items()]
         cases.append(f'  {json.dumps(case)[:-1]}, "providers": {{\n' + ",\n".join(lines) + "}}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, f'{head[:-2]},\n "cases": [\n' + ",\n".join(cases) + "\n ]\n}\n")
+    replace(path, f'{head[:-2]},\n "cases": [\n' + ",\n".join(cases) + "\n ]\n}\n")
 
 
-def _replace(path: Path, text: str) -> None:
+def replace(path: Path, text: str) -> None:
+    """Write the whole file or, where that is stopped, none of it."""
     if path.exists() and not path.is_file():  # a pipe, a device
         path.write_text(text, encoding="utf-8")
         return

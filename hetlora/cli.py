@@ -381,7 +381,7 @@ def tune() -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="")
 def bench(arguments: tuple[str, ...]) -> int:
     """Measure this machine: its ceilings, every operation beside them and beside other ways; compare such files, or write a page of one."""
-    if not {"-h", "--help", "compare", "report"} & {*arguments}:
+    if not {"-h", "--help", "--static", "compare", "report"} & {*arguments}:
         tell(processor.prepare())
     return int(_loaded("hetlora_kernels.benchmarks.kit").main(list(arguments)))
 

@@ -4,7 +4,6 @@ kernel is written."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from benchmarks import static
 
 ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
@@ -68,32 +69,13 @@ def test_no_kernel_spills_on_any_architecture(build: tuple[Path, str]) -> None:
     assert max(r["shared"] for r in found) <= 48 << 10, "more than the static limit of every architecture"
 
 
-def disassembler() -> str | None:
-    """cuobjdump, which the CUDA toolkit may lack and Triton brings along."""
-    triton = importlib.util.find_spec("triton")
-    beside = Path(str(triton.origin)).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if triton else None
-    return shutil.which("cuobjdump") or (str(beside) if beside and beside.exists() else None)
-
-
 @cache
 def instructions(file: Path) -> dict[tuple[int, str], Counter[str]]:
     """{(architecture, kernel): how often each instruction is in it, by name without modifiers}."""
-    tool = disassembler()
-    assert tool is not None
-    with subprocess.Popen([tool, "-sass", file], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        found: dict[tuple[int, str], Counter[str]] = {}
-        arch, names = 0, Counter[str]()
-        for line in process.stdout:
-            if head := re.match(r"\s*code for sm_(\d+)|\s*Function : (\w+)", line):
-                arch = int(head[1]) if head[1] else arch
-                names = found.setdefault((arch, head[2]), Counter()) if head[2] else names
-            elif code := re.match(r"\s*/\*\w+\*/\s+(?:@!?\w+ )?(\w+)", line):
-                names[code[1]] += 1
-    return found
+    return {place: kernel.instructions for place, kernel in static.read(file).items()}
 
 
-needs_disassembler = pytest.mark.skipif(disassembler() is None, reason="cuobjdump is not installed, neither with the CUDA toolkit nor with Triton")
+needs_disassembler = pytest.mark.skipif(static.cuobjdump() is None, reason="cuobjdump is not installed, neither with the CUDA toolkit nor with Triton")
 
 
 def built_object(build: tuple[Path, str], source: str) -> Path:
@@ -130,20 +112,6 @@ def test_the_servers_gram_multiplies_16_bit_rows_on_tensor_cores(build: tuple[Pa
 
 
 DROPOUT_INTEGERS = 44  # 65 with 64-bit products, halves taken apart and masks made element by element
-INTEGER = {
-    "LOP3",
-    "IADD3",
-    "IADD",
-    "VIADD",
-    "PRMT",
-    "ISETP",
-    "SEL",
-    "SHF",
-    "LEA",
-    "IMNMX",
-    "VIMNMX",
-    "VIADDMNMX",
-}  # a pipe of half the lanes of a multiprocessor
 
 
 @needs_disassembler
@@ -160,7 +128,7 @@ def test_what_dropout_costs_in_integer_instructions(build: tuple[Path, str], ker
     assert drops
     for (arch, name), names in drops.items():
         without = found[arch, name.replace("Lb1E", "Lb0E")]
-        cost = sum(names[code] - without[code] for code in INTEGER) / units
+        cost = sum(names[code] - without[code] for code in static.INTEGER) / units
         assert cost <= DROPOUT_INTEGERS, f"{name} on sm_{arch}: {cost} integer instructions a unit"
 
 

@@ -45,7 +45,7 @@ def compiled(arch: int, cache: Path, *cases: str) -> list[dict]:
     done = subprocess.run([sys.executable, HERE / "triton_aot.py", str(arch), *cases], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     variants = [json.loads(line) for line in done.stdout.splitlines()]
-    assert not [v for v in variants if v["stack"] or v["local"]], "registers spill"
+    assert not [v for v in variants if v["local"]], "registers spill"
     assert not [v for v in variants if v["shared"] > SHARED_LIMIT[arch]], "more shared memory than a block may have"
     streaming = [v for v in variants if v["kernel"] in STREAMING | LAYER]
     assert not [v for v in streaming if "odd" not in v["case"] and not v["wide"]], "no 16-byte access"

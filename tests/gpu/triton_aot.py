@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,6 +20,8 @@ from launches import CASES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from benchmarks import static
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64"}
@@ -68,15 +69,12 @@ def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict[str, Any], arc
 
 
 def resources(compiled: Any) -> dict[str, int]:
-    """Registers per thread, bytes of stack and local memory (spills), and shared memory of a compiled kernel."""
+    """Registers per thread, bytes of stack and local memory together (spills), and shared memory of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        report = subprocess.run([_TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", report)
-    assert found, report
-    registers, stack, static, local = map(int, found.groups())
-    return {"registers": registers, "stack": stack, "local": local, "shared": max(static, compiled.metadata.shared)}
+        ((_, _, (registers, static_shared, local)),) = static.resources(_TOOLS / "cuobjdump", Path(file.name))
+    return {"registers": registers, "local": local, "shared": max(static_shared, compiled.metadata.shared)}
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from benchmarks import device, lora, model, server
 from benchmarks.shapes import TINY
 
 CPU = torch.device("cpu")
+H100 = SimpleNamespace(name="NVIDIA H100 80GB HBM3", multi_processor_count=132)
 
 
 class Event:
@@ -37,7 +38,7 @@ class Event:
 def clock(monkeypatch):
     """A clock that believes to be an H100's."""
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    stand_ins = {"Event": Event, "synchronize": lambda: None, "_sleep": lambda cycles: None, "get_device_name": lambda which: "NVIDIA H100 80GB HBM3"}
+    stand_ins = {"Event": Event, "synchronize": lambda: None, "_sleep": lambda cycles: None, "get_device_properties": lambda which: H100}
     stand_ins |= {"Stream": lambda: stream, "current_stream": lambda: stream, "stream": contextlib.nullcontext, "graph": contextlib.nullcontext}
     for name, one in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, one)

@@ -71,12 +71,30 @@ def test_more_work_never_takes_less(gpu):
 
 
 @pytest.mark.parametrize(
-    ("name", "gpu"), [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"), ("Orin", "AGX Orin"), ("NVIDIA Thor", "Thor"), ("RTX 4090", None)]
+    ("name", "multiprocessors", "gpu"),
+    [
+        ("NVIDIA H100 80GB HBM3", 132, "H100"),
+        ("NVIDIA H100 PCIe", 114, None),
+        ("NVIDIA H200", 132, "H200"),
+        ("NVIDIA GH200 480GB", 132, None),
+        ("Orin", 16, "AGX Orin"),
+        ("Orin (nvgpu)", 8, "Orin Nano"),
+        ("Orin", 14, None),
+        ("NVIDIA Thor", 20, "Thor"),
+        ("RTX 4090", 128, None),
+    ],
 )
-def test_devices_go_by_the_name_that_the_driver_says(name, gpu):
-    found = model.gpu_named(name)
+def test_devices_go_by_the_name_that_the_driver_says_and_their_multiprocessors(name, multiprocessors, gpu):
+    found = model.gpu_named(name, multiprocessors)
     assert (found.name if found else None) == gpu
-    assert (model.layer_seconds(name, 64, 64, 64, [4], False) is None) == (gpu is None)
+    assert (model.layer_seconds(found, 64, 64, 64, [4], False) is None) == (gpu is None)
+
+
+def test_the_loss_reads_its_logits_again_from_l2_or_from_memory():
+    held, again = model.cross_entropy(10, 100, True), model.cross_entropy(10, 100, False)
+    assert (held.bytes - 12 * 10, held.cached, again.bytes - held.bytes, again.cached) == (2 * 2 * 1000, 2 * 1000, 2 * 1000, 0)
+    assert held.parts(H100)["products"] == pytest.approx(model.LOSS_INSTRUCTIONS * 1000 / (128 * 132 * 1.98e3), rel=0.01), "one instruction a lane and clock"
+    assert {work.kernel.split(",")[0] for _, work in model.rows()} >= {"cross_entropy_", "aggregate_", "gram", "shrink", "adamw_"}
 
 
 def test_every_figure_is_labelled_as_modelled():
