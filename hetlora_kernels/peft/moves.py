@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,29 @@ from hetlora_kernels.peft.writes import masked_scatter, widths, write, write_alo
 def _dims(given: Any, count: int) -> list[int]:
     given = range(count) if given is None else [given] if isinstance(given, int) else given
     return [dim % count for dim in given]
+
+
+def _given(args: Any, kwargs: Any, name: str, at: int, default: Any = None) -> Any:
+    """The argument of this name, or at this place."""
+    return kwargs.get(name, args[at] if len(args) > at else default)
+
+
+def _of_first(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule (owners of the first argument, func, out, args, kwargs). Where the first is nobody's, another argument is somebody's, or no rule were asked:
+    it is a pattern for the shape (`expand_as`, ...), or decides what is taken of the first, and nothing says for whom."""
+
+    def whole(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Any:
+        own = look(_given(args, kwargs, "input", 0))
+        if isinstance(own, Owners):
+            return rule(own, func, out, args, kwargs)
+        return None if own is None and func.__name__.endswith("_as") else LOST
+
+    return whole
+
+
+def _mixing(dims: Callable[[int, Any, Any], Sequence[int]]) -> Callable[..., Any]:
+    """The rule of functions that mix elements along some dimensions and keep the others: `dims` names them, of (count of dimensions, args, kwargs)."""
+    return _of_first(lambda own, func, out, args, kwargs: LOST if any(own.varies(dim) for dim in dims(own.table.dim(), args, kwargs)) else own)
 
 
 def _pointwise(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
@@ -33,18 +56,14 @@ def nothing(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
     return None
 
 
-def _shape(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
-    own = look(args[0])
-    if not isinstance(own, Owners):
-        return own
+@_of_first
+def _shape(own: Owners, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
     return own.like(reshaped(own.table, args[0].shape, out.shape))
 
 
-def _view(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Any:
+@_of_first
+def _view(own: Owners, func: Any, out: Any, args: Any, kwargs: Any) -> Any:
     """Functions that only choose among elements by position."""
-    own = look(args[0])
-    if not isinstance(own, Owners):
-        return own
     moved = func(own.table.expand(args[0].shape), *args[1:], **kwargs)
     if isinstance(moved, Tensor):
         return own.like(compact(moved) if moved._is_view() else plainer(moved))
@@ -59,35 +78,14 @@ def _unfold(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Any:
     return LOST if any(own.varies(d) for d in range(1, own.table.dim())) else own.like(own.table.reshape(-1, 1, 1))
 
 
-def _along(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
-    """Functions that mix elements along `dim` and keep the shape up to the size of that dimension."""
-    own = look(args[0])
-    dim = kwargs.get("dim", args[1] if len(args) > 1 and isinstance(args[1], int) else -1)
-    if not isinstance(own, Owners):
-        return own
-    return LOST if own.varies(dim) else own
-
-
-def _top(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
-    own = look(args[0])
-    dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
-    return own if not isinstance(own, Owners) or not own.varies(dim) else LOST
-
-
-def _unit(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
-    own = look(args[0])
-    dim = kwargs.get("dim", args[2] if len(args) > 2 else 1)
-    return own if not isinstance(own, Owners) or not own.varies(dim) else LOST
-
-
 def _reduce(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    if isinstance(_given(args, kwargs, "other", 1), Tensor):  # maximum of two
+        return _pointwise(look, func, out, args, kwargs)
     own = look(args[0])
     if not isinstance(own, Owners):
         return own
     at = 2 if func.__name__ == "norm" else 1
-    given = kwargs.get("dim", kwargs.get("axis", args[at] if len(args) > at and not isinstance(args[at], (bool, Tensor)) else None))
-    if len(args) > 1 and isinstance(args[1], Tensor):  # maximum of two
-        return _pointwise(look, func, out, args, kwargs)
+    given = kwargs.get("dim", args[at] if len(args) > at and not isinstance(args[at], bool) else None)
     dims = _dims(given, own.table.dim())
     if any(own.varies(dim) for dim in dims):
         return LOST
@@ -96,41 +94,19 @@ def _reduce(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
     return own.like(table)
 
 
-def _normalised(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
-    own, shape = look(args[0]), kwargs.get("normalized_shape", args[1] if len(args) > 1 else None)
-    if not isinstance(own, Owners):
-        return own
-    return LOST if any(own.varies(-1 - d) for d in range(len(shape))) else own
-
-
-def _pad(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
-    own, sizes = look(args[0]), kwargs.get("pad", args[1] if len(args) > 1 else ())
-    if not isinstance(own, Owners):
-        return own
-    return LOST if any(own.varies(-1 - d) and any(sizes[2 * d : 2 * d + 2]) for d in range(len(sizes) // 2)) else own
-
-
-def _per_sample(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+@_of_first
+def _per_sample(own: Owners, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
     """Functions that treat the first dimension sample by sample: convolutions, pooling, group norms."""
-    own = look(args[0] if args else kwargs["input"])
     first = out if isinstance(out, Tensor) else out[0]
     name = func.__name__
-    one = name.startswith("conv") and own.table.dim() != int(name[-2]) + 2 if isinstance(own, Owners) else False  # no batch: the first dimension is mixed
-    if not isinstance(own, Owners) or one or any(own.varies(d) for d in range(1, own.table.dim())) or first.dim() != own.table.dim():
-        return own if not isinstance(own, Owners) else LOST
-    return own
+    one = name.startswith("conv") and own.table.dim() != int(name[-2]) + 2  # no batch: the first dimension is mixed
+    return LOST if one or any(own.varies(d) for d in range(1, own.table.dim())) or first.dim() != own.table.dim() else own
 
 
 def _linear(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
     own = look(args[0])
     if any(look(other) is not None for other in (*args[1:], *kwargs.values())):
         return LOST
-    return LOST if isinstance(own, Owners) and own.varies(-1) else own
-
-
-def _grouped(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
-    """Rows times the weights of their groups."""
-    own = look(args[0])
     return LOST if isinstance(own, Owners) and own.varies(-1) else own
 
 
@@ -153,7 +129,7 @@ def _matmul(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
 
 
 def _add_product(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
-    one, two = (kwargs.get(f"batch{at}", kwargs.get(f"mat{at}", args[at] if len(args) > at else None)) for at in (1, 2))
+    one, two = (kwargs.get(f"batch{at}", _given(args, kwargs, f"mat{at}", at)) for at in (1, 2))
     return join([look(args[0]), _product(look(one), look(two), one, two, out.dim())], out.dim())
 
 
@@ -189,8 +165,7 @@ def _einsum(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
 
 
 def _cat(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
-    tensors, dim = args[0], kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0)) % out.dim()
-    tensors = [tensor for tensor in tensors if tensor.numel()]
+    tensors, dim = [tensor for tensor in args[0] if tensor.numel()], _given(args, kwargs, "dim", 1, 0) % out.dim()
     entries = [look(tensor) for tensor in tensors]
     if any(entry is LOST for entry in entries):
         return LOST
@@ -205,7 +180,7 @@ def _cat(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
 
 
 def _stack(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
-    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % out.dim()
+    dim = _given(args, kwargs, "dim", 1, 0) % out.dim()
     parts: list[Entry] = [own.like(own.table.unsqueeze(dim)) if isinstance(own := look(tensor), Owners) else own for tensor in args[0]]
     return join(parts, out.dim())
 
@@ -215,26 +190,29 @@ def _embedding(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry
     return own.like(own.table.unsqueeze(-1)) if isinstance(own, Owners) else own
 
 
-def _repeat(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
-    own = look(args[0])
-    if not isinstance(own, Owners):
-        return own
+# Which dimensions functions mix.
+_along = _mixing(lambda count, args, kwargs: [kwargs.get("dim", args[1] if len(args) > 1 and isinstance(args[1], int) else -1)])
+_grouped = _mixing(lambda count, args, kwargs: [-1])  # rows times the weights of their groups
+_top = _mixing(lambda count, args, kwargs: [_given(args, kwargs, "dim", 2, -1)])
+_unit = _mixing(lambda count, args, kwargs: [_given(args, kwargs, "dim", 2, 1)])
+_normalised = _mixing(lambda count, args, kwargs: range(-len(_given(args, kwargs, "normalized_shape", 1)), 0))
+_transformed = _mixing(lambda count, args, kwargs: _dims(kwargs.get("dim"), count))
+_pad = _mixing(lambda count, args, kwargs: [-1 - at // 2 for at, size in enumerate(_given(args, kwargs, "pad", 1, ())) if size])
+
+
+@_of_first
+def _repeat(own: Owners, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
     sizes = list(args[1]) if isinstance(args[1], (tuple, list)) else list(args[1:])
     table = aligned(own.table, out.dim())
     return own.like(table.repeat([times if size > 1 else 1 for times, size in zip(sizes, table.shape, strict=True)]))
 
 
-def _repeat_interleave(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
-    own, dim = look(args[0]), kwargs.get("dim", args[2] if len(args) > 2 else None)
-    if not isinstance(own, Owners):
-        return own
+@_of_first
+def _repeat_interleave(own: Owners, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    repeats, dim = _given(args, kwargs, "repeats", 1), _given(args, kwargs, "dim", 2)
     if dim is None:
         return LOST
-    by_data = isinstance(kwargs.get("repeats", args[1] if len(args) > 1 else None), Tensor)
-    if not own.varies(dim):
-        return own
-    own = own.like(own.table, not by_data)
-    return own.like(own.table.repeat_interleave(kwargs.get("repeats", args[1] if len(args) > 1 else None), dim=dim))
+    return own.like(own.table.repeat_interleave(repeats, dim=dim), not isinstance(repeats, Tensor)) if own.varies(dim) else own
 
 
 def _chosen(own: Owners, tensor: Tensor, index: Any) -> Owners:
@@ -277,7 +255,7 @@ def _looked_up(look: Look, index: Any, out: Tensor) -> Entry:
 
 def _index_select(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
     own = look(args[0])
-    dim, index = kwargs.get("dim", args[1] if len(args) > 1 else 0), kwargs.get("index", args[2] if len(args) > 2 else None)
+    dim, index = _given(args, kwargs, "dim", 1, 0), _given(args, kwargs, "index", 2)
     where = look(index)
     if own is None and isinstance(where, Owners):
         return where.like(where.table.reshape([-1 if d == dim % out.dim() else 1 for d in range(out.dim())]))
@@ -286,29 +264,19 @@ def _index_select(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> En
     return own.like(own.table.index_select(dim, index), False)
 
 
-def _sorted(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
-    own, order = look(args[0]), out if isinstance(out, Tensor) else out[1]
+@_of_first
+def _sorted(own: Owners, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    order = out if isinstance(out, Tensor) else out[1]
     dim = kwargs.get("dim", args[1] if len(args) > 1 and type(args[1]) is int else -1)
-    if not isinstance(own, Owners) or not own.varies(dim):
-        return own
-    return own.like(plainer(own.table.expand(args[0].shape).gather(dim, order)), False)
+    return own.like(plainer(own.table.expand(args[0].shape).gather(dim, order)), False) if own.varies(dim) else own
 
 
-def _strided(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+@_of_first
+def _strided(own: Owners, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
     """Any other look at the same memory."""
-    own, tensor = look(args[0]), args[0]
-    if not isinstance(own, Owners):
-        return own
+    tensor = args[0]
     memory = torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.int64, device=tensor.device).copy_(own.table.expand(tensor.shape))
     return own.like(plainer(memory.as_strided(out.shape, out.stride(), out.storage_offset() - tensor.storage_offset())))
-
-
-def _transformed(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
-    """Fourier transforms along `dim`."""
-    own = look(args[0])
-    if not isinstance(own, Owners):
-        return own
-    return LOST if any(own.varies(dim) for dim in _dims(kwargs.get("dim"), own.table.dim())) else own
 
 
 def _multi_head(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Any:
@@ -321,7 +289,7 @@ def _multi_head(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Any:
 
 def _gather(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
     own, tensor = look(args[0]), args[0]
-    dim, index = kwargs.get("dim", args[1] if len(args) > 1 else 0) % tensor.dim(), kwargs.get("index", args[2] if len(args) > 2 else None)
+    dim, index = _given(args, kwargs, "dim", 1, 0) % tensor.dim(), _given(args, kwargs, "index", 2)
     if not isinstance(own, Owners):
         return own or look(index)
     if not own.varies(dim):

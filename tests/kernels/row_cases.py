@@ -119,6 +119,7 @@ FOLLOWED = {
     "rows of a table selected": lambda layer, x: layer(constants(x).index_select(0, whole(x).view(-1))).view_as(x),
     "table gathered": lambda layer, x: layer(constants(x)[:8].expand(len(x), 8, 8).gather(1, x.argsort(-1)).flip(0)).flip(0),
     "along an axis": lambda layer, x: layer(torch.stack([x.softmax(axis=2), x], axis=1)).sum(axis=1),
+    "greater of two": lambda layer, x: layer(torch.max(torch.full_like(x, -9.0), x).flip(0)).flip(0),
     "normal": lambda layer, x: layer(torch.normal(x, torch.zeros_like(x)).flip(0)).flip(0),
 }
 

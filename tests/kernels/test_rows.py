@@ -228,6 +228,7 @@ REFUSED = {
     "vmap": lambda layer, x: layer(torch.vmap(lambda one: 2 * one)(x).flip(0)),
     "unknown function, then flattened": lambda layer, x: layer(torch.special.i0(x).reshape(-1, WIDTH)),
     "unknown function, a square": lambda layer, x: layer(torch.special.i0(x[:, : len(x)])),
+    "constants, as many as data say": lambda layer, x: layer(torch.ones_like(x).repeat_interleave((x[:, 0, 0] > -9).long(), 0)),
     "rows of several sequences added": lambda layer, x: layer(x.sum(0)),
     "constants beside data": lambda layer, x: layer(torch.cat([torch.zeros(len(x), WIDTH, dtype=x.dtype), x[:, 0]])),
     "buffers half filled": lambda layer, x: layer(half_filled(x)),
