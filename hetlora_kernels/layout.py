@@ -77,6 +77,13 @@ def _lasting() -> AbstractContextManager:
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
+def check_int64(name: str, tensor: Any, shape: tuple[int, ...], what: str = "") -> None:
+    """`ValueError` naming the argument unless it is an int64 tensor of `shape`.   what: words about the shape."""
+    if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64 or tuple(tensor.shape) != shape:
+        got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{name}: expected an int64 tensor of shape {shape}{what}, got {got}")
+
+
 class RankLayout:
     """Ranks of K clients whose rank rows are packed one client after another: client k owns rows `offsets[k] : offsets[k + 1]`.
 
@@ -240,10 +247,9 @@ class Segments:
         for k, count in enumerate(counts):
             if count < 0:
                 raise ValueError(f"lengths: expected integers >= 0, got {count} for client {k}")
-        ends = list(accumulate(counts))
-        total = ends[-1] if ends else 0
+        *starts, total = accumulate(counts, initial=0)
         _check_keys(row_keys, total)
-        return cls(total, [end - count for end, count in zip(ends, counts, strict=True)], counts, None, row_keys)
+        return cls(total, starts, counts, None, row_keys)
 
     @classmethod
     def from_ids(cls, ids: Sequence[int] | Tensor, row_keys: Tensor | None = None, num_clients: int | None = None) -> Segments:
@@ -264,8 +270,7 @@ class Segments:
         order = torch.argsort(flat, stable=True)
         sizes = torch.bincount(flat + 1, minlength=count + 1).tolist() if flat.numel() else [0] * (count + 1)
         base_rows, lengths = sizes[0], sizes[1:]
-        ends = list(accumulate(lengths))
-        starts = [end - length for end, length in zip(ends, lengths, strict=True)]
+        *starts, _ = accumulate(lengths, initial=0)
         order = order[base_rows:]
         direct = [int(order[s]) if n else 0 for s, n in zip(starts, lengths, strict=True)]
         contiguous = all(n == 0 or int(order[s + n - 1]) - int(order[s]) == n - 1 for s, n in zip(starts, lengths, strict=True))
@@ -295,8 +300,8 @@ class Segments:
         owned = [order] if before == 1 else [order[start : start + length] for start, length in zip(self.starts, self.lengths, strict=True)]
         outer, inner = torch.arange(before, device=device)[:, None, None] * (self.num_rows * after), torch.arange(after, device=device)
         index = torch.cat([(outer + own[:, None] * after + inner).reshape(-1) for own in owned])
-        ends = list(accumulate(lengths))
-        return Segments(rows, [end - length for end, length in zip(ends, lengths, strict=True)], lengths, index, row_keys)
+        *starts, _ = accumulate(lengths, initial=0)
+        return Segments(rows, starts, lengths, index, row_keys)
 
     def keys_on(self, device: torch.device) -> Tensor:
         """Row keys in the order of the segments' rows (`x[index]` where `index` is given, else x): int64, built once per device."""
@@ -338,8 +343,5 @@ def _check_finite(scale: Sequence[float], dtype: torch.dtype) -> None:
 
 
 def _check_keys(row_keys: Tensor | None, rows: int) -> None:
-    if row_keys is None:
-        return
-    if not isinstance(row_keys, Tensor) or row_keys.dtype != torch.int64 or tuple(row_keys.shape) != (rows,):
-        got = f"{row_keys.dtype} {tuple(row_keys.shape)}" if isinstance(row_keys, Tensor) else type(row_keys).__name__
-        raise ValueError(f"row_keys: expected an int64 tensor of shape ({rows},), one per row, got {got}")
+    if row_keys is not None:
+        check_int64("row_keys", row_keys, (rows,), ", one per row")

@@ -24,17 +24,21 @@ def check_layer(x: Tensor, a: Tensor, bt: Tensor, total: int, rows: int, transpo
         m, n = weight.shape
         if bias is not None and not (isinstance(bias, Tensor) and bias.shape == (m,)):
             raise ValueError(f"bias: expected a tensor of shape ({m},) or None, got {_seen(bias)}")
-    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
-        raise TypeError(f"x: expected a float32, bfloat16, float16 or float64 tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+    _check_floating("x", x)
     traced = torch.compiler.is_dynamo_compiling()  # which does not let a backward pass ask for a layout; the shape functions, which are not traced, do
     for name, given in {"x": x, "a": a, "bt": bt, **base}.items():
         if not traced and isinstance(given, Tensor) and (given.layout != torch.strided or given.is_nested):
             raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if given.is_nested else given.layout}")
     if x.dim() < 1 or (n is not None and x.shape[-1] != n):
         raise ValueError(f"x: expected a last dimension of {'in_features' if n is None else n}, got shape {tuple(x.shape)}")
-    if "base_out" in base:
-        m = _width_of_output(base["base_out"], x)
     device = x.device
+    if "base_out" in base:
+        base_out = base["base_out"]
+        _check_floating("base_out", base_out)
+        if base_out.shape[:-1] != x.shape[:-1] or base_out.device != device:
+            where = f"{tuple(x.shape)} on {device}, got {tuple(base_out.shape)} on {base_out.device}"
+            raise ValueError(f"base_out: expected the leading shape and device of x {where}")
+        m = base_out.shape[-1]
     for name in ("weight", "bias"):
         given = base.get(name)
         if given is not None and (given.dtype != x.dtype or given.device != device):
@@ -59,14 +63,10 @@ def _seen(given) -> str:
     return str(tuple(given.shape)) if isinstance(given, Tensor) else type(given).__name__
 
 
-def _width_of_output(base_out, x: Tensor) -> int:
-    if not isinstance(base_out, Tensor) or base_out.dtype not in FLOATS:
-        got = base_out.dtype if isinstance(base_out, Tensor) else type(base_out).__name__
-        raise TypeError(f"base_out: expected a float32, bfloat16, float16 or float64 tensor, got {got}")
-    if base_out.shape[:-1] != x.shape[:-1] or base_out.device != x.device:
-        where = f"{tuple(x.shape)} on {x.device}, got {tuple(base_out.shape)} on {base_out.device}"
-        raise ValueError(f"base_out: expected the leading shape and device of x {where}")
-    return base_out.shape[-1]
+def _check_floating(name: str, given) -> None:
+    if not isinstance(given, Tensor) or given.dtype not in FLOATS:
+        got = given.dtype if isinstance(given, Tensor) else type(given).__name__
+        raise TypeError(f"{name}: expected a float32, bfloat16, float16 or float64 tensor, got {got}")
 
 
 def _check_factor(name: str, factor, shape: tuple[int, int], device) -> None:

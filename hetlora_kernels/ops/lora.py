@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 
 from hetlora_kernels import _torch
 from hetlora_kernels._library import call, register_fake
-from hetlora_kernels.layout import RankLayout, Segments
+from hetlora_kernels.layout import RankLayout, Segments, check_int64
 from hetlora_kernels.ops._layer import check_layer, lying_as, of_base, thirds
 from hetlora_kernels.ops._lists import FLOATS
 from hetlora_kernels.reference import compute_dtype, dropout_threshold, operand_dtype
@@ -71,19 +71,7 @@ def lora_linear(
     >>> a.grad.shape, bt.grad.shape
     (torch.Size([3, 4]), torch.Size([3, 5]))
     """
-    try:
-        if is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
-            x, weight, bias = _cast(x, weight, bias)
-            with torch.autocast(x.device.type, enabled=False):
-                return lora_linear(x, weight, bias, a, bt, layout, seg, scale, dropout, seeds, training, transposed=transposed, casts=casts)
-        if weight.requires_grad and is_grad_enabled():
-            raise ValueError("weight: expected a frozen weight, got one that requires a gradient; call weight.requires_grad_(False)")
-        return _run(x, weight, bias, None, a, bt, layout, seg, scale, dropout if training else 0.0, seeds, transposed, casts)
-    except Exception as error:
-        named = _explain(error, x, a, bt, layout, seg, transposed, weight=weight, bias=bias)
-        if named is error:
-            raise
-        raise named from None
+    return _run(True, x, weight, bias, None, a, bt, layout, seg, scale, dropout if training else 0.0, seeds, transposed, casts)
 
 
 def lora_add(
@@ -115,17 +103,7 @@ def lora_add(
     >>> torch.allclose(y[0], base(x)[0] + x[0] @ a[1:].T @ bt[1:], atol=1e-5), torch.equal(y[1], base(x)[1])
     (True, True)
     """
-    try:
-        if is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
-            (x,) = _cast(x)
-            with torch.autocast(x.device.type, enabled=False):
-                return lora_add(base_out, x, a, bt, layout, seg, scale, dropout, seeds, training, transposed=transposed, casts=casts)
-        return _run(x, None, None, base_out, a, bt, layout, seg, scale, dropout if training else 0.0, seeds, transposed, casts)
-    except Exception as error:
-        named = _explain(error, x, a, bt, layout, seg, transposed, base_out=base_out)
-        if named is error:
-            raise
-        raise named from None
+    return _run(False, x, None, None, base_out, a, bt, layout, seg, scale, dropout if training else 0.0, seeds, transposed, casts)
 
 
 def _cast(x: Tensor, *others: Tensor | None) -> Sequence[Any]:
@@ -136,30 +114,40 @@ def _cast(x: Tensor, *others: Tensor | None) -> Sequence[Any]:
     return [tensor.to(dtype) if isinstance(tensor, Tensor) else tensor for tensor in (x, *others)]
 
 
-def _run(x, weight, bias, base, a, bt, layout, seg, scale, dropout, seeds, transposed, casts) -> Tensor:
-    """The call, base product and all, or beside `base`."""
-    tracing = is_compiling()
-    plan = seg.plan(layout, scale, x.device, x.dtype, tracing)
-    keys = state = None
-    if dropout == 0:
-        seeds, dropout = None, 0.0
-    else:
-        if seeds is None and not tracing:  # a refused call draws none
-            if x.is_cpu:
-                state = torch.get_rng_state()
-            else:  # the state of a GPU's generator cannot be read while a CUDA graph is recorded
-                check_layer(x, a, bt, layout.total, seg.num_rows, transposed, **of_base(weight, bias, base))
-        seeds = _check_seeds(dropout, seeds, layout.num_clients, x.device)
-        keys = None if seeds is None else seg.keys_on(x.device)
-    batch = plan.scale, seeds, keys, plan.gathered, plan.segments, dropout, transposed  # the arguments that end both ops
-    if casts is not None and (operand_dtype(x) != casts[0].dtype or casts[0].shape != a.shape or casts[1].shape != bt.shape):
-        casts = None
+def _run(whole, x, weight, bias, base, a, bt, layout, seg, scale, dropout, seeds, transposed, casts) -> Tensor:
+    """The call.   whole: with the base product, of `weight` and `bias`; else beside `base`, the base layer's output."""
+    state = None
     try:
+        if is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+            x, weight, bias = _cast(x, weight, bias)
+            with torch.autocast(x.device.type, enabled=False):
+                return _run(whole, x, weight, bias, base, a, bt, layout, seg, scale, dropout, seeds, transposed, casts)
+        if whole and weight.requires_grad and is_grad_enabled():
+            raise ValueError("weight: expected a frozen weight, got one that requires a gradient; call weight.requires_grad_(False)")
+        tracing = is_compiling()
+        plan = seg.plan(layout, scale, x.device, x.dtype, tracing)
+        keys = None
+        if dropout == 0:
+            seeds, dropout = None, 0.0
+        else:
+            if seeds is None and not tracing:  # a refused call draws none
+                if x.is_cpu:
+                    state = torch.get_rng_state()
+                else:  # the state of a GPU's generator cannot be read while a CUDA graph is recorded
+                    check_layer(x, a, bt, layout.total, seg.num_rows, transposed, **of_base(weight, bias, base))
+            seeds = _check_seeds(dropout, seeds, layout.num_clients, x.device)
+            keys = None if seeds is None else seg.keys_on(x.device)
+        batch = plan.scale, seeds, keys, plan.gathered, plan.segments, dropout, transposed  # the arguments that end both ops
+        if casts is not None and (operand_dtype(x) != casts[0].dtype or casts[0].shape != a.shape or casts[1].shape != bt.shape):
+            casts = None
         return (_Lora.apply if tracing else _direct)(x, weight, bias, base, a, bt, casts, batch)
-    except Exception:
+    except Exception as error:
         if state is not None:
             torch.set_rng_state(state)
-        raise
+        named = _explain(error, x, a, bt, layout, seg, transposed, **({"weight": weight, "bias": bias} if whole else {"base_out": base}))
+        if named is error:
+            raise
+        raise named from None
 
 
 def _explain(error: Exception, x, a, bt, layout, seg, transposed, **base) -> Exception:
@@ -192,9 +180,7 @@ def _check_seeds(dropout: Any, seeds: Tensor | KeptSeeds | None, clients: int, d
         return seeds.values
     if seeds is None:
         return torch.randint(-(2**63), 2**63 - 1, (clients,), dtype=torch.int64, device=device)
-    if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or tuple(seeds.shape) != (clients,):
-        got = f"{seeds.dtype} {tuple(seeds.shape)}" if isinstance(seeds, Tensor) else type(seeds).__name__
-        raise ValueError(f"seeds: expected an int64 tensor of shape ({clients},), got {got}")
+    check_int64("seeds", seeds, (clients,))
     return seeds.to(device, copy=True)  # the backward pass needs them as they are now
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from threading import get_ident
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,13 +32,12 @@ MISSES = 16
 _KEPT = 1024  # rows of one batch: a model has some hundreds of layers, and their inputs a few shapes
 
 
-class Rows:
-    """Whose the rows of one layer's input are.   ids: int64 [rows], the client of each, -1 = base only.   entry: the same for a `Follower`."""
+class Rows(NamedTuple):
+    """Whose the rows of one layer's input are."""
 
-    __slots__ = ("entry", "ids", "segments")
-
-    def __init__(self, ids: Tensor | None, segments: Segments, entry: Entry) -> None:
-        self.ids, self.segments, self.entry = ids, segments, entry
+    ids: Tensor | None  # int64 [rows], the client of each, -1 = base only
+    segments: Segments
+    entry: Entry  # the same for a `Follower`
 
 
 class Batch:

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from hetlora_kernels.layout import check_int64
 from hetlora_kernels.peft.attached import Attachment, attachment
 from hetlora_kernels.peft.batch import Batch, known_forms
 from hetlora_kernels.peft.calls import Checkpointing, Holder, ModelCalls, holding
@@ -79,14 +80,13 @@ def client_segments(
     given = {part: client_rows(part, _numbers(own, names), clients) for part, own in (rows or {}).items()}
     if seeds is not None and not isinstance(seeds, Tensor):
         raise TypeError(f"seeds: expected an int64 tensor of shape ({clients},), got a {type(seeds).__name__}")
-    if seeds is not None and (seeds.dtype != torch.int64 or tuple(seeds.shape) != (clients,)):
-        raise ValueError(f"seeds: expected an int64 tensor of shape ({clients},), got {seeds.dtype} {tuple(seeds.shape)}")
+    if seeds is not None:
+        check_int64("seeds", seeds, (clients,))
     check_step(step, clients)
     if positions is not None:
         _check_packed(table, sequence_index, positions)
-    elif sequence_index is not None and (sequence_index.dtype != torch.int64 or tuple(sequence_index.shape) != (table.shape[0],)):
-        got = f"{sequence_index.dtype} {tuple(sequence_index.shape)}"
-        raise ValueError(f"sequence_index: expected an int64 tensor of shape ({table.shape[0]},), one per sequence, got {got}")
+    elif sequence_index is not None:
+        check_int64("sequence_index", sequence_index, (table.shape[0],), ", one per sequence")
     forms = shared.forms if shared is not None else {name: known_forms(layer) for name, layer in layers.items()}
     for part in given:
         if not any(f".{part}." in f".{name}." for name in forms):
@@ -136,9 +136,7 @@ def _check_packed(table: Tensor, sequence_index: Tensor | None, positions: Tenso
     if len(shape) != 2:
         raise ValueError(f"positions: only with ids per token, [batch, seq], got ids of shape {shape}")
     for name, tensor in (("positions", positions), ("sequence_index", sequence_index)):
-        if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64 or tuple(tensor.shape) != shape:
-            got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{name}: expected an int64 tensor of shape {shape}, one per token, beside ids per token and positions, got {got}")
+        check_int64(name, tensor, shape, ", one per token, beside ids per token and positions")
 
 
 def _adapters(model: nn.Module, layers: Sequence[Any]) -> list[str]:
