@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import hetlora_kernels as hk
-from hetlora_kernels import _library, reference
+from hetlora_kernels import _library, _native, reference
 from hetlora_kernels.peft import attach, client_losses, client_segments, detach, hidden_states
 
 from . import lora, model, server
@@ -362,7 +362,7 @@ def main(argv: list[str] | None = None) -> int:
         "command": "python -m benchmarks.device " + shlex.join(sys.argv[1:] if argv is None else argv),
         "device": device_facts(clock.device),
         "versions": versions(),
-        "build": _library.build_info(),
+        "build": _native.build_info(),
         "backends": served,
         "results": [],
     }

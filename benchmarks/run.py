@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import hetlora_kernels as hk
-from hetlora_kernels import _library
+from hetlora_kernels import _native
 
 from . import ceilings, lora, peft_suite, rounds, saved, server
 
@@ -100,7 +100,7 @@ def opening(suite: str, command: str, device: torch.device) -> dict[str, Any]:
         "command": command,
         "device": device_facts(device),
         "versions": versions(),
-        "build": _library.build_info(),
+        "build": _native.build_info(),
         "backends": {op: rung for op, (rung, _) in hk.backends(device.type).items()},
         "load_average": {"before": os.getloadavg()[0]},
         "left_out": None,

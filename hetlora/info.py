@@ -13,7 +13,7 @@ import torch
 import hetlora_kernels
 from hetlora import __version__
 from hetlora.report.text import printable, wrap
-from hetlora_kernels._library import build_info
+from hetlora_kernels._native import build_info
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "pydantic", "rich", "click", "matplotlib", "datasets", "bitsandbytes", "flwr")
 

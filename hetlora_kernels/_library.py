@@ -16,7 +16,6 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from hetlora_kernels import _native, reference
-from hetlora_kernels._native import build_info as build_info
 from hetlora_kernels._torch import entry_of, has_kernel, when_cuda_starts
 
 _SEGMENT_ARGS = "Tensor? seeds, Tensor? row_keys, Tensor? index, int[] ranks, int[] starts, int[] lengths, float dropout"
@@ -127,8 +126,6 @@ def _triton_absent() -> str | None:
         return "no CUDA device (TRITON_INTERPRET=1 runs its kernels in Triton's interpreter)"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if importlib.util.find_spec("hetlora_kernels.triton") is None:
-        return "this version has no Triton kernels"
     return None
 
 
