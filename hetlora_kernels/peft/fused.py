@@ -61,6 +61,12 @@ def _parameter(module: nn.Module, name: str) -> Any:
     return own[name] if name in own else getattr(module, name)
 
 
+def _without_names(kwargs: dict[str, Any]) -> None:
+    """What is for PEFT's own forward and not for the base layer."""
+    for key in ("adapter_names", "alora_offsets"):
+        kwargs.pop(key, None)
+
+
 def why_not_linear(base: nn.Module) -> str | None:
     """Why the base product is left to the base layer itself; None where `lora_linear` may compute it."""
     if not _plain(base, nn.Linear):
@@ -153,7 +159,24 @@ class FusedLayer(nn.Module):
                 terms.append(term)
         if not terms or x.dtype not in FLOATS:  # no active adapter here, or an input that only PEFT's own casts make fit
             return super().forward(x, *args, **kwargs)
-        return self._sum(terms, x, args, kwargs)
+        if kwargs:
+            _without_names(kwargs)
+        extra = None
+        for _, b, _, scaling in terms:
+            bias = _parameter(b, "bias")
+            if bias is not None:
+                extra = bias * scaling if extra is None else extra + bias * scaling
+        out = self._base(x, extra, args, kwargs)
+        rows = x.numel() // x.shape[-1]
+        for a, b, p, scaling in terms:
+            factor_a, factor_b = _parameter(a, "weight"), _parameter(b, "weight")
+            one = _sole(factor_a.shape[0], rows)
+            if isinstance(out, Tensor):
+                out = lora_add(out, x, factor_a, factor_b, *one, scaling, p, transposed=True)
+            else:
+                out = lora_linear(x, *out, factor_a, factor_b, *one, scaling, p, transposed=True)
+        assert isinstance(out, Tensor)
+        return out
 
     def _get_name(self) -> str:
         return type(self).__mro__[2].__name__
@@ -198,28 +221,6 @@ class FusedLayer(nn.Module):
         out = base(x, *args, **kwargs)
         return out if extra is None else out + extra.to(out.dtype)
 
-    def _sum(self, terms: list[Term], x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        """Every row carries every term."""
-        if kwargs:
-            for key in ("adapter_names", "alora_offsets"):
-                kwargs.pop(key, None)
-        extra = None
-        for _, b, _, scaling in terms:
-            bias = _parameter(b, "bias")
-            if bias is not None:
-                extra = bias * scaling if extra is None else extra + bias * scaling
-        base = self._base(x, extra, args, kwargs)
-        rows = x.numel() // x.shape[-1]
-        for a, b, p, scaling in terms:
-            factor_a, factor_b = _parameter(a, "weight"), _parameter(b, "weight")
-            one = _sole(factor_a.shape[0], rows)
-            if isinstance(base, Tensor):
-                base = lora_add(base, x, factor_a, factor_b, *one, scaling, p, transposed=True)
-            else:
-                base = lora_linear(x, *base, factor_a, factor_b, *one, scaling, p, transposed=True)
-        assert isinstance(base, Tensor)
-        return base
-
     def _with_names(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         """PEFT's mixed batches in inference: `adapter_names` names the adapter of each sequence."""
         names = kwargs["adapter_names"]
@@ -234,8 +235,7 @@ class FusedLayer(nn.Module):
     def _mixed(self, given: tuple[AdapterBatch, int], x: Tensor, args: Any, kwargs: Any) -> Tensor:
         """Each row carries its own adapter's term."""
         batch, position = given
-        for key in ("adapter_names", "alora_offsets"):
-            kwargs.pop(key, None)
+        _without_names(kwargs)
         if self._disable_adapters:
             return super().forward(x, *args, **kwargs)
         if self.merged_adapters:

@@ -1,6 +1,6 @@
 """Run PEFT's own test suite with fused layers: `pytest -p hetlora_kernels.peft.pytest_plugin ...` in a PEFT checkout (docs/peft.md has the whole command).
 
-Every LoRA layer that PEFT makes or extends is fused. At the end the number of fused forwards is printed, and a run without any fails: it tested nothing.
+Every LoRA layer that PEFT makes or extends is fused. At the end the number of calls of fused ops is printed. A run without any fails: it tested nothing.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from hetlora_kernels.peft.fused import FusedLayer
+from hetlora_kernels.peft import fused
 from hetlora_kernels.peft.swap import fuse
 
-_fused_forwards = 0
+_calls = 0
 
 
 def _count(name: str) -> None:
-    original = getattr(FusedLayer, name)
+    original = getattr(fused, name)
 
     def counting(*args: Any, **kwargs: Any) -> Any:
-        global _fused_forwards
-        _fused_forwards += 1
+        global _calls
+        _calls += 1
         return original(*args, **kwargs)
 
-    setattr(FusedLayer, name, counting)
+    setattr(fused, name, counting)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,14 +43,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
     cast(Any, BaseTuner).inject_adapter = inject_and_fuse
     warnings.filterwarnings("ignore", message="hetlora_kernels.peft: ")
-    _count("_sum")
-    _count("_mixed")
+    _count("lora_linear")
+    _count("lora_add")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    terminalreporter.write_line(f"hetlora_kernels: {_fused_forwards} forwards of LoRA layers ran fused")
+    terminalreporter.write_line(f"hetlora_kernels: {_calls} calls of lora_linear and lora_add by LoRA layers")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    if exitstatus == 0 and not _fused_forwards and not session.config.option.collectonly:
+    if exitstatus == 0 and not _calls and not session.config.option.collectonly:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
