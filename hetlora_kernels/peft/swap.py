@@ -71,26 +71,26 @@ class _LiveReport(FuseReport):
     """Of layers that are made while the model is not finished: PEFT freezes the base after it. What runs is looked up when it is asked for."""
 
     def __init__(self) -> None:
-        super().__init__()
+        self._known = FuseReport()
         self._made: WeakValueDictionary[str, LoraLayer] = WeakValueDictionary()
 
-    def __getattribute__(self, name: str) -> Any:
-        if name in ("fused", "left"):
-            for layer, made in list(self.__dict__.get("_made", {}).items()):
-                if isinstance(made, FusedLayer):
-                    self._sort(layer, cast(LoraLayer, made), None)
-        return super().__getattribute__(name)
+    def _looked_up(self) -> FuseReport:
+        for name, layer in list(self._made.items()):
+            if isinstance(layer, FusedLayer):
+                self._known._add(name, layer, None)
+        return self._known
+
+    @property  # type: ignore[misc]
+    def fused(self) -> dict[str, str]:  # type: ignore[override]
+        return self._looked_up().fused
+
+    @property  # type: ignore[misc]
+    def left(self) -> dict[str, str]:  # type: ignore[override]
+        return self._looked_up().left
 
     def _add(self, name: str, layer: LoraLayer, reason: str | None) -> None:
-        self._sort(name, layer, reason)
+        self._known._add(name, layer, reason)
         self._made[name] = layer
-
-    def _sort(self, name: str, layer: LoraLayer, reason: str | None) -> None:
-        now = FuseReport()
-        now._add(name, layer, reason)
-        for own, new in ((self.__dict__["fused"], now.fused), (self.__dict__["left"], now.left)):
-            own.pop(name, None)
-            own.update(new)
 
     def __reduce__(self) -> Any:
         return FuseReport, (dict(self.fused), dict(self.left))
