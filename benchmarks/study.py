@@ -34,7 +34,7 @@ FILES = ("comparison.json", "comparison.csv", "comparison.md", "comparison.png",
 def run(name: str, methods: str) -> None:
     """Run what is missing of a data set, and copy its figures."""
     from hetlora.compare.figures import tabulate
-    from hetlora.compare.methods import Plan, make_plan
+    from hetlora.compare.methods import ComparisonPlan, make_plan
     from hetlora.compare.page import write_comparison
     from hetlora.compare.run import run_comparison
     from hetlora.config import Config
@@ -42,7 +42,7 @@ def run(name: str, methods: str) -> None:
 
     recipe = ROOT / "examples" / f"study-{name}.yaml"
     values = Config.read(recipe)
-    plan = {key: values.pop(key) for key in Plan.model_fields if key in values}
+    plan = {key: values.pop(key) for key in ComparisonPlan.model_fields if key in values}
     with ComparisonObserver() as observer:
         found = run_comparison(Config.create(str(recipe), **values), make_plan(str(recipe), **{**plan, **({"methods": methods} if methods else {})}), observer)
     folder = write_comparison(tabulate(found)).parent

@@ -21,7 +21,7 @@ import click
 
 from hetlora import __version__, cli_flower, processor, signals
 from hetlora.cli_lines import SHOWN, Commands, leave_quietly, say, tell
-from hetlora.compare.methods import ALONE, METHODS, OWNED, Plan, default_method, left_out, make_plan, method_settings
+from hetlora.compare.methods import ALONE, METHODS, OWNED, ComparisonPlan, default_method, left_out, make_plan, method_settings
 from hetlora.config import Config, ConfigError, setting_group
 from hetlora.processes import only_run, place
 from hetlora.report.json_lines import JsonObserver, SilentObserver, print_line
@@ -281,20 +281,20 @@ def asks_for_help(arguments: Sequence[str]) -> bool:
 
 
 class _PlanOption(click.Option):
-    """One field of `methods.Plan` on the command line; None when it was not given."""
+    """One field of `methods.ComparisonPlan` on the command line; None when it was not given."""
 
     group = "comparison"
 
     def __init__(self, name: str) -> None:
-        field = Plan.model_fields[name]
+        field = ComparisonPlan.model_fields[name]
         shown = f" [default: {field.default}]" if field.default else ""
         super().__init__([f"--{name.replace('_', '-')}", name], type=field.annotation, default=None, help=f"{field.description}{shown}")
 
 
 def comparison_options(command: click.Command) -> click.Command:
-    """Add an option for every field of `Plan`, and of `Config` but those that the methods set."""
+    """Add an option for every field of `ComparisonPlan`, and of `Config` but those that the methods set."""
     config_options(command)
-    command.params = [_PlanOption(name) for name in Plan.model_fields] + [p for p in command.params if p.name not in (*OWNED, *ALONE)]
+    command.params = [_PlanOption(name) for name in ComparisonPlan.model_fields] + [p for p in command.params if p.name not in (*OWNED, *ALONE)]
     return command
 
 
@@ -310,7 +310,7 @@ def compare(config_file: str | None, **options: Any) -> None:
     Each method and seed is a run of its own under --output. The same command continues a comparison that was stopped, and runs nothing twice.
     """
     source, given = _given(config_file, {name: value for name, value in options.items() if value is not None})
-    plan = make_plan(source, **{name: given.pop(name) for name in Plan.model_fields if name in given})
+    plan = make_plan(source, **{name: given.pop(name) for name in ComparisonPlan.model_fields if name in given})
     given.setdefault("output", "runs/comparison")
     common = Config.create(source, **given)
     runs = _loaded("hetlora.compare.run")

@@ -16,7 +16,7 @@ from hetlora.data import FederatedData, load_data, token_ids
 from hetlora.demo_model import DemoModel, Progress, demo_folder
 from hetlora.models import check_quantization, check_targets, checkpoint_layers, load_model, load_tokenizer, read_limits, resolve_device, target_shapes
 from hetlora.observer import Observer
-from hetlora.ranks import RankFile, RankPlan
+from hetlora.ranks import RankFile, StartingRanks
 from hetlora.sources import read_prompts
 from hetlora.text_files import kind_of
 
@@ -102,8 +102,8 @@ def base_weights(cfg: Config, model: torch.nn.Module, shapes: Iterable[str]) -> 
     return {f"{name}.weight": model.get_parameter(f"{name}.weight") for name in shapes}
 
 
-def starting_ranks(cfg: Config, data: FederatedData) -> RankPlan:
+def starting_ranks(cfg: Config, data: FederatedData) -> StartingRanks:
     """Every client's rank before the first round; 0 where the kind of training has none, so that what remains of a bank is the base."""
     if cfg.training_kind.no_ranks:
-        return RankPlan(0, 0, {client.name: 0 for client in data.clients})
+        return StartingRanks(0, 0, {client.name: 0 for client in data.clients})
     return cfg.rank_rule.assign(data.clients, cfg.seed)

@@ -17,7 +17,7 @@ from hetlora.evaluate import WHOLE, Part, Whole, evaluate_bank, evaluate_clients
 from hetlora.federation import Federation, base_weights, starting_ranks
 from hetlora.memory import with_step_tokens
 from hetlora.models import checkpointed
-from hetlora.ranks import RankPlan
+from hetlora.ranks import StartingRanks
 from hetlora.server import ServerState
 from hetlora.training import Trained, Work
 
@@ -44,7 +44,7 @@ class Fleet(Protocol):
         """Changes when the run must not be continued with these clients."""
         ...
 
-    def starting_ranks(self, cfg: Config) -> RankPlan: ...
+    def starting_ranks(self, cfg: Config) -> StartingRanks: ...
 
     def base_weights(self, cfg: Config) -> dict[str, torch.nn.Parameter]:
         """Weights of the base that the rounds change; {} where they change none."""
@@ -103,7 +103,7 @@ class LocalFleet:
     def fingerprint(self) -> str:
         return checkpoint.fingerprint(self.federation.data)
 
-    def starting_ranks(self, cfg: Config) -> RankPlan:
+    def starting_ranks(self, cfg: Config) -> StartingRanks:
         return starting_ranks(cfg, self.federation.data)
 
     def base_weights(self, cfg: Config) -> dict[str, torch.nn.Parameter]:

@@ -25,7 +25,7 @@ Scope = Literal["client", "module"]
 
 
 @dataclass(frozen=True)
-class RankPlan:
+class StartingRanks:
     """Ranks at the start: r_min and r_max bound pruning and size the bank; `ranks` are {client: rank}."""
 
     r_min: int
@@ -57,10 +57,10 @@ class PowerLaw:
     high: int
     exponent: float
 
-    def assign(self, clients: Sequence[Member], seed: int) -> RankPlan:
+    def assign(self, clients: Sequence[Member], seed: int) -> StartingRanks:
         draw = host_generator(seed, "ranks")
         ranks = {client.name: round(self.low + (self.high - self.low) * draw.random() ** (1 / self.exponent)) for client in clients}
-        return RankPlan(self.low, self.high, ranks)
+        return StartingRanks(self.low, self.high, ranks)
 
 
 @dataclass(frozen=True)
@@ -74,20 +74,20 @@ class Dealt:
     def quantiles(self, count: int) -> list[int]:
         return [round(self.low + (self.high - self.low) * ((i + 0.5) / count) ** (1 / self.exponent)) for i in range(count)]
 
-    def assign(self, clients: Sequence[Member], seed: int) -> RankPlan:
+    def assign(self, clients: Sequence[Member], seed: int) -> StartingRanks:
         ranks = self.quantiles(len(clients))
         host_generator(seed, "ranks").shuffle(ranks)
-        return RankPlan(self.low, self.high, {client.name: rank for client, rank in zip(clients, ranks, strict=True)})
+        return StartingRanks(self.low, self.high, {client.name: rank for client, rank in zip(clients, ranks, strict=True)})
 
 
 @dataclass(frozen=True)
 class Sized(Dealt):
     """The same quantiles, in the order of the clients' training text: the largest rank to the client with most sequences, the same in every run."""
 
-    def assign(self, clients: Sequence[Member], seed: int) -> RankPlan:
+    def assign(self, clients: Sequence[Member], seed: int) -> StartingRanks:
         by_size = sorted(clients, key=lambda client: (client.sequences, client.name))
         ranks = {client.name: rank for client, rank in zip(by_size, self.quantiles(len(clients)), strict=True)}
-        return RankPlan(self.low, self.high, {client.name: ranks[client.name] for client in clients})
+        return StartingRanks(self.low, self.high, {client.name: ranks[client.name] for client in clients})
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class Fixed:
 
     rank: int
 
-    def assign(self, clients: Sequence[Member], seed: int) -> RankPlan:
-        return RankPlan(self.rank, self.rank, {client.name: self.rank for client in clients})
+    def assign(self, clients: Sequence[Member], seed: int) -> StartingRanks:
+        return StartingRanks(self.rank, self.rank, {client.name: self.rank for client in clients})
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,10 @@ class Listed:
 
     values: tuple[int, ...]
 
-    def assign(self, clients: Sequence[Member], seed: int) -> RankPlan:
+    def assign(self, clients: Sequence[Member], seed: int) -> StartingRanks:
         if len(self.values) != len(clients):
             raise ConfigError(f"ranks: expected {len(clients)} ranks, one per training client by name order, got {len(self.values)}")
-        return RankPlan(min(self.values), max(self.values), {client.name: rank for client, rank in zip(clients, self.values, strict=True)})
+        return StartingRanks(min(self.values), max(self.values), {client.name: rank for client, rank in zip(clients, self.values, strict=True)})
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class RankFile:
             raise ConfigError(f"ranks file {path}: expected {{client: rank}}, got {type(table).__name__}")
         return table
 
-    def assign(self, clients: Sequence[Member], seed: int) -> RankPlan:
+    def assign(self, clients: Sequence[Member], seed: int) -> StartingRanks:
         table = self.table()
         missing = [client.name for client in clients if client.name not in table]
         if missing:
@@ -150,7 +150,7 @@ class RankFile:
         for name, rank in ranks.items():
             if rank < 1:
                 raise ConfigError(f"ranks file {self.path}: expected ranks >= 1, got {rank} for client {name!r}")
-        return RankPlan(min(ranks.values()), max(ranks.values()), ranks)
+        return StartingRanks(min(ranks.values()), max(ranks.values()), ranks)
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Column:
     low: int
     high: int
 
-    def assign(self, clients: Sequence[Member], seed: int) -> RankPlan:
+    def assign(self, clients: Sequence[Member], seed: int) -> StartingRanks:
         known = {client.name: client.capability for client in clients if client.capability is not None}
         missing = [client.name for client in clients if client.name not in known]
         if missing:
@@ -171,7 +171,7 @@ class Column:
             )
         least = min(known.values())
         span = (max(known.values()) - least) or 1.0
-        return RankPlan(self.low, self.high, {name: round(self.low + (self.high - self.low) * (value - least) / span) for name, value in known.items()})
+        return StartingRanks(self.low, self.high, {name: round(self.low + (self.high - self.low) * (value - least) / span) for name, value in known.items()})
 
 
 RankRule = PowerLaw | Dealt | Sized | Fixed | Listed | RankFile | Column
@@ -274,7 +274,7 @@ def _unique(pairs: Sequence[tuple[str, object]], path: Path) -> dict[str, object
 # ---------------------------------------------------------------- ranks of a run
 
 
-def check_width(plan: RankPlan, shapes: Mapping[str, tuple[int, int]]) -> None:
+def check_width(plan: StartingRanks, shapes: Mapping[str, tuple[int, int]]) -> None:
     """`ConfigError` when the largest rank exceeds the width of a target module: such rank rows could only repeat each other."""
     name, width = min(((name, min(shape)) for name, shape in shapes.items()), key=lambda item: item[1])
     if plan.r_max > width:

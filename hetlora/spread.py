@@ -26,7 +26,7 @@ from hetlora.loop import run_rounds
 from hetlora.models import resolve_device
 from hetlora.observer import Observer
 from hetlora.processes import Place, place
-from hetlora.ranks import RankPlan
+from hetlora.ranks import StartingRanks
 from hetlora.result import Result
 from hetlora.run_folder import is_run
 from hetlora.server import ServerState
@@ -122,7 +122,7 @@ class SpreadFleet:
     def fingerprint(self) -> str:
         return self.local.fingerprint()
 
-    def starting_ranks(self, cfg: Config) -> RankPlan:
+    def starting_ranks(self, cfg: Config) -> StartingRanks:
         return self.local.starting_ranks(cfg)
 
     def base_weights(self, cfg: Config) -> dict[str, torch.nn.Parameter]:

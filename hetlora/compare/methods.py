@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hetlora.config import Config, ConfigError, setting_group
 from hetlora.kinds import TRAININGS, own_settings
-from hetlora.ranks import RankPlan
+from hetlora.ranks import StartingRanks
 
 OWNED = (
     *("train", "merge", "weights", "weight_scope", "weight_cap", "prune_scope"),
@@ -31,7 +31,7 @@ SHARED = tuple(name for name in Config.model_fields if setting_group(name) == "d
 """Settings that say which model and data are loaded. All runs of a comparison share these, so no variant and no search has its own."""
 
 
-class Plan(BaseModel):
+class ComparisonPlan(BaseModel):
     """What is compared, besides the common settings of the runs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -52,10 +52,10 @@ class Plan(BaseModel):
     against: str = Field("", description="Method that the others are compared with, seed by seed; default: homlora-min where it is run, else the first.")
 
 
-def make_plan(source: str, **values: Any) -> Plan:
-    """`Plan` of `values`; every fault becomes one `ConfigError` line that names `source`."""
+def make_plan(source: str, **values: Any) -> ComparisonPlan:
+    """`ComparisonPlan` of `values`; every fault becomes one `ConfigError` line that names `source`."""
     try:
-        return Plan(**values)
+        return ComparisonPlan(**values)
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg'].lower()}, got {f['input']!r}" for f in error.errors())
         raise ConfigError(f"{source}: {faults}") from None
@@ -167,7 +167,7 @@ def refuse_shared(where: str, key: str, value: str) -> None:
         raise ConfigError(f"{where}: all runs of a comparison share one model and its data, {shown} cannot differ; set it for all, or make a comparison each")
 
 
-def method_config(method: Method, common: Config, plan: RankPlan, **values: Any) -> Config:
+def method_config(method: Method, common: Config, plan: StartingRanks, **values: Any) -> Config:
     """The settings of a run of `method`: the common ones, the method's own, and `values` (seed, output, ...) on top.
 
     plan: the clients' ranks in the common settings, for the methods in which all clients have one.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hetlora import run_folder
-from hetlora.compare.methods import ALONE, METHODS, OWNED, Method, Plan, method_config, parse_methods, refuse_shared
+from hetlora.compare.methods import ALONE, METHODS, OWNED, ComparisonPlan, Method, method_config, parse_methods, refuse_shared
 from hetlora.config import Config, ConfigError
 from hetlora.data import FederatedData, load_data
 from hetlora.federation import Federation, prepare, starting_ranks
@@ -49,7 +49,7 @@ class Comparison:
     """What was run: `cells` by method and seed, `search` runs, and the value each method got from them."""
 
     folder: Path
-    plan: Plan
+    plan: ComparisonPlan
     common: Config
     methods: list[Method]
     cells: list[Cell]
@@ -83,7 +83,7 @@ class _Bench:
             self._data[self._key(cfg)] = load_data(cfg, self._first.tokenizer)
         return self._data[self._key(cfg)]
 
-    def trial(self, common: Config, plan: Plan) -> Config:
+    def trial(self, common: Config, plan: ComparisonPlan) -> Config:
         """Common settings of the search: a seed and clients of its own, and as large a share of them in a round as in the comparison."""
         trial = common.model_copy(
             update={
@@ -99,7 +99,7 @@ class _Bench:
 
 def run_comparison(
     common: Config,
-    plan: Plan,
+    plan: ComparisonPlan,
     observer: Observer | None = None,
     federation: Federation | None = None,
 ) -> Comparison:
@@ -124,7 +124,7 @@ def run_comparison(
         return _run_cells(common, plan, methods, folder, observer, federation)
 
 
-def _run_cells(common: Config, plan: Plan, methods: list[Method], folder: Path, observer: Observer, federation: Federation | None) -> Comparison:
+def _run_cells(common: Config, plan: ComparisonPlan, methods: list[Method], folder: Path, observer: Observer, federation: Federation | None) -> Comparison:
     setting, _ = _parse_search(plan.search)
     bench = _Bench(common, observer, federation)
     for method in methods:  # so that a method that cannot run is refused before hours of others
@@ -143,7 +143,7 @@ def _run_cells(common: Config, plan: Plan, methods: list[Method], folder: Path, 
 
 
 def _search(
-    common: Config, plan: Plan, methods: list[Method], bench: _Bench, folder: Path, observer: Observer, later: int
+    common: Config, plan: ComparisonPlan, methods: list[Method], bench: _Bench, folder: Path, observer: Observer, later: int
 ) -> tuple[list[Cell], dict[str, str]]:
     """(the search's runs, {method: the value with the lowest final loss}); `later`: runs that follow, for the count that is shown."""
     setting, values = _parse_search(plan.search)
@@ -219,7 +219,7 @@ def beyond(values: list[str], best: str) -> str | None:
     return f"{end * end / neighbour:.4g}"
 
 
-def _open_folder(common: Config, plan: Plan) -> Path:
+def _open_folder(common: Config, plan: ComparisonPlan) -> Path:
     """Create the folder, or make sure that the comparison it holds has the same common settings; methods, seeds and searched values may be added."""
     folder = Path(common.output)
     wanted = {"config": common.model_dump(exclude={"output"}), "plan": plan.model_dump(include={"search_data", "search_rounds"})}

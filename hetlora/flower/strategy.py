@@ -25,7 +25,7 @@ from hetlora.flower.members import Base, Members
 from hetlora.flower.settings import Waiting
 from hetlora.flower.wire import size, to_array
 from hetlora.observer import Observer
-from hetlora.ranks import RankPlan
+from hetlora.ranks import StartingRanks
 from hetlora.server import ServerState
 from hetlora.training import Trained
 
@@ -215,7 +215,7 @@ class FlowerFleet:
     def fingerprint(self) -> str:
         return f"flower {self.names!r}"
 
-    def starting_ranks(self, cfg: Config) -> RankPlan:
+    def starting_ranks(self, cfg: Config) -> StartingRanks:
         return cfg.rank_rule.assign([self.members.of[name] for name in self.names], cfg.seed)
 
     def base_weights(self, cfg: Config) -> dict[str, torch.nn.Parameter]:

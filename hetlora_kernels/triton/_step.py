@@ -126,7 +126,7 @@ def _prepare_kernel(
 
 
 @dataclass(frozen=True)
-class Plan:
+class Prepared:
     """What an update kernel needs: tables, coefficients, per-client numbers, and its launch."""
 
     table: Tensor
@@ -141,7 +141,7 @@ class Plan:
     clients: int
 
 
-def prepare(params_, grads, lr, step, active, clip, lam, ranks, keep, scalars: Sequence[float]) -> Plan:
+def prepare(params_, grads, lr, step, active, clip, lam, ranks, keep, scalars: Sequence[float]) -> Prepared:
     """Launches 1 to 3; `step` is None for SGD."""
     device, count = params_[0].device, len(params_) // 2
     own = split_ranks(ranks, count)
@@ -177,7 +177,7 @@ def prepare(params_, grads, lr, step, active, clip, lam, ranks, keep, scalars: S
         num_warps=1,
     )
     rows, widths = [p.shape[0] for p in params_], [p.shape[1] for p in params_]
-    return Plan(table, where, flags, owners, coefficients, numbers, values, rows, widths, clients)
+    return Prepared(table, where, flags, owners, coefficients, numbers, values, rows, widths, clients)
 
 
 @triton.jit
@@ -198,28 +198,28 @@ def check(params_, grads, casts, **states) -> list[Tensor]:
     return contiguous(grads)
 
 
-def update(kernel: Any, plan: Plan, lists: Sequence[Sequence[Tensor]], casts: Sequence[Tensor], active: Tensor, **constants: Any) -> None:
+def update(kernel: Any, prepared: Prepared, lists: Sequence[Sequence[Tensor]], casts: Sequence[Tensor], active: Tensor, **constants: Any) -> None:
     """Launch an update kernel over every tile of every factor. `lists`: parameters, gradients and states."""
     device = lists[0][0].device
     setting = params("step", device)
-    block = block_for(setting.pop("BLOCK"), max(plan.widths))
+    block = block_for(setting.pop("BLOCK"), max(prepared.widths))
     nothing = [0] * len(lists[0])
     columns: list[Sequence[int | Tensor]] = [*lists, *[nothing] * (4 - len(lists)), casts or nothing]
     aligned = all(copy.data_ptr() % 16 == 0 for copy in casts)
-    modules = module_table(device, *columns, plan.rows, plan.widths, plan.where)
+    modules = module_table(device, *columns, prepared.rows, prepared.widths, prepared.where)
     launch(
         kernel,
-        (max(r * triton.cdiv(w, block) for r, w in zip(plan.rows, plan.widths, strict=True)), len(plan.rows)),
+        (max(r * triton.cdiv(w, block) for r, w in zip(prepared.rows, prepared.widths, strict=True)), len(prepared.rows)),
         device,
-        *(modules, plan.table, plan.coefficients, plan.numbers, plan.scalars, active),
-        plan.clients,
-        FLAGS=plan.flags,
-        OWNERS=plan.owners,
+        *(modules, prepared.table, prepared.coefficients, prepared.numbers, prepared.scalars, active),
+        prepared.clients,
+        FLAGS=prepared.flags,
+        OWNERS=prepared.owners,
         T=TYPES[lists[0][0].dtype],
-        ACC=TYPES[plan.numbers.dtype],
+        ACC=TYPES[prepared.numbers.dtype],
         BLOCK=block,
         CAST=TYPES[casts[0].dtype] if casts else None,
-        ALIGN=alignment(plan.widths, *lists) if aligned else 1,
+        ALIGN=alignment(prepared.widths, *lists) if aligned else 1,
         **constants,
         **setting,
     )

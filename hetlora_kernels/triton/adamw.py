@@ -74,5 +74,5 @@ def adamw_(params, grads, exp_avg, exp_avg_sq, casts, lr, step, active, clip, la
     """See `reference.adamw_`. All lists must be of one type (`TypeError`)."""
     grads = check(params, grads, casts, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     logarithms = [math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2)]
-    plan = prepare(params, grads, lr, step, active, clip, lam, ranks, keep, (beta1, beta2, eps, weight_decay, *logarithms))
-    update(_adamw_kernel, plan, (params, grads, exp_avg, exp_avg_sq), casts, active, LAM=lam is not None)
+    prepared = prepare(params, grads, lr, step, active, clip, lam, ranks, keep, (beta1, beta2, eps, weight_decay, *logarithms))
+    update(_adamw_kernel, prepared, (params, grads, exp_avg, exp_avg_sq), casts, active, LAM=lam is not None)

@@ -97,18 +97,18 @@ def _expand_kernel(
 def _launch(kind, extent, out, source, source_stride, s, rows, seeds, row_keys, index, ranks, starts, lengths, dropout):
     s, rows = operands(s[None], rows)
     setting = layer_params("expand", s.dtype, s.device)
-    plan = tiles(kind, ranks, starts, lengths, setting["ROWS"], *extent, device=s.device)
+    tiled = tiles(kind, ranks, starts, lengths, setting["ROWS"], *extent, device=s.device)
     width = out.shape[1]
     columns = block_for(setting.pop("COLUMNS"), width)
     launch(
         _expand_kernel,
-        (plan.number, triton.cdiv(width, columns)),
+        (tiled.number, triton.cdiv(width, columns)),
         s.device,
-        *(out, source, s, rows, seeds, row_keys, index, plan.table, out.stride(0), source_stride, *rows.stride(), width, dropout_threshold(dropout)),
-        UNIT=plan.unit,
+        *(out, source, s, rows, seeds, row_keys, index, tiled.table, out.stride(0), source_stride, *rows.stride(), width, dropout_threshold(dropout)),
+        UNIT=tiled.unit,
         ACC=TYPES[compute_dtype(s.dtype)],
         COLUMNS=columns,
-        **setting | {"DEPTH": min(setting["DEPTH"], plan.largest)},
+        **setting | {"DEPTH": min(setting["DEPTH"], tiled.largest)},
     )
 
 

@@ -81,17 +81,17 @@ def fused(x: Tensor, matrix: Tensor, bias: Tensor | None, s: Tensor, rows: Tenso
     out = x.new_empty(total, width)
     x, rows = operands(x, rows)
     setting = layer_params("fused", x.dtype, x.device)
-    plan = tiles(cover_tiles, ranks, starts, lengths, setting["ROWS"], total, device=x.device)
+    tiled = tiles(cover_tiles, ranks, starts, lengths, setting["ROWS"], total, device=x.device)
     columns = block_for(setting.pop("COLUMNS"), width)
     strides = (x.stride(0), *matrix.stride(), *rows.stride())
     launch(
         _fused_kernel,
-        (plan.number * triton.cdiv(width, columns),),
+        (tiled.number * triton.cdiv(width, columns),),
         x.device,
-        *(x, matrix, out, bias, s, rows, seeds, row_keys, index, plan.table, plan.number, *strides, depth, width, dropout_threshold(dropout)),
-        UNIT=plan.unit,
+        *(x, matrix, out, bias, s, rows, seeds, row_keys, index, tiled.table, tiled.number, *strides, depth, width, dropout_threshold(dropout)),
+        UNIT=tiled.unit,
         ACC=TYPES[compute_dtype(x.dtype)],
         COLUMNS=columns,
-        **setting | {"DEPTH": block_for(setting["DEPTH"], depth), "RANK": min(setting["RANK"], plan.largest)},
+        **setting | {"DEPTH": block_for(setting["DEPTH"], depth), "RANK": min(setting["RANK"], tiled.largest)},
     )
     return out

@@ -125,19 +125,19 @@ def grouped_gram(s, x, seeds, row_keys, index, ranks, starts, lengths, dropout, 
     x, s = operands(x, s)
     setting = layer_params("grouped_gram", x.dtype, device)
     split, columns = setting.pop("SPLIT"), block_for(setting.pop("COLUMNS"), width)
-    plan = tiles(gram_tiles, ranks, starts, lengths, split, device=device)
+    tiled = tiles(gram_tiles, ranks, starts, lengths, split, device=device)
     sums = tiles(plane_rows, ranks, starts, lengths, split, device=device)
     count = sum(rank * -(-length // split) for rank, length in zip(ranks, lengths, strict=False) if length > split)
     planes = torch.empty(count, width, dtype=compute, device=device)
     launch(
         _grouped_gram_kernel,
-        (plan.number, triton.cdiv(width, columns)),
+        (tiled.number, triton.cdiv(width, columns)),
         device,
-        *(s, x, out, planes, seeds, row_keys, index, plan.table, x.stride(0), width, dropout_threshold(dropout)),
-        UNIT=plan.unit,
+        *(s, x, out, planes, seeds, row_keys, index, tiled.table, x.stride(0), width, dropout_threshold(dropout)),
+        UNIT=tiled.unit,
         ACC=TYPES[compute],
         COLUMNS=columns,
-        LARGEST=plan.largest,
+        LARGEST=tiled.largest,
         **setting,
     )
     wide = block_for(1024, width)

@@ -64,5 +64,5 @@ def _sgd_kernel(
 def sgd_(params, grads, buffers, casts, lr, active, clip, lam, ranks, keep, momentum, weight_decay):
     """See `reference.sgd_`. All lists must be of one type (`TypeError`)."""
     grads = check(params, grads, casts, buffers=buffers)
-    plan = prepare(params, grads, lr, None, active, clip, lam, ranks, keep, (momentum, weight_decay))
-    update(_sgd_kernel, plan, (params, grads, buffers) if buffers else (params, grads), casts, active, LAM=lam is not None, MOMENTUM=bool(buffers))
+    prepared = prepare(params, grads, lr, None, active, clip, lam, ranks, keep, (momentum, weight_decay))
+    update(_sgd_kernel, prepared, (params, grads, buffers) if buffers else (params, grads), casts, active, LAM=lam is not None, MOMENTUM=bool(buffers))

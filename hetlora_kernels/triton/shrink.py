@@ -106,15 +106,15 @@ def shrink(x, rows, scale, seeds, row_keys, index, ranks, starts, lengths, dropo
     out = x.new_empty(sum(r * n for r, n in zip(ranks, lengths, strict=False)))
     x, rows = operands(x, rows)
     setting = layer_params("shrink", x.dtype, x.device)
-    plan = tiles(shrink_tiles, ranks, starts, lengths, setting["ROWS"], device=x.device)
+    tiled = tiles(shrink_tiles, ranks, starts, lengths, setting["ROWS"], device=x.device)
     launch(
         _shrink_kernel,
-        (plan.number,),
+        (tiled.number,),
         x.device,
-        *(x, rows, out, scale, seeds, row_keys, index, plan.table, x.stride(0), *rows.stride(), x.shape[1], dropout_threshold(dropout)),
-        UNIT=plan.unit,
+        *(x, rows, out, scale, seeds, row_keys, index, tiled.table, x.stride(0), *rows.stride(), x.shape[1], dropout_threshold(dropout)),
+        UNIT=tiled.unit,
         ACC=TYPES[compute_dtype(x.dtype)],
-        LARGEST=plan.largest,
+        LARGEST=tiled.largest,
         **setting | {"DEPTH": block_for(setting["DEPTH"], x.shape[1])},
     )
     return out

@@ -18,7 +18,7 @@ from hetlora.compare.page import write_comparison
 from hetlora.compare.run import _Bench, run_comparison
 from hetlora.config import Config, ConfigError
 from hetlora.observer import Observer
-from hetlora.ranks import RankPlan
+from hetlora.ranks import StartingRanks
 
 
 def common(folder, **settings):
@@ -168,7 +168,7 @@ def test_methods_are_the_settings_that_the_papers_name():
     base = Config(ranks="powerlaw:3:9", gamma=0.9, prune_lambda=2.0)
 
     def differs(name: str) -> dict:
-        cfg = method_config(parse_methods(name)[0], base, RankPlan(3, 9, {"a": 3, "b": 3, "c": 9, "d": 4}))
+        cfg = method_config(parse_methods(name)[0], base, StartingRanks(3, 9, {"a": 3, "b": 3, "c": 9, "d": 4}))
         return {key: value for key, value in cfg.model_dump().items() if value != getattr(base, key)}
 
     assert differs("hetlora") == {}
@@ -213,7 +213,7 @@ def test_the_table_of_methods_says_what_a_run_leaves_and_whether_nodes_run_it():
     }
     assert list(table) == [name for name, method in METHODS.items() if method.like is None and name != "hetlora-gamma1"]
     for name, (left, flower) in table.items():
-        cfg = method_config(METHODS[name], Config(), RankPlan(2, 8, {"a": 2, "b": 8}))
+        cfg = method_config(METHODS[name], Config(), StartingRanks(2, 8, {"a": 2, "b": 8}))
         assert left == ("model" if cfg.merge_kind.no_adapter else "adapter")
         try:
             exchange(cfg)

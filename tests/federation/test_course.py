@@ -11,7 +11,7 @@ from test_kinds import RUN_IDS, RUNS
 from tiny import SIZES, Interrupt, Stop, contents, lines, tiny_config, tiny_federation
 
 from hetlora import checkpoint, cli, course
-from hetlora.compare.methods import Plan
+from hetlora.compare.methods import ComparisonPlan
 from hetlora.compare.run import run_comparison
 from hetlora.config import Config, ConfigError
 from hetlora.fleet import LocalFleet
@@ -265,6 +265,6 @@ def test_no_more_warm_up_than_rounds():
 def test_a_comparison_has_none_of_it(tmp_path, setting):
     (name,) = setting
     with pytest.raises(ConfigError, match=f"^{name}: "):
-        run_comparison(tiny_config(tmp_path / "run", **setting), Plan(), federation=tiny_federation(SIZES))
+        run_comparison(tiny_config(tmp_path / "run", **setting), ComparisonPlan(), federation=tiny_federation(SIZES))
     with pytest.raises(ConfigError, match=f"{name}: "):
-        run_comparison(tiny_config(tmp_path / "run"), Plan(methods=f"hetlora+{name}=1"), federation=tiny_federation(SIZES))
+        run_comparison(tiny_config(tmp_path / "run"), ComparisonPlan(methods=f"hetlora+{name}=1"), federation=tiny_federation(SIZES))

@@ -10,11 +10,11 @@ import pytest
 from click.testing import CliRunner
 
 from hetlora.cli import cli
-from hetlora.compare.methods import Plan, make_plan, method_config, parse_methods
+from hetlora.compare.methods import ComparisonPlan, make_plan, method_config, parse_methods
 from hetlora.config import Config
 from hetlora.data import load_data
 from hetlora.python_text import stdlib_documents, unicode_scripts
-from hetlora.ranks import RankPlan
+from hetlora.ranks import StartingRanks
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RECIPES = sorted(EXAMPLES.glob("*.yaml"))
@@ -23,9 +23,9 @@ SMALL = "--device cpu --rounds 1 --seeds 1 --clients-per-round 2 --local-steps 1
 NOT_IN_EVERY_PYTHON = {"distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtledemo"}  # removed since, or packages of their own on some systems
 
 
-def read(path: Path) -> tuple[Config, Plan]:
+def read(path: Path) -> tuple[Config, ComparisonPlan]:
     values = Config.read(path)
-    plan = make_plan(str(path), **{name: values.pop(name) for name in Plan.model_fields if name in values})
+    plan = make_plan(str(path), **{name: values.pop(name) for name in ComparisonPlan.model_fields if name in values})
     return Config.create(str(path), **values), plan
 
 
@@ -38,7 +38,7 @@ def test_every_method_of_a_recipe_can_run_with_its_settings(path):
     common, plan = read(path)
     assert common.output == f"runs/{path.stem}"
     for method in parse_methods(plan.methods):
-        assert method_config(method, common, RankPlan(5, 50, {"a": 5, "b": 50})).check() is None
+        assert method_config(method, common, StartingRanks(5, 50, {"a": 5, "b": 50})).check() is None
 
 
 @pytest.mark.parametrize("kind", ["compare-stdlib", "compare-unicode", "compare-fold", "study-packages", "study-letters", "study-sized"])

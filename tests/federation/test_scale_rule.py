@@ -19,7 +19,7 @@ from hetlora.export_model import export_merged
 from hetlora.kinds import TRAININGS
 from hetlora.loop import simulate
 from hetlora.merge import MergeCall, merge_stack
-from hetlora.ranks import RankPlan
+from hetlora.ranks import StartingRanks
 from hetlora.training import Work, train_adapters
 
 RANKS, R = [2, 8, 3, 5], 8
@@ -173,7 +173,7 @@ def test_where_it_has_no_meaning_it_is_refused_by_name(tmp_path, settings):
 
 
 def test_a_comparison_runs_methods_without_it_where_they_refuse_it():
-    plan = RankPlan(2, 8, {"a": 2, "b": 8})
+    plan = StartingRanks(2, 8, {"a": 2, "b": 8})
     taken = {
         name: method_config(METHODS[name], Config(**RS), plan).scale_rule for name in ("hetlora", "homlora-max", "rolora", "fold", "fed-plora", "fedavg-full")
     }
