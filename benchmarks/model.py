@@ -299,7 +299,7 @@ def rows() -> list[tuple[str, Work]]:
 
 
 def table() -> list[str]:
-    """The table of docs/kernels-gpu.md: the kernels, and the layer's overhead."""
+    """The table of docs/figures/gpu.md: the kernels, and the layer's overhead."""
     lines = [*kernel_table(rows()), "", "Forward and backward of the layer over the frozen layer's, *modelled*, r = 16, p = 0.1:", ""]
     lines += [
         "| n -> m | T | launches | " + " | ".join(f"{gpu.name}, modelled" for gpu in GPUS) + " | measured |",
