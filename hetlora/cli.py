@@ -105,7 +105,7 @@ def _given(config_file: str | None, flags: dict[str, Any]) -> tuple[str, dict[st
     return source, {**values, **rest}
 
 
-def _saved_settings(config_file: str | None, flags: dict[str, Any]) -> Config:
+def saved_settings(config_file: str | None, flags: dict[str, Any]) -> Config:
     """The config of the run folder to continue; what the file or the flags ask for must agree with it, but for `BITS_ONLY` and `LENGTH`."""
     source, asked = _given(config_file, flags)
     output = Path(asked.pop("output", Config.model_fields["output"].default))
@@ -263,7 +263,7 @@ def run(config_file: str | None, resume: bool, **options: Any) -> None:
     was behind HETLORA on no data set, and far ahead where the shift is large, for about the same bytes. --method hetlora is the published method.
     """
     flags = {name: value for name, value in options.items() if value is not None}
-    cfg = _saved_settings(config_file, flags) if resume else _settings(config_file, flags)
+    cfg = saved_settings(config_file, flags) if resume else _settings(config_file, flags)
     simulate = _loaded("hetlora.loop").simulate if place().count == 1 else _loaded("hetlora.spread").lead
     with _Watched(cfg.output) as watched:
         result = simulate(cfg, resume=resume, observer=watched.observer)

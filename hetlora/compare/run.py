@@ -57,7 +57,7 @@ class Comparison:
     chosen: dict[str, str]
 
 
-class _Bench:
+class Bench:
     """The one base model in memory, and the data of each seed (they differ where clients are held out)."""
 
     def __init__(self, common: Config, observer: Observer, federation: Federation | None) -> None:
@@ -126,7 +126,7 @@ def run_comparison(
 
 def _run_cells(common: Config, plan: ComparisonPlan, methods: list[Method], folder: Path, observer: Observer, federation: Federation | None) -> Comparison:
     setting, _ = _parse_search(plan.search)
-    bench = _Bench(common, observer, federation)
+    bench = Bench(common, observer, federation)
     for method in methods:  # so that a method that cannot run is refused before hours of others
         _cell(method, common, bench, folder / "cells", {}, False)
     seeds = range(common.seed, common.seed + plan.seeds)
@@ -143,7 +143,7 @@ def _run_cells(common: Config, plan: ComparisonPlan, methods: list[Method], fold
 
 
 def _search(
-    common: Config, plan: ComparisonPlan, methods: list[Method], bench: _Bench, folder: Path, observer: Observer, later: int
+    common: Config, plan: ComparisonPlan, methods: list[Method], bench: Bench, folder: Path, observer: Observer, later: int
 ) -> tuple[list[Cell], dict[str, str]]:
     """(the search's runs, {method: the value with the lowest final loss}); `later`: runs that follow, for the count that is shown."""
     setting, values = _parse_search(plan.search)
@@ -245,7 +245,7 @@ def _read_plan(file: Path) -> dict[str, Any]:
     return saved
 
 
-def _cell(method: Method, common: Config, bench: _Bench, folder: Path, values: dict[str, str], search: bool) -> Cell:
+def _cell(method: Method, common: Config, bench: Bench, folder: Path, values: dict[str, str], search: bool) -> Cell:
     value = next(iter(values.values()), "")
     name = f"{run_folder.folder_name(method.name, safe='+=')}{f'-{value}' if value else ''}"  # a search that takes another value leaves the old runs alone
     plan = starting_ranks(common, bench.data(common))
@@ -253,7 +253,7 @@ def _cell(method: Method, common: Config, bench: _Bench, folder: Path, values: d
     return Cell(method.name, common.seed, cfg, value, search, plan.ranks)
 
 
-def _run_cell(cell: Cell, bench: _Bench, observer: Observer, done: int, total: int) -> None:
+def _run_cell(cell: Cell, bench: Bench, observer: Observer, done: int, total: int) -> None:
     folder = Path(cell.cfg.output)
     summary = None
     if (folder / run_folder.SUMMARY).is_file():

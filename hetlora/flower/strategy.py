@@ -31,7 +31,7 @@ from hetlora.training import Trained
 
 
 @dataclass
-class _Turn:
+class Turn:
     """What the loop asked for and the strategy sends."""
 
     state: ServerState
@@ -77,7 +77,7 @@ class HetLora(FedAvg):
         self.cfg, self.base, self.waiting = cfg, base, waiting or Waiting()
         self.observer = observer or Observer()
         self.exchange = exchange(cfg)
-        self._turn: _Turn | None = None
+        self._turn: Turn | None = None
         self._round = _Round()
         self._node: Callable[[str], int] = lambda name: 0
         self._evaluated: dict[str, messages.Evaluated] = {}
@@ -163,19 +163,19 @@ class HetLora(FedAvg):
             self.observer.message(f"evaluation: {name} is left out, no reply within {self.waiting.round_timeout:g} s")
         return MetricRecord({"clients": len(self._evaluated)})
 
-    def _asked(self) -> _Turn:
+    def _asked(self) -> Turn:
         if self._turn is None:
             raise RuntimeError("HetLora: its rounds are led by start(); call that")
         return self._turn
 
-    def _message(self, turn: _Turn, name: str, arrays: ArrayRecord, kind: str) -> Message:
+    def _message(self, turn: Turn, name: str, arrays: ArrayRecord, kind: str) -> Message:
         state, everyone = turn.state, list(turn.state.ranks)
         fleet = [max(state.ranks[other].values()) for other in everyone]
         order = Order(name, turn.number, turn.lr, list(state.ranks[name].values()), state.r_min, state.r_max, fleet, everyone.index(name))
         content = RecordDict({messages.ARRAYS: arrays, messages.CONFIG: messages.order_record(order)})
         return Message(content, self._node(name), kind, group_id=str(turn.number))
 
-    def _read(self, turn: _Turn, name: str, message: Message) -> tuple[Reply, Any, int]:
+    def _read(self, turn: Turn, name: str, message: Message) -> tuple[Reply, Any, int]:
         if message.has_error():
             raise ConfigError(f"its client failed: {message.error.reason or 'no reason given'}")
         if messages.ARRAYS not in message.content.array_records:
@@ -229,7 +229,7 @@ class FlowerFleet:
 
     def train(self, cfg: Config, state: ServerState, names: Sequence[str], number: int, lr: float, progress: Progress) -> Trained:
         strategy, grid = self.strategy, self.members.grid
-        strategy._turn = _Turn(state, list(names), number, lr)
+        strategy._turn = Turn(state, list(names), number, lr)
         sent = list(strategy.configure_train(number, ArrayRecord(), ConfigRecord(), grid))
         down = [size(message.content.array_records[messages.ARRAYS]) for message in sent]
         _, metrics = strategy.aggregate_train(number, grid.send_and_receive(sent, timeout=self.timeout))
@@ -250,7 +250,7 @@ class FlowerFleet:
         """What every client that is there finds under the bank of `state`; asked once a round."""
         if self._round_evaluated != state.round:
             strategy, grid = self.strategy, self.members.grid
-            strategy._turn = _Turn(state, self.present(), state.round, 0.0)
+            strategy._turn = Turn(state, self.present(), state.round, 0.0)
             sent = list(strategy.configure_evaluate(state.round, ArrayRecord(), ConfigRecord(), grid))
             metrics = strategy.aggregate_evaluate(state.round, grid.send_and_receive(sent, timeout=self.timeout))
             if metrics is not None:

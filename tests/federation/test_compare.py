@@ -15,7 +15,7 @@ from hetlora.cli import cli
 from hetlora.compare import figures
 from hetlora.compare.methods import METHODS, make_plan, method_config, parse_methods
 from hetlora.compare.page import write_comparison
-from hetlora.compare.run import _Bench, run_comparison
+from hetlora.compare.run import Bench, run_comparison
 from hetlora.config import Config, ConfigError
 from hetlora.observer import Observer
 from hetlora.ranks import StartingRanks
@@ -160,7 +160,7 @@ def test_variants_and_searches_that_would_need_a_model_or_data_of_their_own_are_
 
 
 def test_data_of_a_search_without_held_out_clients_is_not_that_of_the_first_seed(tmp_path):
-    keys = [_Bench._key(common(tmp_path, seed=seed, held_out_clients=held)) for seed, held in ((0, 2), (1000, 0), (1, 2), (1, 0))]
+    keys = [Bench._key(common(tmp_path, seed=seed, held_out_clients=held)) for seed, held in ((0, 2), (1000, 0), (1, 2), (1, 0))]
     assert len(set(keys)) == 3 and keys[1] == keys[3]
 
 

@@ -9,7 +9,7 @@ from test_compare import Cells, common, compared, outputs
 from tiny import SIZES, lines, tiny_federation
 
 from hetlora.compare.methods import make_plan
-from hetlora.compare.run import _Bench, beyond
+from hetlora.compare.run import Bench, beyond
 from hetlora.config import ConfigError
 
 
@@ -20,8 +20,8 @@ def final_losses(comparison, method="hetlora") -> dict[str, float]:
 @pytest.mark.parametrize(("own", "searched", "clients", "trial"), [(4, 8, 3, 6), (8, 4, 3, 2), (8, 5, 8, 5), (8, 5, 20, 5), (6, 2, 1, 1)])
 def test_as_large_a_share_of_the_clients_takes_part_in_a_round_of_the_search(tmp_path, monkeypatch, own, searched, clients, trial):
     data = {name: type("Data", (), {"clients": [None] * count})() for name, count in (("stdlib", own), ("unicode", searched))}
-    monkeypatch.setattr(_Bench, "data", lambda self, cfg: data[cfg.data])
-    bench = _Bench(common(tmp_path), None, tiny_federation(SIZES))
+    monkeypatch.setattr(Bench, "data", lambda self, cfg: data[cfg.data])
+    bench = Bench(common(tmp_path), None, tiny_federation(SIZES))
     cfg = bench.trial(common(tmp_path, data="stdlib", clients_per_round=clients), make_plan("test", search_data="unicode"))
     assert cfg.clients_per_round == trial and cfg.data == "unicode"
 

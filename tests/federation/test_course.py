@@ -70,7 +70,7 @@ def test_a_longer_run_that_is_stopped_goes_on_without_rounds_being_given_again(t
         run(tmp_path / "run", resume=True, observer=Interrupt("local_step"), rounds=3)
     assert read_config(tmp_path / "run").rounds == 3
     assert not read_run(tmp_path / "run").complete
-    cfg = cli._saved_settings(None, {"output": str(tmp_path / "run")})
+    cfg = cli.saved_settings(None, {"output": str(tmp_path / "run")})
     longer = simulate(cfg, resume=True, federation=tiny_federation(SIZES), quiet=True)
     assert_same_run(longer, run(tmp_path / "whole", rounds=3)[0])
 
@@ -78,9 +78,9 @@ def test_a_longer_run_that_is_stopped_goes_on_without_rounds_being_given_again(t
 def test_the_command_line_takes_another_number_of_rounds_and_no_other_setting(tmp_path):
     run(tmp_path / "run", rounds=1)
     folder = str(tmp_path / "run")
-    assert cli._saved_settings(None, {"output": folder, "rounds": 5}).rounds == 5
+    assert cli.saved_settings(None, {"output": folder, "rounds": 5}).rounds == 5
     with pytest.raises(ConfigError, match=r"--lr 0\.3 \(the run has 0\.05\)"):
-        cli._saved_settings(None, {"output": folder, "rounds": 5, "lr": 0.3})
+        cli.saved_settings(None, {"output": folder, "rounds": 5, "lr": 0.3})
 
 
 @pytest.mark.parametrize(

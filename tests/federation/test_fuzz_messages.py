@@ -20,7 +20,7 @@ from hetlora.client import LocalResult
 from hetlora.errors import ConfigError
 from hetlora.flower import Base, HetLora, messages
 from hetlora.flower.exchange import Reply
-from hetlora.flower.strategy import _Turn
+from hetlora.flower.strategy import Turn
 from hetlora.fold import drawn
 from hetlora.server import ServerState
 from hetlora.training import Trained
@@ -67,7 +67,7 @@ def out_of_a_message(draw: random.Random) -> None:
         trained_bank(SHAPES, [4], getattr(torch, cfg.adapter_dtype)), {n: dict.fromkeys(SHAPES, r) for n, r in zip(names, ranks, strict=True)}, 1, 4
     )
     strategy = HetLora(cfg, Base("tiny", SHAPES, 0, ""))
-    strategy._node, strategy._turn = {"a": 11, "b": 12}.__getitem__, _Turn(state, names, 1, 0.1)
+    strategy._node, strategy._turn = {"a": 11, "b": 12}.__getitem__, Turn(state, names, 1, 0.1)
     before, replies, sent, changed = {key: value.clone() for key, value in state.bank.state_dict().items()}, [], {}, draw.randrange(2)
     what = draw.choice([*CHANGED_ARRAYS, *CHANGED_NUMBERS])
     for k, (name, order) in enumerate(zip(names, strategy.configure_train(1, None, None, None), strict=True)):  # type: ignore[arg-type]
