@@ -77,11 +77,12 @@ def _lasting() -> AbstractContextManager:
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
-def check_int64(name: str, tensor: Any, shape: tuple[int, ...], what: str = "") -> None:
-    """`ValueError` naming the argument unless it is an int64 tensor of `shape`.   what: words about the shape."""
+def check_int64(name: str, tensor: Any, shape: tuple[int, ...], what: str = "") -> Tensor:
+    """The argument; `ValueError` naming it unless it is an int64 tensor of `shape`.   what: words about the shape."""
     if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64 or tuple(tensor.shape) != shape:
         got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"{name}: expected an int64 tensor of shape {shape}{what}, got {got}")
+    return tensor
 
 
 class RankLayout:

@@ -24,7 +24,7 @@ def check_layer(x: Tensor, a: Tensor, bt: Tensor, total: int, rows: int, transpo
         m, n = weight.shape
         if bias is not None and not (isinstance(bias, Tensor) and bias.shape == (m,)):
             raise ValueError(f"bias: expected a tensor of shape ({m},) or None, got {_seen(bias)}")
-    _check_floating("x", x)
+    _floating("x", x)
     traced = torch.compiler.is_dynamo_compiling()  # which does not let a backward pass ask for a layout; the shape functions, which are not traced, do
     for name, given in {"x": x, "a": a, "bt": bt, **base}.items():
         if not traced and isinstance(given, Tensor) and (given.layout != torch.strided or given.is_nested):
@@ -33,8 +33,7 @@ def check_layer(x: Tensor, a: Tensor, bt: Tensor, total: int, rows: int, transpo
         raise ValueError(f"x: expected a last dimension of {'in_features' if n is None else n}, got shape {tuple(x.shape)}")
     device = x.device
     if "base_out" in base:
-        base_out = base["base_out"]
-        _check_floating("base_out", base_out)
+        base_out = _floating("base_out", base["base_out"])
         if base_out.shape[:-1] != x.shape[:-1] or base_out.device != device:
             where = f"{tuple(x.shape)} on {device}, got {tuple(base_out.shape)} on {base_out.device}"
             raise ValueError(f"base_out: expected the leading shape and device of x {where}")
@@ -63,10 +62,11 @@ def _seen(given) -> str:
     return str(tuple(given.shape)) if isinstance(given, Tensor) else type(given).__name__
 
 
-def _check_floating(name: str, given) -> None:
+def _floating(name: str, given) -> Tensor:
     if not isinstance(given, Tensor) or given.dtype not in FLOATS:
         got = given.dtype if isinstance(given, Tensor) else type(given).__name__
         raise TypeError(f"{name}: expected a float32, bfloat16, float16 or float64 tensor, got {got}")
+    return given
 
 
 def _check_factor(name: str, factor, shape: tuple[int, int], device) -> None:

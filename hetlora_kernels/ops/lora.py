@@ -180,8 +180,7 @@ def _check_seeds(dropout: Any, seeds: Tensor | KeptSeeds | None, clients: int, d
         return seeds.values
     if seeds is None:
         return torch.randint(-(2**63), 2**63 - 1, (clients,), dtype=torch.int64, device=device)
-    check_int64("seeds", seeds, (clients,))
-    return seeds.to(device, copy=True)  # the backward pass needs them as they are now
+    return check_int64("seeds", seeds, (clients,)).to(device, copy=True)  # the backward pass needs them as they are now
 
 
 class _Lora(torch.autograd.Function):
