@@ -3,20 +3,19 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 
@@ -110,8 +109,8 @@ def link(objects: list[Path], target: Path, sanitize: bool = True) -> Path:
     return target
 
 
-def _environment() -> dict[str, str]:
-    return os.environ | {
+def _changes() -> dict[str, str]:
+    return {
         "LD_PRELOAD": str(sanitizer_library()),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "PYTHONPATH": str(HERE.parents[1]),
@@ -122,28 +121,12 @@ def _environment() -> dict[str, str]:
 def run_worker(script: str, library: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a worker of this folder on an emulated library."""
     command = [sys.executable, str(HERE / script), str(library), *arguments]
-    return subprocess.run(command, env=_environment(), capture_output=True, text=True)
-
-
-@cache
-def _server() -> subprocess.Popen[str]:
-    """An emulator_worker.py that has imported everything and forks for each call; it ends with its input."""
-    command = [sys.executable, str(HERE / "emulator_worker.py")]
-    server = subprocess.Popen(command, env=_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    atexit.register(server.communicate)
-    return server
+    return subprocess.run(command, env=os.environ | _changes(), capture_output=True, text=True)
 
 
 def work(library: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run cases on an emulated library in a process of their own."""
-    server, command = _server(), [str(library), *arguments]
-    assert server.stdin is not None and server.stdout is not None
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ("out", "errors")]
-        print(json.dumps([*command, *map(str, files)]), file=server.stdin, flush=True)
-        status = server.stdout.readline()
-        assert status, "emulator_worker.py has ended; what it forks must not end it"
-        return subprocess.CompletedProcess(command, int(status), *(file.read_text() for file in files))
+    """Run cases on an emulated library in a process of their own, forked from an emulator_worker.py."""
+    return forked.call(HERE / "emulator_worker.py", _changes(), str(library), *arguments)
 
 
 def wrong(done: subprocess.CompletedProcess[str]) -> dict[str, str]:

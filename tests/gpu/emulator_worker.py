@@ -3,8 +3,7 @@
 `emulator_worker.py LIBRARY f32,bf16 SHAPES fwd,rev,rand,warp [case ...]`, with AddressSanitizer preloaded; SHAPES is small, large or edge of cases.py,
 lora-NAME of lora_cases.py, or `checks` for those of layer_checks.py. A memory error ends the process; memory that an op allocates is full of NaN.
 
-Without arguments: the same for each line of standard input, a JSON list of the arguments and of the files for both outputs, in a process of its own that is
-forked with everything imported; its exit status is a line of the output. Importing takes longer than most cases.
+Without arguments: the same for each call of forked.py.
 """
 
 from __future__ import annotations
@@ -12,13 +11,16 @@ from __future__ import annotations
 import json
 import os
 import sys
-import traceback
 from functools import partial
+from pathlib import Path
 
 import torch
 from cases import DTYPES, SHAPES, cases, failures
 from layer_checks import CHECKS, Check
 from lora_cases import LORA_SHAPES, lora_cases
+
+sys.path.append(str(Path(__file__).parents[1]))
+import forked
 
 from hetlora_kernels._library import SCHEMAS
 
@@ -49,24 +51,6 @@ def run(library: str, dtypes: str, shapes: str, schedules: str, *names: str) -> 
     print(json.dumps(report))
 
 
-def serve() -> None:
-    for line in sys.stdin:
-        *arguments, out, errors = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            for file, own in ((out, sys.stdout), (errors, sys.stderr)):
-                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), own.fileno())
-            try:
-                run(*arguments)
-            except BaseException:
-                traceback.print_exc()
-                sys.stderr.flush()
-                os._exit(1)
-            sys.stdout.flush()
-            os._exit(0)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-
-
 def main() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -74,7 +58,7 @@ def main() -> None:
     if sys.argv[1:]:
         run(*sys.argv[1:])
     else:
-        serve()
+        forked.serve(run)
 
 
 if __name__ == "__main__":

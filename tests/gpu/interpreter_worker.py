@@ -1,4 +1,5 @@
-"""Run cases on the Triton rung in the interpreter: `interpreter_worker.py f32 SHAPE [--break|--no-repair] [case ...]`.
+"""Run cases on the Triton rung in the interpreter: `interpreter_worker.py f32 SHAPE [--break|--no-repair] [case ...]`, or without arguments for
+each call of forked.py.
 
 SHAPE: one of cases.py; lora-SHAPE for the layer's ops on one of lora_cases.py; lora_first-, base_first- or fused-SHAPE for the whole layer in that way;
 several with commas between them.
@@ -10,11 +11,15 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from pathlib import Path
 
 import torch
 from cases import DTYPES, SHAPES, Case, cases, failures
 from interpreter import repair_bfloat16
 from lora_cases import LORA_SHAPES, layer_cases, lora_cases
+
+sys.path.append(str(Path(__file__).parents[1]))
+import forked
 
 from hetlora_kernels.triton import OPS, _segments, aggregate, lora
 
@@ -27,13 +32,13 @@ def chosen(size: str) -> dict[str, Case]:
     return layer_cases(LORA_SHAPES[shape])
 
 
-def main() -> None:
+def run(dtype_name: str, size_names: str, *options: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy on NaN
-    dtype, sizes, names = DTYPES[sys.argv[1]], sys.argv[2].split(","), [a for a in sys.argv[3:] if not a.startswith("--")]
-    if "--no-repair" not in sys.argv:
+    dtype, sizes, names = DTYPES[dtype_name], size_names.split(","), [name for name in options if not name.startswith("--")]
+    if "--no-repair" not in options:
         repair_bfloat16()
-    if "--break" in sys.argv:
+    if "--break" in options:
         aggregate.row_owners = lambda ranks: [0] * sum(ranks)
         _segments.every_segment = lambda *layout, right=_segments.every_segment: [s._replace(row=0) for s in right(*layout)]
     report = {}
@@ -44,4 +49,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        run(*sys.argv[1:])
+    else:
+        forked.serve(run)

@@ -9,6 +9,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import forked
 import pytest
 
 HERE = Path(__file__).parent
@@ -19,8 +20,8 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is n
 
 def interpret(*arguments: str) -> dict[str, str | None]:
     """{case: None or what is wrong} of interpreter_worker.py."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, HERE / "interpreter_worker.py", *arguments], env=environment, capture_output=True, text=True)
+    changes = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
+    done = forked.call(HERE / "interpreter_worker.py", changes, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -178,5 +178,5 @@ def test_unknown_and_absent_rungs():
 @pytest.mark.parametrize(("value", "code", "text"), [("reference", 0, "reference, forced"), ("fast", 1, "HETLORA_BACKEND: expected one of")])
 def test_environment_variable(value, code, text):
     script = "import hetlora_kernels as hk; print(*hk.backends()['truncate_'], sep=', ')"
-    run = subprocess.run([sys.executable, "-c", script], env={**os.environ, "HETLORA_BACKEND": value}, capture_output=True, text=True)
+    run = forked.python(script, Path.cwd(), {**os.environ, "HETLORA_BACKEND": value})
     assert run.returncode == code and text in run.stdout + run.stderr

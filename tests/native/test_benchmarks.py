@@ -6,10 +6,12 @@ import argparse
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -213,9 +215,19 @@ def test_a_table_is_written_again_where_it_is_stale():
     assert tables.render(once, folder, page) == once == tables.render(once.replace("| gram |", "| other |"), folder, page)
 
 
+def forked_module(command: list[str], **_) -> subprocess.CompletedProcess[str]:
+    """`python -m module arguments`, forked: it need not import torch."""
+    assert command[:2] == [sys.executable, "-m"]
+    code = f"import runpy, sys; sys.argv[1:] = {command[3:]!r}; runpy.run_module({command[2]!r}, run_name='__main__', alter_sys=True)"
+    done = forked.python(code, tables.ROOT, os.environ)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def test_losses_are_measured_after_they_agree(monkeypatch, capsys):
     sizes = ["--words", "64", "--columns", "8", "--tokens", "32", "--rounds", "2", "--dtype", "float32"]
     monkeypatch.setattr(sys, "argv", ["losses", *sizes])
+    monkeypatch.setattr(bench_losses.subprocess, "run", forked_module)
     before = torch.get_num_threads()
     try:
         bench_losses.main()

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 from types import ModuleType
 
+import forked
 import pytest
 
 from hetlora_kernels import _native
@@ -219,5 +220,5 @@ def test_without_a_compiler_the_wheel_is_pure_python_and_works(tree, tmp_path):
     )
     clean = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "HETLORA_BACKEND")}
     environment = {**clean, "PYTHONPATH": str(tmp_path / "site"), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = forked.python(code, tmp_path, environment)
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from torch import Tensor
@@ -128,8 +129,8 @@ def main() -> None:
 def test_nothing_beyond_a_buffer_is_read_or_written(dtype):
     """Every tensor ends where a page begins that faults when touched; in a process of its own, since the failure is a crash."""
     root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_native.FOLDER.parent), str(root)])}
-    done = subprocess.run([sys.executable, __file__, dtype], env=environment, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_native.FOLDER.parent), str(root), str(root / "tests")])}
+    done = forked.python(f"import runpy, sys; sys.argv = ['', {dtype!r}]; runpy.run_path({__file__!r}, run_name='__main__')", root, environment)
     assert done.returncode == 0, f"exit status {done.returncode}: {done.stderr[-2000:]}"
 
 

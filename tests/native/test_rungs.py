@@ -7,10 +7,9 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from hetlora_kernels import _native
@@ -30,7 +29,7 @@ torch.cuda.get_device_capability = lambda index=0: (9, 0)
 
 def run(code: str, folder: Path = ROOT, **environment: str) -> str:
     clean = {k: v for k, v in os.environ.items() if k not in ("HETLORA_BACKEND", "TRITON_INTERPRET", "PYTHONPATH")}
-    done = subprocess.run([sys.executable, "-c", CUDA + code], cwd=folder, env={**clean, **environment}, capture_output=True, text=True)
+    done = forked.python(CUDA + code, folder, {**clean, **environment})
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 

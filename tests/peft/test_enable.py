@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
-import subprocess
-import sys
+from pathlib import Path
 
+import forked
 import pytest
 import torch
 from model_cases import tiny_gpt2, tiny_llama, token_batch
@@ -92,7 +93,8 @@ def test_refusals():
 def test_peft_is_loaded_at_first_use_only():
     code = "import sys, hetlora_kernels; assert 'hetlora_kernels.peft' not in sys.modules; import hetlora_kernels.peft as p; assert 'peft' not in sys.modules; "
     code += "p.fuse; assert 'peft' in sys.modules; from hetlora_kernels.peft import attach, client_losses, client_segments, detach, enable, unfuse"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = forked.python(code, Path.cwd(), os.environ)
+    assert done.returncode == 0, done.stderr
     import hetlora_kernels.peft
 
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

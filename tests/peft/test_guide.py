@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -16,7 +15,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "peft.md").read_t
 
 def run_example(code, folder):
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    result = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    result = forked.python(code, folder, environment)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
