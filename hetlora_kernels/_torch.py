@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -15,6 +16,17 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable:
 def entry_of(op: Callable) -> Callable:
     """What an op's overload calls, past its method in Python (0.7 us a call); without the name: the overload."""
     return getattr(op, "_op", op)
+
+
+def numbered(dtypes: tuple[torch.dtype, ...]) -> dict[torch.dtype, Any]:
+    """{dtype: its number, which an op takes in place of a dtype object, 1 us sooner}; where a version takes none or numbers otherwise: the dtype itself."""
+    found: dict[torch.dtype, Any] = {dtype: dtype for dtype in dtypes}
+    for number in (5, 6, 7, 15):
+        try:
+            found[torch.ops.aten.empty.memory_format([0], dtype=number, device="cpu").dtype] = number
+        except (RuntimeError, TypeError):
+            pass
+    return {dtype: found[dtype] for dtype in dtypes}
 
 
 def inside_torch_func() -> bool:

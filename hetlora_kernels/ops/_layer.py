@@ -6,8 +6,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hetlora_kernels._torch import unsafe_view
+from hetlora_kernels._torch import numbered, unsafe_view
 from hetlora_kernels.ops._lists import FLOATS
+
+NUMBERS = numbered(FLOATS)
+_DTYPES = {number: dtype for dtype, number in NUMBERS.items()}
 
 
 def check_layer(x: Tensor, a: Tensor, bt: Tensor, total: int, rows: int, transposed: bool, **base: Tensor | None) -> None:
@@ -113,7 +116,11 @@ def whole_layer(shrink, with_base, beside, grouped_gram):
         return out if x.dim() == 2 else unsafe_view(out, (*x.shape[:-1], out.shape[1])), s
 
     def lora_backward(d_y, x, weight, a, bt, s, scale, seeds, row_keys, index, segments, dropout, transposed, need_x, need_a, need_bt, type_a, type_bt):
-        """(d_x, d_a in type_a, d_bt in type_bt), without elements where not needed; without `weight` d_x is that of the LoRA term alone."""
+        """(d_x, d_a in type_a, d_bt in type_bt), without elements where not needed; without `weight` d_x is that of the LoRA term alone.
+
+        A type is a dtype, or its number where this is called past the dispatcher.
+        """
+        type_a, type_bt = _DTYPES.get(type_a, type_a), _DTYPES.get(type_bt, type_bt)
         check_layer(x, a, bt, sum(thirds(segments)[0]), segments[0], transposed, **({} if weight is None else {"weight": weight}))
         flat, flat_dy, rows = matrix(x), matrix(d_y).to(x.dtype), bt.t() if transposed else bt
         masked, plain = (seeds, row_keys, index, *thirds(segments), dropout), (None, None, index, *thirds(segments), 0.0)

@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from hetlora_kernels import _torch
 from hetlora_kernels._library import call, register_fake
 from hetlora_kernels.layout import RankLayout, Segments, check_int64
-from hetlora_kernels.ops._layer import check_layer, lying_as, of_base, thirds
+from hetlora_kernels.ops._layer import NUMBERS, check_layer, lying_as, of_base, thirds
 from hetlora_kernels.ops._lists import FLOATS
 from hetlora_kernels.reference import compute_dtype, dropout_threshold, operand_dtype
 
@@ -140,7 +140,8 @@ def _run(whole, x, weight, bias, base, a, bt, layout, seg, scale, dropout, seeds
         batch = plan.scale, seeds, keys, plan.gathered, plan.segments, dropout, transposed  # the arguments that end both ops
         if casts is not None and (operand_dtype(x) != casts[0].dtype or casts[0].shape != a.shape or casts[1].shape != bt.shape):
             casts = None
-        return (_Lora.apply if tracing else _direct)(x, weight, bias, base, a, bt, casts, batch)
+        types = (a.dtype, bt.dtype) if tracing else (NUMBERS.get(a.dtype), NUMBERS.get(bt.dtype))  # None: the op refuses the factor
+        return (_Lora.apply if tracing else _direct)(x, weight, bias, base, a, bt, casts, batch, types)
     except Exception as error:
         if state is not None:
             torch.set_rng_state(state)
@@ -187,11 +188,11 @@ class _Lora(torch.autograd.Function):
     """One op each way. Either `weight` (the base is computed by the op) or `base` (its output is given) is a tensor."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, base, a, bt, casts, batch):
+    def forward(ctx, x, weight, bias, base, a, bt, casts, batch, types):
         used = casts or (a, bt)
         out, s = call("lora_forward")(x, weight, bias, base, *used, *batch)
         ctx.save_for_backward(x, weight, *used, s)
-        ctx.batch, ctx.types = batch, (a.dtype, bt.dtype)
+        ctx.batch, ctx.types = batch, types
         return out
 
     @staticmethod
@@ -199,10 +200,10 @@ class _Lora(torch.autograd.Function):
         if is_grad_enabled():  # a graph of the backward pass is asked for
             return _backward_once(ctx, d_y)
         x, weight, a, bt, s = ctx.saved_tensors
-        need_x, _, need_bias, need_base, need_a, need_bt, _, _ = ctx.needs_input_grad
+        need_x, _, need_bias, need_base, need_a, need_bt, _, _, _ = ctx.needs_input_grad
         d_x, d_a, d_bt = call("lora_backward")(d_y, x, weight, a, bt, s, *ctx.batch, need_x, need_a, need_bt, *ctx.types)
         d_bias = d_y.reshape(d_y.shape[:-1].numel(), d_y.shape[-1]).sum(0, dtype=compute_dtype(x.dtype)).to(x.dtype) if need_bias else None
-        return d_x if need_x else None, None, d_bias, d_y if need_base else None, d_a if need_a else None, d_bt if need_bt else None, None, None
+        return d_x if need_x else None, None, d_bias, d_y if need_base else None, d_a if need_a else None, d_bt if need_bt else None, None, None, None
 
 
 _backward_once = torch.autograd.function.once_differentiable(_Lora.backward)
