@@ -120,8 +120,9 @@ class Config(BaseModel):
         "powerlaw:5:50",
         "federation",
         "Ranks of the clients: 'powerlaw:MIN:MAX[:A]', 'dealt:MIN:MAX[:A]' (its quantiles, dealt out by the seed), 'sized:MIN:MAX[:A]' (its quantiles, by "
-        "the amount of training text), 'fixed:R', a comma-separated list (one per client, by name order), a JSON or CSV file client -> rank, or "
-        "'column:FIELD:MIN:MAX' (a numeric capability in the data, mapped linearly).",
+        "the amount of training text), 'fixed:R', a comma-separated list (one per client, by name order), a JSON or CSV file client -> rank, "
+        "'column:FIELD:MIN:MAX' (a numeric capability in the data, mapped linearly), or 'capability:MIN:MAX[:SECONDS]' (by the memory and the speed that "
+        "devices measure, in a Flower deployment).",
     )
     gamma: float = _setting(0.99, "federation", "Rank decay: a pruning client keeps max(r_min, floor(gamma * r)) rows; 1 = no pruning.", gt=0, le=1)
     prune_lambda: float = _setting(1e-3, "federation", "Weight of the pruning regulariser ||B[:, q:]|| * ||A[q:, :]||.", ge=0)

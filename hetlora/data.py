@@ -46,6 +46,11 @@ class ClientData:
         """Training sequences."""
         return len(self.train)
 
+    @property
+    def device(self) -> None:
+        """Text has none: what devices measure (ranks='capability:...') is known of deployed clients alone."""
+        return None
+
 
 def token_ids(sequence: Tensor) -> Tensor:
     """The tokens of a sequence, predicted or not.

@@ -16,7 +16,7 @@ from hetlora.data import FederatedData, load_data, token_ids
 from hetlora.demo_model import DemoModel, Progress, demo_folder
 from hetlora.models import check_quantization, check_targets, checkpoint_layers, load_model, load_tokenizer, read_limits, resolve_device, target_shapes
 from hetlora.observer import Observer
-from hetlora.ranks import RankFile, StartingRanks
+from hetlora.ranks import Capability, RankFile, StartingRanks
 from hetlora.sources import read_prompts
 from hetlora.text_files import kind_of
 
@@ -45,6 +45,8 @@ def prepare(cfg: Config, observer: Observer | None = None, make_data: Callable[[
     observer = observer or Observer()
     if isinstance(cfg.rank_rule, RankFile):
         cfg.rank_rule.table()  # a file that cannot be read is told now, before the model is made or loaded
+    if isinstance(cfg.rank_rule, Capability):
+        raise cfg.rank_rule.unmeasured("a simulated client")
     read_prompts(cfg)
     resolve_device(cfg.device)
     check_quantization(cfg)

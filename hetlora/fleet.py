@@ -17,7 +17,7 @@ from hetlora.evaluate import WHOLE, Part, Whole, evaluate_bank, evaluate_clients
 from hetlora.federation import Federation, base_weights, starting_ranks
 from hetlora.memory import with_step_tokens
 from hetlora.models import checkpointed
-from hetlora.ranks import StartingRanks
+from hetlora.ranks import Device, StartingRanks
 from hetlora.server import ServerState
 from hetlora.training import Trained, Work
 
@@ -56,6 +56,10 @@ class Fleet(Protocol):
 
     def sequences(self, name: str) -> int:
         """Training sequences of a client."""
+        ...
+
+    def measured(self, name: str) -> Device | None:
+        """What a client's device measured, where the ranks follow from that."""
         ...
 
     def train(self, cfg: Config, state: ServerState, names: Sequence[str], number: int, lr: float, progress: Progress) -> Trained: ...
@@ -116,6 +120,9 @@ class LocalFleet:
 
     def sequences(self, name: str) -> int:
         return self.clients[name].sequences
+
+    def measured(self, name: str) -> None:
+        """Nothing: a simulation has no devices."""
 
     def train(self, cfg: Config, state: ServerState, names: Sequence[str], number: int, lr: float, progress: Progress) -> Trained:
         cfg, _ = self.sized(cfg, state)

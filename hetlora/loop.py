@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +322,7 @@ def _finish(run: Run) -> Result:
                 "rank_start": state.ranks_start[name],
                 "rank_end": rank_shown(state.ranks[name], cfg.prune_scope),
                 "sequences": run.fleet.sequences(name),
+                **({"device": asdict(device)} if (device := run.fleet.measured(name)) else {}),
                 "rounds": state.rounds_trained.get(name, 0),
                 "perplexity_before": state.perplexity_before.get(name),
                 "perplexity_after": after[name]["perplexity"] if name in after else None,

@@ -1,4 +1,4 @@
-"""Which rank each client has: drawn, listed, read from a file or mapped from a capability; and the rank that a pruning client keeps.
+"""Which rank each client has: drawn, listed, read from a file or mapped from a capability or a device; and the rank that a pruning client keeps.
 
 Inside the package the ranks of a client have one shape, {module: rank}. A run that prunes whole clients has the same rank in every module.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -33,6 +35,14 @@ class StartingRanks:
     ranks: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Device:
+    """What a client's device measured of itself.   rank: the largest of the run's that its memory holds.   seconds: of a training step at the least rank."""
+
+    rank: int
+    seconds: float
+
+
 class Member(Protocol):
     """What a rule must know of a client."""
 
@@ -44,6 +54,9 @@ class Member(Protocol):
 
     @property
     def sequences(self) -> int: ...
+
+    @property
+    def device(self) -> Device | None: ...
 
 
 # ---------------------------------------------------------------- rules: the setting `ranks`, parsed
@@ -174,7 +187,62 @@ class Column:
         return StartingRanks(self.low, self.high, {name: round(self.low + (self.high - self.low) * (value - least) / span) for name, value in known.items()})
 
 
-RankRule = PowerLaw | Dealt | Sized | Fixed | Listed | RankFile | Column
+@dataclass(frozen=True)
+class Capability:
+    """By what the clients' devices measured: r_k = min(h_k, max(MIN, floor(MAX min(1, T / t_k)))).
+
+    h_k: the largest rank that the memory of client k holds, MAX at most.   t_k: seconds that a training step takes it.
+    T: `seconds`, or the median of all t_k where it is None. So rank times seconds is the same for all that are slower than T, until MIN ends it.
+    """
+
+    spec: str
+    low: int
+    high: int
+    seconds: float | None
+
+    def check(self, client: Member) -> Device:
+        """What the client measured; `ConfigError` where that is no measure, or too little for the least rank."""
+        device = client.device
+        if device is None:
+            raise self.unmeasured(f"client {client.name!r}")
+        if not 0 < device.seconds < math.inf:
+            raise ConfigError(f"client {client.name!r} says that a step takes {device.seconds} s; expected a finite number above 0")
+        if device.rank < self.low:
+            raise ConfigError(f"client {client.name!r} holds rank {device.rank}, and the least of {self.spec!r} is {self.low}; lower MIN")
+        return device
+
+    def unmeasured(self, who: str) -> ConfigError:
+        return ConfigError(
+            f"ranks: {self.spec!r} is by what devices measure when they join a Flower deployment, and {who} measured nothing; "
+            f"in a simulation use 'column:FIELD:{self.low}:{self.high}', a list or a file"
+        )
+
+    def pace(self, clients: Sequence[Member]) -> float:
+        """T."""
+        return self.seconds or statistics.median(self.check(client).seconds for client in clients)
+
+    def assign(self, clients: Sequence[Member], seed: int) -> StartingRanks:
+        pace = self.pace(clients)
+        return StartingRanks(self.low, self.high, {client.name: self._rank(self.check(client), pace) for client in clients})
+
+    def _rank(self, device: Device, pace: float) -> int:
+        kept_up = self.high if device.seconds <= pace else int(self.high * (pace / device.seconds))
+        return min(device.rank, self.high, max(self.low, kept_up))
+
+    def told(self, clients: Sequence[Member], ranks: Mapping[str, int]) -> list[str]:
+        """The mapping, in words: T, and a line for each client."""
+        source = "as given" if self.seconds else f"the median of {len(clients)} clients"
+        return [
+            f"ranks by what devices measured: {self.high} rows where a step takes {self.pace(clients):.3g} s ({source}) or less, fewer in proportion",
+            *(f"device of {client.name}: {device_text(self.check(client))}; rank {ranks[client.name]}" for client in clients),
+        ]
+
+
+def device_text(device: Device) -> str:
+    return f"memory for rank {device.rank}, {device.seconds:.3g} s a step"
+
+
+RankRule = PowerLaw | Dealt | Sized | Fixed | Listed | RankFile | Column | Capability
 FROM_DATA = (Sized, Column)
 """Rules by which the data of one client decide ranks of the others too."""
 
@@ -183,7 +251,8 @@ def parse_ranks(spec: str) -> RankRule:
     """The rule that the setting `ranks` stands for; no file is read yet.
 
     spec: 'powerlaw:MIN:MAX[:A]' with A = 0.1 by default; 'dealt:MIN:MAX[:A]': its quantiles, dealt out by the seed; 'sized:MIN:MAX[:A]': its quantiles, by
-    the amount of training text; 'fixed:R': R for all; a comma-separated list; a JSON or CSV file client -> rank; 'column:FIELD:MIN:MAX'.
+    the amount of training text; 'fixed:R': R for all; a comma-separated list; a JSON or CSV file client -> rank; 'column:FIELD:MIN:MAX';
+    'capability:MIN:MAX[:SECONDS]': by what devices measure.
     Raises `ConfigError` naming what is wrong.
     """
     kind, _, rest = spec.partition(":")
@@ -195,8 +264,8 @@ def parse_ranks(spec: str) -> RankRule:
         values = tuple(int(part) for part in spec.split(","))
     except ValueError:
         raise ConfigError(
-            "ranks: expected 'powerlaw:MIN:MAX', 'dealt:MIN:MAX', 'sized:MIN:MAX', 'fixed:R', a comma-separated list, a .json or .csv file, or "
-            f"'column:FIELD:MIN:MAX', got {spec!r}"
+            "ranks: expected 'powerlaw:MIN:MAX', 'dealt:MIN:MAX', 'sized:MIN:MAX', 'fixed:R', a comma-separated list, a .json or .csv file, "
+            f"'column:FIELD:MIN:MAX' or 'capability:MIN:MAX', got {spec!r}"
         ) from None
     if min(values) < 1:
         raise ConfigError(f"ranks: expected ranks >= 1, got {min(values)} in {spec!r}")
@@ -243,12 +312,27 @@ def _parse_column(spec: str, rest: str) -> Column:
     return Column(spec, field, *_bounds(spec, *bounds))
 
 
+def _parse_capability(spec: str, rest: str) -> Capability:
+    parts = rest.split(":")
+    if len(parts) not in (2, 3):
+        raise ConfigError(f"ranks: expected 'capability:MIN:MAX' or 'capability:MIN:MAX:SECONDS', got {spec!r}")
+    low, high = _bounds(spec, parts[0], parts[1])
+    try:
+        seconds = float(parts[2]) if len(parts) == 3 else None
+    except ValueError:
+        seconds = math.nan
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise ConfigError(f"ranks: expected SECONDS > 0 of a step in 'capability:MIN:MAX:SECONDS', got {spec!r}")
+    return Capability(spec, low, high, seconds)
+
+
 _PARSERS: dict[str, Callable[[str, str], RankRule]] = {
     "powerlaw": _parse_power_law,
     "dealt": _parse_dealt,
     "sized": _parse_sized,
     "fixed": _parse_fixed,
     "column": _parse_column,
+    "capability": _parse_capability,
 }
 
 

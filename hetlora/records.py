@@ -87,6 +87,11 @@ class Round(_Record):
     diagnostics: _Diagnostics | Annotated[dict[str, Any], Field(max_length=0)] | None = None  # {} of a merge that keeps no bank
 
 
+class _Device(_Record):
+    rank: int
+    seconds: float
+
+
 class _Client(_Record):
     """One client at the end of a run."""
 
@@ -97,6 +102,7 @@ class _Client(_Record):
     rounds: int
     perplexity_before: _Number = None
     perplexity_after: _Number = None
+    device: _Device | None = None
 
 
 class Summary(_Record):

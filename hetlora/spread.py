@@ -134,6 +134,9 @@ class SpreadFleet:
     def sequences(self, name: str) -> int:
         return self.local.sequences(name)
 
+    def measured(self, name: str) -> None:
+        """Nothing, as in one process."""
+
     def _order(self, what: str, cfg: Config, state: ServerState, *arguments: Any) -> None:
         tables = {name: getattr(state, name) for name in _TABLES}
         ranks = {name: layout.ranks for name, layout in state.bank.layouts.items()}

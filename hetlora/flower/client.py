@@ -10,11 +10,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from logging import INFO, WARNING
 from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.supercore import log
 from torch import nn
 
 from hetlora import __version__
@@ -22,11 +24,12 @@ from hetlora.config import Config, ConfigError
 from hetlora.data import ClientData, load_data
 from hetlora.evaluate import evaluate_bank, evaluate_clients, pool_text
 from hetlora.federation import resolve_model
-from hetlora.flower import messages
+from hetlora.flower import device, messages
 from hetlora.flower.exchange import Order, Reply, exchange
 from hetlora.flower.settings import Node, client_settings
 from hetlora.memory import with_step_tokens
 from hetlora.models import checkpointed, load_model, load_tokenizer, read_limits, target_shapes
+from hetlora.ranks import Capability, Device
 from hetlora.server import ServerState
 from hetlora.training import Work
 
@@ -40,6 +43,7 @@ class Local:
     model: nn.Module
     data: ClientData
     shapes: dict[str, tuple[int, int]]
+    device: Device | None = None
 
 
 LoadModel = Callable[[Config], nn.Module]
@@ -97,9 +101,13 @@ def client_app(model: LoadModel = base_model, data: LoadData = own_text) -> Clie
         try:
             cfg, node = client_settings(context.run_config, context.node_config)
             base = load(cfg)
-            return Message(work(message, cfg, Local(base, data(cfg, node), target_shapes(base, cfg.target_modules))), reply_to=message)
+            shapes = target_shapes(base, cfg.target_modules)
+            measured = _device(cfg, base, shapes) if work is _introduce else None  # before its text is read, of which a measure shall know nothing
+            return Message(work(message, cfg, Local(base, data(cfg, node), shapes, measured)), reply_to=message)
         except (ConfigError, OSError) as error:
-            return Message(Error(REFUSED, " ".join(str(error).split())), reply_to=message)
+            reason = " ".join(str(error).split())
+            log(WARNING, "refused: %s", reason)
+            return Message(Error(REFUSED, reason), reply_to=message)
 
     @app.query()
     def introduce(message: Message, context: Context) -> Message:
@@ -116,10 +124,19 @@ def client_app(model: LoadModel = base_model, data: LoadData = own_text) -> Clie
     return app
 
 
+def _device(cfg: Config, model: nn.Module, shapes: dict[str, tuple[int, int]]) -> Device | None:
+    if not isinstance(cfg.rank_rule, Capability):
+        return None
+    found, line = device.measure(cfg, model, shapes, base_digest(model))
+    log(INFO, "%s", line)
+    return found
+
+
 def _introduce(message: Message, cfg: Config, local: Local) -> RecordDict:
-    data = local.data
+    data, measured = local.data, local.device or Device(0, math.nan)
     capability = math.nan if data.capability is None else data.capability
-    own = messages.Introduction(data.name, len(data.train), modules_digest(local.shapes), base_digest(local.model), capability, __version__)
+    digests = modules_digest(local.shapes), base_digest(local.model)
+    own = messages.Introduction(data.name, len(data.train), *digests, capability, measured.rank, measured.seconds, __version__)
     return RecordDict({messages.CONFIG: ConfigRecord(vars(own))})
 
 

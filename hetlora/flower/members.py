@@ -7,8 +7,9 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -17,6 +18,7 @@ from hetlora import __version__, run_folder
 from hetlora.errors import ConfigError
 from hetlora.flower import messages
 from hetlora.flower.settings import Waiting
+from hetlora.ranks import Capability, Device, RankRule
 
 ROSTER = "clients.json"
 """The clients of the run, in its folder: those that had joined when it began."""
@@ -39,14 +41,15 @@ class Member:
     name: str
     sequences: int
     capability: float | None
+    device: Device | None = None
     node: int | None = None
 
 
 class Members:
-    """The clients behind Flower's grid.   folder: of the run.   say: receives a line for the user."""
+    """The clients behind Flower's grid.   rule: of their ranks.   folder: of the run.   say: receives a line for the user."""
 
-    def __init__(self, grid: Grid, base: Base, waiting: Waiting, folder: Path, say: Callable[[str], None]) -> None:
-        self.grid, self.base, self.waiting, self.roster, self.say = grid, base, waiting, folder / ROSTER, say
+    def __init__(self, grid: Grid, base: Base, rule: RankRule, waiting: Waiting, folder: Path, say: Callable[[str], None]) -> None:
+        self.grid, self.base, self.rule, self.waiting, self.roster, self.say = grid, base, rule, waiting, folder / ROSTER, say
         self.of: dict[str, Member] = {}
         self._known: set[int] = set()  # nodes that were asked who they are
         self._bases: dict[str, str] = {}
@@ -110,7 +113,11 @@ class Members:
         if member is None:
             if not new:
                 raise ConfigError(f"client {own.client!r} joined after the run had begun; it can take part in the next one")
-            self.of[own.client] = Member(own.client, own.sequences, None if math.isnan(own.capability) else own.capability, node)
+            capability = None if math.isnan(own.capability) else own.capability
+            member = Member(own.client, own.sequences, capability, Device(own.device_rank, own.step_seconds) if own.device_rank else None, node)
+            if isinstance(self.rule, Capability):
+                self.rule.check(member)
+            self.of[own.client] = member
         else:
             if member.node is not None:
                 raise ConfigError(f"client {own.client!r} is already there as node {member.node}; give every client a name of its own")
@@ -133,16 +140,21 @@ class Members:
     def write_roster(self) -> None:
         """Once, when the run's folder is there."""
         if not self.roster.exists():
-            clients = [{"name": own.name, "sequences": own.sequences, "capability": own.capability} for _, own in sorted(self.of.items())]
+            clients = [{name: value for name, value in asdict(own).items() if name != "node"} for _, own in sorted(self.of.items())]
             run_folder.write_atomic(self.roster, json.dumps({"clients": clients}, indent=2) + "\n")
 
     def _read_roster(self) -> None:
         problems: list[str] = []
         found = run_folder.read_json(self.roster, problems)
         try:
-            self.of = {own["name"]: Member(own["name"], int(own["sequences"]), own["capability"]) for own in (found or {})["clients"]}
+            self.of = {own["name"]: _member(own) for own in (found or {})["clients"]}
         except (KeyError, TypeError, ValueError):
             raise ConfigError(f"{self.roster}: not the list of the run's clients; restore it from a copy, or start a new run") from None
+
+
+def _member(own: dict[str, Any]) -> Member:
+    measured = own.get("device")
+    return Member(own["name"], int(own["sequences"]), own["capability"], Device(int(measured["rank"]), float(measured["seconds"])) if measured else None)
 
 
 POLL = 1.0

@@ -26,6 +26,7 @@ class Introduction:
 
     client: its name.   sequences: of its training text.   modules: digest of the names and widths of the modules that carry its adapters.
     base: digest of what of its base model does not depend on how it is quantised.   capability: its number for `ranks = column:...`, NaN where it has none.
+    device_rank, step_seconds: what its device measured for `ranks = capability:...` (`ranks.Device`); 0 and NaN where the run does not ask.
     version: of hetlora.
     """
 
@@ -34,6 +35,8 @@ class Introduction:
     modules: str
     base: str
     capability: float
+    device_rank: int
+    step_seconds: float
     version: str
 
 
@@ -57,6 +60,8 @@ def introduction(content: RecordDict) -> Introduction:
         _text(values, "modules", 64),
         _text(values, "base", 64),
         _number(values, "capability", finite=False),
+        _whole(values, "device_rank", 0),
+        _number(values, "step_seconds", finite=False),
         _text(values, "version", 40),
     )
     if not found.client.strip() or not found.client.isprintable():

@@ -25,7 +25,7 @@ from hetlora.flower.members import Base, Members
 from hetlora.flower.settings import Waiting
 from hetlora.flower.wire import size, to_array
 from hetlora.observer import Observer
-from hetlora.ranks import StartingRanks
+from hetlora.ranks import Capability, Device, StartingRanks
 from hetlora.server import ServerState
 from hetlora.training import Trained
 
@@ -105,7 +105,7 @@ class HetLora(FedAvg):
             raise ConfigError(f"num_rounds = {num_rounds}: the settings say rounds = {self.cfg.rounds}; leave it out")
         if train_config or evaluate_config:
             raise ConfigError("train_config, evaluate_config: clients take their settings from the app's run config; leave them out")
-        members = Members(grid, self.base, self.waiting, Path(self.cfg.output), self.observer.message)
+        members = Members(grid, self.base, self.cfg.rank_rule, self.waiting, Path(self.cfg.output), self.observer.message)
         fleet = FlowerFleet(self, members, timeout or self.waiting.round_timeout)
         self._node = members.node
         found = loop.run_rounds(self.cfg, fleet.gathered, resume=self.waiting.resume, observer=_Evaluating(self, fleet, evaluate_fn))
@@ -207,7 +207,9 @@ class FlowerFleet:
         return self
 
     def sized(self, cfg: Config, state: ServerState) -> tuple[Config, list[str]]:
-        return cfg, []  # each node finds out for itself
+        """Each node finds out for itself; the lines are those of the ranks, where devices measured for them."""
+        rule = cfg.rank_rule
+        return cfg, rule.told([self.members.of[name] for name in self.names], state.ranks_start) if isinstance(rule, Capability) else []
 
     def describe(self) -> dict[str, Any]:
         return {"parameters": self.strategy.base.parameters, "data": "on the clients", "clients": len(self.names), "held_out_clients": 0}
@@ -226,6 +228,9 @@ class FlowerFleet:
 
     def sequences(self, name: str) -> int:
         return self.members.of[name].sequences
+
+    def measured(self, name: str) -> Device | None:
+        return self.members.of[name].device
 
     def train(self, cfg: Config, state: ServerState, names: Sequence[str], number: int, lr: float, progress: Progress) -> Trained:
         strategy, grid = self.strategy, self.members.grid

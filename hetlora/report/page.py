@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hetlora.config import Config, ConfigError
 from hetlora.kinds import TRAININGS
+from hetlora.ranks import Device, device_text
 from hetlora.report.drawing import Picture
 from hetlora.report.pictures import draw_all
 from hetlora.report.text import change_text, number, perplexity_of, privacy_text, rank_text, size_text
@@ -117,9 +118,9 @@ def _settings(run: Run) -> list[dict[str, Any]]:
 
 
 def environment() -> Environment:
-    """jinja2 with the package's templates, the filters `number`, `rank` and `size`, and the functions `change` and `worse`."""
+    """jinja2 with the package's templates, the filters `number`, `rank`, `size` and `device`, and the functions `change` and `worse`."""
     made = Environment(loader=PackageLoader("hetlora", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    made.filters.update(number=number, rank=rank_text, size=size_text)
+    made.filters.update(number=number, rank=rank_text, size=size_text, device=lambda found: device_text(Device(found["rank"], found["seconds"])))
     made.globals.update(change=change_text, worse=got_worse)
     return made
 

@@ -1,0 +1,309 @@
+"""Ranks by what devices measure: the rule, the probe and its cache, and a deployed run that grants ranks by them."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("flwr.serverapp", reason="Flower is not installed (pip install '.[flower]')")
+
+import json
+import math
+from itertools import pairwise
+from types import SimpleNamespace
+
+import torch
+from flower_grid import LocalGrid
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import lines, tiny_clients, tiny_config, tiny_federation, tiny_model
+
+from hetlora.config import Config, ConfigError
+from hetlora.federation import prepare
+from hetlora.flower import Base, HetLora, Waiting, client_app, device
+from hetlora.flower import members as members_module
+from hetlora.flower.client import base_digest, modules_digest
+from hetlora.loop import simulate
+from hetlora.memory import step_memory
+from hetlora.models import target_shapes
+from hetlora.observer import Observer
+from hetlora.ranks import Device, parse_ranks
+from hetlora.report.page import write_report
+
+
+def measured(*devices):
+    return [SimpleNamespace(name=f"c{k}", capability=None, sequences=1, device=device and Device(*device)) for k, device in enumerate(devices)]
+
+
+def granted(spec: str, *devices) -> list[int]:
+    return list(parse_ranks(spec).assign(measured(*devices), 0).ranks.values())
+
+
+# ---------------------------------------------------------------- the rule
+
+
+def test_a_device_twice_as_slow_as_the_median_trains_half_the_rows_and_none_more_than_it_holds():
+    assert granted("capability:4:32", (32, 1.0), (32, 2.0), (32, 4.0), (32, 100.0), (32, 0.1)) == [32, 32, 16, 4, 32]
+    assert granted("capability:4:32:1", (32, 1.0), (32, 2.0), (32, 4.0), (32, 100.0), (32, 0.1)) == [32, 16, 8, 4, 32]
+    assert granted("capability:4:32:1", (5, 1.0), (10, 2.0), (4, 4.0), (10**9, 0.5)) == [5, 10, 4, 32]
+    assert granted("capability:4:32", (32, 0.125), (32, 0.1251)) == [32, 31]
+    assert parse_ranks("capability:4:32").assign(measured((9, 1.0)), 0).r_max == 32
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(4, 40), st.floats(1e-300, 1e300)), min_size=1, max_size=7), st.integers(0, 6), st.integers(0, 20), st.floats(0, 1))
+def test_a_device_that_holds_more_or_is_faster_never_gets_less(devices, k, more, faster):
+    for spec in ("capability:4:32", "capability:4:32:0.5"):
+        before = granted(spec, *devices)
+        assert all(4 <= rank <= min(32, holds) for rank, (holds, _) in zip(before, devices, strict=True))
+        rank, seconds = devices[k := k % len(devices)]
+        better = [*devices[:k], (rank + more, max(seconds * faster, 1e-300)), *devices[k + 1 :]]
+        assert granted(spec, *better)[k] >= before[k]
+        assert granted(spec, *reversed(devices)) == before[::-1]
+
+
+def test_one_that_claims_any_speed_takes_no_rank_from_the_others():
+    honest = [(32, 1.0), (32, 1.1), (32, 1.2), (32, 1.3)]
+    assert granted("capability:4:32", *honest, (32, 1e-300))[:4] == granted("capability:4:32", *honest, (32, 0.9))[:4]
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
+def test_what_is_no_measure_is_refused_by_name(seconds):
+    with pytest.raises(ConfigError, match=r"client 'c1' says that a step takes .* s; expected a finite number above 0"):
+        granted("capability:4:32", (32, 1.0), (32, seconds))
+
+
+def test_a_device_below_the_least_rank_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"client 'c1' holds rank 3, and the least of 'capability:4:32' is 4; lower MIN"):
+        granted("capability:4:32", (32, 1.0), (3, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("capability", "expected 'capability:MIN:MAX' or 'capability:MIN:MAX:SECONDS'"),
+        ("capability:", "expected 'capability:MIN:MAX' or 'capability:MIN:MAX:SECONDS'"),
+        ("capability:4", "expected 'capability:MIN:MAX'"),
+        ("capability:8:4", "1 <= MIN <= MAX"),
+        ("capability:4:8:fast", "expected SECONDS > 0"),
+        ("capability:4:8:0", "expected SECONDS > 0"),
+        ("capability:4:8:inf", "expected SECONDS > 0"),
+    ],
+)
+def test_a_rule_that_says_nothing_is_named(spec, text):
+    with pytest.raises(ConfigError, match=text):
+        Config(ranks=spec)
+
+
+def test_a_simulation_has_no_devices(tmp_path):
+    cfg = tiny_config(tmp_path / "run", ranks="capability:4:8")
+    for start in (lambda: prepare(cfg), lambda: simulate(cfg, federation=tiny_federation([3, 5]), quiet=True)):
+        with pytest.raises(ConfigError, match=r"'capability:4:8' is by what devices measure .* in a simulation use 'column:FIELD:4:8', a list or a file"):
+            start()
+    assert not (tmp_path / "run").exists()
+
+
+def test_differential_privacy_takes_ranks_that_follow_from_devices():
+    private = {"weights": "uniform", "dp_clipping_norm": 0.5, "dp_noise_multiplier": 1.0, "cobatch": False}
+    assert Config(train="fold", ranks="capability:4:8", **private).rank_rule.low == 4
+
+
+# ---------------------------------------------------------------- the probe
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(members_module, "POLL", 0.01)
+
+
+def probed(cfg: Config, dtype: torch.dtype = torch.float32):
+    model = tiny_model(dtype)
+    return device.measure(cfg, model, target_shapes(model, cfg.target_modules), base_digest(model))
+
+
+def capable(tmp_path, **changes) -> Config:
+    return tiny_config(tmp_path / "run", **{"ranks": "capability:2:8", "seq_len": 16, "batch_size": 2, **changes})
+
+
+def forbidden(*args):
+    raise AssertionError("measured again")
+
+
+def test_a_probe_is_kept_with_what_it_was_measured_for(tmp_path, monkeypatch):
+    cfg = capable(tmp_path)
+    first, line = probed(cfg)
+    assert first.rank == 8 and first.seconds > 0
+    kept = list((tmp_path / "cache/hetlora").iterdir())
+    assert len(kept) == 1 and line.endswith(f"measured now, kept in {kept[0]}")
+    there = json.loads(kept[0].read_text())
+    assert {"host", "threads", "device", "versions", "base", "weights", "seq_len"} <= set(there["measured_for"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "step_seconds", forbidden)
+        patch.setattr(device, "step_memory", forbidden)
+        again, line = probed(cfg)
+        assert again == first and line.endswith(f"measured before, in {kept[0]}")
+        patch.setattr(device, "step_memory", step_memory)
+        for change in ({"batch_size": 3}, {"seq_len": 8}, {"ranks": "capability:3:8"}, {"gradient_checkpointing": True}):
+            with pytest.raises(AssertionError, match="measured again"):
+                probed(capable(tmp_path, **change))
+        with pytest.raises(AssertionError, match="measured again"):
+            probed(cfg, torch.float64)
+        kept[0].write_text(kept[0].read_text()[:-40])
+        with pytest.raises(AssertionError, match="measured again"):
+            probed(cfg)
+
+
+def test_a_cache_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    assert "measured now, and not kept: " in probed(capable(tmp_path))[1]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_memory_of_a_rank_is_that_of_the_memory_model_at_it(tmp_path, checkpointing, dtype):
+    cfg, model = capable(tmp_path, ranks="capability:2:40", gradient_checkpointing=checkpointing), tiny_model(dtype)
+    shapes = target_shapes(model, cfg.target_modules)
+    low = step_memory(model, shapes, 2, 2, cfg)
+    probe = device.Probe(low, (step_memory(model, shapes, 18, 18, cfg).kept - low.kept) / 16, 1.0)
+    for rank in (2, 3, 16, 40):
+        there = step_memory(model, shapes, rank, rank, cfg)
+        assert probe.bytes_at(rank, 32, cfg, shapes, 2) == pytest.approx(there.of(32) - there.base, rel=1e-9)
+
+
+def test_what_a_device_holds_follows_from_the_memory_that_is_free(tmp_path, monkeypatch):
+    """Also with a probe from the cache: memory is looked up at every start."""
+    cfg, model = capable(tmp_path), tiny_model()
+    shapes = target_shapes(model, cfg.target_modules)
+    needed = {rank: (memory := step_memory(model, shapes, rank, rank, cfg)).of(32) - memory.base for rank in range(1, 9)}
+    assert all(less < more for less, more in pairwise(needed.values()))
+    for rank in (8, 5, 2):
+        monkeypatch.setattr(device, "free_memory", lambda _, rank=rank: (math.ceil((needed[rank] + 1) / device.SHARE), "told"))
+        assert probed(cfg)[0].rank == rank
+    monkeypatch.setattr(device, "free_memory", lambda _: (int(needed[1] / device.SHARE), "told"))
+    with pytest.raises(ConfigError, match=r"this device does not hold rank 2, the least of 'capability:2:8': .* GiB that are free \(told\)"):
+        probed(cfg)
+
+
+# ---------------------------------------------------------------- a deployed run
+
+SIZES = [3, 5, 2, 7]
+DEVICES = [(8, 1.0), (8, 2.0), (5, 1.0), (8, 4.0)]  # T = 1.5
+RANKS = [8, 6, 5, 3]
+
+
+class Said(Observer):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def deployed(cfg: Config, spoil=None, waiting: Waiting | None = None, grid_of=LocalGrid, data=None):
+    clients, model = tiny_clients(SIZES), tiny_model()
+    app = client_app(lambda cfg: model, data or (lambda cfg, node: clients[node.partition_id]))
+    grid = grid_of(app, cfg.model_dump(), [{"partition-id": k} for k in range(len(SIZES))], spoil)
+    said, shapes = Said(), target_shapes(model, cfg.target_modules)
+    base = Base("tiny", shapes, sum(p.numel() for p in model.parameters()), modules_digest(shapes))
+    HetLora(cfg, base, waiting or Waiting(min_clients=len(SIZES), join_timeout=0), said).start(grid)
+    return said.lines
+
+
+def measures(monkeypatch, devices):
+    """Nodes find these, in the order in which they are asked."""
+    found = iter(devices)
+    monkeypatch.setattr(device, "measure", lambda *given: (Device(*next(found)), "measured"))
+
+
+def test_granted_ranks_are_told_kept_and_those_that_clients_train_with(tmp_path, monkeypatch):
+    measures(monkeypatch, DEVICES)
+    cfg = tiny_config(tmp_path / "run", ranks="capability:2:8", cobatch=False, clients_per_round=4)
+    said = deployed(cfg)
+    at = said.index("ranks by what devices measured: 8 rows where a step takes 1.5 s (the median of 4 clients) or less, fewer in proportion")
+    assert said[at + 1 : at + 5] == [
+        "device of client0: memory for rank 8, 1 s a step; rank 8",
+        "device of client1: memory for rank 8, 2 s a step; rank 6",
+        "device of client2: memory for rank 5, 1 s a step; rank 5",
+        "device of client3: memory for rank 8, 4 s a step; rank 3",
+    ]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert [(client["rank_start"], client["device"]) for client in summary["clients"]] == [
+        (rank, {"rank": holds, "seconds": seconds}) for rank, (holds, seconds) in zip(RANKS, DEVICES, strict=True)
+    ]
+    page = write_report(tmp_path / "run").read_text()
+    assert "<th>device</th>" in page and "memory for rank 5, 1 s a step" in page
+
+    simulate(tiny_config(tmp_path / "listed", ranks=RANKS, cobatch=False, clients_per_round=4, gamma=1.0), federation=tiny_federation(SIZES), quiet=True)
+    measures(monkeypatch, DEVICES)
+    deployed(tiny_config(tmp_path / "same", ranks="capability:2:8", cobatch=False, clients_per_round=4, gamma=1.0))
+    adapter = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "listed" / adapter).read_bytes() == (tmp_path / "same" / adapter).read_bytes()
+
+
+def test_granted_ranks_stay_when_clients_come_back_with_other_measures(tmp_path, monkeypatch):
+    """A server that starts again reads what it was told before; a node that comes back is not asked for a rank again."""
+
+    class Restarting(LocalGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            replies = super().send_and_receive(messages, timeout=timeout)
+            if 12 in self.nodes and (12, "train") in self.asked:
+                self.nodes[99] = self.nodes.pop(12)
+            return replies
+
+    measures(monkeypatch, [*DEVICES, (2, 9.0), *[(2, 9.0)] * 4])
+    cfg = tiny_config(tmp_path / "run", ranks="capability:2:8", clients_per_round=4, gamma=1.0, rounds=2)
+    said = deployed(cfg, grid_of=Restarting)
+    assert "client 'client1' is back, as node 99" in said
+    more = deployed(cfg.model_copy(update={"rounds": 3}), waiting=Waiting(min_clients=4, join_timeout=0, resume=True))
+    assert "device of client1: memory for rank 8, 2 s a step; rank 6" in more
+    assert [[line["rank"] for line in record["clients"]] for record in lines(tmp_path / "run")[1:]] == [RANKS] * 3
+
+
+@pytest.mark.parametrize(
+    ("told", "line"),
+    [
+        ({"step_seconds": math.nan}, "client 'client1' says that a step takes nan s"),
+        ({"step_seconds": -1.0}, "client 'client1' says that a step takes -1.0 s"),
+        ({"device_rank": 1}, "client 'client1' holds rank 1, and the least of 'capability:2:8' is 2"),
+        ({"device_rank": 0}, "client 'client1' measured nothing"),
+        ({"device_rank": -3}, "device_rank: expected a whole number >= 0, got -3"),
+        ({"step_seconds": "fast"}, "step_seconds: expected a number, got fast"),
+    ],
+)
+def test_what_a_client_says_of_its_device_is_checked(tmp_path, monkeypatch, told, line):
+    def spoil(node, message, reply):
+        if node == 12 and message.metadata.message_type == "query":
+            reply.content.config_records["config"].update(told)
+        return reply
+
+    measures(monkeypatch, DEVICES)
+    said = deployed(tiny_config(tmp_path / "run", ranks="capability:2:8", rounds=1), spoil, Waiting(min_clients=3, join_timeout=0))
+    assert any(text.startswith("node 12 takes no part: ") and line in text for text in said)
+    assert [client["name"] for client in json.loads((tmp_path / "run/clients.json").read_text())["clients"]] == ["client0", "client2", "client3"]
+
+
+def test_a_client_that_does_not_hold_the_least_rank_says_so_and_takes_no_part(tmp_path, monkeypatch):
+    real, asked = device.free_memory, []
+
+    def little_on_the_second(where):
+        asked.append(where)
+        return (1, "told") if len(asked) == 2 else real(where)
+
+    monkeypatch.setattr(device, "free_memory", little_on_the_second)
+    said = deployed(tiny_config(tmp_path / "run", ranks="capability:2:8", rounds=1, seq_len=16), waiting=Waiting(min_clients=3, join_timeout=0))
+    assert any(text.startswith("node 12 takes no part: it failed: this device does not hold rank 2, the least of 'capability:2:8'") for text in said)
+
+
+def test_a_measure_is_taken_before_the_text_is_read(tmp_path, monkeypatch):
+    """So nothing of it can follow from the text, which is why differential privacy allows these ranks."""
+    clients, happened = tiny_clients(SIZES), []
+    real = device.measure
+    monkeypatch.setattr(device, "measure", lambda *given: happened.append("measured") or real(*given))
+
+    def data(cfg, node):
+        happened.append("read")
+        return clients[node.partition_id]
+
+    deployed(tiny_config(tmp_path / "run", ranks="capability:2:8", rounds=1, seq_len=16, eval_every=1), data=data)
+    assert happened[:8] == ["measured", "read"] * 4 and "measured" not in happened[8:]
