@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 PAGE = ROOT / "docs" / "api.md"
-MODULES = ("hetlora_kernels", "hetlora_kernels.peft", "hetlora")
+MODULES = ("hetlora_kernels", "hetlora_kernels.peft", "hetlora", "hetlora.flower")
 HEAD = """# API reference
 
 Written by `python docs/api.py` from the docstrings, of which the tests run every example. Letters such as K, S, R, n and m are those of [maths.md](maths.md).
@@ -56,6 +56,11 @@ def _plain(annotation: Any) -> Any:
     return _Plain(annotation) if isinstance(annotation, str) else annotation
 
 
+def _default(value: Any) -> Any:
+    """A default value; of a function its name, as its address is another in each process."""
+    return _Plain(value.__name__) if inspect.isfunction(value) else value
+
+
 def _signature(name: str, value: Any) -> str:
     """`name(arguments) -> result`, an argument a line where one line would be long."""
     if isinstance(value, property):
@@ -65,7 +70,9 @@ def _signature(name: str, value: Any) -> str:
     signature = inspect.signature(value)
     if isinstance(value, type):
         signature = signature.replace(return_annotation=inspect.Signature.empty)
-    parameters = [p.replace(annotation=_plain(p.annotation)) for p in signature.parameters.values() if p.name not in ("self", "cls")]
+    parameters = [
+        p.replace(annotation=_plain(p.annotation), default=_default(p.default)) for p in signature.parameters.values() if p.name not in ("self", "cls")
+    ]
     signature = signature.replace(parameters=parameters, return_annotation=_plain(signature.return_annotation))
     line = f"{name}{signature}"
     if len(line) <= 120:

@@ -91,8 +91,15 @@ def client_app(model: LoadModel = base_model, data: LoadData = own_text) -> Clie
 
     Flower starts a process for every message in a deployment. Within a process, as in Flower's simulation, the model is loaded once.
 
+    A request that cannot be done is answered with one line that says why.
+
+    >>> import torch
+    >>> from hetlora.data import ClientData
     >>> from hetlora.flower import client_app
-    >>> app = client_app()
+    >>> def my_data(cfg, node):
+    ...     return ClientData(node.client, train=[torch.arange(9)], test=[torch.arange(5)])
+    >>> client_app(data=my_data)
+    <flwr.clientapp.client_app.ClientApp object at 0x...>
     """
     app = ClientApp()
     load = lru_cache(maxsize=1)(model)

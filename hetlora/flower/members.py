@@ -26,7 +26,15 @@ ROSTER = "clients.json"
 
 @dataclass(frozen=True)
 class Base:
-    """What the server knows of the base model; it needs no weights.   modules: the digest that clients must report."""
+    """What the server knows of the base model; it needs no weights. `describe_base` makes it from the settings.
+
+    name: for logs and adapters.   shapes: {module: (m, n)} of the modules that carry adapters, in the model's order.   parameters: how many the base has.
+    modules: digest of the shapes, which clients must report too.
+
+    >>> from hetlora.flower import Base
+    >>> Base("my model", {"layers.0.q_proj": (64, 64)}, 4096, "digest").shapes
+    {'layers.0.q_proj': (64, 64)}
+    """
 
     name: str
     shapes: dict[str, tuple[int, int]]

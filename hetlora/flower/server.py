@@ -40,7 +40,20 @@ class LogObserver(Observer):
 
 
 def describe_base(cfg: Config) -> Base:
-    """The base model of the settings as far as a server must know it, from its configuration alone: no weights are read."""
+    """The base model of the settings as far as a server must know it, from its configuration alone: no weights are read.
+
+    Raises `ConfigError`: no such model, no configuration there, no target modules in it.
+
+    >>> import tempfile
+    >>> from hetlora import Config
+    >>> from hetlora.flower import describe_base
+    >>> from transformers import LlamaConfig
+    >>> folder = tempfile.mkdtemp()
+    >>> LlamaConfig(vocab_size=384, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(folder)
+    >>> base = describe_base(Config(model=folder))
+    >>> list(base.shapes.values()), base.parameters
+    ([(16, 16), (16, 16), (16, 16), (16, 16)], 14896)
+    """
     path = resolve_model(cfg)
     model = empty_model(cfg, path)
     shapes = target_shapes(model, cfg.target_modules)
@@ -53,7 +66,8 @@ def server_app() -> ServerApp:
     The run's folder `output` is on the server: its log, checkpoints, report and adapters are those of `hetlora run`.
 
     >>> from hetlora.flower import server_app
-    >>> app = server_app()
+    >>> server_app()
+    <flwr.serverapp.server_app.ServerApp object at 0x...>
     """
     app = ServerApp()
 

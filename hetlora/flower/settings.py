@@ -21,6 +21,10 @@ class Waiting:
     min_clients: clients that must have joined before the first round.   join_timeout: seconds it waits for them.
     round_timeout: seconds it waits for the replies of a round; who has not replied is left out of the round.
     resume: continue the run in `output`.
+
+    >>> from hetlora.flower import Waiting
+    >>> Waiting(min_clients=3)
+    Waiting(min_clients=3, join_timeout=600.0, round_timeout=3600.0, resume=False)
     """
 
     min_clients: int = 2
