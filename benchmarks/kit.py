@@ -23,9 +23,10 @@ import torch
 
 from hetlora_kernels import _library
 
-from . import compare, figures, run, static
+from . import clocks, compare, figures, run, static
 
 NEEDS = {"peft": ("peft", "transformers"), "round": ("peft", "transformers", "pydantic")}  # packages, beside torch
+ONE_RUNG = ("peft", "round")
 WAY_OUT = "pip install 'hetlora[bench]'"
 QUICK_SECONDS = 110.0
 DEFAULT = ("server", "lora", "peft", "round")
@@ -46,6 +47,9 @@ def arguments(argv: list[str], prog: str) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, after each of them")
     parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="counts of threads [default: 1 and all; quick: all; on a GPU 1]")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="[default: cuda where there is one]")
+    parser.add_argument(
+        "--rungs", nargs="+", choices=_library.RUNGS, help="measure hetlora on these rungs, in server and lora [default: that in use; lora: all]"
+    )
     parser.add_argument("--static", action="store_true", help="in place of measuring: read the compiled CUDA kernels; --static --help has its options")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to see that all of it runs; such figures mean nothing")
     options = parser.parse_args(argv)
@@ -57,7 +61,15 @@ def arguments(argv: list[str], prog: str) -> argparse.Namespace:
         raise ValueError(f"--json {options.json}: expected a file in a folder that exists")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this torch sees no GPU; 'hetlora info' says why")
+    for rung in options.rungs or []:
+        _library.check_rung(rung, "--rungs")
+        if rung == "cpu" and chosen_device(options).type == "cuda":
+            raise ValueError("--rungs cpu: its kernels are for CPU tensors; add --device cpu")
     return options
+
+
+def chosen_device(options: argparse.Namespace) -> torch.device:
+    return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def free_gb(device: torch.device) -> float:
@@ -95,7 +107,9 @@ def chosen_suites(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     found, why = [], []
     for name in options.suite or (QUICK if options.quick else DEFAULT):
         missing = [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
-        if missing:
+        if options.rungs and name in ONE_RUNG:
+            why.append(f"{name}: --rungs: a whole model is measured on the rung in use")
+        elif missing:
             why.append(f"{name}: not installed: {', '.join(missing)} ({WAY_OUT})")
         else:
             found.append(name)
@@ -129,11 +143,12 @@ def names_of(plan: argparse.Namespace, suites: list[str], device: torch.device) 
 
 
 def measure(options: argparse.Namespace, command: str) -> int:
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(options)
+    read_clocks, how = clocks.reader(device)
     every = torch.get_num_threads()
     counts = options.threads or ([1] if device.type == "cuda" else [every] if options.quick or options.tiny else sorted({1, every}))
     suites, why = chosen_suites(options)
-    setting = {"only": options.only, "memory_gb": free_gb(device), "seconds": 0.02 if options.tiny else 1.2 if options.quick else 4.0}
+    setting = {"only": options.only, "rungs": options.rungs, "memory_gb": free_gb(device), "seconds": 0.02 if options.tiny else 1.2 if options.quick else 4.0}
     plan = argparse.Namespace(quick=options.tiny, short=options.quick and not options.tiny, **setting)
     numbers = {name: len(run.SUITES[name].wanted(plan, device)) for name in suites}
     if not suites:
@@ -143,8 +158,10 @@ def measure(options: argparse.Namespace, command: str) -> int:
         if not any(run.SUITES[suite].wanted(one, device) for suite in suites):
             raise ValueError(f"--only {name}: no case of {', '.join(suites)} has this name; there are {', '.join([*names_of(plan, suites, device), *why])}")
     result = run.opening("kit", command, device)
-    result |= {"measurement": not options.tiny, "left_out": why, "refused": []}
+    result |= {"measurement": not options.tiny, "left_out": why, "refused": []} | ({"clocks": how} if how else {})
     print("\n".join(describe(result, counts)), flush=True)
+    if how:
+        print(f"clocks    {how}")
     if options.tiny:
         print("tiny shapes: these figures mean nothing")
     elif result["load_average"]["before"] > 0.5 * max(counts):
@@ -171,8 +188,10 @@ def measure(options: argparse.Namespace, command: str) -> int:
                 if isinstance(one, str):
                     why.append(f"{name}: {one}")
                     continue
-                one = {"suite": name, **one}
-                if case and figures.key(case[0]) != figures.key(one):
+                new_case = not case or figures.key(case[0]) != figures.key(one)
+                reading = read_clocks() if read_clocks and new_case else case[0].get("clocks") if case else None
+                one = {"suite": name, **one} | ({"clocks": reading} if reading else {})
+                if case and new_case:
                     show(case, result)
                     case = []
                     advance(name)
@@ -198,6 +217,8 @@ def show(case: list[dict[str, Any]], result: dict[str, Any]) -> None:
         print(f"{text}  {record['shape']}", flush=True)
         return
     print("\n".join([figures.title(figures.key(case[0])), *(figures.line(record, rows, best) for record in case)]), flush=True)
+    if reading := case[0].get("clocks"):
+        print(f"  {clocks.line(reading)}", flush=True)
 
 
 def said(error: Exception) -> str:

@@ -8,7 +8,7 @@ Adapters are float32, the base and its input `dtype`, as PEFT has them; every pr
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -165,9 +165,10 @@ def padded(p: Problem) -> tuple[Callable[[], object], Results]:
     return run, lambda: (x.grad, unpadded(a.grad), unpadded(bt.grad))
 
 
-def providers(p: Problem) -> dict[str, Provider]:
-    rungs = [rung for rung in _library.available() if rung != "reference" and (rung == "cpu") == (p.device.type == "cpu")]
-    own: dict[str, Provider] = {f"hetlora {rung}": partial(ours, rung=rung) for rung in (*rungs, "reference")}
+def providers(p: Problem, rungs: Sequence[str] | None = None) -> dict[str, Provider]:
+    """rungs: those of this project that are measured; None: all that serve the device."""
+    present = [rung for rung in _library.available() if rung != "reference" and (rung == "cpu") == (p.device.type == "cpu")]
+    own: dict[str, Provider] = {f"hetlora {rung}": partial(ours, rung=rung) for rung in rungs or (*present, "reference")}
     stock = importlib.util.find_spec("peft") is not None
     own |= {RIVAL: peft} if stock else {}
     own |= {"torch addmm one by one": addmm, "torch padded bmm": padded}
@@ -199,11 +200,11 @@ def cases(options: Any, device: torch.device) -> Iterator[tuple[Problem, str]]:
     return ((Problem(*arguments), op) for arguments, op in wanted(options, device))
 
 
-def check(p: Problem) -> None:
+def check(p: Problem, rungs: Sequence[str] | None = None) -> None:
     """`WrongResultError` where a provider's gradients, without dropout, are not the reference's."""
     plain = Problem(p.n, p.m, p.tokens, p.ranks, p.dtype, p.device)
     truth: tuple[Tensor, ...] = ()
-    for name, make in {"truth": partial(ours, rung="reference"), **providers(p)}.items():
+    for name, make in {"truth": partial(ours, rung="reference"), **providers(p, rungs)}.items():
         work, results = make(plain)
         work()
         own = tuple(t.double().clone() for t in results())
@@ -243,8 +244,8 @@ def measure(case: tuple[Problem, str], options: Any, device: torch.device, threa
     """One record for each provider and the frozen layer; bytes: x, W, y, d_y and d_x once."""
     torch.set_num_threads(threads)
     p, op = case
-    check(p)
-    runs: dict[str, Callable[[], object]] = {YARDSTICK: frozen(p)} | {name: make(p)[0] for name, make in providers(p).items()}
+    check(p, options.rungs)
+    runs: dict[str, Callable[[], object]] = {YARDSTICK: frozen(p)} | {name: make(p)[0] for name, make in providers(p, options.rungs).items()}
     contest = {YARDSTICK, RIVAL, *(name for name in runs if name.startswith("hetlora") and name != "hetlora reference")}
     timings = interleaved(runs, YARDSTICK, device, options.seconds / 4, most_rounds=60, least_rounds=9, aside=runs.keys() - contest)
     size = (2 * p.tokens * (p.n + p.m) + p.n * p.m) * p.dtype.itemsize

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,6 +102,28 @@ def check(case: Case, name: str, run: Run, truth: list[Tensor]) -> None:
             raise WrongResultError(f"{name}: {case.op} on {case.shape}, {case.problem.dtype}: tensor {position} is off by {float(error):.2e}; nothing is timed")
 
 
+def on_rungs(case: Case, rungs: Sequence[str] | None) -> dict[str, Callable[[Problem], Run]]:
+    """The case's providers, this project's once for each of the rungs; None: on the rung in use, and its name is not said."""
+    if not rungs:
+        return case.providers
+    found = {}
+    for name, make in case.providers.items():
+        of = {f"{name} {rung}": partial(_forced, make, rung) for rung in rungs} if name.startswith("hetlora") else {name: make}
+        found |= of
+    return found
+
+
+def _forced(make: Callable[[Problem], Run], rung: str, problem: Problem) -> Run:
+    with hk.use_backend(rung):
+        work, result = make(problem)
+
+    def forced() -> None:
+        with hk.use_backend(rung):
+            work()
+
+    return forced, result
+
+
 def reference_result(case: Case) -> list[Tensor]:
     with hk.use_backend("reference"):
         work, result = next(iter(case.providers.values()))(case.problem)
@@ -123,7 +146,7 @@ def measure(case: Case, options: Any, device: torch.device, threads: int) -> lis
     """One record for each provider and the yardstick; `WrongResultError` before anything is timed when one is wrong."""
     torch.set_num_threads(threads)
     truth = reference_result(case)
-    runs: dict[str, Run] = {name: make(case.problem) for name, make in case.providers.items()}
+    runs: dict[str, Run] = {name: make(case.problem) for name, make in on_rungs(case, options.rungs).items()}
     for name, run in runs.items():
         check(case, name, run, truth)
     del truth

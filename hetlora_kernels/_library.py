@@ -156,7 +156,7 @@ def available() -> dict[str, str]:
     return {rung: _text(rung) for rung in RUNGS if rung not in missing}
 
 
-def _check_rung(rung: str, origin: str) -> str:
+def check_rung(rung: str, origin: str) -> str:
     if rung not in RUNGS:
         raise ValueError(f"{origin}: expected one of {', '.join(RUNGS)}, got {rung!r}")
     if rung == "reference" or rung in _compiled:  # nothing to ask CUDA for
@@ -200,7 +200,7 @@ def use_backend(rung: str) -> Iterator[None]:
     ('reference', "forced to 'reference'")
     """
     global _forced
-    before, _forced = _forced, _check_rung(rung, "use_backend")
+    before, _forced = _forced, check_rung(rung, "use_backend")
     try:
         yield
     finally:
@@ -237,4 +237,4 @@ _define()
 _load("cpu")
 when_cuda_starts(_start_cuda)
 if os.environ.get("HETLORA_BACKEND", "").strip():
-    _forced = _check_rung(os.environ["HETLORA_BACKEND"].strip(), "environment variable HETLORA_BACKEND")
+    _forced = check_rung(os.environ["HETLORA_BACKEND"].strip(), "environment variable HETLORA_BACKEND")

@@ -20,7 +20,7 @@ from benchmarks import losses as bench_losses
 from benchmarks import packing as bench_packing
 from benchmarks.shapes import power_law_ranks
 
-OPTIONS = argparse.Namespace(quick=True, short=False, only=["aggregate"], memory_gb=1.0, seconds=0.01)
+OPTIONS = argparse.Namespace(quick=True, short=False, only=["aggregate"], memory_gb=1.0, seconds=0.01, rungs=None)
 
 
 @pytest.mark.slow
