@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import hetlora_kernels as hk
-from hetlora_kernels import _native
+from hetlora_kernels import _library, _native
 
 from . import ceilings, lora, peft_suite, rounds, saved, server
 
