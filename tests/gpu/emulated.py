@@ -151,11 +151,11 @@ class Mutant:
 
 
 def share_of(mutants: Mapping[str, Mutant]) -> list[Any]:
-    """Parameters of a test of each: the first of each source and type, every fifth and the `kept` run in `make test`, all in `make gates`."""
+    """Parameters of a test of each: the first of each source and type and the `kept` run in `make test`, all in `make gates`."""
     seen, chosen = set(), []
-    for number, (name, mutant) in enumerate(mutants.items()):
+    for name, mutant in mutants.items():
         place = (mutant.source, mutant.dtype)
-        chosen.append(pytest.param(name, marks=() if mutant.kept or number % 5 == 0 or place not in seen else pytest.mark.gates))
+        chosen.append(pytest.param(name, marks=() if mutant.kept or place not in seen else pytest.mark.gates))
         seen.add(place)
     return chosen
 

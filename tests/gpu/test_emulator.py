@@ -50,12 +50,12 @@ MUTANTS = {
     "the next stage over the one in use": Mutant("gram.cu", "gram", "stage, (step + 1) % 2,", "stage, step % 2,", "large", "gram"),
     "no barrier before the groups are added": Mutant("gram.cu", "gram", UPPER, "\n", "small", "gram"),
     "no barrier before the next groups are added": Mutant("gram.cu", "gram", READ, "\n", "small", "gram"),
-    "a barrier that half the threads miss": Mutant("gram.cu", "gram", READ, "if (threadIdx.x < 64) " + READ, "small", "gram"),
+    "a barrier that half the threads miss": Mutant("gram.cu", "gram", READ, "if (threadIdx.x < 64) " + READ, "small", "gram", kept=True),
     "half of the groups forgotten": Mutant("gram.cu", "gram", "left > 1; left =", "left > 2; left =", "small", "gram"),
     "columns past the width": Mutant("gram.cu", "gram", "min(max(last - column, 0), V)", "V", "small", "gram"),
     "a tile against itself, not its neighbour": Mutant("gram.cu", "gram", "y + x : across + x;", "y + x : x;", "tiles", "gram"),
     "a tile stored past its matrix": Mutant("gram.cuh", "gram", "left <= right && right < rank", "left <= right", "small", "gram"),
-    "a mirrored element forgotten": Mutant("gram.cuh", "gram", "if (left != right) out", "if (false) out", "small", "gram"),
+    "a mirrored element forgotten": Mutant("gram.cuh", "gram", "if (left != right) out", "if (false) out", "small", "gram", kept=True),
     "splits added without the last": Mutant("gram.cu", "gram", "split < splits;", "split + 1 < splits;", "large", "gram"),
     "shared memory overrun": Mutant("gram.cu", "gram", "chunk * PIECES >= pieces", "chunk * PIECES >= 3 * stage.pieces()", "small", "gram", kept=True),
     "tensor cores: halves of a band in each other's place": Mutant(
@@ -83,7 +83,7 @@ MUTANTS = {
     ),
     "a maximum over half the warp": Mutant("quantize.cu", "quantize", "distance = WARP / 2;", "distance = WARP / 4;", "large", "quantize-8"),
     "a code past an odd width": Mutant("quantize.cu", "quantize", "high = 2 * at + 1 < width ?", "high = true ?", "small", "quantize-4"),
-    "a scale that is no normal number": Mutant("quantize.cu", "quantize", "if (scale < 1.17549435e-38f) scale = 0;", "", "small", "quantize-8"),
+    "a scale that is no normal number": Mutant("quantize.cu", "quantize", "if (scale < 1.17549435e-38f) scale = 0;", "", "small", "quantize-8", kept=True),
     "slopes over the label's logit before it is read": Mutant(
         "cross_entropy.cu", "cross_entropy", "__syncthreads();  // the factors are there, and", "//", "small", "cross_entropy"
     ),
@@ -107,7 +107,7 @@ MUTANTS = {
         "cross_entropy.cu", "cross_entropy", "4 * e / ((1 + e) * (1 + e))", "e / e * (1 - tanh(inner) * tanh(inner))", "small", "cross_entropy-saturated"
     ),
     "slopes of a label that is no word": Mutant(
-        "cross_entropy.cu", "cross_entropy", "is_word ? 0 : static_cast<double>(NAN)", "0", "small", "cross_entropy-odd-rows"
+        "cross_entropy.cu", "cross_entropy", "is_word ? 0 : static_cast<double>(NAN)", "0", "small", "cross_entropy-odd-rows", kept=True
     ),
 }
 

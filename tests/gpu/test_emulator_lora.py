@@ -125,7 +125,7 @@ MUTANTS = {
     ),
     "expand: no wait for the copies": Mutant("expand.cu", "expand", "await_copies<0>();", "", "lora-aligned", "expand"),
     "expand: a warp that does not wait for its lanes": Mutant(
-        "expand.cu", "expand", "                    __syncwarp();  // the half is whole\n", "", "lora-small", "expand", "bf16"
+        "expand.cu", "expand", "                    __syncwarp();  // the half is whole\n", "", "lora-small", "expand", "bf16", kept=True
     ),
     "expand: a store past the row": Mutant("expand.cu", "expand", "        if (column + e >= call.width) return;\n", "", "lora-small", "expand"),
     "expand: a wide result that forgets what it adds to": Mutant(
