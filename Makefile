@@ -3,7 +3,7 @@
 #   make demo [ARGS="--rounds 5"]   the offline federation, with a report to look at
 #   make test                       ruff, mypy, clang-format, the fast tests, then the slow ones
 #   make test-fast                  the fast tests alone
-#   make matrix                     the numeric tests with every instruction set of this machine, 1 and 2 threads, 20 seeds (about 40 minutes); all kills of runs
+#   make matrix                     the numeric tests with every instruction set of this machine, 1 and 2 threads, 20 seeds (about 40 minutes); all kills of runs, all random calls
 #   make gates                      all checks of GPU code without a GPU: every architecture, every planted bug (`make test` takes a share of both)
 #   make lint | venv | clean        the checks alone | the virtual environment alone | remove everything made here, .venv included
 #
@@ -47,7 +47,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($(JOBS) + 1)) --dist loadfile --no-loadscope-reorder -m "slow and not matrix and not gates" $(filter $(LONGEST),$(SLOW)) $(filter-out $(LONGEST),$(SLOW))
 
 matrix: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m matrix tests/native/test_instruction_sets.py tests/federation/test_killed.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m matrix tests/native/test_instruction_sets.py tests/federation/test_killed.py tests/kernels/test_fuzz.py
 
 gates: venv
 	HETLORA_TEST_CUDA_ARCHS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m slow tests/gpu

@@ -60,7 +60,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds; left out by `make test-fast`")
     config.addinivalue_line("markers", "gates: GPU code for further architectures, further planted bugs and cases of a kind that `make test` has; `make gates`")
-    config.addinivalue_line("markers", "matrix: the numeric tests with further instruction sets and seeds, further kills of runs; `make matrix`")
+    config.addinivalue_line("markers", "matrix: the numeric tests with further instruction sets, seeds, kills of runs and random calls; `make matrix`")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import pytest
 import torch
 from kernel_cases import FLOATS, scattered
 from torch import Tensor
@@ -65,6 +67,12 @@ def repeat(case: Callable[[Draw], int], calls: int) -> None:
         except Exception as error:
             raise AssertionError(f"{type(error).__name__} in {case.__name__}(Draw({seed!r})): {error}") from error
         number += 1
+
+
+def shares(calls: dict[Callable[[Draw], int], int]) -> list[Any]:
+    """Parameters `case` and `calls` of a test: half of each case's calls in `make test`, all in `make matrix`."""
+    half = [pytest.param(case, number // 2, id=case.__name__) for case, number in calls.items()]
+    return half + [pytest.param(case, number, id=f"{case.__name__}, all", marks=pytest.mark.matrix) for case, number in calls.items()]
 
 
 def refused(call: Callable[[], object], names: Sequence[str], what: str) -> None:

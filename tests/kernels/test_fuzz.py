@@ -1,4 +1,5 @@
-"""17,000 calls of the public functions with random shapes, ranks, types, strides and values, against float64; 3,000 more are in test_fuzz_arguments.py.
+"""17,000 calls of the public functions with random shapes, ranks, types, strides and values, against float64, half of them in `make test` and all
+in `make matrix`; 3,000 more are in test_fuzz_arguments.py.
 
 Equal data is given in several forms (as it lies, strided, in a list of modules, into `out`), each a call of its own. HETLORA_TEST_SEED draws others.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import Estimate, assert_exact, cat
-from fuzz_draws import Draw, repeat
+from fuzz_draws import Draw, repeat, shares
 from kernel_cases import BY_SIZE, FRAMEWORK, SMALL, estimated, going, guarded, leaf_tensors, make_layer, results, rounded, same_bits
 from test_aggregate import estimated_sum
 from test_norms import estimated_gram, estimated_root, result_type
@@ -135,9 +136,7 @@ def few_bits(draw: Draw) -> int:
     return len(got) + 2
 
 
-@pytest.mark.parametrize(
-    ("case", "calls"), [(sums_of_uploads, 4000), (downloads, 2500), (norms, 2500), (few_bits, 3000)], ids=lambda value: getattr(value, "__name__", "")
-)
+@pytest.mark.parametrize(("case", "calls"), shares({sums_of_uploads: 4000, downloads: 2500, norms: 2500, few_bits: 3000}))
 def test_server_functions(case, calls):
     repeat(case, calls)
 
@@ -212,7 +211,7 @@ def others_alone(draw: Draw) -> int:
     return 2
 
 
-@pytest.mark.parametrize(("case", "calls"), [(layers, 3000), (others_alone, 800)], ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(("case", "calls"), shares({layers: 3000, others_alone: 800}))
 def test_layer(case, calls):
     repeat(case, calls)
 
@@ -256,5 +255,6 @@ def banks(draw: Draw) -> int:
     return 2 * clients + 6
 
 
-def test_banks():
-    repeat(banks, 1200)
+@pytest.mark.parametrize(("case", "calls"), shares({banks: 1200}))
+def test_banks(case, calls):
+    repeat(case, calls)
