@@ -1,4 +1,4 @@
-"""Runs in several processes, for test_spread.py: this process imports once, then forks the processes of each run. Prints what each of them ended with."""
+"""Runs in several processes, for test_spread.py: a worker of forked.py, which forks the processes of each run and prints what they ended with."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 from tiny import SIZES, tiny_config, tiny_federation
+
+sys.path.append(str(Path(__file__).parents[1]))
+import forked
 
 from hetlora import spread
 from hetlora.errors import ConfigError
@@ -104,7 +107,11 @@ def fork(run: dict[str, Any]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in reversed(children)]
 
 
-if __name__ == "__main__":
+def run(runs: list[dict[str, Any]]) -> None:
     torch.set_num_threads(1)
-    for one in json.loads(sys.argv[1]):
+    for one in runs:
         print(json.dumps({"folder": one["folder"], "codes": fork(one)}), flush=True)
+
+
+if __name__ == "__main__":
+    forked.serve(run)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from test_resume import assert_same
@@ -175,8 +176,7 @@ def test_an_evaluation_in_parts_is_of_the_same_batches(tmp_path):
 
 def in_processes(*runs: dict) -> list[dict]:
     """What the processes of each run said and ended with."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    done = subprocess.run([sys.executable, str(HERE / "spread_runs.py"), json.dumps(runs)], capture_output=True, text=True, timeout=240, env=environment)
+    done = forked.call(HERE / "spread_runs.py", {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}, runs)
     assert (done.returncode, done.stderr) == (0, "")
     found, said = [], {}
     for line in done.stdout.splitlines():
