@@ -18,9 +18,9 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "privacy.md").read_text(e
 
 
 def listed(heading: str) -> set[str]:
-    """The names in the first column of the table under a heading."""
+    """The names before the colon of each item of the list under a heading."""
     part = PAGE.split(f"## {heading}\n")[1].split("\n## ")[0]
-    return {name for line in part.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+    return {name for line in part.splitlines() if line.startswith("- `") for name in re.findall(r"`(\w+)`", line.split(": ")[0])}
 
 
 def test_all_that_travels_is_listed():
