@@ -21,7 +21,7 @@ import click
 
 from hetlora import __version__, cli_flower, processor, signals
 from hetlora.cli_lines import SHOWN, Commands, leave_quietly, say, tell
-from hetlora.compare.methods import ALONE, METHODS, OWNED, ComparisonPlan, default_method, left_out, make_plan, method_settings
+from hetlora.compare.methods import ALONE, METHODS, OWNED, ComparisonPlan, default_method, left_out, make_plan, method_settings, refuse_private
 from hetlora.config import Config, ConfigError, setting_group
 from hetlora.processes import only_run, place
 from hetlora.report.json_lines import JsonObserver, SilentObserver, print_line
@@ -59,7 +59,7 @@ class _Tokens(click.ParamType):
 class _ConfigOption(click.Option):
     """One field of `Config` on the command line; None when it was not given."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, hidden: bool = False) -> None:
         field = Config.model_fields[name]
         self.group = setting_group(name)
         flag, kind = f"--{name.replace('_', '-')}", field.annotation
@@ -70,7 +70,7 @@ class _ConfigOption(click.Option):
             shown = str(field.default)
             choice = click.Choice([str(v) for v in typing.get_args(kind)]) if typing.get_origin(kind) is typing.Literal else kind
         choice = _Tokens() if name == "max_tokens_per_step" else choice
-        super().__init__([flag, name], type=choice, default=None, help=f"{field.description} [default: {shown}]")
+        super().__init__([flag, name], type=choice, default=None, help=f"{field.description} [default: {shown}]", hidden=hidden)
 
 
 def config_options(command: click.Command) -> click.Command:
@@ -292,9 +292,9 @@ class _PlanOption(click.Option):
 
 
 def comparison_options(command: click.Command) -> click.Command:
-    """Add an option for every field of `ComparisonPlan`, and of `Config` but those that the methods set."""
-    config_options(command)
-    command.params = [_PlanOption(name) for name in ComparisonPlan.model_fields] + [p for p in command.params if p.name not in (*OWNED, *ALONE)]
+    """Add an option for every field of `ComparisonPlan`, and of `Config` but those that the methods set. Those of privacy, refused, are not listed."""
+    own = [_ConfigOption(name, hidden=name.startswith("dp_")) for name in Config.model_fields if name not in (*OWNED, *ALONE)]
+    command.params = [_PlanOption(name) for name in ComparisonPlan.model_fields] + own + command.params
     return command
 
 
@@ -311,6 +311,7 @@ def compare(config_file: str | None, **options: Any) -> None:
     """
     source, given = _given(config_file, {name: value for name, value in options.items() if value is not None})
     plan = make_plan(source, **{name: given.pop(name) for name in ComparisonPlan.model_fields if name in given})
+    refuse_private(source, given)
     given.setdefault("output", "runs/comparison")
     common = Config.create(source, **given)
     runs = _loaded("hetlora.compare.run")

@@ -112,6 +112,13 @@ def _rouge(outcome: Outcome) -> float | None:
     return 100 * found["f1"] if found else None
 
 
+def _epsilon(outcome: Outcome) -> float | None:
+    spent = (outcome.run.summary or {}).get("privacy")
+    if not spent:
+        return None
+    return math.inf if spent["epsilon"] is None else spent["epsilon"]
+
+
 @dataclass(frozen=True)
 class Metric:
     """A column of the table. `value` of one cell, None where it does not exist."""
@@ -144,6 +151,7 @@ METRICS = (
     Metric("megabytes_down", "MB down", 2, lambda outcome, _: _total(outcome, "bytes_down") / 1e6),
     Metric("megabytes_up", "MB up", 2, lambda outcome, _: _total(outcome, "bytes_up") / 1e6),
     Metric("trained_percent", "trained, % of full", 2, lambda outcome, _: _share(outcome)),
+    Metric("epsilon", "epsilon of a run", 2, lambda outcome, _: _epsilon(outcome)),
     Metric("cpu_seconds", "CPU s", 0, lambda outcome, _: _total(outcome, "cpu_seconds")),
     Metric("seconds", "wall s", 0, lambda outcome, _: _total(outcome, "seconds")),
 )

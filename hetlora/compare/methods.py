@@ -167,6 +167,16 @@ def refuse_shared(where: str, key: str, value: str) -> None:
         raise ConfigError(f"{where}: all runs of a comparison share one model and its data, {shown} cannot differ; set it for all, or make a comparison each")
 
 
+def refuse_private(source: str, given: Mapping[str, Any]) -> None:
+    """`ConfigError` for differential privacy among the common settings, with the methods that have it: it wants equal weights, which are a method's own."""
+    if private := {name: value for name, value in given.items() if name.startswith("dp_")}:
+        named = "+".join(["fold", "weights=uniform", *(f"{name}={value}" for name, value in private.items())])
+        raise ConfigError(
+            f"{source}: {', '.join(private)}: goes with weights = 'uniform', which a comparison takes from its methods; give both to those methods, "
+            f"as in --methods {named},fold --no-cobatch"
+        )
+
+
 def method_config(method: Method, common: Config, plan: StartingRanks, **values: Any) -> Config:
     """The settings of a run of `method`: the common ones, the method's own, and `values` (seed, output, ...) on top.
 

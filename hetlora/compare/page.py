@@ -117,7 +117,20 @@ def target_text(table: Table) -> str:
     return f"{100 * target:g} % of the perplexity before training" if target < 1 else f"perplexity {target:g}"
 
 
-PRINTED = {"global_final": 0, "global_best": 4, "own_final": 1, "gap": 5, "megabytes_up": 2, "cpu_seconds": 3}
+def privacy_note(table: Table) -> str:
+    """What epsilon of the table covers; '' where no run had differential privacy."""
+    found = [spent for own in table.outcomes.values() for outcome in own if (spent := (outcome.run.summary or {}).get("privacy"))]
+    if not found:
+        return ""
+    deltas = ", ".join(f"{delta:g}" for delta in sorted({spent["delta"] for spent in found}))
+    simulated = "" if all(spent["secret"] for spent in found) else " Noise from a run's seed protects nobody: this is a simulation."
+    return (
+        f"Differential privacy of clients: epsilon (at delta {deltas}) is that of one run by itself. It counts neither the other runs on the same clients "
+        f"nor a choice among methods, seeds and searched values by their held-out text, which is seen without noise here.{simulated}"
+    )
+
+
+PRINTED = {"global_final": 0, "global_best": 4, "own_final": 1, "gap": 5, "megabytes_up": 2, "epsilon": 6, "cpu_seconds": 3}
 """{metric: how spare its column is} of the terminal's table."""
 
 
@@ -131,12 +144,14 @@ def print_comparison(console: Console, table: Table, spare: Mapping[str, int] = 
     console.print(grid)
     if dropped:
         print_text(console, f"not shown at this width: {'; '.join(dropped)} (comparison.csv has all)")
+    if note := privacy_note(table):
+        print_text(console, note)
 
 
 _PARTS = {
     "The global adapter": ("global_final", "global_best", "unseen_final", "rouge_l", "gap", "effective_rank"),
     "Clients' own text": ("own_final", "own_best", "own_small", "own_middle", "own_big"),
-    "What it costs": ("rounds_to_target", "megabytes_down", "megabytes_up", "trained_percent", "cpu_seconds", "seconds"),
+    "What it costs": ("rounds_to_target", "megabytes_down", "megabytes_up", "trained_percent", "epsilon", "cpu_seconds", "seconds"),
 }
 """The page's tables of results: one of all columns would fit no screen."""
 _RELATIVE = ("global_", "own_", "unseen_", "megabytes_", "cpu_")  # beginnings of the columns that are also shown against the reference method
@@ -187,6 +202,8 @@ def write_comparison(table: Table, opening: Sequence[str] = ()) -> Path:
     write_atomic(folder / "comparison.csv", _csv(table))
     write_atomic(folder / "comparison.json", _json(table))
     text = markdown(table)
+    if note := privacy_note(table):
+        text += f"\n{note}\n"
     if len(table.tallies) > 1:
         text += f"\n{difference_text(table)}\n\n" + _markdown(*difference_rows(table))
     if table.search:
@@ -215,7 +232,7 @@ def write_comparison(table: Table, opening: Sequence[str] = ()) -> Path:
             common=table.comparison.common.model_dump(),
             versions=first.run.versions,
             before=first.curve(GLOBAL)[0][1],
-            notes=sorted({note for picture in pictures.values() for note in picture.notes}),
+            notes=[*filter(None, [privacy_note(table)]), *sorted({note for picture in pictures.values() for note in picture.notes})],
         )
     )
     write_atomic(page, html)

@@ -14,11 +14,12 @@ from tiny import SIZES, Interrupt, Stop, contents, lines, tiny_config, tiny_fede
 from hetlora.cli import cli
 from hetlora.compare import figures
 from hetlora.compare.methods import METHODS, make_plan, method_config, parse_methods
-from hetlora.compare.page import write_comparison
+from hetlora.compare.page import print_comparison, write_comparison
 from hetlora.compare.run import Bench, run_comparison
 from hetlora.config import Config, ConfigError
 from hetlora.observer import Observer
 from hetlora.ranks import StartingRanks
+from hetlora.report.terminal import make_console
 
 
 def common(folder, **settings):
@@ -292,6 +293,21 @@ def test_files_agree_with_one_another_and_the_page_stands_alone(finished, every_
     assert "http" not in html.replace("http-equiv", "") and html.count("data:image/png;base64,") == 4 * 4, "each wide and narrow, light and dark"
 
 
+def test_epsilon_is_that_of_each_run_and_the_page_says_what_it_leaves_out(tmp_path, capsys):
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[dp]')")
+    private = "+weights=uniform+gamma=1+dp_clipping_norm=0.5+dp_noise_multiplier=2+dp_delta=1e-3"
+    settings = {"rounds": 1, "cobatch": False, "prune_lambda": Config.model_fields["prune_lambda"].default}
+    table = figures.tabulate(compared(tmp_path / "c", f"fold,delta{private}", settings=settings))
+    assert table.tallies["fold"]["epsilon"].values == [None]
+    summary = json.loads((Path(table.comparison.cells[1].cfg.output) / "summary.json").read_text())
+    assert table.tallies[f"delta{private}"]["epsilon"].values == [summary["privacy"]["epsilon"]] and summary["privacy"]["epsilon"] > 0
+    page = write_comparison(table).read_text(encoding="utf-8")
+    print_comparison(make_console(), table)
+    said = (page, (tmp_path / "c" / "comparison.md").read_text(), " ".join(capsys.readouterr().out.split()))
+    assert all("epsilon (at delta 0.001) is that of one run by itself" in text and "protects nobody" in text for text in said)
+    assert "epsilon of a run" in page and "epsilon" in (tmp_path / "c" / "comparison.csv").read_text()
+
+
 def test_a_missing_value_is_counted_not_averaged():
     tally = figures.Tally([2.0, None, 4.0])
     assert tally.mean == 3 and tally.text(1) == "3.0 ± 1.4 (2 of 3)"
@@ -308,6 +324,7 @@ def test_command_line_takes_files_and_flags_and_says_what_is_wrong(tmp_path, mon
     assert "2/2 flora seed 0: perplexity" in result.output and (tmp_path / "c" / "comparison.html").is_file()
     assert sorted(path.name for path in (tmp_path / "c" / "cells").iterdir()) == ["flora", "homlora-min"]
     faults = {"--seeds 0": "seeds: ", "--methods x": "unknown 'x'", "--search lr": "SETTING=V1,V2", "--merge svd": "no such option"}
+    faults["--dp-clipping-norm 0.5"] = "--methods fold+weights=uniform+dp_clipping_norm=0.5,fold"
     for arguments, message in faults.items():
         result = CliRunner().invoke(cli, ["compare", "--output", str(tmp_path / "d"), *arguments.split()])
         assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.output
