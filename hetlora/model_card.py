@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hetlora.config import Config, ConfigError
-from hetlora.report.text import change_text, number, perplexity_of, rank_text
+from hetlora.report.text import change_text, number, perplexity_of, privacy_text, rank_text
 from hetlora.report.verdict import evaluations, group_rows
 from hetlora.run_folder import Run, mean_rank, read_config, read_run, write_atomic
 
@@ -39,7 +39,7 @@ def card(cfg: Config, run: Run | str, ranks: str, scale: float, client: str | No
     base = public_name(cfg.model)
     what = f"{'Merged model' if merged else 'LoRA adapter'} from federated fine-tuning of {base}"
     head = {"library_name": "transformers" if merged else "peft", "pipeline_tag": "text-generation", "tags": ["federated-learning", "hetlora", "lora"]}
-    if base == cfg.model and cfg.model != "demo":
+    if base == cfg.model and cfg.model != "demo" and not os.path.exists(cfg.model):  # a folder here is no name on the hub
         head["base_model"] = cfg.model
     of_client = "" if client is None else " It is the adapter of one client, not the global one."
     lines = [
@@ -54,10 +54,11 @@ def card(cfg: Config, run: Run | str, ranks: str, scale: float, client: str | No
         "",
         f"- Clients train {cfg.training_kind.text}.",
         *([] if cfg.training_kind.merge else [f"- The server merges by this rule: {cfg.merge_kind.text}."]),
-        f"- Weights of the clients: {cfg.weights}. Rounds: {_rounds(cfg, run)}. Clients in a round: {cfg.clients_per_round}.",
+        f"- Weights of the clients: {cfg.weights}. Rounds: {_rounds(cfg, run)}. Clients in a round: {_clients_in_a_round(cfg, run)}.",
         f"- Rank of this export: {ranks}. Scale s = {scale:g} in dW = s B A.",
         *([f"- Type of the weights: {merged}."] if merged else []),
         "",
+        *_privacy(cfg, run, client),
         *(_figures(run) if isinstance(run, Run) else ["## Figures", "", f"Not known: {run}."]),
         "",
         "## Command",
@@ -83,6 +84,31 @@ def _rounds(cfg: Config, run: Run | str) -> str:
     done = run.records[-1]["round"]
     kept = "" if run.best_round is None else f", of which round {run.best_round} is kept"
     return f"{done}{'' if done == cfg.rounds else f' of {cfg.rounds}'}{kept}{'' if run.complete else ' (the run is not complete)'}"
+
+
+def _clients_in_a_round(cfg: Config, run: Run | str) -> int:
+    return cfg.clients_per_round if isinstance(run, str) or not run.start_ranks else min(cfg.clients_per_round, len(run.start_ranks))
+
+
+def _privacy(cfg: Config, run: Run | str, client: str | None) -> list[str]:
+    """What differential privacy covers here, and what not; [] for a run without it."""
+    if not cfg.dp_clipping_norm:
+        return []
+    spent = None if isinstance(run, str) else run.records[-1].get("privacy")
+    found = f"{privacy_text(spent)}, by the run's last round" if spent else "epsilon is not on record"
+    covered = (
+        f"It covers the weights of the global adapter alone: {found}."
+        if client is None
+        else "It does not cover this export: a client's own adapter is its upload, without noise."
+    )
+    return [
+        "## Differential privacy of clients",
+        "",
+        f"- Updates were clipped to {cfg.dp_clipping_norm:g}; the noise has {cfg.dp_noise_multiplier:g} times that as its deviation. {covered}",
+        "- The figures of this card are without noise. Take them out before you publish it as private.",
+        "- The run folder is not private: its logs, summary, report and clients' adapters are without noise. Publish no part of it.",
+        "",
+    ]
 
 
 def _figures(run: Run) -> list[str]:

@@ -22,7 +22,7 @@ from hetlora.export import export_adapter
 from hetlora.export_model import export_merged
 from hetlora.federation import Federation
 from hetlora.loop import simulate
-from hetlora.model_card import command, public_name
+from hetlora.model_card import card, command, public_name
 from hetlora.models import load_model, target_shapes
 from hetlora_kernels.peft import attach, client_segments, detach
 
@@ -84,7 +84,7 @@ def test_no_folder_of_a_run_holds_an_adapter_that_is_not_what_it_learned(tmp_pat
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, base) -> Path:
     folder = tmp_path_factory.mktemp("hidden-away") / "run"
-    finished(folder, base, ranks="2,8,4,6", clients_per_round=4)
+    finished(folder, base, ranks="2,8,4,6", clients_per_round=9)
     return folder
 
 
@@ -213,6 +213,7 @@ def test_the_card_says_what_was_done_and_no_place(tmp_path, run, base, kind):
         "clients of rank 2 (1, each with what it receives;",
         f"Training sequences: {sequences}",
         "Clients that trained or could: 4",
+        "Clients in a round: 4.",
         "Ranks of the clients: 2 to 8, mean 5.0",
         f"torch {torch.__version__}",
         "hetlora run --model base ",
@@ -229,6 +230,27 @@ def test_a_card_of_a_run_whose_log_is_gone_says_so(tmp_path, run):
     (tmp_path / "run" / "rounds.jsonl").unlink()
     text = (export_adapter(tmp_path / "run", tmp_path / "out") / "README.md").read_text()
     assert "Not known: the run: the run has no round on record yet" in text and str(tmp_path) not in text
+
+
+def test_a_card_of_a_private_run_says_what_is_covered_and_what_not(tmp_path, base):
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[dp]')")
+    own = {"merge": "delta", "gamma": 1.0, "weights": "uniform", "cobatch": False, "dp_clipping_norm": 0.5, "dp_noise_multiplier": 2.0, "dp_delta": 1e-3}
+    result, _ = finished(tmp_path / "private", base, **own)
+    finished(tmp_path / "plain", base)
+    exports = {"whole": ("private", None), "one": ("private", result.history[-1]["clients"][0]["name"]), "other": ("plain", None)}
+    whole, one, plain = ((export_adapter(tmp_path / run, tmp_path / out, client=name) / "README.md").read_text() for out, (run, name) in exports.items())
+    spent = result.summary["privacy"]["epsilon"]
+    assert f"weights of the global adapter alone: epsilon {spent:.2f} at delta 0.001 (simulated: noise from the run's seed protects nobody)" in whole
+    assert "It does not cover this export" in one and "epsilon" not in one
+    assert all("The run folder is not private" in text and "figures of this card are without noise" in text for text in (whole, one))
+    assert "ifferential privacy" not in plain and "private" not in plain.split("## Command")[0]
+
+
+def test_a_folder_here_is_no_base_on_the_hub(tmp_path, base, monkeypatch):
+    monkeypatch.chdir(base.parent)
+    cfg = tiny_config(tmp_path / "run", model=base.name)
+    assert "base_model" not in card(cfg, "no log", "8", 2.0, None, "")
+    assert 'base_model: "org/name"' in card(cfg.model_copy(update={"model": "org/name"}), "no log", "8", 2.0, None, "")
 
 
 def test_command_and_names(tmp_path):
