@@ -139,6 +139,17 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     assert "hetlora = hetlora.__main__:main" in wheel.read(entry_points).decode()
 
 
+def test_every_extra_is_documented() -> None:
+    """README names each, and a page or the Makefile has the command that takes it."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = "".join(
+        path.read_text(encoding="utf-8") for path in (*ROOT.glob("*.md"), ROOT / "Makefile", *(ROOT / "docs").rglob("*.md")) if path.name != "CHANGELOG.md"
+    )
+    for extra in PROJECT["optional-dependencies"]:
+        assert f"`{extra}`" in readme or f".[{extra}]" in readme, extra
+        assert f".[{extra}]" in text, extra
+
+
 def test_build_needs_no_torch() -> None:
     system = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]
     assert all(line.startswith("setuptools") for line in system["requires"])
