@@ -17,6 +17,7 @@ from hetlora.fleet import Fleet, LocalFleet
 from hetlora.lock import FolderLock
 from hetlora.loggers import Observers
 from hetlora.merge import aggregate
+from hetlora.models import no_mask_advised
 from hetlora.observer import Observer
 from hetlora.packing import way_of
 from hetlora.ranks import check_width, kept_rank, mean_rank
@@ -80,7 +81,7 @@ def simulate(
             raise ConfigError(f"federation: its base model holds the folded updates of {ready.folded_by}; load it again with prepare()")
         return LocalFleet(ready)
 
-    with shown as first:
+    with shown as first, no_mask_advised():
         told = Observers([first, *loggers], on_round_end)
         return run_rounds(cfg, fleet, resume=resume, observer=told)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import os
 import re
@@ -348,15 +349,33 @@ def _advice(path: str) -> str:
 @contextmanager
 def quiet(path: str | Path) -> Iterator[None]:
     """transformers reports loading and missing weights on the terminal; what matters of that is raised here. Download bars stay."""
-    from transformers.utils import logging
+    from transformers.utils import logging as its
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    level, bars = its.get_verbosity(), its.is_progress_bar_enabled()
+    its.set_verbosity_error()
     if os.path.isdir(path):
-        logging.disable_progress_bar()
+        its.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        its.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            its.enable_progress_bar()
+
+
+@contextmanager
+def no_mask_advised() -> Iterator[None]:
+    """transformers advises an attention mask where a sequence begins or ends in its padding token.
+
+    Padding is on the right here, where no token of a causal model looks.
+    """
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "passing in an `attention_mask`" not in record.getMessage()
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
