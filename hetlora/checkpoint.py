@@ -106,10 +106,10 @@ def match_versions(run: Path, device: torch.device) -> list[str]:
     return lines + ([f"the result may differ in the last bits from that of an uninterrupted run: {'; '.join(different)}"] if different else [])
 
 
-def create_run(cfg: Config, device: torch.device, lock: FolderLock | None = None) -> Path:
+def create_run(cfg: Config, device: torch.device, lock: FolderLock | None = None, clients: str = "") -> Path:
     """The run's new folder with config.json and versions.json, created in one rename; `ConfigError` when it exists and is not empty.
 
-    lock: taken on the folder before anybody else can see it.
+    lock: taken on the folder before anybody else can see it.   clients: where they were, for the report.
     """
     run = Path(cfg.output)
     refuse_existing(run, RESUME_INSTEAD)
@@ -122,7 +122,7 @@ def create_run(cfg: Config, device: torch.device, lock: FolderLock | None = None
         if lock is not None:
             lock.take(staging)
         write_atomic(staging / CONFIG, cfg.to_json())
-        write_atomic(staging / VERSIONS, json.dumps({**versions(device), **origin()}, indent=2) + "\n")
+        write_atomic(staging / VERSIONS, json.dumps({**versions(device), **origin(), "clients": clients}, indent=2) + "\n")
         os.replace(staging, run)
         sync_folder(run.parent)
     except BaseException as error:

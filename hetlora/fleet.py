@@ -28,7 +28,10 @@ class Fleet(Protocol):
     """What the rounds know of the clients. Names are sorted; a client's name is the same in every round and after a restart.
 
     shapes: {module: (m, n)} of the modules that carry adapters.   model: the base, where it is in this process.
+    where: the clients of the run were ..., for its report.
     """
+
+    where: str
 
     names: list[str]
     model_name: str
@@ -83,6 +86,7 @@ class LocalFleet:
 
     federation: Federation
     split: Whole = WHOLE
+    where = "simulated in one process; no byte crossed a network"
 
     def __post_init__(self) -> None:
         self.clients = {client.name: client for client in self.federation.data.clients}

@@ -119,7 +119,7 @@ def _rounds(cfg: Config, folder: Path, lock: FolderLock, resume: bool, observer:
     if start:
         said.append(init_adapter.fill(state.bank, start, cfg))
     if not resume:
-        checkpoint.create_run(cfg, fleet.device, lock)
+        checkpoint.create_run(cfg, fleet.device, lock, fleet.where)
     run = Run(cfg, fleet, state, folder, observer)
     said += fleet.sized(cfg, state)[1]
     for line in [*([lock.note] if lock.note else []), *said, *(checkpoint.match_versions(folder, fleet.device) if resume else ())]:

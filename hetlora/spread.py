@@ -112,6 +112,7 @@ class SpreadFleet:
         self.local, self.group = local, group
         self.names, self.model_name, self.shapes = local.names, local.model_name, local.shapes
         self.device, self.model = local.device, local.model
+        self.where = f"simulated in {group.at.count} processes; bytes of a federation are counted, not sent"
 
     def sized(self, cfg: Config, state: ServerState) -> tuple[Config, list[str]]:
         return cfg, []  # `lead` takes numbers alone

@@ -196,6 +196,7 @@ class FlowerFleet:
         self.names: list[str] = []
         self.model_name, self.shapes = strategy.base.name, strategy.base.shapes
         self.device, self.model = torch.device("cpu"), None
+        self.where = "processes of their own, on this machine or others, reached through Flower"
         self._round_evaluated: int | None = None
         self.train_metrics: dict[int, MetricRecord] = {}
         self.evaluate_metrics: dict[int, MetricRecord] = {}

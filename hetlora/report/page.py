@@ -118,9 +118,13 @@ def _settings(run: Run) -> list[dict[str, Any]]:
 
 
 def environment() -> Environment:
-    """jinja2 with the package's templates, the filters `number`, `rank`, `size` and `device`, and the functions `change` and `worse`."""
+    """jinja2 with the package's templates, the filters `number`, `rank`, `size`, `device` and `whole`, and the functions `change` and `worse`.
+
+    whole: a unit stays on the line of its number.
+    """
     made = Environment(loader=PackageLoader("hetlora", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters.update(number=number, rank=rank_text, size=size_text, device=lambda found: device_text(Device(found["rank"], found["seconds"])))
+    made.filters["whole"] = lambda text: text.replace(" %", "\u00a0%").replace(" ±", "\u00a0±")
     made.globals.update(change=change_text, worse=got_worse)
     return made
 

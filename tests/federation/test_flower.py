@@ -332,6 +332,7 @@ def test_the_course_of_a_deployed_run_is_that_of_the_simulated_one(tmp_path):
     for one, two in zip(lines(tmp_path / "here"), lines(tmp_path / "there"), strict=True):
         mine, theirs = (record.pop("evaluation")["client_text"]["loss"] for record in (one, two))
         assert one == two and mine == pytest.approx(theirs, rel=1e-6)
+    assert "reached through Flower" in json.loads((tmp_path / "there" / "versions.json").read_text())["clients"]
     summary = json.loads((tmp_path / "there" / "summary.json").read_text())
     assert summary["best_round"] == ours.summary["best_round"]
     assert (tmp_path / "here/adapter/adapter_model.safetensors").read_bytes() == (tmp_path / "there/adapter/adapter_model.safetensors").read_bytes()

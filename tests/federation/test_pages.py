@@ -16,11 +16,13 @@ from matplotlib.figure import Figure
 from synthetic_run import write_run
 from test_compare import compared
 from test_report import text_of
+from tiny import tiny_config, tiny_federation
 
 from hetlora.compare import saved
 from hetlora.compare.figures import Tally, tabulate
 from hetlora.compare.page import sentence, write_comparison
 from hetlora.config import ConfigError
+from hetlora.loop import simulate
 from hetlora.report import pictures
 from hetlora.report.drawing import Picture, render
 from hetlora.report.page import write_report
@@ -76,9 +78,25 @@ def test_date_and_command_of_a_run_are_on_its_page(tmp_path, monkeypatch):
     made = origin()
     assert made["command"] == "hetlora run --data 'my texts'" and re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\+00:00", made["started"])
     write_run(tmp_path / "run")
-    (tmp_path / "run" / "versions.json").write_text(json.dumps(made))
-    text = text_of(write_report(tmp_path / "run"))
-    assert f"Started {made['started']}" in text and "hetlora run --data 'my texts'" in text
+    for where in ("", "reached through Flower"):
+        (tmp_path / "run" / "versions.json").write_text(json.dumps({**made, "clients": where}))
+        text = text_of(write_report(tmp_path / "run"))
+        assert f"Started {made['started']} by hetlora run --data 'my texts'" in text
+        assert ("All clients were reached through Flower." in text) == bool(where) and "simulated in one process" not in text
+
+
+def test_a_run_says_where_its_clients_were(tmp_path):
+    """A page of a deployed federation must not call it simulated."""
+    simulate(tiny_config(tmp_path / "run", rounds=1), federation=tiny_federation([3, 3]), quiet=True)
+    assert "All clients were simulated in one process; no byte crossed a network." in text_of(write_report(tmp_path / "run"))
+
+
+def test_a_unit_stays_on_the_line_of_its_number(tmp_path):
+    write_run(tmp_path / "run", clients=4, rounds=3)
+    source = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    first = re.search(r'<p class="verdict">(.*?)</p>', source, re.DOTALL)[1]
+    tiles = re.search(r'<dl class="tiles">(.*?)</dl>', source, re.DOTALL)[1]
+    assert "\u00a0%" in first and "\u00a0±" in first and "\u00a0%" in tiles and not re.search(" [%±]", first + tiles)
 
 
 def size_and_corner(png: bytes) -> tuple[int, float]:
@@ -134,6 +152,7 @@ def test_cells_of_a_telephone_have_labels(tmp_path):
     write_run(tmp_path / "run", clients=5, rounds=2)
     pages = [write_report(tmp_path / "run"), write_comparison(tabulate(compared(tmp_path / "c", "hetlora,homlora-min")))]
     for page in pages:
+        assert "clip-path" in re.search(r"\.cards thead \{(.*?)\}", page.read_text(encoding="utf-8"))[1], "a wide head beside the page would reach into it"
         tables = re.findall(r'<table class="cards">(.*?)</table>', page.read_text(encoding="utf-8"), re.DOTALL)
         assert len(tables) >= 2
         for table in tables:

@@ -208,7 +208,7 @@ def test_runs_in_processes_have_the_bits_of_one_process(tmp_path, monkeypatch):
                 train_in_shares(patch, counts[kind])
             assert_same_folder(tmp_path / kind, simulate(tiny_config(tmp_path / f"{kind} whole", **RUNS[kind]), federation=fresh()))
         saved, _ = checkpoint.saved_versions(tmp_path / kind)
-        assert saved["processes"] == str(counts[kind])
+        assert saved["processes"] == str(counts[kind]) and saved["clients"].startswith(f"simulated in {counts[kind]} processes")
 
 
 @pytest.mark.slow
