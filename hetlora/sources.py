@@ -351,7 +351,9 @@ def _messages(value: Any, key: str, where: str) -> list[dict[str, str]]:
 
 def _value(row: dict[str, Any], key: str, where: str, option: str) -> Any:
     if key not in row:
-        raise ConfigError(f"{where}: no key {key!r}; it has {some(list(row))}; set {option}")
+        chats = [name for name, value in row.items() if isinstance(value, list)] if option == "--text-field" else []
+        advice = f"give --messages-field {chats[0]} if that is a conversation, or set {option}" if chats else f"set {option}"
+        raise ConfigError(f"{where}: no key {key!r}; it has {some(list(row))}; {advice}")
     return row[key]
 
 
