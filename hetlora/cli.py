@@ -358,8 +358,7 @@ def export(run_dir: str, rank: int | None, client: str | None, out_dir: str | No
     ranks = {saved["r"], *saved["rank_pattern"].values()}
     shown = f"rank {saved['r']}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}, by module"
     say(f"adapter: {folder} ({shown})")
-    base = exports.base_model_of(run_dir)
-    if base:
+    if base := exports.base_model_of(run_dir):
         say(f"base model: {base}")
 
 
@@ -369,7 +368,8 @@ def info(model: str) -> None:
     """Versions, devices, packages, and which backend serves each operation."""
     _loaded("hetlora.info").print_info()
     if model:
-        say(f"\nBatches of {model}: {_loaded('hetlora.packing').way_of_path(model)}")
+        say("")
+        say(f"Batches of {model}: {_loaded('hetlora.packing').way_of_path(model)}")
 
 
 @cli.command()

@@ -251,7 +251,7 @@ def test_info_says_which_way_a_model_takes(tmp_path):
         warnings.simplefilter("ignore")
         tiny_model().save_pretrained(tmp_path)
     found = CliRunner().invoke(cli, ["info", "--model", str(tmp_path)])
-    assert found.exit_code == 0 and f"Batches of {tmp_path}: packed; a probe is off by" in found.output
+    assert found.exit_code == 0 and f"\n\nBatches of {tmp_path}: packed; a probe is off by" in found.output and "\\n" not in found.output
 
 
 def test_a_recorded_step_is_padded(tmp_path):
