@@ -51,6 +51,8 @@ def prepare(cfg: Config, observer: Observer | None = None, make_data: Callable[[
     resolve_device(cfg.device)
     check_quantization(cfg)
     path = resolve_model(cfg, progress=observer.pretrain)
+    if not os.path.isdir(path):
+        observer.message(f"model {path}: no folder of that name here; the hub is asked for it")
     limits = read_limits(cfg, path)
     check_targets(cfg, path)
     tokenizer = load_tokenizer(path, cfg.trust_remote_code)

@@ -348,17 +348,20 @@ def _advice(path: str) -> str:
 
 @contextmanager
 def quiet(path: str | Path) -> Iterator[None]:
-    """transformers reports loading and missing weights on the terminal; what matters of that is raised here. Download bars stay."""
+    """transformers reports loading and missing weights on the terminal, the hub's client each try again; what matters of that is raised here. Bars stay."""
     from transformers.utils import logging as its
 
-    level, bars = its.get_verbosity(), its.is_progress_bar_enabled()
+    hub = logging.getLogger("huggingface_hub")
+    level, bars, hubs = its.get_verbosity(), its.is_progress_bar_enabled(), hub.level
     its.set_verbosity_error()
+    hub.setLevel(logging.ERROR)
     if os.path.isdir(path):
         its.disable_progress_bar()
     try:
         yield
     finally:
         its.set_verbosity(level)
+        hub.setLevel(hubs)
         if bars:
             its.enable_progress_bar()
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from hetlora import Config, ConfigError, demo_model, models
 from hetlora.demo_model import DemoModel
-from hetlora.federation import resolve_model
+from hetlora.federation import prepare, resolve_model
 from hetlora.models import load_model, load_tokenizer, resolve_device, target_shapes
 
 TINY = DemoModel(hidden=16, layers=1, heads=2, intermediate=16, seq_len=32, batch_size=2, steps=3, warmup=1)
@@ -152,6 +152,27 @@ def test_another_process_may_finish_first(cache):
 def test_cache_that_cannot_be_written(cache):
     cache.write_text("a file where the folder should be")
     fails(lambda: resolve_model(Config(), None, TINY), "model 'demo'", "XDG_CACHE_HOME")
+
+
+def test_a_name_without_a_folder_is_asked_of_the_hub_and_that_is_said(tmp_path, monkeypatch):
+    """Without a connection its client tries again for half a minute, and says so five times."""
+    import logging
+
+    from hetlora.observer import Observer
+
+    said, enabled, retries = [], [], logging.getLogger("huggingface_hub.utils._http")
+    seen = Observer()
+    seen.message = said.append
+
+    def read(path, **_):
+        enabled.append(retries.isEnabledFor(logging.WARNING))
+        raise OSError("no connection")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", read)
+    before = retries.isEnabledFor(logging.WARNING)
+    fails(lambda: prepare(Config(model="nowhere"), seen), "model 'nowhere': its configuration cannot be loaded (no connection)")
+    assert said == ["model nowhere: no folder of that name here; the hub is asked for it"]
+    assert enabled == [False] and retries.isEnabledFor(logging.WARNING) == before
 
 
 def test_resolve_model(tmp_path):
