@@ -28,6 +28,7 @@ def _one_line(text: object) -> str:
 def say(text: object, err: bool = False) -> None:
     """One line; in a terminal as many as it takes, broken between words. What closed the terminal (SIGHUP) must not become the command's error."""
     stream, text = sys.stderr if err else sys.stdout, printable(text)
+    stream = getattr(stream, "rich_proxied_file", stream)  # beside a progress bar rich stands in for it, and says that it is no terminal
     try:
         click.echo("\n".join(wrap(text, shutil.get_terminal_size().columns)) if stream.isatty() else text, err=err)
     except OSError as error:

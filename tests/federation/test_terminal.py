@@ -11,10 +11,12 @@ import sys
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
+from rich.file_proxy import FileProxy
 from synthetic_run import write_run
 
 from hetlora import demo
 from hetlora.cli import cli
+from hetlora.cli_lines import say
 from hetlora.config import Config
 from hetlora.federation import resolve_model
 from hetlora.report import terminal, text
@@ -139,3 +141,19 @@ def test_a_run_whose_reader_left_says_how_to_continue(tmp_path, monkeypatch):
     found = CliRunner().invoke(cli, ["run", *settings.split(), "--output", str(tmp_path / "a")])
     assert found.exit_code == 141, found.output
     assert found.stderr.splitlines()[-1].endswith(f"continue with hetlora run --resume --output {tmp_path / 'a'}") and "Traceback" not in found.stderr
+
+
+def test_a_warning_beside_a_progress_bar_breaks_between_words(monkeypatch):
+    """Rich stands in for the stream then. The console is wider than the terminal, so that it is not rich that wraps."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", FileProxy(Console(file=terminal, width=500), terminal))
+    monkeypatch.setenv("COLUMNS", "40")
+    say("a warning of several words " * 8, err=True)
+    lines = terminal.getvalue().splitlines()
+    assert len(lines) > 4 and all(len(line) <= 40 for line in lines)
+    assert " ".join(terminal.getvalue().split()) == ("a warning of several words " * 8).strip()
