@@ -153,6 +153,8 @@ def test_cells_of_a_telephone_have_labels(tmp_path):
     pages = [write_report(tmp_path / "run"), write_comparison(tabulate(compared(tmp_path / "c", "hetlora,homlora-min")))]
     for page in pages:
         assert "clip-path" in re.search(r"\.cards thead \{(.*?)\}", page.read_text(encoding="utf-8"))[1], "a wide head beside the page would reach into it"
+        whole = r"\.cards td\.n \{ white-space: nowrap; \}\s*\.cards td::before \{[^}]*overflow-wrap: normal"
+        assert re.search(whole, page.read_text(encoding="utf-8")), "numbers and the words of labels stay whole"
         tables = re.findall(r'<table class="cards">(.*?)</table>', page.read_text(encoding="utf-8"), re.DOTALL)
         assert len(tables) >= 2
         for table in tables:
