@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from hetlora_kernels.bank import AdapterBank
 from hetlora_kernels.linear import linear_shape
 from hetlora_kernels.ops.lora import lora_add, lora_linear
+from hetlora_kernels.peft import bank_experts
 from hetlora_kernels.peft.batch import Batch, Forms, Rows, known_forms, left_is_over
+from hetlora_kernels.peft.experts import expert_shape, why_not_experts
 
 _ATTACHMENT = "_hetlora_attachment"
 _OWN_FORWARD = "_hetlora_own_forward"
+_PLACES = "_hetlora_places"  # of stacked experts: {projection: {expert: (name in the bank, its position)}}
 _PACKS = "support_avx512bf16_for_cpu"
 _PAST = ("out_proj", "dt_proj")  # of state-space mixers: read by their kernels, as PEFT refuses out_proj
 
@@ -67,6 +70,8 @@ def _patched(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _compute(layer: Any, base: Callable[..., Any] | None, rows: Rows, x: Tensor, args: Any, kwargs: Any) -> Tensor:
     shared, name, position = layer.__dict__[_ATTACHMENT]
+    if _PLACES in layer.__dict__:
+        return bank_experts.compute(layer, shared, layer.__dict__[_PLACES], rows, x, args, kwargs)
     bank, batch, seeds = shared.bank, shared.batch, None
     if shared.dropout:
         seeds = batch.layer_seeds(position, x.device)
@@ -91,7 +96,7 @@ class _AttachedLayer(nn.Module):
         return _forward(self, None if type(self)._plain_linear else super().forward, x, args, kwargs)
 
     def _get_name(self) -> str:
-        return type(self).__mro__[2].__name__
+        return type(self).__bases__[-1].__name__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = memo[id(self)] = type(self).__new__(type(self))
@@ -113,10 +118,14 @@ def _attached_class(layer: nn.Module) -> type:
     return _attached_classes[cls, plain]
 
 
-def _carry(layer: nn.Module, shared: Attachment, name: str, position: int) -> None:
-    layer.__dict__[_ATTACHMENT] = (shared, name, position)
+def _carry(layer: nn.Module, shared: Attachment, name: str, position: int, place: bank_experts.Place | None) -> None:
+    if place is not None:
+        layer.__dict__.setdefault(_PLACES, {}).setdefault(place.projection, {})[place.expert] = name, position
+    layer.__dict__.setdefault(_ATTACHMENT, (shared, name, position))
     shared.forms[name], shared.layers[name] = known_forms(layer), layer
     own = layer.__dict__.get("forward")
+    if isinstance(layer, _AttachedLayer):
+        return  # another of these experts came by
     if own is None:
         layer.__class__ = _attached_class(layer)
     else:  # patched in the instance (accelerate's offloading, other libraries): Python calls that one, whatever the class says
@@ -126,8 +135,9 @@ def _carry(layer: nn.Module, shared: Attachment, name: str, position: int) -> No
 
 def _put_back(layer: nn.Module) -> None:
     layer.__dict__.pop(_ATTACHMENT, None)
+    layer.__dict__.pop(_PLACES, None)
     if isinstance(layer, _AttachedLayer):
-        layer.__class__ = type(layer).__mro__[2]
+        layer.__class__ = type(layer).__bases__[-1]
     if _OWN_FORWARD in layer.__dict__:
         layer.__dict__["forward"] = layer.__dict__.pop(_OWN_FORWARD)
 
@@ -136,7 +146,8 @@ def attach(model: nn.Module, bank: AdapterBank, scale: float | Sequence[float] |
     """Let every module that `bank` names carry its clients' adapters: y = base(x) + scale_k * (drop(x) A_k^T) B_k^T.
 
     model: any torch model whose modules have the bank's dotted names; `nn.Linear` runs fused, any other layer (quantised, Conv1D) through
-    `lora_add` on its own output.   scale: number or [K].
+    `lora_add` on its own output. Of experts that lie in one parameter (Mixtral, GPT-OSS, ... of transformers 5) each is named by its number:
+    "mlp.experts.gate_up_proj.3".   scale: number or [K].
     dropout: probability on the LoRA branch's input, applied by layers in training mode, and in any mode where `client_segments` gives seeds.
 
     In place: the class of each layer is swapped for a subclass, its parameters and state_dict keys stay. Freezes every parameter of the model
@@ -160,16 +171,18 @@ def attach(model: nn.Module, bank: AdapterBank, scale: float | Sequence[float] |
     if attachment(model) is not None:
         raise ValueError("model: a bank is attached already; call detach(model) first")
     modules = dict(model.named_modules())
+    places = {name: bank_experts.place_of(name, modules) for name in bank.shapes if name not in modules}
+    carriers: dict[str, nn.Module] = {}
     for name, shape in bank.shapes.items():
-        if name not in modules:
-            raise ValueError(f"bank: module {name!r} is not in the model")
-        found = linear_shape(modules[name])
+        place = places.get(name)
+        carrier = carriers[name] = modules[name] if place is None else place.experts
+        found = linear_shape(carrier) if place is None else expert_shape(carrier, place.projection)
         if found is not None and found != shape:
             raise ValueError(f"bank: expected (out, in) = {found} for module {name!r} as in the model, got {shape}")
-        reason = _why_not(modules[name], modules.get(name.rpartition(".")[0]))
+        reason = _why_not(carrier, modules.get(name.rpartition(".")[0])) if place is None else why_not_experts(carrier)
         if reason is not None:
             raise ValueError(f"bank: module {name!r} {reason}; leave it out")
-        for parameter in modules[name].parameters(recurse=False):
+        for parameter in carrier.parameters(recurse=False):
             if parameter.device not in (bank.device, torch.device("meta")):
                 raise ValueError(f"bank: expected device {parameter.device} of module {name!r} as the model, got {bank.device}")
     parameter = next((p for p in model.parameters() if p.device.type != "meta"), None)
@@ -184,10 +197,10 @@ def attach(model: nn.Module, bank: AdapterBank, scale: float | Sequence[float] |
     shared.base_requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
         for position, name in enumerate(bank.shapes):
-            _carry(modules[name], shared, name, position)
+            _carry(carriers[name], shared, name, position, places.get(name))
     except BaseException:
-        for name in bank.shapes:
-            _put_back(modules[name])
+        for carrier in carriers.values():
+            _put_back(carrier)
         raise
     model.requires_grad_(False)
     for module in modules.values():

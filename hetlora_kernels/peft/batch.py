@@ -95,6 +95,11 @@ class Batch:
         known = self._rows.get(key) if self.follower is None and len(self.called) < 2 else None
         return known or self._find(x, name, key)
 
+    def passed(self, names: list[str]) -> None:
+        """These layers have the rows of one that was asked for."""
+        for seen in (self.ran, self.calls):
+            seen.update(names)
+
     def place(self, device: torch.device) -> None:
         """Move what the layers on `device` read there, before the first of them, which may be traced."""
         if self.seeds is not None:

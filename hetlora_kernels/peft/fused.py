@@ -179,7 +179,7 @@ class FusedLayer(nn.Module):
         return out
 
     def _get_name(self) -> str:
-        return type(self).__mro__[2].__name__
+        return type(self).__bases__[-1].__name__
 
     def _term(self, name: str, seeded: bool) -> Term | str | None:
         """What adapter `name` adds here, None where this layer lacks it, or the reason why it must go through PEFT's own forward."""

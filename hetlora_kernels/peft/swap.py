@@ -10,9 +10,10 @@ from weakref import WeakValueDictionary
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Linear, ParamWrapper
 from torch import nn
 
+from hetlora_kernels.peft import fused_experts
 from hetlora_kernels.peft.fused import FusedLayer, tell
 
 
@@ -27,6 +28,13 @@ class FusedLinear(FusedLayer, Linear):
     >>> isinstance(model.base_model.model[0], FusedLinear)
     True
     """
+
+
+class FusedParamWrapper(fused_experts.FusedExperts, ParamWrapper):
+    """`peft.tuners.lora.ParamWrapper` (`target_parameters`) with the fused forward, around stacked experts."""
+
+
+FusedParamWrapper.__name__ = "ParamWrapper"  # PEFT knows the layer by it where another parameter or adapter comes
 
 
 @dataclass
@@ -103,6 +111,8 @@ def _fused_class(cls: type) -> type | None:
     """The fused subclass of a LoRA layer's class, or None where there is none."""
     if cls is Linear:
         return FusedLinear
+    if cls is ParamWrapper:
+        return FusedParamWrapper
     if cls.__module__ != "peft.tuners.lora.bnb" or cls.__name__ not in ("Linear4bit", "Linear8bitLt"):
         return None
     name = f"Fused{cls.__name__}"
@@ -131,6 +141,9 @@ def _swap(layer: LoraLayer) -> str | None:
         return f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__} over {base} is {subject}"
     if "forward" in layer.__dict__:
         return "its forward is patched"
+    reason = fused_experts.fits(layer) if fused is FusedParamWrapper else None
+    if reason is not None:
+        return reason
     layer.__class__ = fused
     return None
 
@@ -159,8 +172,9 @@ def fuse(model: nn.Module) -> FuseReport:
     if not layers:
         raise ValueError("model: expected a model with PEFT LoRA layers, found none")
     report = FuseReport()
-    for name, layer in layers.items():
-        report._add(name, layer, _swap(layer))
+    reasons = {name: _swap(layer) for name, layer in layers.items()}
+    for name, layer in layers.items():  # what the whole of them made of each
+        report._add(name, layer, reasons[name])
     if report.left:
         warnings.warn(f"hetlora_kernels.peft: {report}", stacklevel=2)
     return report
@@ -181,7 +195,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     if not layers:
         raise ValueError("model: expected a model with fused layers, found none")
     for layer in layers:
-        layer.__class__ = type(layer).__mro__[2]
+        layer.__class__ = type(layer).__bases__[-1]
         layer.__dict__.pop("_hetlora_batch", None)
     return model
 
