@@ -123,17 +123,21 @@ class HetLora(FedAvg):
         """Check every reply and keep what passes, in name order; the loop merges it. Returns the bytes and clients that arrived."""
         turn, found = self._asked(), _Round()
         places = {self._node(name): k for k, name in enumerate(turn.names)}
+        told: list[str] = []  # by the SuperLink, which does not say of which node
         for message in replies:
             k = places.pop(message.metadata.src_node_id, None)
-            if k is None:
-                continue  # a node that was not asked, or answers twice
+            if k is None:  # the SuperLink itself, a node that was not asked, or one that answers twice
+                told += [message.error.reason or "no reason given"] if message.has_error() else []
+                continue
             try:
                 reply, upload, received = self._read(turn, turn.names[k], message)
             except (ConfigError, ValueError) as error:
                 found.dropped[k] = " ".join(str(error).split())[:300]
             else:
                 found.replies[k], found.uploads[k], found.bytes_up[k] = reply, upload, received
-        found.dropped |= {k: f"no reply within {self.waiting.round_timeout:g} s" for k in places.values()}
+        late = f"no reply within {self.waiting.round_timeout:g} s"
+        why = late if not told else f"no reply: {told[0]}" + ("" if len(told) >= len(places) else f"; or {late}")
+        found.dropped |= {k: " ".join(why.split())[:300] for k in places.values()}
         self._round = found
         return None, MetricRecord({"arrived": len(found.replies), "bytes_up": sum(found.bytes_up.values())})
 

@@ -98,6 +98,10 @@ def change(kind: str, reply):
         return None
     if kind == "crash":
         return Message(Error(0, "it ran out of memory"), reply_to=reply_to(reply))
+    if kind == "gone":  # as the SuperLink answers for a node whose heartbeats it misses
+        error = Message(Error(3, "Node Unavailable"), reply_to=reply_to(reply))
+        error.metadata.__dict__["_src_node_id"] = 1
+        return error
     content = reply.content
     arrays, metrics, config = content.array_records["arrays"], content.metric_records["metrics"], content.config_records["config"]
     rows = arrays["rows"]
@@ -140,6 +144,7 @@ def reply_to(reply):
 
 WRONG = {
     "lost": "no reply within 3600 s",
+    "gone": "no reply: Node Unavailable",
     "crash": "its client failed: it ran out of memory",
     "nan": "update has non-finite values in model.layers.0.self_attn.q_proj",
     "huge": "update has non-finite values in",
