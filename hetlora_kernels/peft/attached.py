@@ -176,6 +176,9 @@ def attach(model: nn.Module, bank: AdapterBank, scale: float | Sequence[float] |
     for name, shape in bank.shapes.items():
         place = places.get(name)
         carrier = carriers[name] = modules[name] if place is None else place.experts
+        stack = name.rsplit(".", 2)[0]
+        if place is not None and stack in bank.shapes:
+            raise ValueError(f"bank: module {stack!r} is a stack of experts, and {name!r} one of its projections; name one or the other")
         found = linear_shape(carrier) if place is None else expert_shape(carrier, place.projection)
         if found is not None and found != shape:
             raise ValueError(f"bank: expected (out, in) = {found} for module {name!r} as in the model, got {shape}")

@@ -91,6 +91,12 @@ def client_segments(
     for part in given:
         if not any(f".{part}." in f".{name}." for name in forms):
             raise ValueError(f"rows: no adapted layer is in a part {part!r} of the model")
+        for stack in _stacks(layers if shared is None else shared.layers):
+            inside_part = [f".{part}." in f".{name}." for name in stack]
+            if any(inside_part) and not all(inside_part):
+                raise ValueError(
+                    f"rows: a part {part!r} has some of the projections of experts whose rows come together; name the experts as a whole, as in {stack[0]!r}"
+                )
     batch: Batch
     if shared is not None:
         batch = Batch(clients, table, sequence_index, seeds if shared.dropout else None, step, given, forms, positions)
@@ -163,6 +169,15 @@ def _of_this_thread(holder: Any) -> Iterator[None]:
     finally:
         if before is None:
             _threads.pop(holder, None)
+
+
+def _stacks(layers: Mapping[str, nn.Module]) -> list[list[str]]:
+    """Names of layers that are one module: the projections of stacked experts, for which one of them is asked whose the rows are."""
+    stacks: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        experts = cast(Any, layer).get_base_layer() if isinstance(layer, FusedLayer) else layer
+        stacks.setdefault(id(experts), []).append(name)
+    return [names for names in stacks.values() if len(names) > 1]
 
 
 def _factors(batch: Batch, shared: Attachment | None, layers: Mapping[str, Any]) -> Iterator[tuple[str, str, nn.Parameter]]:

@@ -18,6 +18,7 @@ from hetlora_kernels.ops.lora import lora_add
 
 _ASKED = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
 _ROUTING = ("top_k_index", "top_k_weights")
+_SAME = (None, "eager", "batched_mm", "grouped_mm")  # experts_implementation: ways to the same sums
 
 
 class Factors(NamedTuple):
@@ -50,6 +51,11 @@ def why_not_experts(experts: Any) -> str | None:
         return f"the experts of {kind} are divided among devices"
     if "forward" in experts.__dict__:
         return f"the forward of {kind} is patched"
+    if "experts_interface" not in getattr(getattr(type(experts).forward, "__code__", None), "co_freevars", ()):
+        return f"{kind} has a forward of its own"
+    implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    if implementation not in _SAME:
+        return f"experts_implementation = {implementation!r} is chosen for {kind}"
     for name in projections(experts):
         weight = experts._parameters.get(name)
         if type(weight) not in (nn.Parameter, Tensor) or weight.dim() != 3 or weight.dtype not in FLOATS:
@@ -70,8 +76,14 @@ def routing(args: Any, kwargs: Any) -> tuple[Tensor, Tensor] | None:
     return (given[_ROUTING[0]], given[_ROUTING[1]]) if len(args) <= 2 and set(given) == set(_ROUTING) else None
 
 
-@torch.compiler.disable
-def run_experts(
+def run_experts(*given: Any, **named: Any) -> Tensor:
+    """`_run_experts`, which a compiled model calls and does not trace: how many rows an expert has is data."""
+    if torch.compiler.is_compiling():  # here and not as a decorator, which imports the compiler, and Triton
+        return torch.compiler.disable(_run_experts)(*given, **named)
+    return _run_experts(*given, **named)
+
+
+def _run_experts(
     experts: Any,
     hidden: Tensor,  # [..., h]
     top_k_index: Tensor,  # int [tokens, k]
@@ -83,23 +95,28 @@ def run_experts(
 ) -> Tensor:
     """sum over a token's k experts e of weight_e * down_e(act(up_e(x))), each projection y = x W_e^T + bias_e + scale * (drop(x) A^T) B^T.
 
-    adapters: {projection: its adapters, one after another}; a projection that is not named has none.   clients: K.   owners: the client of each token,
-    -1 = none; None: all are client 0's.   keys: the part of a dropout counter that names the token.   Returns the shape of `hidden`, in its type.
+    top_k_index: 0 .. E - 1; E stands for no expert, as in transformers.   adapters: {projection: its adapters, one after another}; a projection that is
+    not named has none.   clients: K.   owners: the client of each token, -1 = none; None: all are client 0's.   keys: the part of a dropout counter that
+    names the token.   Returns the shape of `hidden`, in its type.
     """
     x, count, width = hidden.reshape(-1, hidden.shape[-1]), experts.num_experts, top_k_index.shape[-1]
     # Rows lie by expert, and by client inside each, those of no client first: nothing is gathered but the routed tokens themselves.
     place = top_k_index.reshape(-1).long() * (clients + 1)
     place = place + 1 if owners is None else place + owners.to(place.device).repeat_interleave(width) + 1
     order = torch.argsort(place, stable=True)
-    sizes = torch.bincount(place, minlength=count * (clients + 1)).view(-1, clients + 1)
-    if len(sizes) > count:
-        raise ValueError(f"top_k_index: expected experts below {count}, got {len(sizes) - 1}")
-    starts = (sizes.reshape(-1).cumsum(0) - sizes.reshape(-1)).view_as(sizes)
-    token, by_expert = order // width, sizes.sum(1)
-    first, lengths = torch.stack([starts, sizes])[:, :, 1:].reshape(2, -1).tolist()
+    if not top_k_index.is_cuda and top_k_index.numel() and not 0 <= int(top_k_index.min()) <= int(top_k_index.max()) <= count:
+        raise ValueError(f"top_k_index: expected experts from 0 to {count - 1}, or {count} for none, got {int(top_k_index.min())}..{int(top_k_index.max())}")
+    sizes = torch.bincount(place, minlength=(count + 1) * (clients + 1))
+    starts, sizes = (part.view(-1, clients + 1)[:count] for part in (sizes.cumsum(0) - sizes, sizes))
+    table, by_expert = torch.stack([starts, sizes]).flatten(1).tolist(), sizes.sum(1)
+    first, lengths = ([number for at, number in enumerate(row) if at % (clients + 1)] for row in table)
+    routed, order = len(order), order[: sum(table[1])]  # without those of no expert, which are the last
+    token = order // width
     segments = Segments(len(token), first, lengths, None, None if keys is None else keys.to(token.device)[token])
 
     def projected(rows: Tensor, name: str) -> Tensor:
+        if not torch.is_autocast_enabled(rows.device.type):
+            rows = rows.to(getattr(experts, name).dtype)  # as transformers' grouped product does
         out = _product(experts, name, rows, by_expert)
         for factors in adapters.get(name, ()):
             a, bt, ranks, scale, dropout, seeds = factors
@@ -113,8 +130,10 @@ def run_experts(
     if experts.has_post_expert_norm:
         outer = experts.post_expert_norm(outer)
     weighted = outer * top_k_weights.reshape(-1)[order, None]
-    back = torch.empty_like(order)
+    back = order.new_full((routed,), len(order))
     back[order] = torch.arange(len(order), device=order.device)
+    if len(order) < routed:
+        weighted = torch.cat([weighted, weighted.new_zeros(1, weighted.shape[-1])])
     # Not index_add_, whose order of sums is not fixed on a GPU.
     return weighted[back].view(len(x), width, weighted.shape[-1]).sum(1).to(hidden.dtype).view(hidden.shape)
 

@@ -31,11 +31,13 @@ class FusedExperts(FusedLayer):
         routed = routing(args, kwargs)
         terms = {wrapper.parameter_name: wrapper._active() for wrapper in wrappers if isinstance(wrapper, FusedExperts)}
         reason = self._why_not(wrappers) or next((term for own in terms.values() for term in own if isinstance(term, str)), None)
+        if reason is None and routed is None:
+            reason = _other_arguments(wrappers)
         off = any(wrapper._disable_adapters or wrapper.merged_adapters for wrapper in wrappers)
         off = off or parametrize.is_parametrized(wrappers[-1].base_layer)  # the wrapper around this one runs PEFT's own forward, and said so
         if reason is not None and not off:
             tell(reason)
-        if reason is not None or off or routed is None or torch.compiler.is_compiling() or not any(terms.values()):
+        if reason is not None or routed is None or off or torch.compiler.is_compiling() or not any(terms.values()):
             return super(FusedLayer, self).forward(x, *args, **kwargs)
         adapters = {wrapper.parameter_name: [wrapper._factors([term]) for term in terms[wrapper.parameter_name]] for wrapper in wrappers}
         return run_experts(self._experts(), x, *routed, adapters)
@@ -60,8 +62,12 @@ class FusedExperts(FusedLayer):
         other = next((wrapper for wrapper in wrappers if not isinstance(wrapper, FusedExperts)), None)
         if other is not None:
             return f"an adapter of {other.parameter_name} of the same experts is not fused"
-        if experts._forward_hooks or experts._forward_pre_hooks or experts._backward_hooks or experts._backward_pre_hooks:
-            return f"{type(experts).__name__} has hooks"
+        for module in (*wrappers[1:], experts):  # which nobody calls
+            name = type(module).__name__ if module is experts else f"the adapter of {module.parameter_name}"
+            if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+                return f"{name} has hooks"
+            if "forward" in module.__dict__:
+                return f"the forward of {name} is patched"
         return why_not_experts(experts)
 
     def _active(self) -> list[Any]:
@@ -75,14 +81,14 @@ class FusedExperts(FusedLayer):
         wrappers, routed = self._wrappers(), routing(args, kwargs)
         reason = self._why_not(wrappers)
         if reason is None and routed is None:
-            reason = f"{type(wrappers[-1].base_layer).__name__} is called with other arguments than top_k_index and top_k_weights"
+            reason = _other_arguments(wrappers)
         terms = {self.parameter_name: own}
         for wrapper in wrappers[1:]:
             if reason is None and wrapper.merged_adapters:
                 reason = f"adapters {wrapper.merged_adapters} are merged into {wrapper.parameter_name}; call unmerge_adapter() first"
             if reason is None:
                 batch.rows(x, batch.layers[wrapper._hetlora_batch[1]])  # they are known by one call as these are
-                found = [wrapper._term(name, False) for name in batch.names]
+                found = [None if wrapper._disable_adapters else wrapper._term(name, False) for name in batch.names]
                 reason = next((term for term in found if isinstance(term, str)), None)
                 terms[wrapper.parameter_name] = found
         if reason is not None or routed is None:
@@ -100,6 +106,10 @@ class FusedExperts(FusedLayer):
         ranks = [0 if term is None else term[0].weight.shape[0] // count for term in terms] * count
         scale = tuple(1.0 if term is None else float(term[3]) for term in terms) * count
         return Factors(torch.cat(a, 1).flatten(0, 1), torch.cat(bt, 1).flatten(0, 1), ranks, scale)
+
+
+def _other_arguments(wrappers: list[Any]) -> str:
+    return f"{type(wrappers[-1].base_layer).__name__} is called with other arguments than top_k_index and top_k_weights"
 
 
 def fits(wrapper: Any) -> str | None:

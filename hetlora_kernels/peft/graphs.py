@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hetlora_kernels.peft.attached import attachment
 from hetlora_kernels.peft.context import client_segments
+from hetlora_kernels.peft.experts import is_stack
 
 Record = Callable[[Callable[[], Tensor], torch.device], tuple[Tensor, Callable[[], object]]]
 
@@ -23,7 +24,8 @@ class StepGraph:
 
     Making one does the first step (`first` is its result) and records it; `replay(number)` does each further one and returns what the recorded step
     returned, whose memory the next replay overwrites. The factors, gradients and states that the step used must stay where they are. Call the
-    optimiser's `stepped()` after a replay. `ValueError` for a model on another device, and for one whose rows have to be followed at every call.
+    optimiser's `stepped()` after a replay. `ValueError` for a model on another device, and for one whose rows have to be followed at every call,
+    or whose experts lie in one parameter.
 
     >>> import torch
     >>> import hetlora_kernels as hk
@@ -56,6 +58,8 @@ class StepGraph:
         device = shared.bank.device
         if record is None and device.type != "cuda":
             raise ValueError(f"model: expected a bank on a CUDA device, which alone records graphs, got {device}")
+        if any(is_stack(layer) for layer in shared.layers.values()):
+            raise ValueError("model: the bank is on stacked experts, whose numbers of rows are read from the device at every call; a graph cannot do that")
         with client_segments(model, ids, seeds=seeds, step=number, sequence_index=sequence_index):
             self.first: Tensor = step() if record else _beside(step, device)  # makes the batch's tables, which the recorded step reads
             if shared.batch.to_follow():
