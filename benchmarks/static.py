@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -107,60 +108,75 @@ def needed(tool: str | None) -> str:
     return tool
 
 
-def _lines(tool: str | Path, *arguments: str | Path) -> Iterator[str]:
-    """Of what the tool prints, one by one: of a library it is hundreds of megabytes."""
-    with subprocess.Popen([tool, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
-        yield from process.stdout
-        error = process.stderr.read()
+def _lines(tool: str | Path, option: str, file: Path, arch: int | None = None) -> Iterator[str]:
+    """Of what the tool prints, one by one: of a library it is hundreds of megabytes. What it says beside that goes to a file, so that it never waits for us."""
+    command = [str(tool), *(("-arch", f"sm_{arch}") if arch else ()), option, str(file)]
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            assert process.stdout is not None
+            yield from process.stdout
+        errors.seek(0)
+        error = " ".join(errors.read().split())
     if process.returncode:
-        raise ValueError(f"{Path(tool).name} {' '.join(map(str, arguments))}: {' '.join(error.split()) or f'exit status {process.returncode}'}")
+        raise ValueError(f"{Path(tool).name} {' '.join(command[1:])}: {error or f'exit status {process.returncode}'}")
 
 
-def resources(tool: str | Path, file: Path, *chosen: str) -> Iterator[tuple[int, str, tuple[int, int, int]]]:
-    """(architecture, name as compiled, (registers, bytes of shared memory, of stack and local memory)). A bare cubin has architecture 0."""
-    arch, name = 0, ""
-    for line in _lines(tool, *chosen, "-res-usage", file):
+def resources(tool: str | Path, file: Path, arch: int | None = None) -> Iterator[tuple[int, str, tuple[int, int, int]]]:
+    """(architecture, name as compiled, (registers, bytes of shared memory, of stack and local memory)). A bare cubin has the architecture asked for, or 0."""
+    place, name = arch or 0, ""
+    for line in _lines(tool, "-res-usage", file, arch):
         if head := re.match(r"arch = sm_(\d+)|\s*Function (\w+):", line):
-            arch, name = (int(head[1]), "") if head[1] else (arch, head[2])
+            place, name = (int(head[1]), "") if head[1] else (place, head[2])
         elif name and (own := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line)):
             registers, stack, shared, local = map(int, own.groups())
-            yield arch, name, (registers, shared, stack + local)
+            yield place, name, (registers, shared, stack + local)
 
 
-def block_sizes(tool: str, file: Path, *chosen: str) -> Iterator[tuple[int, str, int]]:
-    """(architecture, name, threads) of kernels that state the size of a block."""
-    arch, name, asked = 0, "", False
-    for line in _lines(tool, *chosen, "-elf", file):
+def block_sizes(tool: str, file: Path, arch: int | None = None) -> Iterator[tuple[int, str, int]]:
+    """(architecture, name, threads) of kernels that state the size of a block; the architecture as in `resources`."""
+    place, name, asked = arch or 0, "", False
+    for line in _lines(tool, "-elf", file, arch):
         if head := re.match(r"arch = sm_(\d+)|\.nv\.info\.(\w+)|\.\S+\s*$", line):
-            arch, name, asked = (int(head[1]), "", False) if head[1] else (arch, head[2] or "", False)
+            place, name, asked = (int(head[1]), "", False) if head[1] else (place, head[2] or "", False)
         elif "Attribute:" in line:
             asked = "EIATTR_MAX_THREADS" in line or "EIATTR_REQNTID" in line
         elif name and asked and (size := re.search(r"Value:\s*(0x\w+) (0x\w+) (0x\w+)", line)):
-            yield arch, name, math.prod(int(own, 16) for own in size.groups())
+            yield place, name, math.prod(int(own, 16) for own in size.groups())
 
 
-def codes(tool: str, file: Path, *chosen: str) -> Iterator[tuple[int, str, str]]:
+def codes(tool: str, file: Path, arch: int | None = None) -> Iterator[tuple[int, str, str]]:
     """(architecture, name, instruction without its modifiers), for every one."""
-    arch, name = 0, ""
-    for line in _lines(tool, *chosen, "-sass", file):
+    place, name = arch or 0, ""
+    for line in _lines(tool, "-sass", file, arch):
         if head := re.match(r"\s*code for sm_(\d+)|\s*Function : (\w+)", line):
-            arch, name = (int(head[1]), "") if head[1] else (arch, head[2])
+            place, name = (int(head[1]), "") if head[1] else (place, head[2])
         elif code := re.match(r"\s*/\*\w+\*/\s+(?:@!?\w+ )?(\w+)", line):
-            yield arch, name, code[1]
+            yield place, name, code[1]
 
 
 def read(file: Path, arch: int | None = None) -> dict[tuple[int, str], Kernel]:
-    """{(architecture, name as compiled): kernel} of a library or an object; of one architecture or of all."""
+    """{(architecture, name as compiled): kernel} of a library or an object; of one architecture, which a bare cubin needs, or of all."""
     tool = needed(cuobjdump())
-    chosen = ("-arch", f"sm_{arch}") if arch else ()
-    found = {(arch, name): Kernel(name, arch, *own) for arch, name, own in resources(tool, file, *chosen)}
-    for place, name, threads in block_sizes(tool, file, *chosen):
-        found[place, name].threads = threads
-    for place, name, code in codes(tool, file, *chosen):
-        found[place, name].instructions[code] += 1
-    for (_, name), own in found.items():
-        own.threads = own.threads or next((count for part, count in THREADS.items() if f"{len(part)}{part}" in name), None)
+    found: dict[tuple[int, str], Kernel] = {}
+    for place, name, own in resources(tool, file, arch):
+        if (place, name) in found:
+            raise ValueError(f"{file} has {name} twice for sm_{place}, and their instructions cannot be told apart; give a file that has one of them")
+        found[place, name] = Kernel(name, place, *own)
+
+    def known(place: int, name: str, what: str) -> Kernel:
+        if (place, name) not in found:
+            raise ValueError(f"{file}: cuobjdump tells {what} of {name or 'a kernel without a name'}, sm_{place}, and not its registers")
+        return found[place, name]
+
+    for place, name, threads in block_sizes(tool, file, arch):
+        known(place, name, "the threads").threads = threads
+    for place, name, code in codes(tool, file, arch):
+        known(place, name, "the instructions").instructions[code] += 1
+    empty = [name for (_, name), kernel in found.items() if not kernel.instructions]
+    if empty or not found:
+        raise ValueError(f"{file}: cuobjdump tells no instructions of {empty[0] if empty else 'any kernel'}{f', sm_{arch}' if arch else ''}")
+    for (_, name), kernel in found.items():
+        kernel.threads = kernel.threads or next((count for part, count in THREADS.items() if f"{len(part)}{part}" in name), None)
     return found
 
 
@@ -200,16 +216,20 @@ def how_to_build(arch: int) -> str:
     return f"{switches} pip install --no-build-isolation . (in place: {switches} python setup.py build_ext --inplace) builds it, without a GPU, in some minutes"
 
 
-def library_of(arch: int, given: Path | None) -> Path:
-    """The library that has code for this architecture; `ValueError` that says how to build it."""
+def library_of(arch: int, given: Path | None) -> tuple[Path, str]:
+    """The library that has code for this architecture, and the name of that code (`sm_90`, `sm_90a`); `ValueError` that says how to build it."""
     file = given or _native.FOLDER / "_C_cuda.so"
     if not file.is_file():
         reason = _native.build_info().get("cuda", {}).get("reason") if given is None else ""
         raise ValueError(f"no CUDA library {file}{f' ({reason})' if reason else ''}; {how_to_build(arch)}")
-    has = sorted({int(found) for line in _lines(needed(cuobjdump()), "-lelf", file) for found in re.findall(r"\.sm_(\d+)\w?\.cubin", line)})
-    if arch not in has:
-        raise ValueError(f"{file} has {', '.join(f'sm_{own}' for own in has) or 'no code for a GPU'}, not sm_{arch}; {how_to_build(arch)}")
-    return file
+    found = {(int(number), letter) for line in _lines(needed(cuobjdump()), "-lelf", file) for number, letter in re.findall(r"\.sm_(\d+)(\w?)\.cubin", line)}
+    has = [f"sm_{number}{letter}" for number, letter in sorted(found)]
+    own = [name for name in has if re.fullmatch(rf"sm_{arch}\D?", name)]
+    if not own:
+        raise ValueError(f"{file} has {', '.join(has) or 'no code for a GPU'}, not sm_{arch}; {how_to_build(arch)}")
+    if len(own) > 1:
+        raise ValueError(f"{file} has {' and '.join(own)}, which cuobjdump reads as one; give --library a file that has one of them")
+    return file, own[0]
 
 
 def arguments(argv: list[str], prog: str, parser_type: type[argparse.ArgumentParser]) -> argparse.Namespace:
@@ -265,22 +285,24 @@ def modelled_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def main(options: argparse.Namespace, command: str) -> int:
-    refused, kernels, file = [], [], None
+    refused, kernels, file, code = [], [], None, ""
     try:
-        file = library_of(options.arch, options.library)
+        file, code = library_of(options.arch, options.library)
         kernels = [own.record() for own in read(file, options.arch).values()]
     except ValueError as error:
         refused.append(str(error))
     for own, shown in zip(kernels, readable([own["name"] for own in kernels]), strict=True):
         own["shown"] = shown
+    count = f"{len(kernels)} kernels"
     if options.only:
         kernels = [own for own in kernels if any(name in own["shown"] for name in options.only)]
+        count = f"{len(kernels)} of {count}"
     rows = modelled(options.only)
-    if options.only and not (kernels or rows):
+    if options.only and not (kernels or rows or refused):
         raise ValueError(f"--only {' '.join(options.only)}: no kernel has one of these in its name")
     kernels.sort(key=lambda own: own["shown"])
-    if file:
-        print(f"library   {file}, sm_{options.arch}; {len(kernels)} kernels, {sum(own['local'] > 0 for own in kernels)} of them with a stack or spills")
+    if not refused:
+        print(f"library   {file}, {code}; {count}, {sum(own['local'] > 0 for own in kernels)} of them with a stack or spills")
         print("bytes of shared memory are of a block, of local memory (stack and spills) of a thread; instructions are counted where they stand\n")
         print("\n".join(kernel_lines(kernels)))
     for reason in refused:

@@ -51,6 +51,11 @@ SASS = """\tcode for sm_87
 NAME = MANGLED.format("some_product", "13__nv_bfloat16")
 
 
+def ptxas() -> str | None:
+    beside = Path(static.cuobjdump() or "").with_name("ptxas")
+    return shutil.which("ptxas") or (str(beside) if beside.is_file() else None)
+
+
 @pytest.fixture
 def tool(tmp_path, monkeypatch):
     """A cuobjdump that knows one kernel, and a library beside it."""
@@ -99,6 +104,85 @@ def test_what_cannot_be_read_is_said_and_the_model_is_shown_all_the_same(tool, t
     monkeypatch.setattr(static._native, "build_info", lambda: {"cuda": {"built": False, "reason": "turned off"}})
     assert kit.main(["--static", "--arch", "110"]) == 1
     assert f"no CUDA library {tmp_path / '_C_cuda.so'} (turned off); HETLORA_CUDA=1 HETLORA_CUDA_ARCHS=11.0" in capsys.readouterr().err
+
+
+def answer(tool: Path, capsys, *given: str, arch: str = "87") -> tuple[int, str, str]:
+    """(exit status, standard output, standard error)."""
+    status = kit.main(["--static", "--library", str(tool / "library.so"), "--arch", arch, *given])
+    return status, *capsys.readouterr()
+
+
+def test_a_bare_cubin_is_of_the_architecture_that_is_asked_for(tool, capsys):
+    """The tool prints no `arch =` for it."""
+    for option in ("res-usage", "elf", "sass"):
+        file = tool / f"-{option}"
+        file.write_text(file.read_text().removeprefix(HEAD))
+    status, out, err = answer(tool, capsys)
+    assert (status, err) == (0, "") and re.search(r"128 +165 +32768 +24 +3 +25 % +registers +5 +1 +2\n", out)
+    with pytest.raises(ValueError, match=f"cuobjdump tells the instructions of {NAME}, sm_87, and not its registers"):
+        static.read(tool / "library.so")  # not said which
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "why"),
+    [
+        ("sass", HEAD + SASS + SASS.replace("{}", "other"), "cuobjdump tells the instructions of other, sm_87, and not its registers"),
+        ("elf", HEAD + ELF.replace("{}", "other"), "cuobjdump tells the threads of other, sm_87, and not its registers"),
+        ("sass", HEAD, f"cuobjdump tells no instructions of {NAME}, sm_87"),
+        ("res-usage", HEAD + 2 * RESOURCES, f"has {NAME} twice for sm_87, and their instructions cannot be told apart; give a file that has one of them"),
+        ("lelf", "a.1.sm_87.cubin\na.2.sm_87a.cubin\n", "has sm_87 and sm_87a, which cuobjdump reads as one; give --library a file that has one of them"),
+    ],
+)
+def test_what_does_not_fit_together_is_not_read(option, text, why, tool, capsys):
+    (tool / f"-{option}").write_text(text.replace("{}", NAME))
+    status, out, err = answer(tool, capsys)
+    assert status == 1 and re.fullmatch(rf"NOT READ  {re.escape(str(tool))}/library.so:? {re.escape(why)}\n", err)
+    assert "library" not in out and "\nmodelled microseconds" in out
+
+
+def test_a_library_without_any_kernel_is_not_read(tool, capsys):
+    for option in ("res-usage", "elf", "sass"):
+        (tool / f"-{option}").write_text("")
+    assert answer(tool, capsys)[::2] == (1, f"NOT READ  {tool}/library.so: cuobjdump tells no instructions of any kernel, sm_87\n")
+
+
+def test_code_for_one_architecture_alone_has_its_name(tool, capsys):
+    """cuobjdump -arch sm_90 reads sm_90a too."""
+    for option in ("res-usage", "elf", "sass", "lelf"):
+        file = tool / f"-{option}"
+        file.write_text(file.read_text().replace("sm_87", "sm_90a"))
+    status, out, err = answer(tool, capsys, arch="90")
+    assert (status, err) == (0, "") and f"library   {tool}/library.so, sm_90a; 1 kernels" in out
+
+
+PTX = """.version 8.4
+.target sm_90a
+.address_size 64
+.visible .entry shrink_kernel(.param .u64 out) .maxntid 96, 1, 1
+{ .reg .b64 %a; .reg .b32 %i; ld.param.u64 %a, [out]; cvta.to.global.u64 %a, %a; mov.u32 %i, %tid.x; st.global.u32 [%a], %i; ret; }
+"""
+
+
+@pytest.mark.skipif(not (static.cuobjdump() and ptxas()), reason="needs cuobjdump and ptxas, of the CUDA toolkit or of Triton")
+def test_the_tool_itself_reads_a_cubin(tmp_path, capsys):
+    (tmp_path / "a.ptx").write_text(PTX)
+    subprocess.run([ptxas(), "-arch=sm_90a", "a.ptx", "-o", "library.so"], cwd=tmp_path, check=True)
+    status, out, err = answer(tmp_path, capsys, arch="90")
+    assert (status, err) == (0, "") and "library.so, sm_90a; 1 kernels, 0 of them" in out and re.search(r"shrink\w* +96 +\d+ +0 +0 +", out)
+
+
+def test_names_of_nothing_do_not_hide_why_nothing_was_read(tool, capsys):
+    status, _, err = answer(tool, capsys, "--only", "frob", arch="90")
+    assert status == 1 and err.startswith("NOT READ") and "has sm_87, not sm_90" in err
+    status, out, err = answer(tool, capsys, "--only", "gram")
+    assert (status, err) == (0, "") and "sm_87; 0 of 1 kernels" in out, "the model has it"
+
+
+@pytest.mark.timeout(20)
+def test_a_tool_that_says_much_beside_its_answer_is_not_waited_for(tool, capsys):
+    script = tool / "cuobjdump"
+    script.write_text(script.read_text().replace("#!/bin/sh\n", "#!/bin/sh\nhead -c 300000 /dev/zero | tr '\\0' x >&2\n"))
+    assert answer(tool, capsys)[::2] == (0, "")
 
 
 @pytest.mark.parametrize(
