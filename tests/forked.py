@@ -1,41 +1,74 @@
 """Processes of their own that need not import: a server has imported, and forks for each call. Importing torch takes two seconds, more than most calls.
 
-`python` runs code as `python -c` does; `call` a script of the tests that ends in `serve`. Both return what `subprocess.run` would.
+`python` runs code as `python -c` does; `call` a script of the tests that ends in `serve`. Both return what `subprocess.run` would. Their standard input is
+empty. They end by `os._exit`: what fails when the interpreter ends is not seen here, and a test of that takes a process of its own.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 
+LIMIT = 1500  # seconds of a call; less than a test has (pyproject.toml)
+_servers: dict[tuple[Path, tuple[tuple[str, str], ...]], subprocess.Popen[str]] = {}
 
-@cache
-def _server(script: Path, changes: tuple[tuple[str, str], ...]) -> subprocess.Popen[str]:
-    """It ends with its input."""
+
+def _start(script: Path, changes: tuple[tuple[str, str], ...]) -> subprocess.Popen[str]:
+    """A server, at the head of a process group that has all it forks."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")} | dict(changes)
-    server = subprocess.Popen([sys.executable, str(script)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    atexit.register(server.communicate)
-    return server
+    command = [sys.executable, str(script)]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def call(script: Path, changes: Mapping[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
-    """`script arguments`, in a process forked from one that was started with these changes of the environment."""
-    server = _server(script, tuple(changes.items()))
+def _end(server: subprocess.Popen[str]) -> None:
+    """The server and all it has forked."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.communicate()
+
+
+@atexit.register
+def _end_all() -> None:
+    for server in _servers.values():
+        _end(server)
+
+
+def call(script: Path, changes: Mapping[str, str], *arguments: object, timeout: float = LIMIT) -> subprocess.CompletedProcess[str]:
+    """`script arguments`, in a process forked from one that was started with these changes of the environment.
+
+    A call that takes more than `timeout` seconds is a `TimeoutError`, and its server is killed with all it forked: the next call starts another one.
+    """
+    key = (script, tuple(changes.items()))
+    if key not in _servers:
+        _servers[key] = _start(*key)
+    server = _servers[key]
     assert server.stdin is not None and server.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("out", "errors")]
-        print(json.dumps([*arguments, *map(str, files)]), file=server.stdin, flush=True)
-        status = server.stdout.readline()
-        assert status, f"{script.name} has ended; what it forks must not end it"
-        return subprocess.CompletedProcess([str(script), *map(str, arguments)], int(status), *(file.read_text() for file in files))
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                print(json.dumps([*arguments, *map(str, files)]), file=server.stdin, flush=True)
+            if not select.select([server.stdout], [], [], timeout)[0]:
+                said = "".join(file.read_text(errors="replace") for file in files if file.exists())
+                raise TimeoutError(f"{script.name} took more than {timeout} s and was killed, with its server. It had said: {said[-3000:] or 'nothing'}")
+            line = server.stdout.readline()
+            assert line, f"{script.name} has ended; what it forks must not end it"
+            status = int(line)
+        except BaseException:  # an interrupted test too: the answer to this call would be taken for that to the next
+            del _servers[key]
+            _end(server)
+            raise
+        return subprocess.CompletedProcess([str(script), *map(str, arguments)], status, *(file.read_text() for file in files))
 
 
 def python(code: str, folder: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
@@ -44,13 +77,16 @@ def python(code: str, folder: Path, environment: Mapping[str, str]) -> subproces
 
 
 def serve(run: Callable[..., object]) -> None:
-    """For each line of standard input, a JSON list of arguments and of the files for both outputs: `run` in a process of its own; its status is a line."""
-    for line in sys.stdin:
+    """For each line of standard input, a JSON list of arguments and of the files for both outputs: `run` in a process of its own; its status is a line.
+
+    The end of the input, also during a call, is the end of the process group: whoever asked is gone.
+    """
+    for line in iter(sys.stdin.readline, ""):
         *arguments, out, errors = json.loads(line)
         child = os.fork()
         if child == 0:
-            for number, file in ((1, out), (2, errors)):
-                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            for number, file, mode in ((0, os.devnull, os.O_RDONLY), (1, out, os.O_WRONLY | os.O_CREAT), (2, errors, os.O_WRONLY | os.O_CREAT)):
+                os.dup2(os.open(file, mode), number)
             status = 1
             try:
                 run(*arguments)
@@ -65,7 +101,11 @@ def serve(run: Callable[..., object]) -> None:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(status)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            if select.select([sys.stdin], [], [], 0.005)[0]:  # nobody asks twice before there is an answer
+                os.killpg(0, signal.SIGKILL)
+        print(os.waitstatus_to_exitcode(done[1]), flush=True)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _code(code: str, folder: str, environment: dict[str, str]) -> None:

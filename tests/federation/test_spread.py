@@ -176,7 +176,7 @@ def test_an_evaluation_in_parts_is_of_the_same_batches(tmp_path):
 
 def in_processes(*runs: dict) -> list[dict]:
     """What the processes of each run said and ended with."""
-    done = forked.call(HERE / "spread_runs.py", {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}, runs)
+    done = forked.call(HERE / "spread_runs.py", {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}, runs, timeout=240)
     assert (done.returncode, done.stderr) == (0, "")
     found, said = [], {}
     for line in done.stdout.splitlines():

@@ -91,6 +91,7 @@ print(torch.ops.hetlora.shrink(x, a, torch.ones(1), None, None, None, [8], [0], 
 
 
 def test_the_variable_chooses_and_refuses():
+    """In processes of their own, to their end: what forked.py forks skips the end of the interpreter."""
     if "cpu" not in _library.available():
         pytest.skip("no compiled kernel for CPU tensors")
     base, avx512 = (run({"HETLORA_INSTRUCTION_SET": name}, "-c", DOTS) for name in ("base", "avx512"))
