@@ -5,8 +5,8 @@
 #   make test-fast                  the fast tests alone
 #   make matrix                     the numeric tests with every instruction set of this machine, 1 and 2 threads, 20 seeds (about 40 minutes); all kills of runs, all random calls
 #   make gates                      all checks of GPU code without a GPU: every architecture, every planted bug (`make test` takes a share of both)
-#   make wheels                     the source archive and a wheel for this processor, repaired and checked, in dist/; HETLORA_CUDA=1 WHEELS=dist/cuda: with the CUDA
-#                                   library
+#   make wheels                     the source archive and a wheel for this processor, repaired and checked, in dist/ (Linux); HETLORA_CUDA=1 WHEELS=dist/cuda: with
+#                                   the CUDA library
 #   make lint | venv | clean        the checks alone | the virtual environment alone | remove everything made here, .venv included
 #
 # Which torch: pip takes TORCH from the index it is configured for, and on Linux that is usually the build with CUDA (a few GB). On a machine without
@@ -37,7 +37,7 @@ CHOICE := $(foreach word,$(TORCH) $(TRITON),'$(word)')
 # Its name carries the choice of Python and torch, so that asking for another one makes the environment anew rather than being ignored.
 BASE := .venv/.base-$(shell printf '%s\n' '$(PYTHON)' $(CHOICE) | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test test-fast matrix gates wheels lint venv clean
+.PHONY: demo test test-fast matrix gates wheels linux lint venv clean
 .DELETE_ON_ERROR:
 
 demo: venv
@@ -60,13 +60,16 @@ test-fast: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
 # The wheel is built from the source archive, without network. torch's libraries are those of the environment that it is installed into, so they stay outside.
-wheels: venv .venv/release/.installed
+wheels: linux venv .venv/release/.installed
 	rm -rf build/wheels '$(WHEELS)'/hetlora-*.whl '$(WHEELS)'/hetlora-*.tar.gz
 	$(BIN)/python -m build --no-isolation --outdir build/wheels .
 	PATH="$(CURDIR)/.venv/release/bin:$$PATH" .venv/release/bin/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir '$(WHEELS)' build/wheels/*.whl
 	cp build/wheels/*.tar.gz '$(WHEELS)'
 	.venv/release/bin/twine check --strict '$(WHEELS)'/hetlora-*
 	@du -h '$(WHEELS)'/hetlora-*
+
+linux:
+	@[ "$$(uname -s)" = Linux ] || { echo "make: 'make wheels' needs Linux, whose wheels auditwheel repairs; this is $$(uname -s). Here: make venv, then $(BIN)/pip wheel --no-build-isolation --no-deps ." >&2; exit 1; }
 
 # In an environment of their own: what these tools need is none of ours.
 .venv/release/.installed: $(BASE) Makefile

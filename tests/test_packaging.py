@@ -150,6 +150,31 @@ def test_every_extra_is_documented() -> None:
         assert f".[{extra}]" in text, extra
 
 
+def test_wheels_off_linux_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "uname").write_text("#!/bin/sh\necho Darwin\n")
+    (tmp_path / "uname").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    # An interpreter that is not there: nothing is made, wherever it stops.
+    done = subprocess.run(["make", "wheels", "PYTHON=/none"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("make: 'make wheels' needs Linux, whose wheels auditwheel repairs; this is Darwin. Here: ")
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ([], "expected a wheel"),
+        (["none.whl", "torch==2.13.0"], "expected a wheel, got none.whl"),
+        (["Makefile"], "expected torch==VERSION after the wheel"),
+        (["Makefile", "--", "-x"], "expected torch==VERSION after the wheel"),
+        (["Makefile", "setup.py", "torch==2.13.0"], "expected torch==VERSION after the wheel, got setup.py"),
+        (["Makefile", "torch==2.13.0", "setup.py"], "expected torch==VERSION after the wheel, got setup.py"),
+    ],
+)
+def test_what_is_tried_is_one_wheel(given: list[str], why: str) -> None:
+    done = subprocess.run([".ci/try-wheel", *given], cwd=ROOT, env={**os.environ, "PYTHON": "/none"}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, f".ci/try-wheel: {why}; usage: .ci/try-wheel WHEEL torch==VERSION ... [-- arguments of pytest]\n")
+
+
 def test_build_needs_no_torch() -> None:
     system = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]
     assert all(line.startswith("setuptools") for line in system["requires"])
