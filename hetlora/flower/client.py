@@ -44,6 +44,7 @@ class Local:
     data: ClientData
     shapes: dict[str, tuple[int, int]]
     device: Device | None = None
+    unmeasured: str = ""  # why there is none, where the server asked for one
 
 
 LoadModel = Callable[[Config], nn.Module]
@@ -109,8 +110,9 @@ def client_app(model: LoadModel = base_model, data: LoadData = own_text) -> Clie
             cfg, node = client_settings(context.run_config, context.node_config)
             base = load(cfg)
             shapes = target_shapes(base, cfg.target_modules)
-            measured = _device(cfg, base, shapes) if work is _introduce else None  # before its text is read, of which a measure shall know nothing
-            return Message(work(message, cfg, Local(base, data(cfg, node), shapes, measured)), reply_to=message)
+            # a measure comes before `data` is called, which reads the text
+            measured = _device(cfg, base, shapes) if work is _introduce and messages.measure_wanted(message.content) else (None, "")
+            return Message(work(message, cfg, Local(base, data(cfg, node), shapes, *measured)), reply_to=message)
         except (ConfigError, OSError) as error:
             reason = " ".join(str(error).split())
             log(WARNING, "refused: %s", reason)
@@ -131,19 +133,25 @@ def client_app(model: LoadModel = base_model, data: LoadData = own_text) -> Clie
     return app
 
 
-def _device(cfg: Config, model: nn.Module, shapes: dict[str, tuple[int, int]]) -> Device | None:
+def _device(cfg: Config, model: nn.Module, shapes: dict[str, tuple[int, int]]) -> tuple[Device | None, str]:
+    """What the device measured, and why it could not: only the server knows whether this client has a rank already."""
     if not isinstance(cfg.rank_rule, Capability):
-        return None
-    found, line = device.measure(cfg, model, shapes, base_digest(model))
+        return None, ""
+    try:
+        found, line = device.measure(cfg, model, shapes, base_digest(model))
+    except ConfigError as error:
+        reason = " ".join(str(error).split())[: messages.REASON_LENGTH]
+        log(WARNING, "%s", reason)
+        return None, reason
     log(INFO, "%s", line)
-    return found
+    return found, ""
 
 
 def _introduce(message: Message, cfg: Config, local: Local) -> RecordDict:
     data, measured = local.data, local.device or Device(0, math.nan)
     capability = math.nan if data.capability is None else data.capability
     digests = modules_digest(local.shapes), base_digest(local.model)
-    own = messages.Introduction(data.name, len(data.train), *digests, capability, measured.rank, measured.seconds, __version__)
+    own = messages.Introduction(data.name, len(data.train), *digests, capability, measured.rank, measured.seconds, local.unmeasured, __version__)
     return RecordDict({messages.CONFIG: ConfigRecord(vars(own))})
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from hetlora import __version__, run_folder
@@ -98,7 +98,7 @@ class Members:
         for member in self.of.values():
             if member.node not in nodes:
                 member.node = None
-        if asked := [Message(RecordDict(), node, MessageType.QUERY) for node in nodes if node not in self._known]:
+        if asked := [Message(messages.question(measure=new), node, MessageType.QUERY) for node in nodes if node not in self._known]:
             replies = self.grid.send_and_receive(asked, timeout=self.waiting.join_timeout)
             for message in sorted(replies, key=lambda reply: int(reply.metadata.src_node_id)):
                 node = int(message.metadata.src_node_id)
@@ -106,7 +106,7 @@ class Members:
                 try:
                     self._meet(node, message, new)
                 except ConfigError as error:
-                    self.say(f"node {node} takes no part: {' '.join(str(error).split())[:300]}")
+                    self.say(f"node {node} takes no part: {' '.join(str(error).split())[:500]}")
         return sorted(name for name, member in self.of.items() if member.node is not None)
 
     def _meet(self, node: int, message: Message, new: bool) -> None:
@@ -121,6 +121,8 @@ class Members:
         if member is None:
             if not new:
                 raise ConfigError(f"client {own.client!r} joined after the run had begun; it can take part in the next one")
+            if own.unmeasured:
+                raise ConfigError(f"client {own.client!r} cannot be given a rank: {own.unmeasured}")
             capability = None if math.isnan(own.capability) else own.capability
             member = Member(own.client, own.sequences, capability, Device(own.device_rank, own.step_seconds) if own.device_rank else None, node)
             if isinstance(self.rule, Capability):

@@ -17,7 +17,7 @@ from hetlora.errors import ConfigError
 from hetlora.flower.exchange import Order, Reply
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
-NAME_LENGTH = 200
+NAME_LENGTH, REASON_LENGTH = 200, 1000
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Introduction:
 
     client: its name.   sequences: of its training text.   modules: digest of the names and widths of the modules that carry its adapters.
     base: digest of what of its base model does not depend on how it is quantised.   capability: its number for `ranks = column:...`, NaN where it has none.
-    device_rank, step_seconds: what its device measured for `ranks = capability:...` (`ranks.Device`); 0 and NaN where the run does not ask.
+    device_rank, step_seconds: what its device measured for `ranks = capability:...` (`ranks.Device`); 0 and NaN where it is not asked, or could not.
+    unmeasured: why it could not; '' else.
     version: of hetlora.
     """
 
@@ -37,6 +38,7 @@ class Introduction:
     capability: float
     device_rank: int
     step_seconds: float
+    unmeasured: str
     version: str
 
 
@@ -52,6 +54,18 @@ class Evaluated:
     train: tuple[float, int]
 
 
+def question(measure: bool) -> RecordDict:
+    """Who are you?   measure: the run has not begun, so that it may grant a rank by what the device measures."""
+    return RecordDict({CONFIG: ConfigRecord({"measure": measure})})
+
+
+def measure_wanted(content: RecordDict) -> bool:
+    value = _value(_config(content), "measure")
+    if not isinstance(value, bool):
+        raise ConfigError(f"measure: expected true or false, got {str(value)[:40]}")
+    return value
+
+
 def introduction(content: RecordDict) -> Introduction:
     values = _config(content)
     found = Introduction(
@@ -62,10 +76,13 @@ def introduction(content: RecordDict) -> Introduction:
         _number(values, "capability", finite=False),
         _whole(values, "device_rank", 0),
         _number(values, "step_seconds", finite=False),
+        _text(values, "unmeasured", REASON_LENGTH, least=0),
         _text(values, "version", 40),
     )
     if not found.client.strip() or not found.client.isprintable():
         raise ConfigError(f"client: expected a printable name, got {found.client!r}")
+    if not found.unmeasured.isprintable():
+        raise ConfigError(f"unmeasured: expected printable text, got {found.unmeasured[:40]!r}")
     return found
 
 
@@ -135,10 +152,10 @@ def _value(values: Mapping[str, Any], name: str) -> Any:
     return values[name]
 
 
-def _text(values: Mapping[str, Any], name: str, longest: int) -> str:
+def _text(values: Mapping[str, Any], name: str, longest: int, least: int = 1) -> str:
     value = _value(values, name)
-    if not isinstance(value, str) or not 0 < len(value) <= longest:
-        raise ConfigError(f"{name}: expected text of 1 to {longest} characters, got {str(value)[:40]!r}")
+    if not isinstance(value, str) or not least <= len(value) <= longest:
+        raise ConfigError(f"{name}: expected text of {least} to {longest} characters, got {str(value)[:40]!r}")
     return value
 
 

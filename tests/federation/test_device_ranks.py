@@ -210,6 +210,16 @@ def deployed(cfg: Config, spoil=None, waiting: Waiting | None = None, grid_of=Lo
     return said.lines
 
 
+class Restarting(LocalGrid):
+    """Node 12 goes away after its first round of training and comes back under another number."""
+
+    def send_and_receive(self, messages, *, timeout=None):
+        replies = super().send_and_receive(messages, timeout=timeout)
+        if 12 in self.nodes and (12, "train") in self.asked:
+            self.nodes[99] = self.nodes.pop(12)
+        return replies
+
+
 def measures(monkeypatch, devices):
     """Nodes find these, in the order in which they are asked."""
     found = iter(devices)
@@ -241,17 +251,9 @@ def test_granted_ranks_are_told_kept_and_those_that_clients_train_with(tmp_path,
     assert (tmp_path / "listed" / adapter).read_bytes() == (tmp_path / "same" / adapter).read_bytes()
 
 
-def test_granted_ranks_stay_when_clients_come_back_with_other_measures(tmp_path, monkeypatch):
-    """A server that starts again reads what it was told before; a node that comes back is not asked for a rank again."""
-
-    class Restarting(LocalGrid):
-        def send_and_receive(self, messages, *, timeout=None):
-            replies = super().send_and_receive(messages, timeout=timeout)
-            if 12 in self.nodes and (12, "train") in self.asked:
-                self.nodes[99] = self.nodes.pop(12)
-            return replies
-
-    measures(monkeypatch, [*DEVICES, (2, 9.0), *[(2, 9.0)] * 4])
+def test_granted_ranks_stay_when_clients_come_back(tmp_path, monkeypatch):
+    """A server that starts again reads what it was told before; a node that comes back is not asked to measure again, which would fail here."""
+    measures(monkeypatch, DEVICES)
     cfg = tiny_config(tmp_path / "run", ranks="capability:2:8", clients_per_round=4, gamma=1.0, rounds=2)
     said = deployed(cfg, grid_of=Restarting)
     assert "client 'client1' is back, as node 99" in said
@@ -292,7 +294,54 @@ def test_a_client_that_does_not_hold_the_least_rank_says_so_and_takes_no_part(tm
 
     monkeypatch.setattr(device, "free_memory", little_on_the_second)
     said = deployed(tiny_config(tmp_path / "run", ranks="capability:2:8", rounds=1, seq_len=16), waiting=Waiting(min_clients=3, join_timeout=0))
-    assert any(text.startswith("node 12 takes no part: it failed: this device does not hold rank 2, the least of 'capability:2:8'") for text in said)
+    line = "node 12 takes no part: client 'client1' cannot be given a rank: this device does not hold rank 2, the least of 'capability:2:8'"
+    assert any(text.startswith(line) and text.endswith("or free memory") for text in said)
+
+
+def test_a_client_with_a_rank_stays_in_the_run_however_little_memory_it_has_later(tmp_path, monkeypatch):
+    """By the real measure: a node that comes back within the run, and all of them when the run is resumed."""
+    real, free = device.free_memory, []
+    monkeypatch.setattr(device, "free_memory", lambda where: (1, "told") if free else real(where))
+
+    class Poorer(Restarting):
+        def send_and_receive(self, messages, *, timeout=None):
+            replies = super().send_and_receive(messages, timeout=timeout)
+            if 99 in self.nodes and not free:
+                free.append(1)
+            return replies
+
+    cfg = capable(tmp_path, clients_per_round=4, gamma=1.0, rounds=2)
+    said = deployed(cfg, grid_of=Poorer)
+    assert free and "client 'client1' is back, as node 99" in said
+    more = deployed(cfg.model_copy(update={"rounds": 3}), waiting=Waiting(min_clients=4, join_timeout=0, resume=True))
+    assert not [line for line in (*said, *more) if "takes no part" in line or "left out" in line]
+    assert [len(record["clients"]) for record in lines(tmp_path / "run")[1:]] == [4, 4, 4]
+
+
+def test_a_client_that_has_joined_is_not_lost_when_it_comes_back_poorer_before_the_run_begins(tmp_path, monkeypatch):
+    """The server asks for a measure until the run begins, and keeps the first."""
+    real, asked = device.free_memory, []
+
+    def little_after_the_fourth(where):
+        asked.append(where)
+        return (1, "told") if len(asked) > 4 else real(where)
+
+    class Late(LocalGrid):
+        """Node 12 comes back under another number at the second look."""
+
+        looks = 0
+
+        def get_node_ids(self):
+            self.looks += 1
+            if self.looks == 2:
+                self.nodes[99] = self.nodes.pop(12)
+            return super().get_node_ids()
+
+    monkeypatch.setattr(device, "free_memory", little_after_the_fourth)
+    monkeypatch.setattr(members_module.Members, "_wait", lambda self, *given, real=members_module.Members._wait: self._look(given[2]) and real(self, *given))
+    said = deployed(capable(tmp_path, clients_per_round=4, rounds=1), grid_of=Late)
+    assert len(asked) == 5 and "client 'client1' is back, as node 99" in said
+    assert len(lines(tmp_path / "run")[1]["clients"]) == 4
 
 
 def test_a_measure_is_taken_before_the_text_is_read(tmp_path, monkeypatch):
