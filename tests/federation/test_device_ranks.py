@@ -345,7 +345,7 @@ def test_a_client_that_has_joined_is_not_lost_when_it_comes_back_poorer_before_t
 
 
 def test_a_measure_is_taken_before_the_text_is_read(tmp_path, monkeypatch):
-    """So nothing of it can follow from the text, which is why differential privacy allows these ranks."""
+    """So that no rank follows from text that the loader reads when it is called: docs/privacy.md says where that holds."""
     clients, happened = tiny_clients(SIZES), []
     real = device.measure
     monkeypatch.setattr(device, "measure", lambda *given: happened.append("measured") or real(*given))
