@@ -192,7 +192,8 @@ class Capability:
     """By what the clients' devices measured: r_k = min(h_k, max(MIN, floor(MAX min(1, T / t_k)))).
 
     h_k: the largest rank that the memory of client k holds, MAX at most.   t_k: seconds that a training step takes it.
-    T: `seconds`, or the median of all t_k where it is None. So rank times seconds is the same for all that are slower than T, until MIN ends it.
+    T: `seconds`, or the median of all t_k where it is None, the upper one of an even number, for one client moves a mean of two as far as it likes.
+    So rank times seconds is the same for all that are slower than T, until MIN ends it.
     """
 
     spec: str
@@ -219,7 +220,7 @@ class Capability:
 
     def pace(self, clients: Sequence[Member]) -> float:
         """T."""
-        return self.seconds or statistics.median(self.check(client).seconds for client in clients)
+        return self.seconds or statistics.median_high(self.check(client).seconds for client in clients)
 
     def assign(self, clients: Sequence[Member], seed: int) -> StartingRanks:
         pace = self.pace(clients)
