@@ -121,11 +121,10 @@ class Members:
         if member is None:
             if not new:
                 raise ConfigError(f"client {own.client!r} joined after the run had begun; it can take part in the next one")
-            if own.unmeasured:
-                raise ConfigError(f"client {own.client!r} cannot be given a rank: {own.unmeasured}")
             capability = None if math.isnan(own.capability) else own.capability
-            member = Member(own.client, own.sequences, capability, Device(own.device_rank, own.step_seconds) if own.device_rank else None, node)
+            member = Member(own.client, own.sequences, capability, node=node)
             if isinstance(self.rule, Capability):
+                member.device = _device(own, self.rule)
                 self.rule.check(member)
             self.of[own.client] = member
         else:
@@ -160,6 +159,13 @@ class Members:
             self.of = {own["name"]: _member(own) for own in (found or {})["clients"]}
         except (KeyError, TypeError, ValueError):
             raise ConfigError(f"{self.roster}: not the list of the run's clients; restore it from a copy, or start a new run") from None
+
+
+def _device(own: messages.Introduction, rule: Capability) -> Device | None:
+    """What a client says of its device: no rank above MAX counts."""
+    if own.unmeasured:
+        raise ConfigError(f"client {own.client!r} cannot be given a rank: {own.unmeasured}")
+    return Device(min(own.device_rank, rule.high), own.step_seconds) if own.device_rank else None
 
 
 def _member(own: dict[str, Any]) -> Member:

@@ -161,14 +161,14 @@ def _text(values: Mapping[str, Any], name: str, longest: int, least: int = 1) ->
 
 def _whole(values: Mapping[str, Any], name: str, least: int) -> int:
     value = _value(values, name)
-    if not isinstance(value, int) or not least <= value < 2**53:
+    if type(value) is not int or not least <= value < 2**53:
         raise ConfigError(f"{name}: expected a whole number >= {least}, got {str(value)[:40]}")
     return value
 
 
 def _wholes(values: Mapping[str, Any], name: str) -> list[int]:
     value = _value(values, name)
-    if not isinstance(value, list) or not value or not all(isinstance(entry, int) and 0 <= entry < 2**31 for entry in value):
+    if not isinstance(value, list) or not value or not all(type(entry) is int and 0 <= entry < 2**31 for entry in value):
         raise ConfigError(f"{name}: expected whole numbers >= 0, got {str(value)[:40]}")
     return value
 
@@ -183,6 +183,6 @@ def _summed_loss(values: Mapping[str, Any], name: str) -> tuple[float, int]:
 
 def _number(values: Mapping[str, Any], name: str, finite: bool = True) -> float:
     value = _value(values, name)
-    if not isinstance(value, (int, float)) or (finite and not math.isfinite(value)):
+    if type(value) not in (int, float) or (finite and not math.isfinite(value)):
         raise ConfigError(f"{name}: expected a{' finite' if finite else ''} number, got {str(value)[:40]}")
     return float(value)

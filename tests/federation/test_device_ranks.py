@@ -278,6 +278,10 @@ def test_granted_ranks_stay_when_clients_come_back(tmp_path, monkeypatch):
         ({"device_rank": 0}, "client 'client1' measured nothing"),
         ({"device_rank": -3}, "device_rank: expected a whole number >= 0, got -3"),
         ({"step_seconds": "fast"}, "step_seconds: expected a number, got fast"),
+        ({"step_seconds": True}, "step_seconds: expected a number, got True"),
+        ({"device_rank": True}, "device_rank: expected a whole number >= 0, got True"),
+        ({"unmeasured": "a\x1b[2Jb"}, "unmeasured: expected printable text"),
+        ({"unmeasured": "no memory"}, "client 'client1' cannot be given a rank: no memory"),
     ],
 )
 def test_what_a_client_says_of_its_device_is_checked(tmp_path, monkeypatch, told, line):
@@ -290,6 +294,21 @@ def test_what_a_client_says_of_its_device_is_checked(tmp_path, monkeypatch, told
     said = deployed(tiny_config(tmp_path / "run", ranks="capability:2:8", rounds=1), spoil, Waiting(min_clients=3, join_timeout=0))
     assert any(text.startswith("node 12 takes no part: ") and line in text for text in said)
     assert [client["name"] for client in json.loads((tmp_path / "run/clients.json").read_text())["clients"]] == ["client0", "client2", "client3"]
+
+
+@pytest.mark.parametrize(("spec", "kept"), [("fixed:4", None), ("capability:2:6", {"rank": 6, "seconds": 1.0})])
+def test_what_no_rule_asks_for_and_ranks_above_the_largest_are_not_kept(tmp_path, monkeypatch, spec, kept):
+    def spoil(node, message, reply):
+        if node == 12 and message.metadata.message_type == "query":
+            reply.content.config_records["config"].update({"device_rank": 2**40, "step_seconds": 1.0 if kept else math.nan})
+        return reply
+
+    measures(monkeypatch, DEVICES)
+    deployed(tiny_config(tmp_path / "run", ranks=spec, rounds=1), spoil)
+    for name in ("clients.json", "summary.json"):
+        text = (tmp_path / "run" / name).read_text()
+        assert [client.get("device") for client in json.loads(text)["clients"] if client["name"] == "client1"] == [kept]
+    assert "NaN" not in (tmp_path / "run/clients.json").read_text()
 
 
 def test_a_client_that_does_not_hold_the_least_rank_says_so_and_takes_no_part(tmp_path, monkeypatch):
