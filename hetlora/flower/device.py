@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import time
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from hetlora.memory import SHARE, StepMemory, adapter_bytes, free_memory, step_m
 from hetlora.models import checkpointed
 from hetlora.ranks import Capability, Device, device_text
 from hetlora.run_folder import write_atomic
+from hetlora_kernels._native import build_info
 
 STEPS, SECONDS = 3, 5.0
 """The probe: a first step, which is not counted, then as many as `STEPS`, until `SECONDS` have passed."""
@@ -65,7 +67,7 @@ def measure(cfg: Config, model: nn.Module, shapes: Shapes, base: str) -> tuple[D
     assert isinstance(rule, Capability)
     purpose = measured_for(cfg, model, shapes, base, rule)
     path = Path(platformdirs.user_cache_dir("hetlora")) / f"device-{hashlib.blake2b(json.dumps(purpose).encode(), digest_size=8).hexdigest()}.json"
-    probe, where = _read(path, purpose)
+    probe, said = _read(path, purpose)
     free, source = free_memory(next(model.parameters()).device)
     tokens = max(cfg.seq_len, min(cfg.max_tokens_per_step, cfg.seq_len * cfg.batch_size))  # 'auto' (0) goes down to one sequence
     if probe is None:
@@ -83,9 +85,9 @@ def measure(cfg: Config, model: nn.Module, shapes: Shapes, base: str) -> tuple[D
         )
     if not probe.seconds:
         probe = replace(probe, seconds=step_seconds(cfg, model, shapes, rule.low))
-        where = _write(path, purpose, probe)
+        said += _write(path, purpose, probe)
     device = Device(held[-1], probe.seconds)
-    return device, f"this device: {device_text(device)} at rank {rule.low}; {free / gib:.3g} GiB are free ({source}); {where}"
+    return device, f"this device: {device_text(device)} at rank {rule.low}; {free / gib:.3g} GiB are free ({source}); {said}"
 
 
 def step_seconds(cfg: Config, model: nn.Module, shapes: Shapes, rank: int) -> float:
@@ -123,6 +125,9 @@ def measured_for(cfg: Config, model: nn.Module, shapes: Shapes, base: str, rule:
         "host": platform.node(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}",
         "threads": torch.get_num_threads(),
+        "kernels": {op: rung for op, (rung, _) in hk.backends(device.type).items()},
+        "instruction_set": os.environ.get("HETLORA_INSTRUCTION_SET", ""),
+        "build": build_info(),
         "versions": {"hetlora": __version__, "torch": torch.__version__, "transformers": metadata.version("transformers")},
         "base": base,
         "weights": sorted({str(weight.dtype) for weight in model.parameters()}),
@@ -133,14 +138,18 @@ def measured_for(cfg: Config, model: nn.Module, shapes: Shapes, base: str, rule:
 
 
 def _read(path: Path, purpose: dict[str, Any]) -> tuple[Probe | None, str]:
-    """The probe on record and where it is; None where there is none, or what is there is damaged."""
+    """The probe on record and where it is; None where there is none, or what is there cannot be used, and that this is so."""
+    if not os.path.exists(path):
+        return None, ""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        probe = Probe(StepMemory(**found["memory"]), float(found["kept"]), float(found["seconds"]))
-        sound = found["measured_for"] == purpose and probe.seconds > 0
-    except (OSError, ValueError, TypeError, KeyError):
+        probe = Probe(StepMemory(**found["memory"]), found["kept"], found["seconds"])
+        numbers = [*asdict(probe.memory).values(), probe.kept, probe.seconds]
+        sound = all(type(number) in (int, float) and 0 <= number < 2.0**63 for number in numbers) and probe.seconds > 0  # NaN is not
+        sound = sound and found["measured_for"] == purpose
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         sound = False
-    return (probe, f"measured before, in {path}") if sound else (None, "")
+    return (probe, f"measured before, in {path}") if sound else (None, f"what is in {path} cannot be used; ")
 
 
 def _write(path: Path, purpose: dict[str, Any], probe: Probe) -> str:

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import lines, tiny_clients, tiny_config, tiny_federation, tiny_model
 
+import hetlora_kernels as hk
 from hetlora.config import Config, ConfigError
 from hetlora.federation import prepare
 from hetlora.flower import Base, HetLora, Waiting, client_app, device
@@ -143,7 +144,7 @@ def test_a_probe_is_kept_with_what_it_was_measured_for(tmp_path, monkeypatch):
     kept = list((tmp_path / "cache/hetlora").iterdir())
     assert len(kept) == 1 and line.endswith(f"measured now, kept in {kept[0]}")
     there = json.loads(kept[0].read_text())
-    assert {"host", "threads", "device", "versions", "base", "weights", "seq_len"} <= set(there["measured_for"])
+    assert {"host", "threads", "device", "kernels", "build", "versions", "base", "weights", "seq_len"} <= set(there["measured_for"])
 
     with monkeypatch.context() as patch:
         patch.setattr(device, "step_seconds", forbidden)
@@ -156,9 +157,36 @@ def test_a_probe_is_kept_with_what_it_was_measured_for(tmp_path, monkeypatch):
                 probed(capable(tmp_path, **change))
         with pytest.raises(AssertionError, match="measured again"):
             probed(cfg, torch.float64)
-        kept[0].write_text(kept[0].read_text()[:-40])
+        patch.setenv("HETLORA_INSTRUCTION_SET", "base")
         with pytest.raises(AssertionError, match="measured again"):
             probed(cfg)
+        patch.delenv("HETLORA_INSTRUCTION_SET")
+        with hk.use_backend("reference"), pytest.raises(AssertionError, match="measured again"):
+            probed(cfg)
+
+
+@pytest.mark.parametrize("value", ["text", None, True, math.nan, math.inf, -1.0, 10**400])
+@pytest.mark.parametrize("key", ["base", "kept of memory", "kept", "seconds"])
+def test_a_measure_on_record_that_is_no_number_is_said_and_taken_anew(tmp_path, key, value):
+    cfg = capable(tmp_path)
+    first, _ = probed(cfg)
+    [kept] = (tmp_path / "cache/hetlora").iterdir()
+    there = json.loads(kept.read_text())
+    name, _, inside = key.partition(" of ")
+    (there["memory"] if inside or key == "base" else there)[name] = value
+    kept.write_text(json.dumps(there))
+    again, line = probed(cfg)
+    assert again.rank == first.rank and 0 < again.seconds < math.inf
+    assert line.endswith(f"what is in {kept} cannot be used; measured now, kept in {kept}")
+    assert probed(cfg)[1].endswith(f"measured before, in {kept}")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", "{" * 9999, "[" * 99999])
+def test_a_record_of_another_form_is_said_and_taken_anew(tmp_path, text):
+    probed(capable(tmp_path))
+    [kept] = (tmp_path / "cache/hetlora").iterdir()
+    kept.write_text(text)
+    assert f"what is in {kept} cannot be used; measured now" in probed(capable(tmp_path))[1]
 
 
 def test_a_cache_that_cannot_be_written_is_said(tmp_path):
