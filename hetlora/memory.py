@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,13 +81,7 @@ def step_memory(model: nn.Module, shapes: Shapes, total_rank: int, rank: int, cf
     weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     width, element = int(text.hidden_size), weight.dtype.itemsize
     words = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-    try:
-        kept = _kept(model, shapes, rank, cfg)
-    except RuntimeError as error:  # torch.OutOfMemoryError among them; on a CPU it has no class of its own
-        if not any(word in str(error) for word in ("out of memory", "allocate memory", "enough memory")):
-            raise
-        why = f"the probe of two sequences of {cfg.seq_len} tokens found no memory"
-        raise ConfigError(f"max_tokens_per_step = 'auto': {why}; give a number, or a shorter seq_len") from None
+    kept = _kept(model, shapes, rank, cfg)
     if cfg.gradient_checkpointing:
         checkpoint_layers(model)  # an error where there are none
         kept = (layers or here) * width * element + kept / here
@@ -200,6 +195,17 @@ def _stat(folder: Path, name: str) -> int:
         return 0
 
 
+@contextmanager
+def refusing_without_memory(refusal: str) -> Iterator[None]:
+    """`ConfigError` of `refusal` in place of torch's errors for want of memory; on a CPU these have no class of their own."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("out of memory", "allocate memory", "enough memory")):
+            raise
+        raise ConfigError(refusal) from None
+
+
 def give_back_freed_memory() -> None:
     """Let glibc return every freed block of a MiB to the system. By itself it keeps blocks of up to 32 MiB, in pieces that later ones do not fit."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -221,7 +227,9 @@ def with_step_tokens(cfg: Config, model: nn.Module, shapes: Shapes, ranks: Seque
         give_back_freed_memory()
     free, source = free_memory(device)
     largest = sorted((max(1, rank) for rank in ranks), reverse=True)[: cfg.clients_per_round if cfg.cobatch else 1]
-    memory = step_memory(model, shapes, sum(largest), max(1, round(sum(largest) / len(largest))), cfg)
+    why = f"the probe of two sequences of {cfg.seq_len} tokens found no memory"
+    with refusing_without_memory(f"max_tokens_per_step = 'auto': {why}; give a number, or a shorter seq_len"):
+        memory = step_memory(model, shapes, sum(largest), max(1, round(sum(largest) / len(largest))), cfg)
     most = cfg.seq_len * cfg.batch_size * len(largest)
     fitting = memory.tokens(memory.base + SHARE * free)  # the base is there already
     tokens = min(max(fitting, cfg.seq_len), most)

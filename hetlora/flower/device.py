@@ -25,7 +25,7 @@ from hetlora import __version__
 from hetlora.client import train_client
 from hetlora.config import Config, ConfigError
 from hetlora.data import ClientData
-from hetlora.memory import SHARE, StepMemory, adapter_bytes, free_memory, step_memory, with_step_tokens
+from hetlora.memory import SHARE, StepMemory, adapter_bytes, free_memory, refusing_without_memory, step_memory, with_step_tokens
 from hetlora.models import checkpointed
 from hetlora.ranks import Capability, Device, device_text
 from hetlora.run_folder import write_atomic
@@ -35,6 +35,7 @@ STEPS, SECONDS = 3, 5.0
 """The probe: a first step, which is not counted, then as many as `STEPS`, until `SECONDS` have passed."""
 APART = 16
 """Ranks between the two at which the memory of a token is measured; it grows along a straight line."""
+ADVICE = "set gradient-checkpointing, max-tokens-per-step or quantize on this node, or free memory"
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -70,24 +71,32 @@ def measure(cfg: Config, model: nn.Module, shapes: Shapes, base: str) -> tuple[D
     probe, said = _read(path, purpose)
     free, source = free_memory(next(model.parameters()).device)
     tokens = max(cfg.seq_len, min(cfg.max_tokens_per_step, cfg.seq_len * cfg.batch_size))  # 'auto' (0) goes down to one sequence
+    unfit = f"this device does not hold rank {rule.low}, the least of {cfg.ranks!r}"
+    refusal = f"{unfit}: its probe at that rank found no memory; {ADVICE}"
     if probe is None:
-        low = step_memory(model, shapes, rule.low, rule.low, cfg)
-        above = min(rule.high - rule.low, APART)
-        more = step_memory(model, shapes, rule.low + above, rule.low + above, cfg).kept - low.kept if above else 0.0
-        probe = Probe(low, more / max(above, 1), 0.0)
+        with refusing_without_memory(refusal):
+            probe = memory_probe(cfg, model, shapes, rule)
     held = [rank for rank in range(rule.low, rule.high + 1) if probe.bytes_at(rank, tokens, cfg, shapes, rule.low) <= SHARE * free]
     gib, needed = 2**30, probe.bytes_at(rule.low, tokens, cfg, shapes, rule.low)
     if not held:
         raise ConfigError(
-            f"this device does not hold rank {rule.low}, the least of {cfg.ranks!r}: a step of {tokens} tokens takes {needed / gib:.3g} GiB besides the base, "
-            f"and {SHARE:.0%} of the {free / gib:.3g} GiB that are free ({source}) do not hold it; "
-            "set gradient-checkpointing, max-tokens-per-step or quantize on this node, or free memory"
+            f"{unfit}: a step of {tokens} tokens takes {needed / gib:.3g} GiB besides the base, "
+            f"and {SHARE:.0%} of the {free / gib:.3g} GiB that are free ({source}) do not hold it; {ADVICE}"
         )
     if not probe.seconds:
-        probe = replace(probe, seconds=step_seconds(cfg, model, shapes, rule.low))
+        with refusing_without_memory(refusal):
+            probe = replace(probe, seconds=step_seconds(cfg, model, shapes, rule.low))
         said += _write(path, purpose, probe)
     device = Device(held[-1], probe.seconds)
     return device, f"this device: {device_text(device)} at rank {rule.low}; {free / gib:.3g} GiB are free ({source}); {said}"
+
+
+def memory_probe(cfg: Config, model: nn.Module, shapes: Shapes, rule: Capability) -> Probe:
+    """All but the seconds."""
+    low = step_memory(model, shapes, rule.low, rule.low, cfg)
+    above = min(rule.high - rule.low, APART)
+    more = step_memory(model, shapes, rule.low + above, rule.low + above, cfg).kept - low.kept if above else 0.0
+    return Probe(low, more / max(above, 1), 0.0)
 
 
 def step_seconds(cfg: Config, model: nn.Module, shapes: Shapes, rank: int) -> float:

@@ -220,6 +220,27 @@ def test_what_a_device_holds_follows_from_the_memory_that_is_free(tmp_path, monk
         probed(cfg)
 
 
+@pytest.mark.parametrize("where", ["step_memory", "step_seconds"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_probe_that_finds_no_memory_says_what_to_do(tmp_path, monkeypatch, where, error):
+    def out_of_memory(*given):
+        raise error
+
+    monkeypatch.setattr(device, where, out_of_memory)
+    line = "this device does not hold rank 2, the least of 'capability:2:8': its probe at that rank found no memory; set gradient-checkpointing, max-tokens-"
+    with pytest.raises(ConfigError, match=line):
+        probed(capable(tmp_path))
+
+
+def test_another_error_of_the_probe_is_not_taken_for_want_of_memory(tmp_path, monkeypatch):
+    def broken(*given):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(device, "step_seconds", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        probed(capable(tmp_path))
+
+
 # ---------------------------------------------------------------- a deployed run
 
 SIZES = [3, 5, 2, 7]
