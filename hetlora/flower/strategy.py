@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, Metadata, MetricRecord, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
@@ -32,12 +33,13 @@ from hetlora.training import Trained
 
 @dataclass
 class Turn:
-    """What the loop asked for and the strategy sends."""
+    """What the loop asked for and the strategy sends.   asked: Flower's words on the message to each of `names`; it numbers a message when it sends it."""
 
     state: ServerState
     names: list[str]
     number: int
     lr: float
+    asked: list[Metadata] = field(default_factory=list)
 
 
 @dataclass
@@ -116,28 +118,20 @@ class HetLora(FedAvg):
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Each sampled node's rows and ranks."""
         turn = self._asked()
-        records = self.exchange.down(self.cfg, turn.state, turn.names)
-        return [self._message(turn, name, own, MessageType.TRAIN) for name, own in zip(turn.names, records, strict=True)]
+        return self._messages(turn, self.exchange.down(self.cfg, turn.state, turn.names), MessageType.TRAIN)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check every reply and keep what passes, in name order; the loop merges it. Returns the bytes and clients that arrived."""
         turn, found = self._asked(), _Round()
-        places = {self._node(name): k for k, name in enumerate(turn.names)}
-        told: list[str] = []  # by the SuperLink, which does not say of which node
-        for message in replies:
-            k = places.pop(message.metadata.src_node_id, None)
-            if k is None:  # the SuperLink itself, a node that was not asked, or one that answers twice
-                told += [message.error.reason or "no reason given"] if message.has_error() else []
-                continue
+        answers, lost = self._answers(turn, replies)
+        for k, message in answers.items():
             try:
                 reply, upload, received = self._read(turn, turn.names[k], message)
             except (ConfigError, ValueError) as error:
                 found.dropped[k] = " ".join(str(error).split())[:300]
             else:
                 found.replies[k], found.uploads[k], found.bytes_up[k] = reply, upload, received
-        late = f"no reply within {self.waiting.round_timeout:g} s"
-        why = late if not told else f"no reply: {told[0]}" + ("" if len(told) >= len(places) else f"; or {late}")
-        found.dropped |= {k: " ".join(why.split())[:300] for k in places.values()}
+        found.dropped |= lost
         self._round = found
         return None, MetricRecord({"arrived": len(found.replies), "bytes_up": sum(found.bytes_up.values())})
 
@@ -145,32 +139,53 @@ class HetLora(FedAvg):
         """The whole bank to every client that is there."""
         turn = self._asked()
         ranks = {name: dict.fromkeys(self.base.shapes, turn.state.r_max) for name in turn.names}
-        records = self.exchange.down(self.cfg, replace(turn.state, ranks=ranks), turn.names)
-        return [self._message(turn, name, own, MessageType.EVALUATE) for name, own in zip(turn.names, records, strict=True)]
+        return self._messages(turn, self.exchange.down(self.cfg, replace(turn.state, ranks=ranks), turn.names), MessageType.EVALUATE)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Keep what every client found on its own text."""
         turn = self._asked()
-        names = {self._node(name): name for name in turn.names}
+        answers, left_out = self._answers(turn, replies)
         self._evaluated = {}
-        for message in replies:
-            name = names.pop(message.metadata.src_node_id, None)
-            if name is None:
-                continue
+        for k, message in answers.items():
             try:
                 if message.has_error():
-                    raise ConfigError(f"its client failed: {message.error.reason}")
-                self._evaluated[name] = messages.evaluated(message.content)
+                    raise ConfigError(f"its client failed: {message.error.reason or 'no reason given'}")
+                self._evaluated[turn.names[k]] = messages.evaluated(message.content)
             except ConfigError as error:
-                self.observer.message(f"evaluation: {name} is left out, {' '.join(str(error).split())[:300]}")
-        for name in names.values():
-            self.observer.message(f"evaluation: {name} is left out, no reply within {self.waiting.round_timeout:g} s")
+                left_out[k] = " ".join(str(error).split())[:300]
+        for k, why in sorted(left_out.items()):
+            self.observer.message(f"evaluation: {turn.names[k]} is left out, {why}")
         return MetricRecord({"clients": len(self._evaluated)})
 
     def _asked(self) -> Turn:
         if self._turn is None:
             raise RuntimeError("HetLora: its rounds are led by start(); call that")
         return self._turn
+
+    def _messages(self, turn: Turn, records: Iterable[ArrayRecord], kind: str) -> list[Message]:
+        sent = [self._message(turn, name, own, kind) for name, own in zip(turn.names, records, strict=True)]
+        turn.asked = [message.metadata for message in sent]
+        return sent
+
+    def _answers(self, turn: Turn, replies: Iterable[Message]) -> tuple[dict[int, Message], dict[int, str]]:
+        """What each client answered, and why the others did not, by positions in the turn's names.
+
+        The SuperLink answers in the place of a node that it has lost: from its own number, to the number of the message. Of any other node than
+        those asked nothing counts, nor a second answer.
+        """
+        nodes = {self._node(name): k for k, name in enumerate(turn.names)}
+        numbers = {metadata.message_id: k for k, metadata in enumerate(turn.asked) if metadata.message_id}
+        answers: dict[int, Message] = {}
+        lost: dict[int, str] = {}
+        for message in replies:
+            if message.metadata.src_node_id == SUPERLINK_NODE_ID:
+                k = numbers.get(message.metadata.reply_to_message_id)
+                if k is not None and message.has_error():
+                    lost[k] = f"no reply: {' '.join((message.error.reason or 'no reason given').split())}"[:300]
+            elif (k := nodes.pop(message.metadata.src_node_id, None)) is not None:
+                answers[k] = message
+        late = f"no reply within {self.waiting.round_timeout:g} s"
+        return answers, {k: lost.get(k, late) for k in nodes.values()}
 
     def _message(self, turn: Turn, name: str, arrays: ArrayRecord, kind: str) -> Message:
         state, everyone = turn.state, list(turn.state.ranks)

@@ -47,6 +47,7 @@ class LocalGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         replies = []
         for message in messages:
+            message.metadata.__dict__["_message_id"] = f"message {len(self.asked)}"  # as Flower's own grid numbers what it sends
             node = int(message.metadata.dst_node_id)
             self.asked.append((node, message.metadata.message_type))
             if node not in self.nodes:

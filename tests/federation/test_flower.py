@@ -99,9 +99,7 @@ def change(kind: str, reply):
     if kind == "crash":
         return Message(Error(0, "it ran out of memory"), reply_to=reply_to(reply))
     if kind == "gone":  # as the SuperLink answers for a node whose heartbeats it misses
-        error = Message(Error(3, "Node Unavailable"), reply_to=reply_to(reply))
-        error.metadata.__dict__["_src_node_id"] = 1
-        return error
+        return from_node(1, Message(Error(3, "Node Unavailable"), reply_to=reply_to(reply)))
     content = reply.content
     arrays, metrics, config = content.array_records["arrays"], content.metric_records["metrics"], content.config_records["config"]
     rows = arrays["rows"]
@@ -136,6 +134,11 @@ def change(kind: str, reply):
     elif kind == "no arrays":
         del content["arrays"]
     return reply
+
+
+def from_node(number: int, message):
+    message.metadata.__dict__["_src_node_id"] = number
+    return message
 
 
 def reply_to(reply):
@@ -181,6 +184,28 @@ def test_a_wrong_reply_is_named_and_left_out(tmp_path, kind):
     assert f"round 2: client1 is left out, {last['dropped'][0]['reason']}" in said
     assert [line["name"] for line in last["clients"]] == ["client0", "client2", "client3"]
     assert last["evaluation"]["client_text"]["tokens"] > 0
+
+
+@pytest.mark.parametrize(("kind", "part"), [(MessageType.TRAIN, "round 2"), (MessageType.EVALUATE, "evaluation")])
+def test_a_reason_goes_to_the_client_that_it_is_of(tmp_path, kind, part):
+    """Of four clients one is lost by the SuperLink and one is silent; a node that nobody asked fails."""
+
+    class Grid(LocalGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            replies = super().send_and_receive(messages, timeout=timeout)
+            asked = {message.metadata.dst_node_id: message for message in messages}
+            if any(message.metadata.message_type != kind or message.metadata.group_id != "2" for message in messages):
+                return replies
+            gone = Message(Error(5, "Node Unavailable - Error Code 5"), reply_to=asked[12])
+            stranger = Message(Error(0, "a stranger's error"), reply_to=asked[13])
+            kept = [reply for reply in replies if reply.metadata.src_node_id in (11, 14)]
+            return [from_node(77, stranger), from_node(1, gone), *kept]
+
+    _, said, _ = deployed(tiny_config(tmp_path / "run", clients_per_round=4, rounds=2, eval_every=1), grid_of=Grid)
+    assert [line for line in said if "is left out" in line and line.startswith(part)] == [
+        f"{part}: client1 is left out, no reply: Node Unavailable - Error Code 5",
+        f"{part}: client2 is left out, no reply within 3600 s",
+    ]
 
 
 def test_an_update_of_unusual_size_is_scaled_and_named(tmp_path):
