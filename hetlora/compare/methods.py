@@ -169,11 +169,13 @@ def refuse_shared(where: str, key: str, value: str) -> None:
 
 def refuse_private(source: str, given: Mapping[str, Any]) -> None:
     """`ConfigError` for differential privacy among the common settings, with the methods that have it: it wants equal weights, which are a method's own."""
-    if private := {name: value for name, value in given.items() if name.startswith("dp_")}:
-        named = "+".join(["fold", "weights=uniform", *(f"{name}={value}" for name, value in private.items())])
+    private = {name: value for name, value in given.items() if name.startswith("dp_") and value != Config.model_fields[name].default}
+    if private:
+        clip = {} if "dp_clipping_norm" in private else {"dp_clipping_norm": 0.5}
+        named = "+".join(["fold", "weights=uniform", *(f"{name}={value}" for name, value in (clip | private).items())])
         raise ConfigError(
-            f"{source}: {', '.join(private)}: goes with weights = 'uniform', which a comparison takes from its methods; give both to those methods, "
-            f"as in --methods {named},fold --no-cobatch"
+            f"{source}: {', '.join(private)}: goes with weights = 'uniform', which a comparison takes from its methods; give both to those methods"
+            f"{', and a clip' if clip else ''}, as in --methods {named},fold --no-cobatch"
         )
 
 

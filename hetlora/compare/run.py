@@ -116,19 +116,23 @@ def run_comparison(
     if plan.against and plan.against not in (names := [method.name for method in methods]):
         raise ConfigError(f"against: expected one of the methods ({', '.join(names)}), got {plan.against!r}")
     _parse_search(plan.search)
-    folder = _open_folder(common, plan)
+    folder = Path(common.output)
     with FolderLock() as lock:  # each run locks its own folder too: this one keeps two comparisons from dividing the runs between them
-        lock.take(folder)
+        if _is_this_comparison(folder, common, plan):
+            lock.take(folder)
+        bench = Bench(common, observer, federation)
+        for method in methods:  # so that a method that cannot run is refused before hours of others, and before there is a folder with its settings
+            _cell(method, common, bench, folder / "cells", {}, False)
+        if not lock.folder:
+            _open_folder(folder, common, plan)
+            lock.take(folder)
         if lock.note:
             observer.message(lock.note)
-        return _run_cells(common, plan, methods, folder, observer, federation)
+        return _run_cells(common, plan, methods, folder, observer, bench)
 
 
-def _run_cells(common: Config, plan: ComparisonPlan, methods: list[Method], folder: Path, observer: Observer, federation: Federation | None) -> Comparison:
+def _run_cells(common: Config, plan: ComparisonPlan, methods: list[Method], folder: Path, observer: Observer, bench: Bench) -> Comparison:
     setting, _ = _parse_search(plan.search)
-    bench = Bench(common, observer, federation)
-    for method in methods:  # so that a method that cannot run is refused before hours of others
-        _cell(method, common, bench, folder / "cells", {}, False)
     seeds = range(common.seed, common.seed + plan.seeds)
     search, best = _search(common, plan, methods, bench, folder / "search", observer, len(methods) * len(seeds))
     chosen = {method.name: str(method.settings.get(setting) or best[method.like or method.name]) for method in methods} if setting else {}
@@ -219,21 +223,29 @@ def beyond(values: list[str], best: str) -> str | None:
     return f"{end * end / neighbour:.4g}"
 
 
-def _open_folder(common: Config, plan: ComparisonPlan) -> Path:
-    """Create the folder, or make sure that the comparison it holds has the same common settings; methods, seeds and searched values may be added."""
-    folder = Path(common.output)
-    wanted = {"config": common.model_dump(exclude={"output"}), "plan": plan.model_dump(include={"search_data", "search_rounds"})}
-    if (folder / PLAN).exists():
-        saved = _read_plan(folder / PLAN)
-        pairs = [(key, saved[part].get(key), value) for part in wanted for key, value in wanted[part].items()]
-        different = [f"{key} was {old!r}, now {new!r}" for key, old, new in pairs if old != new]
-        if different:
-            raise ConfigError(f"{folder}: holds a comparison with other settings ({'; '.join(different[:4])}); give them, or another folder")
-    else:
+def _wanted(common: Config, plan: ComparisonPlan) -> dict[str, dict[str, Any]]:
+    """What all runs of a comparison have in common; methods, seeds and searched values may be added to it."""
+    return {"config": common.model_dump(exclude={"output"}), "plan": plan.model_dump(include={"search_data", "search_rounds"})}
+
+
+def _is_this_comparison(folder: Path, common: Config, plan: ComparisonPlan) -> bool:
+    """Whether `folder` holds this comparison, or is free for it; `ConfigError` where it holds something else."""
+    if not (folder / PLAN).exists():
         run_folder.refuse_existing(folder, "it holds no comparison; choose another folder")
+        return False
+    saved, wanted = _read_plan(folder / PLAN), _wanted(common, plan)
+    pairs = [(key, saved[part].get(key), value) for part in wanted for key, value in wanted[part].items()]
+    different = [f"{key} was {old!r}, now {new!r}" for key, old, new in pairs if old != new]
+    if different:
+        raise ConfigError(f"{folder}: holds a comparison with other settings ({'; '.join(different[:4])}); give them, or another folder")
+    return True
+
+
+def _open_folder(folder: Path, common: Config, plan: ComparisonPlan) -> None:
+    """Create the folder, where no other process did so meanwhile."""
+    if not _is_this_comparison(folder, common, plan):
         folder.mkdir(parents=True, exist_ok=True)
-        run_folder.write_atomic(folder / PLAN, json.dumps(wanted, indent=2) + "\n")
-    return folder
+        run_folder.write_atomic(folder / PLAN, json.dumps(_wanted(common, plan), indent=2) + "\n")
 
 
 def _read_plan(file: Path) -> dict[str, Any]:

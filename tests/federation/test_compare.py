@@ -13,10 +13,11 @@ from tiny import SIZES, Interrupt, Stop, contents, lines, tiny_config, tiny_fede
 
 from hetlora.cli import cli
 from hetlora.compare import figures
-from hetlora.compare.methods import METHODS, make_plan, method_config, parse_methods
+from hetlora.compare.methods import METHODS, make_plan, method_config, parse_methods, refuse_private
 from hetlora.compare.page import print_comparison, write_comparison
 from hetlora.compare.run import Bench, run_comparison
 from hetlora.config import Config, ConfigError
+from hetlora.lock import FolderLock
 from hetlora.observer import Observer
 from hetlora.ranks import StartingRanks
 from hetlora.report.terminal import make_console
@@ -315,6 +316,34 @@ def test_a_missing_value_is_counted_not_averaged():
     assert figures.Tally([7.0]).text(2) == "7.00", "one seed has no spread"
 
 
+def test_privacy_that_is_off_is_no_setting_of_a_comparison_and_what_is_advised_is_accepted():
+    refuse_private("test", {"dp_clipping_norm": 0, "dp_noise_multiplier": 0.0, "dp_sampling": "fixed", "dp_secret": "", "lr": 0.1})
+    for given in ({"dp_clipping_norm": 2.0}, {"dp_noise_multiplier": 1}, {"dp_clipping_norm": 0, "dp_delta": 1e-3}):
+        with pytest.raises(ConfigError) as caught:
+            refuse_private("test", given)
+        advised = str(caught.value).split("--methods ")[1].split(" ")[0]
+        own = [method_config(method, Config(cobatch=False), StartingRanks(2, 8, {"a": 2})) for method in parse_methods(advised)]
+        assert [bool(cfg.dp_clipping_norm) for cfg in own] == [True, False]
+        assert {name: getattr(own[0], name) for name in given if given[name]} == {name: value for name, value in given.items() if value}
+
+
+def test_a_refused_comparison_leaves_no_folder_and_the_corrected_one_runs(tmp_path):
+    for settings, line in (({"ranks": "capability:2:4"}, "measured nothing"), ({"ranks": [2, 3]}, "expected .* ranks, one per training client")):
+        with pytest.raises(ConfigError, match=line):
+            compared(tmp_path / "c", settings=settings)
+        assert not (tmp_path / "c").exists()
+    compared(tmp_path / "c")
+
+
+def test_a_comparison_that_another_process_runs_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    compared(tmp_path / "c")
+    monkeypatch.setattr("hetlora.compare.run.Bench", lambda *given: pytest.fail("loaded"))
+    with FolderLock() as lock:
+        lock.take(tmp_path / "c")
+        with pytest.raises(ConfigError, match="another process writes to it"):
+            compared(tmp_path / "c")
+
+
 def test_command_line_takes_files_and_flags_and_says_what_is_wrong(tmp_path, monkeypatch):
     monkeypatch.setattr("hetlora.compare.run.prepare", lambda *_: tiny_federation(SIZES))
     settings = {"ranks": "powerlaw:2:8", "rounds": 1, "clients_per_round": 2, "local_steps": 1, "batch_size": 2, "seeds": 1, "methods": "hetlora,homlora-min"}
@@ -325,6 +354,7 @@ def test_command_line_takes_files_and_flags_and_says_what_is_wrong(tmp_path, mon
     assert sorted(path.name for path in (tmp_path / "c" / "cells").iterdir()) == ["flora", "homlora-min"]
     faults = {"--seeds 0": "seeds: ", "--methods x": "unknown 'x'", "--search lr": "SETTING=V1,V2", "--merge svd": "no such option"}
     faults["--dp-clipping-norm 0.5"] = "--methods fold+weights=uniform+dp_clipping_norm=0.5,fold"
+    faults["--dp-noise-multiplier 1"] = "and a clip, as in --methods fold+weights=uniform+dp_clipping_norm=0.5+dp_noise_multiplier=1.0,fold --no-cobatch"
     for arguments, message in faults.items():
         result = CliRunner().invoke(cli, ["compare", "--output", str(tmp_path / "d"), *arguments.split()])
         assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.output
