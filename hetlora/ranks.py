@@ -182,6 +182,9 @@ class Column:
             raise ConfigError(
                 f"ranks: {self.spec!r} needs the column {self.field!r} in the data; it is missing for {missing[:5]}; use JSONL or hub data that has it"
             )
+        for name, value in known.items():
+            if not abs(value) < 2.0**1000:  # NaN neither; no difference of two overflows
+                raise ConfigError(f"ranks: {self.spec!r}: expected a finite number for client {name!r}, 1e301 at most, got {value}; correct its {self.field!r}")
         least = min(known.values())
         span = (max(known.values()) - least) or 1.0
         return StartingRanks(self.low, self.high, {name: round(self.low + (self.high - self.low) * (value - least) / span) for name, value in known.items()})
@@ -192,8 +195,8 @@ class Capability:
     """By what the clients' devices measured: r_k = min(h_k, max(MIN, floor(MAX min(1, T / t_k)))).
 
     h_k: the largest rank that the memory of client k holds, MAX at most.   t_k: seconds that a training step takes it.
-    T: `seconds`, or the median of all t_k where it is None, the upper one of an even number, for one client moves a mean of two as far as it likes.
-    So rank times seconds is the same for all that are slower than T, until MIN ends it.
+    T: `seconds`, or the upper median of all t_k where it is None: one client would move a mean of two as far as it likes. So rank times seconds is the same
+    for all that are slower than T, until MIN ends it.
     """
 
     spec: str
@@ -207,7 +210,7 @@ class Capability:
         if device is None:
             raise self.unmeasured(f"client {client.name!r}")
         if not 0 < device.seconds < math.inf:
-            raise ConfigError(f"client {client.name!r} says that a step takes {device.seconds} s; expected a finite number above 0")
+            raise ConfigError(f"client {client.name!r} says that a step takes {device.seconds} s; expected a finite number above 0; start its node again")
         if device.rank < self.low:
             raise ConfigError(f"client {client.name!r} holds rank {device.rank}, and the least of {self.spec!r} is {self.low}; lower MIN")
         return device

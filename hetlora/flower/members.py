@@ -121,6 +121,8 @@ class Members:
         if member is None:
             if not new:
                 raise ConfigError(f"client {own.client!r} joined after the run had begun; it can take part in the next one")
+            if math.isinf(own.capability):
+                raise ConfigError(f"client {own.client!r} says capability = {own.capability}; expected a finite number, or none")
             capability = None if math.isnan(own.capability) else own.capability
             member = Member(own.client, own.sequences, capability, node=node)
             if isinstance(self.rule, Capability):

@@ -26,7 +26,7 @@ from hetlora.flower.members import Base, Members
 from hetlora.flower.settings import Waiting
 from hetlora.flower.wire import size, to_array
 from hetlora.observer import Observer
-from hetlora.ranks import Capability, Device, StartingRanks
+from hetlora.ranks import Capability, Device, StartingRanks, check_width
 from hetlora.server import ServerState
 from hetlora.training import Trained
 
@@ -107,6 +107,8 @@ class HetLora(FedAvg):
             raise ConfigError(f"num_rounds = {num_rounds}: the settings say rounds = {self.cfg.rounds}; leave it out")
         if train_config or evaluate_config:
             raise ConfigError("train_config, evaluate_config: clients take their settings from the app's run config; leave them out")
+        if isinstance(rule := self.cfg.rank_rule, Capability):  # before clients measure for ranks that no module can have
+            check_width(StartingRanks(rule.low, rule.high, {}), self.base.shapes)
         members = Members(grid, self.base, self.cfg.rank_rule, self.waiting, Path(self.cfg.output), self.observer.message)
         fleet = FlowerFleet(self, members, timeout or self.waiting.round_timeout)
         self._node = members.node

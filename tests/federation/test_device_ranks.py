@@ -76,7 +76,10 @@ def test_the_claim_of_one_client_moves_the_pace_between_the_middle_neighbours_of
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
 def test_what_is_no_measure_is_refused_by_name(seconds):
-    with pytest.raises(ConfigError, match=r"client 'c1' says that a step takes .* s; expected a finite number above 0"):
+    with pytest.raises(
+        ConfigError,
+        match=r"client 'c1' says that a step takes .* s; expected a finite number above 0; start its node again",
+    ):
         granted("capability:4:32", (32, 1.0), (32, seconds))
 
 
@@ -113,6 +116,13 @@ def test_a_simulation_has_no_devices(tmp_path):
 def test_differential_privacy_takes_ranks_that_follow_from_devices():
     private = {"weights": "uniform", "dp_clipping_norm": 0.5, "dp_noise_multiplier": 1.0, "cobatch": False}
     assert Config(train="fold", ranks="capability:4:8", **private).rank_rule.low == 4
+
+
+def test_ranks_above_the_width_of_a_module_are_refused_before_any_client_measures(tmp_path, monkeypatch):
+    measures(monkeypatch, [])
+    with pytest.raises(ConfigError, match=r"ranks: rank 1000000 is above the width \d+ of module"):
+        deployed(tiny_config(tmp_path / "run", ranks="capability:2:1000000"))
+    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------- the probe

@@ -271,6 +271,8 @@ def introduced(**changes):
         ({"client": "a\x1b[2Jb"}, "client: expected a printable name"),
         ({"client": "n" * 300}, "client: expected text of 1 to 200 characters"),
         ({"sequences": 0}, "sequences: expected a whole number >= 1, got 0"),
+        ({"sequences": True}, "sequences: expected a whole number >= 1, got True"),
+        ({"capability": float("inf")}, "client 'client1' says capability = inf; expected a finite number, or none"),
     ],
 )
 def test_a_node_that_cannot_take_part_is_named(tmp_path, changes, line):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from decimal import Decimal
 from pathlib import Path
 
@@ -114,6 +115,12 @@ def test_capability_maps_linearly():
     assert list(plan.ranks.values()) == [2, 12, 4, 7]
     assert (plan.r_min, plan.r_max) == (2, 12)
     assert set(assign_ranks("column:memory:2:12", clients(3, [5.0] * 3), 0).ranks.values()) == {2}
+    assert list(assign_ranks("column:memory:2:12", clients(3, [-1e300, 0.0, 1e300]), 0).ranks.values()) == [2, 7, 12]
+    for value in (float("inf"), float("-inf"), float("nan"), 1e308):
+        with pytest.raises(
+            ConfigError, match=rf"expected a finite number for client 'c00001', 1e301 at most, got {re.escape(str(value))}; correct its 'memory'"
+        ):
+            assign_ranks("column:memory:2:12", clients(3, [1.0, value, 3.0]), 0)
 
 
 @pytest.mark.parametrize(
