@@ -186,7 +186,10 @@ def _stack(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
 
 
 def _embedding(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
-    own = next((look(tensor) for tensor in tensors((*args, *kwargs.values())) if not tensor.is_floating_point()), LOST)
+    given = tensors((*args, *kwargs.values()))
+    if any(look(tensor) is not None for tensor in given if tensor.is_floating_point()):  # rows of a table that is somebody's
+        return LOST
+    own = next((look(tensor) for tensor in given if not tensor.is_floating_point()), LOST)
     return own.like(own.table.unsqueeze(-1)) if isinstance(own, Owners) else own
 
 
@@ -297,6 +300,17 @@ def _gather(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
     return own.like(plainer(own.table.expand(tensor.shape).gather(dim, index)), False)
 
 
+def _take_along_dim(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
+    """`gather` with the sizes of the other dimensions broadcast."""
+    own, tensor = look(args[0]), args[0]
+    index, dim = _given(args, kwargs, "indices", 1), _given(args, kwargs, "dim", 2)
+    if dim is None:  # elements of the whole
+        return LOST
+    if not isinstance(own, Owners):
+        return own or look(index)
+    return own.like(plainer(own.table.expand(tensor.shape).take_along_dim(index, dim)), False) if own.varies(dim) else own
+
+
 _NAMES: dict[Callable[..., Any], str] = {
     _pointwise: "abs absolute acos add addcdiv addcmul alpha_dropout and asin atan atan2 bernoulli bfloat16 bitwise_and bitwise_not bool ceil celu clamp "
     "bitwise_or clamp_max clamp_min clip clone contiguous copysign cos cosh cpu cuda detach div divide double dropout dropout1d dropout2d dropout3d elu eq "
@@ -338,7 +352,8 @@ _NAMES: dict[Callable[..., Any], str] = {
     _repeat_interleave: "repeat_interleave",
     _index: "getitem",
     _index_select: "index_select",
-    _gather: "gather take_along_dim",
+    _gather: "gather",
+    _take_along_dim: "take_along_dim",
     write: "index_put setitem",
     write_along: "index_add index_copy scatter scatter_add",
     masked_scatter: "masked_scatter",
