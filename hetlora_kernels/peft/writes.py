@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetlora_kernels.peft.owners import LOST, NOBODY, Entry, ForeignRows, Look, Owners, join, plainer
+from hetlora_kernels.peft.owners import LOST, NOBODY, Entry, ForeignRows, Look, Owners, join, plainer, tensors
 
 
 def widths(index: Any) -> list[int]:
@@ -49,9 +49,48 @@ def _written(target: Entry, tensor: Tensor, index: Any, source: Entry, value: An
     return Owners(plainer(table), fixed, source.sure and (not isinstance(target, Owners) or target.sure))
 
 
+def _pointed(look: Look, tensor: Tensor, index: Any, value: Any) -> Entry:
+    """Owners of `tensor` after tensor[index] = value, both nobody's: an element is the sequence's whose part of the index may reach it."""
+    parts = index if isinstance(index, tuple) else (index,)
+    known = [entry for one in parts if isinstance(entry := look(one), Owners)]
+    if len(known) < sum(look(one) is not None for one in tensors(parts)):
+        return LOST
+    if not known:
+        return None
+    if len(parts) == 1 and parts[0].dtype == torch.bool and (not isinstance(value, Tensor) or value.numel() == 1):  # as `masked_fill`
+        return known[0].like(known[0].table.reshape(*known[0].table.shape, *(1,) * (tensor.dim() - parts[0].dim())))
+    table = known[0].table.new_full(tensor.shape, NOBODY)
+    # One sequence's part of the index reaches every place of its dimensions, at the places that the other parts name.
+    if len({owner for own in known for owner in own.table.unique().tolist()}) == 1:
+        reach = [[slice(None)] * width if isinstance(look(one), Owners) else [one] for one, width in zip(parts, widths(index), strict=True)]
+        table[tuple(one for some in reach for one in some)] = known[0].table.reshape(-1)[0]
+        return Owners(plainer(table), False, all(own.sure for own in known))
+    if len(known) == len(parts) or any(not isinstance(one, Tensor) or one.dtype == torch.bool for one in parts):
+        return LOST
+    shape = torch.broadcast_shapes(*[one.shape for one in parts])
+    own = join(known, len(shape))
+    if not isinstance(own, Owners):
+        return LOST
+    places, after = [], len(known)
+    for dim, one in enumerate(parts):  # [*shape, every place of each dimension that data choose in]
+        if look(one) is None:
+            places.append(one.expand(shape).reshape(*shape, *(1,) * len(known)))
+        else:
+            after -= 1
+            places.append(torch.arange(tensor.shape[dim], device=table.device).reshape(-1, *(1,) * after))
+    region = table[tuple(places)]
+    wanted = own.table.reshape(*own.table.shape, *(1,) * (region.dim() - own.table.dim())).expand_as(region)
+    table[tuple(places)] = wanted
+    if bool((table[tuple(places)] != wanted).any()):  # several sequences may reach one place
+        return LOST
+    return own.like(plainer(table), False)
+
+
 def write(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
     tensor, index, value = args[:3]
     index = tuple(index) if isinstance(index, list) and any(isinstance(one, Tensor) for one in index) else index
+    if look(tensor) is None and look(value) is None:
+        return _pointed(look, tensor, index, value)
     return _written(look(tensor), tensor, index, look(value), value)
 
 
@@ -66,7 +105,11 @@ def write_along(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entr
         # scatter with one index for a whole row
         if dim != 0 or index.dim() != 2 or not torch.equal(index, index[:, :1].expand_as(index)):
             return LOST
+        if parts[0] is None and parts[2] is None:
+            return parts[1] and LOST
         index = index[:, 0]
+    elif look(tensor) is None and look(value) is None:
+        return look(index) and LOST
     return _written(look(tensor), tensor, (slice(None),) * (dim % tensor.dim()) + (index,), look(value), value)
 
 
