@@ -27,8 +27,12 @@ _SILENT = frozenset(
     ".is_sparse .is_vulkan .is_xpu .itemsize .layout .names .nbytes .ndim .requires_grad .shape .grad= .requires_grad= ._backward_hooks=".split()
 )
 
-_NUMBERS = frozenset(("__index__", "__int__", "__iter__", "item", "tolist", "numpy", "__array__"))
+_NUMBERS = frozenset(("__float__", "__index__", "__int__", "__iter__", "item", "tolist", "numpy", "__array__"))
 _OF_NUMBERS = frozenset(("as_tensor", "asarray", "from_numpy", "frombuffer", "new_tensor", "tensor"))
+_CHOOSE = frozenset(  # rows by numbers, or by their places in a list
+    "__getitem__ __setitem__ as_strided cat concat concatenate hstack narrow narrow_copy pad roll rot90 select select_scatter slice_scatter split "
+    "split_with_sizes stack tensor_split vstack".split()
+)
 _EMPTY = frozenset(("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"))  # a kernel of the model's own may fill them
 _FILLS = frozenset(("fill_", "zero_", "normal_", "uniform_", "random_", "exponential_"))
 _CONSTANT = object()  # the entry of what is known to be no sequence's data
@@ -106,8 +110,8 @@ class Follower(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__"):
             name = f".{getattr(func.__self__, '__name__', '')}{'=' if name == '__set__' else ''}"
-        if name in _NUMBERS and not (self.numbers or self.idle):
-            self.numbers = self.entry(args[0]) is not None or (args[0].dim() == 0 and not args[0].is_floating_point())
+        if not (self.numbers or self.idle):
+            self.numbers = any(self.entry(one) is not None or not self.constant(one) for one in _read(name, args))
         if name not in _SILENT and not self.idle:
             self._follow(name, func, out, args, kwargs)
         return out
@@ -121,7 +125,7 @@ class Follower(TorchFunctionMode):
             layer = next(self.weights[id(tensor)] for tensor in given if id(tensor) in self.weights)
             raise ValueError(f"model: it reads the weight of layer {layer!r} past the layer ({name}), where no adapter takes part; leave this layer out")
         known = [self.entry(tensor) for tensor in given]
-        constant = self._makes_constants(name, given, known, args)
+        constant = self._makes_constants(name, given, known, args, out)
         if all(entry is None for entry in known):
             for tensor in tensors([args[0]] if name == "__setitem__" else out if isinstance(out, (tuple, list)) else [out]):
                 self._note(tensor, None, constant, tensor is args[0] if args else False)
@@ -151,9 +155,9 @@ class Follower(TorchFunctionMode):
             for number, tensor in enumerate(tensors(out)):
                 self._note(tensor, entry[number] if isinstance(entry, list) else entry, constant)
 
-    def _makes_constants(self, name: str, given: Sequence[Tensor], known: Sequence[Entry], args: Any) -> bool:
+    def _makes_constants(self, name: str, given: Sequence[Tensor], known: Sequence[Entry], args: Any, out: Any) -> bool:
         """Whether what a function makes is no sequence's data where it has no entry."""
-        if name in _EMPTY or (self.numbers and name in _OF_NUMBERS):
+        if name in _EMPTY or (self.numbers and (name in _OF_NUMBERS or name in _CHOOSE or _whole(out))):
             return False
         if rule_of(name) is nothing and not name.endswith("_"):
             return True
@@ -171,3 +175,15 @@ class Follower(TorchFunctionMode):
             self.set(base, through_view(base, self.entry(base), tensor, entry))
         elif not constant:
             self.set(base, self.entry(base))
+
+
+def _read(name: str, args: Any) -> list[Tensor]:
+    """The tensors of which a function reads numbers."""
+    if name in ("__getitem__", "__setitem__"):
+        return tensors([one for one in (args[1] if isinstance(args[1], tuple) else args[1:2]) if isinstance(one, slice)])
+    return tensors(args[:1]) if name in _NUMBERS else tensors(args[2:]) if name == "narrow" else []
+
+
+def _whole(out: Any) -> bool:
+    """Whether these are integers or truth values, which may choose rows."""
+    return isinstance(out, Tensor) and not (out.is_floating_point() or out.is_complex())

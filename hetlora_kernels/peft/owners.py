@@ -62,6 +62,8 @@ def tensors(values: Any) -> list[Tensor]:
             found.append(value)
         elif isinstance(value, (tuple, list)):
             found += tensors(value)
+        elif isinstance(value, slice):
+            found += tensors((value.start, value.stop, value.step))
     return found
 
 

@@ -110,6 +110,11 @@ def set_at(x, index, value):
     return out
 
 
+def counted(x):
+    """A whole number, 1, that the data give, as a tensor."""
+    return (x[:, 0, 0] > -9).long().min()
+
+
 REFUSED = {
     "take_along_dim of the whole": lambda x: of_batch(x).take_along_dim(whole(x).flatten()).view(len(x), -1, 1).expand_as(x),
     "take": lambda x: of_batch(x).take(x.argsort(-1)),
@@ -137,6 +142,23 @@ REFUSED = {
     "scatter_reduce": lambda x: zeros(x).scatter_reduce(0, spread(x), of_batch(x), "sum"),
     "masked_scatter": lambda x: zeros(x).masked_scatter(x > -9, of_batch(x)),
     "put": lambda x: zeros(x).put(x.argsort(-1), of_batch(x)),
+    "list": lambda x: of_batch(x)[order(x).tolist()],
+    "list, second": lambda x: of_batch(x).transpose(0, 1)[:, order(x).tolist()].transpose(0, 1),
+    "array": lambda x: of_batch(x)[order(x).numpy()],
+    "tensor of a list": lambda x: of_batch(x).index_select(0, torch.tensor(order(x).tolist())),
+    "set, list": lambda x: set_at(x, order(x).tolist(), of_batch(x)),
+    "set, array": lambda x: set_at(x, order(x).numpy(), of_batch(x)),
+    "numbers": lambda x: torch.stack([of_batch(x)[int(row)] for row in order(x)]),
+    "rows in a list": lambda x: (lambda rows: torch.stack([rows[row] for row in order(x)]))(list(of_batch(x))),
+    "rows sorted": lambda x: torch.stack([of_batch(x).select(0, row) for row in sorted(range(len(x)), key=lambda row: float(x[row, 0, 0]))]),
+    "roll": lambda x: of_batch(x).roll(int(counted(x)), 0),
+    "roll, from a float": lambda x: of_batch(x).roll(int(x[:, 0, 0].max().item()), 0),
+    "narrow": lambda x: of_batch(x).repeat(2, 1, 1).narrow(0, int(counted(x)), len(x)),
+    "narrow, tensor": lambda x: of_batch(x).repeat(2, 1, 1).narrow(0, counted(x), len(x)),
+    "slice": lambda x: of_batch(x).repeat(2, 1, 1)[counted(x).item() :][: len(x)],
+    "slice, tensor": lambda x: of_batch(x).repeat(2, 1, 1)[counted(x) :][: len(x)],
+    "split": lambda x: of_batch(x).repeat(2, 1, 1).split([int(counted(x)), len(x), len(x) - int(counted(x))])[1],
+    "a range": lambda x: of_batch(x).index_select(0, (torch.arange(len(x)) + counted(x).item()) % len(x)),
 }
 
 
