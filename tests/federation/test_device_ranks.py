@@ -175,7 +175,7 @@ def test_a_probe_is_kept_with_what_it_was_measured_for(tmp_path, monkeypatch):
             probed(cfg)
 
 
-@pytest.mark.parametrize("value", ["text", None, True, math.nan, math.inf, -1.0, 10**400])
+@pytest.mark.parametrize("value", ["text", None, True, math.nan, math.inf, -1.0, 10**400], ids=lambda value: str(value)[:9])
 @pytest.mark.parametrize("key", ["base", "kept of memory", "kept", "seconds"])
 def test_a_measure_on_record_that_is_no_number_is_said_and_taken_anew(tmp_path, key, value):
     cfg = capable(tmp_path)
