@@ -68,6 +68,11 @@ def tiny_config(output: Path, **values) -> Config:
     return Config.create("test", **{**settings, "output": str(output), **values})
 
 
+def capable(tmp_path, **changes) -> Config:
+    """Settings of a run whose ranks are by device."""
+    return tiny_config(tmp_path / "run", **{"ranks": "capability:2:8", "seq_len": 16, "batch_size": 2, **changes})
+
+
 def trained_bank(shapes: dict[str, tuple[int, int]], ranks, dtype: torch.dtype = torch.float32, seed: int = 0) -> hk.AdapterBank:
     """A bank whose A and B are all non-zero, as after some rounds."""
     generator = torch.Generator().manual_seed(seed)
