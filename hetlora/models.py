@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hetlora.config import Config, ConfigError
 from hetlora_kernels.linear import linear_shape
+from hetlora_kernels.peft.experts import is_stack
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
@@ -191,9 +192,9 @@ def resolve_device(device: str) -> torch.device:
 def target_shapes(model: nn.Module, spec: str) -> dict[str, tuple[int, int]]:
     """{dotted module name: (out_features, in_features)} of the linear layers that `spec` selects, in the model's order.
 
-    spec: 'attention': linear layers inside self-attention modules; 'all-linear': all but the output head, as in PEFT, and but gates of width 1 or 2, which
-        a warning names; 'peft': PEFT's default for the architecture; else comma-separated name suffixes or a regular expression over full names, matched by
-        PEFT's own rule.
+    spec: 'attention': linear layers inside self-attention modules; 'all-linear': all but the output head, as in PEFT, and but gates of width 1 or 2 and
+        experts in one parameter, which warnings name; 'peft': PEFT's default for the architecture; else comma-separated name suffixes or a regular
+        expression over full names, matched by PEFT's own rule.
     Linear layers are `nn.Linear`, its quantised kinds, and the `Conv1D` of GPT-2 (whose base weight is stored transposed).
     Raises `ConfigError` naming some of the model's linear layers when `spec`, or one suffix of it, selects none.
     """
@@ -208,6 +209,10 @@ def target_shapes(model: nn.Module, spec: str) -> dict[str, tuple[int, int]]:
         names = [name for name in linear if model.get_submodule(name) is not head and min(linear[name]) > _NARROW]
         if gates := [name for name in linear if min(linear[name]) <= _NARROW]:
             warnings.warn(f"target_modules 'all-linear': {len(gates)} gates of width 1 or 2 carry no adapter ({gates[0]}, ...)", stacklevel=3)
+        if stacks := [name for name, module in model.named_modules() if is_stack(module)]:
+            warnings.warn(
+                f"target_modules 'all-linear': the experts of {len(stacks)} layers lie in one parameter and carry no adapter ({stacks[0]}, ...)", stacklevel=3
+            )
     else:
         names = _match(linear, spec, model)
     if not names:

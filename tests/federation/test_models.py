@@ -305,6 +305,15 @@ def test_layer_named_after_its_attention_keeps_its_mlp_out():
     assert target_shapes(nn.Sequential(HybridAttentionDecoderLayer()), "attention") == {"0.self_attn.0": (6, 4)}
 
 
+def test_experts_that_all_linear_leaves_out_are_told():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4))
+    with pytest.warns(UserWarning, match=r"the experts of 2 layers lie in one parameter and carry no adapter \(model.layers.0.mlp.experts, ...\)"):
+        assert all(name.endswith("_proj") for name in target_shapes(model, "all-linear"))
+
+
 def test_targets_that_match_nothing():
     model = tiny("llama")
     fails(lambda: target_shapes(model, "qproj"), "'qproj'", "q_proj, k_proj")
