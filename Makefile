@@ -32,7 +32,7 @@ BIN := .venv/bin
 # Every worker reads all the files that it is given; most have no slow test. Those of these two folders are the longest, and none of them shall be alone at the end.
 SLOW := $(sort $(shell grep -rl 'mark\.slow' tests --include='test_*.py'))
 LONGEST := tests/gpu/% tests/peft/%
-CXX_SOURCES := $(wildcard csrc/*/* tests/gpu/emulator/*)
+CXX_SOURCES := $(wildcard csrc/*/* tests/gpu/emulator/* tests/native/*.cpp)
 CHOICE := $(foreach word,$(TORCH) $(TRITON),'$(word)')
 # Its name carries the choice of Python and torch, so that asking for another one makes the environment anew rather than being ignored.
 BASE := .venv/.base-$(shell printf '%s\n' '$(PYTHON)' $(CHOICE) | cksum | cut -d ' ' -f 1)
