@@ -7,6 +7,7 @@
 #   make gates                      all checks of GPU code without a GPU: every architecture, every planted bug (`make test` takes a share of both)
 #   make wheels                     the source archive and a wheel for this processor, repaired and checked, in dist/ (Linux); HETLORA_CUDA=1 WHEELS=dist/cuda: with
 #                                   the CUDA library
+#   make site                       the pages of docs/ as a site, in build/site; a link that leads nowhere is an error
 #   make lint | venv | clean        the checks alone | the virtual environment alone | remove everything made here, .venv included
 #
 # Which torch: pip takes TORCH from the index it is configured for, and on Linux that is usually the build with CUDA (a few GB). On a machine without
@@ -37,7 +38,7 @@ CHOICE := $(foreach word,$(TORCH) $(TRITON),'$(word)')
 # Its name carries the choice of Python and torch, so that asking for another one makes the environment anew rather than being ignored.
 BASE := .venv/.base-$(shell printf '%s\n' '$(PYTHON)' $(CHOICE) | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test test-fast matrix gates wheels linux lint venv clean
+.PHONY: demo test test-fast matrix gates site wheels linux lint venv clean
 .DELETE_ON_ERROR:
 
 demo: venv
@@ -58,6 +59,9 @@ gates: venv
 
 test-fast: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+site: venv
+	$(BIN)/mkdocs build --strict
 
 # The wheel is built from the source archive, without network. torch's libraries are those of the environment that it is installed into, so they stay outside.
 wheels: linux venv .venv/release/.installed

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 SHIPPED_FOLDERS = [name for name in ("hetlora", "hetlora_kernels", "tests", "docs", "examples", "benchmarks", "csrc", ".ci") if (ROOT / name).is_dir()]
 TOP_FILES = [
-    *("pyproject.toml", "setup.py", "MANIFEST.in", "Makefile", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt"),
+    *("pyproject.toml", "setup.py", "MANIFEST.in", "Makefile", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", "mkdocs.yml"),
     *(".clang-format", ".pre-commit-config.yaml", ".gitignore"),
 ]
 NOT_SHIPPED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", "*.o", "*.egg-info", "_build_info.json", ".DS_Store")
