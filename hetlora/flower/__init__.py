@@ -10,21 +10,21 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hetlora.deployed.local import Base, describe_base
+    from hetlora.deployed.settings import Waiting
     from hetlora.flower.client import client_app
-    from hetlora.flower.members import Base
-    from hetlora.flower.server import describe_base, server_app
-    from hetlora.flower.settings import Waiting
+    from hetlora.flower.server import server_app
     from hetlora.flower.strategy import HetLora
 
 __all__ = ["Base", "HetLora", "Waiting", "client_app", "describe_base", "server_app"]
 
 _PLACES = {
-    "Base": "members",
-    "HetLora": "strategy",
-    "Waiting": "settings",
-    "client_app": "client",
-    "describe_base": "server",
-    "server_app": "server",
+    "Base": "deployed.local",
+    "HetLora": "flower.strategy",
+    "Waiting": "deployed.settings",
+    "client_app": "flower.client",
+    "describe_base": "deployed.local",
+    "server_app": "flower.server",
 }
 
 
@@ -33,6 +33,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'hetlora.flower' has no attribute {name!r}")
     if importlib.util.find_spec("flwr") is None:
         raise ImportError("hetlora.flower needs Flower; install it with: pip install '.[flower]'")
-    value = getattr(importlib.import_module(f"hetlora.flower.{_PLACES[name]}"), name)
+    value = getattr(importlib.import_module(f"hetlora.{_PLACES[name]}"), name)
     globals()[name] = value
     return value

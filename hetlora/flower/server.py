@@ -10,12 +10,9 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore import log
 
 from hetlora.config import Config, ConfigError
-from hetlora.federation import resolve_model
-from hetlora.flower.client import modules_digest
-from hetlora.flower.members import Base
-from hetlora.flower.settings import server_settings
+from hetlora.deployed.local import describe_base
+from hetlora.deployed.settings import server_settings
 from hetlora.flower.strategy import HetLora
-from hetlora.models import empty_model, target_shapes
 from hetlora.observer import Observer
 from hetlora.report.page import write_report
 from hetlora.report.text import round_line
@@ -39,29 +36,8 @@ class LogObserver(Observer):
         log(INFO, "%s", round_line(record, self._rounds))
 
 
-def describe_base(cfg: Config) -> Base:
-    """The base model of the settings as far as a server must know it, from its configuration alone: no weights are read.
-
-    Raises `ConfigError`: no such model, no configuration there, no target modules in it.
-
-    >>> import tempfile
-    >>> from hetlora import Config
-    >>> from hetlora.flower import describe_base
-    >>> from transformers import LlamaConfig
-    >>> folder = tempfile.mkdtemp()
-    >>> LlamaConfig(vocab_size=384, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(folder)
-    >>> base = describe_base(Config(model=folder))
-    >>> list(base.shapes.values()), base.parameters
-    ([(16, 16), (16, 16), (16, 16), (16, 16)], 14896)
-    """
-    path = resolve_model(cfg)
-    model = empty_model(cfg, path)
-    shapes = target_shapes(model, cfg.target_modules)
-    return Base(path, shapes, sum(p.numel() for p in model.parameters()), modules_digest(shapes))
-
-
 def server_app() -> ServerApp:
-    """A `ServerApp` whose run configuration holds the settings of `hetlora.Config` and of `hetlora.flower.settings.Waiting`, with '-' or '_'.
+    """A `ServerApp` whose run configuration holds the settings of `hetlora.Config` and of `hetlora.flower.Waiting`, with '-' or '_'.
 
     The run's folder `output` is on the server: its log, checkpoints, report and adapters are those of `hetlora run`.
 

@@ -2,54 +2,39 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, Metadata, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
 import hetlora_kernels as hk
-from hetlora import loop, server
-from hetlora.client import LocalResult
+from hetlora import loop
 from hetlora.config import Config, ConfigError
-from hetlora.evaluate import evaluation, mean_over_clients
+from hetlora.deployed import fleet, messages
+from hetlora.deployed.exchange import Reply, exchange
+from hetlora.deployed.fleet import Round, read_reply
+from hetlora.deployed.local import Base
+from hetlora.deployed.settings import Waiting
+from hetlora.deployed.wire import size, to_array
 from hetlora.fleet import Progress
-from hetlora.flower import messages
-from hetlora.flower.exchange import Order, Reply, exchange
-from hetlora.flower.members import Base, Members
-from hetlora.flower.settings import Waiting
-from hetlora.flower.wire import size, to_array
+from hetlora.flower.members import Members
+from hetlora.flower.records import array_record, array_records
 from hetlora.observer import Observer
-from hetlora.ranks import Capability, Device, StartingRanks, check_width
+from hetlora.ranks import Capability, StartingRanks, check_width
 from hetlora.server import ServerState
 from hetlora.training import Trained
 
 
 @dataclass
-class Turn:
+class Turn(fleet.Turn):
     """What the loop asked for and the strategy sends.   asked: Flower's words on the message to each of `names`; it numbers a message when it sends it."""
 
-    state: ServerState
-    names: list[str]
-    number: int
-    lr: float
     asked: list[Metadata] = field(default_factory=list)
-
-
-@dataclass
-class _Round:
-    """What came back of a round's training. Positions are those of the turn's names."""
-
-    replies: dict[int, Reply] = field(default_factory=dict)
-    uploads: dict[int, Any] = field(default_factory=dict)
-    bytes_up: dict[int, int] = field(default_factory=dict)
-    dropped: dict[int, str] = field(default_factory=dict)
 
 
 class HetLora(FedAvg):
@@ -80,7 +65,7 @@ class HetLora(FedAvg):
         self.observer = observer or Observer()
         self.exchange = exchange(cfg)
         self._turn: Turn | None = None
-        self._round = _Round()
+        self._round = Round()
         self._node: Callable[[str], int] = lambda name: 0
         self._evaluated: dict[str, messages.Evaluated] = {}
 
@@ -110,21 +95,21 @@ class HetLora(FedAvg):
         if isinstance(rule := self.cfg.rank_rule, Capability):  # before clients measure for ranks that no module can have
             check_width(StartingRanks(rule.low, rule.high, {}), self.base.shapes)
         members = Members(grid, self.base, self.cfg.rank_rule, self.waiting, Path(self.cfg.output), self.observer.message)
-        fleet = FlowerFleet(self, members, timeout or self.waiting.round_timeout)
+        clients = FlowerFleet(self, members, timeout or self.waiting.round_timeout)
         self._node = members.node
-        found = loop.run_rounds(self.cfg, fleet.gathered, resume=self.waiting.resume, observer=_Evaluating(self, fleet, evaluate_fn))
-        return Result(_adapter(found.bank), fleet.train_metrics, fleet.evaluate_metrics, fleet.from_evaluate_fn)
+        found = loop.run_rounds(self.cfg, clients.gathered, resume=self.waiting.resume, observer=_Evaluating(self, clients, evaluate_fn))
+        return Result(_adapter(found.bank), clients.train_metrics, clients.evaluate_metrics, clients.from_evaluate_fn)
 
     # -- Flower's calls; the loop decides who, when and with what
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Each sampled node's rows and ranks."""
         turn = self._asked()
-        return self._messages(turn, self.exchange.down(self.cfg, turn.state, turn.names), MessageType.TRAIN)
+        return self._messages(turn, array_records(self.exchange.down(self.cfg, turn.state, turn.names)), MessageType.TRAIN)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check every reply and keep what passes, in name order; the loop merges it. Returns the bytes and clients that arrived."""
-        turn, found = self._asked(), _Round()
+        turn, found = self._asked(), Round()
         answers, lost = self._answers(turn, replies)
         for k, message in answers.items():
             try:
@@ -141,7 +126,7 @@ class HetLora(FedAvg):
         """The whole bank to every client that is there."""
         turn = self._asked()
         ranks = {name: dict.fromkeys(self.base.shapes, turn.state.r_max) for name in turn.names}
-        return self._messages(turn, self.exchange.down(self.cfg, replace(turn.state, ranks=ranks), turn.names), MessageType.EVALUATE)
+        return self._messages(turn, array_records(self.exchange.down(self.cfg, replace(turn.state, ranks=ranks), turn.names)), MessageType.EVALUATE)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Keep what every client found on its own text."""
@@ -190,72 +175,28 @@ class HetLora(FedAvg):
         return answers, {k: lost.get(k, late) for k in nodes.values()}
 
     def _message(self, turn: Turn, name: str, arrays: ArrayRecord, kind: str) -> Message:
-        state, everyone = turn.state, list(turn.state.ranks)
-        fleet = [max(state.ranks[other].values()) for other in everyone]
-        order = Order(name, turn.number, turn.lr, list(state.ranks[name].values()), state.r_min, state.r_max, fleet, everyone.index(name))
-        content = RecordDict({messages.ARRAYS: arrays, messages.CONFIG: messages.order_record(order)})
+        content = RecordDict({messages.ARRAYS: arrays, messages.CONFIG: ConfigRecord(asdict(turn.order(name)))})
         return Message(content, self._node(name), kind, group_id=str(turn.number))
 
     def _read(self, turn: Turn, name: str, message: Message) -> tuple[Reply, Any, int]:
         if message.has_error():
             raise ConfigError(f"its client failed: {message.error.reason or 'no reason given'}")
-        if messages.ARRAYS not in message.content.array_records:
-            raise ConfigError(f"its reply has no record {messages.ARRAYS!r}")
-        arrays = message.content.array_records[messages.ARRAYS]
-        reply = messages.reply(message.content, len(self.base.shapes))
-        upload = self.exchange.collect(self.cfg, turn.state, name, turn.number, reply, arrays)
-        if refused := server.refused(upload):
-            raise ConfigError(refused[0])
-        return reply, upload, size(arrays)
+        return read_reply(self.cfg, self.exchange, turn, name, message.content)
 
 
-class FlowerFleet:
+class FlowerFleet(fleet.DeployedFleet):
     """The clients of a run behind Flower's grid, as `hetlora.fleet.Fleet`."""
 
     def __init__(self, strategy: HetLora, members: Members, timeout: float) -> None:
-        self.strategy, self.members, self.timeout = strategy, members, timeout
-        self.names: list[str] = []
-        self.model_name, self.shapes = strategy.base.name, strategy.base.shapes
-        self.device, self.model = torch.device("cpu"), None
-        self.where = "processes of their own, on this machine or others, reached through Flower"
+        super().__init__(strategy.base, members, "Flower")
+        self.strategy, self.grid, self.timeout = strategy, members.grid, timeout
         self._round_evaluated: int | None = None
         self.train_metrics: dict[int, MetricRecord] = {}
         self.evaluate_metrics: dict[int, MetricRecord] = {}
         self.from_evaluate_fn: dict[int, MetricRecord] = {}
 
-    def gathered(self) -> FlowerFleet:
-        """Itself, when the run's clients are known."""
-        self.names = self.members.gather()
-        return self
-
-    def sized(self, cfg: Config, state: ServerState) -> tuple[Config, list[str]]:
-        """Each node finds out for itself; the lines are those of the ranks, where devices measured for them."""
-        rule = cfg.rank_rule
-        return cfg, rule.told([self.members.of[name] for name in self.names], state.ranks_start) if isinstance(rule, Capability) else []
-
-    def describe(self) -> dict[str, Any]:
-        return {"parameters": self.strategy.base.parameters, "data": "on the clients", "clients": len(self.names), "held_out_clients": 0}
-
-    def fingerprint(self) -> str:
-        return f"flower {self.names!r}"
-
-    def starting_ranks(self, cfg: Config) -> StartingRanks:
-        return cfg.rank_rule.assign([self.members.of[name] for name in self.names], cfg.seed)
-
-    def base_weights(self, cfg: Config) -> dict[str, torch.nn.Parameter]:
-        return {}
-
-    def present(self) -> list[str]:
-        return self.members.present()
-
-    def sequences(self, name: str) -> int:
-        return self.members.of[name].sequences
-
-    def measured(self, name: str) -> Device | None:
-        return self.members.of[name].device
-
     def train(self, cfg: Config, state: ServerState, names: Sequence[str], number: int, lr: float, progress: Progress) -> Trained:
-        strategy, grid = self.strategy, self.members.grid
+        strategy, grid = self.strategy, self.grid
         strategy._turn = Turn(state, list(names), number, lr)
         sent = list(strategy.configure_train(number, ArrayRecord(), ConfigRecord(), grid))
         down = [size(message.content.array_records[messages.ARRAYS]) for message in sent]
@@ -264,19 +205,12 @@ class FlowerFleet:
             self.train_metrics[number] = metrics
         found = strategy._round
         progress(len(found.replies), len(names))
-        arrived = sorted(found.replies)
-        replies = [found.replies.get(k) for k in range(len(names))]
-        nothing = LocalResult(0, 0, 0, math.nan, math.nan)
-        results = [reply.result if reply else nothing for reply in replies]
-        ranks = [dict(zip(self.shapes, reply.ranks, strict=True)) if reply else state.ranks[name] for name, reply in zip(names, replies, strict=True)]
-        tails = [reply.tails if reply else (0.0, 0.0) for reply in replies]
-        parts = strategy.exchange.trained(cfg, state, names, number, replies, [found.uploads[k] for k in arrived]) if arrived else _NOTHING
-        return Trained(results, found.dropped, ranks, tails, bytes_down=down, bytes_up=[found.bytes_up[k] for k in arrived], **parts)
+        return found.trained(cfg, strategy._turn, strategy.exchange, down)
 
     def _evaluations(self, state: ServerState) -> dict[str, messages.Evaluated]:
         """What every client that is there finds under the bank of `state`; asked once a round."""
         if self._round_evaluated != state.round:
-            strategy, grid = self.strategy, self.members.grid
+            strategy, grid = self.strategy, self.grid
             strategy._turn = Turn(state, self.present(), state.round, 0.0)
             sent = list(strategy.configure_evaluate(state.round, ArrayRecord(), ConfigRecord(), grid))
             metrics = strategy.aggregate_evaluate(state.round, grid.send_and_receive(sent, timeout=self.timeout))
@@ -285,32 +219,10 @@ class FlowerFleet:
             self._round_evaluated = state.round
         return self.strategy._evaluated
 
-    def evaluate(self, cfg: Config, state: ServerState, progress: Progress) -> dict[str, Any]:
-        """Perplexity over the tokens of all clients; with `evaluate = all` also the mean over clients, held-out and training text."""
-        found = self._evaluations(state)
-        progress(len(found), len(self.names))
-        self.members.write_roster()
-        loss, tokens = (sum(own.whole[i] for own in found.values()) for i in (0, 1))
-        result: dict[str, Any] = {"client_text": evaluation(loss, int(tokens)) if tokens else None, "held_out_clients": None}
-        if cfg.evaluate == "all":
-            for name, pairs in (("own_text", [own.own for own in found.values()]), ("own_train", [own.train for own in found.values()])):
-                if means := [evaluation(*pair) for pair in pairs if pair[1]]:
-                    result[name] = mean_over_clients(means)
-        return result
-
-    def answers(self, cfg: Config, state: ServerState, progress: Progress) -> dict[str, Any]:
-        return {}  # the server has no text; what asks for answers is refused
-
-    def own_text(self, cfg: Config, state: ServerState, progress: Progress) -> dict[str, dict[str, Any]]:
-        return {name: evaluation(*own.own) for name, own in self._evaluations(state).items() if own.own[1]}
-
-
-_NOTHING: dict[str, Any] = {"uploads": None, "received": None, "parameters": 0}
-
 
 def _adapter(bank: hk.AdapterBank) -> ArrayRecord:
     """The global adapter in PEFT's names."""
-    return ArrayRecord({name: to_array(tensor) for name, tensor in bank.adapter(0).items()})
+    return array_record({name: to_array(tensor) for name, tensor in bank.adapter(0).items()})
 
 
 class _Evaluating(Observer):

@@ -138,7 +138,7 @@ def test_what_it_cannot_be_is_refused_by_name(tmp_path, setting):
 
 def test_deployed_clients_refuse_it(tmp_path):
     pytest.importorskip("flwr.serverapp", reason="Flower is not installed (pip install '.[flower]')")
-    from hetlora.flower.exchange import exchange
+    from hetlora.deployed.exchange import exchange
 
     with pytest.raises(ConfigError, match="train = 'chosen-rows': runs in simulation only"):
         exchange(tiny_config(tmp_path, **CHOSEN))

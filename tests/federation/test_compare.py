@@ -204,7 +204,7 @@ def test_the_page_of_methods_has_them_all():
 
 def test_the_table_of_methods_says_what_a_run_leaves_and_whether_nodes_run_it():
     pytest.importorskip("flwr.serverapp", reason="Flower is not installed (pip install '.[flower]')")
-    from hetlora.flower.exchange import exchange
+    from hetlora.deployed.exchange import exchange
 
     lines = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()
     table = {

@@ -18,9 +18,9 @@ from tiny import capable, tiny_config, tiny_federation, tiny_model
 
 import hetlora_kernels as hk
 from hetlora.config import Config, ConfigError
+from hetlora.deployed import device
+from hetlora.deployed.local import base_digest
 from hetlora.federation import prepare
-from hetlora.flower import device
-from hetlora.flower.client import base_digest
 from hetlora.loop import simulate
 from hetlora.memory import step_memory
 from hetlora.models import target_shapes

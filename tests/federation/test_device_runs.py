@@ -13,9 +13,10 @@ from flower_grid import LocalGrid
 from tiny import capable, lines, tiny_clients, tiny_config, tiny_federation, tiny_model
 
 from hetlora.config import Config, ConfigError
-from hetlora.flower import Base, HetLora, Waiting, client_app, device
-from hetlora.flower import members as members_module
-from hetlora.flower.client import modules_digest
+from hetlora.deployed import device
+from hetlora.deployed import members as members_module
+from hetlora.deployed.local import modules_digest
+from hetlora.flower import Base, HetLora, Waiting, client_app
 from hetlora.loop import simulate
 from hetlora.models import target_shapes
 from hetlora.observer import Observer

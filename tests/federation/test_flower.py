@@ -16,15 +16,19 @@ from flwr.app import Array, Error, Message, MessageType
 from tiny import lines, tiny_clients, tiny_config, tiny_federation, tiny_model
 
 from hetlora.config import Config, ConfigError
+from hetlora.deployed import members as members_module
+from hetlora.deployed import wire
+from hetlora.deployed.local import base_digest, modules_digest
 from hetlora.flower import Base, HetLora, Waiting, client_app
-from hetlora.flower import members as members_module
-from hetlora.flower.client import base_digest, modules_digest
-from hetlora.flower.wire import to_array
 from hetlora.loop import simulate
 from hetlora.models import target_shapes
 from hetlora.observer import Observer
 
 SIZES = [3, 5, 2, 7]
+
+
+def to_array(tensor: torch.Tensor) -> Array:
+    return Array(*wire.to_array(tensor))
 
 
 @pytest.fixture(autouse=True)

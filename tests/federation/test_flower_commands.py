@@ -75,7 +75,7 @@ def test_what_would_go_wrong_later_is_refused(call, message):
 
 def test_a_new_app_holds_settings_that_the_server_takes(tmp_path):
     pytest.importorskip("flwr.serverapp", reason="Flower is not installed (pip install '.[flower]')")
-    from hetlora.flower.settings import server_settings
+    from hetlora.deployed.settings import server_settings
 
     done = CliRunner().invoke(cli, ["flower", "new", str(tmp_path / "My App")], standalone_mode=False)
     assert done.exit_code == 0, done.output

@@ -14,10 +14,11 @@ from tiny import SIZES, tiny_config, tiny_federation, tiny_state
 
 from hetlora import server
 from hetlora.config import ConfigError
+from hetlora.deployed.exchange import EXCHANGES
+from hetlora.deployed.settings import Node, client_settings, server_settings
+from hetlora.deployed.wire import from_array, size, to_array
 from hetlora.flower import Waiting
-from hetlora.flower.exchange import EXCHANGES
-from hetlora.flower.settings import Node, client_settings, server_settings
-from hetlora.flower.wire import from_array, size, to_array
+from hetlora.flower.records import array_records
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.uint8])
@@ -31,7 +32,7 @@ def test_arrays_carry_every_bit(dtype):
 def test_clients_of_different_ranks_share_the_arrays_of_the_rows_they_share():
     federation = tiny_federation(SIZES)
     state = tiny_state(federation, [2, 4, 4, 8])
-    records = EXCHANGES["adapters"].down(tiny_config(Path("run")), state, list(state.ranks))
+    records = array_records(EXCHANGES["adapters"].down(tiny_config(Path("run")), state, list(state.ranks)))
     assert [list(record) for record in records] == [["rows 0:2"], *[["rows 0:2", "rows 2:4"]] * 2, ["rows 0:2", "rows 2:4", "rows 4:8"]]
     assert [size(record) for record in records] == [server.distribute(state, [name]).num_bytes(0) for name in state.ranks]
     distinct = {array.object_id: len(array.data) for record in records for array in record.values()}

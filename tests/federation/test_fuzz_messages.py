@@ -17,9 +17,11 @@ from tiny import tiny_config, trained_bank
 
 from hetlora import server
 from hetlora.client import LocalResult
+from hetlora.deployed import messages
+from hetlora.deployed.exchange import Reply
 from hetlora.errors import ConfigError
-from hetlora.flower import Base, HetLora, messages
-from hetlora.flower.exchange import Reply
+from hetlora.flower import Base, HetLora
+from hetlora.flower.records import record_dict
 from hetlora.flower.strategy import Turn
 from hetlora.fold import drawn
 from hetlora.server import ServerState
@@ -80,7 +82,7 @@ def out_of_a_message(draw: random.Random) -> None:
             upload = received.bank
         trained = Trained([], {}, [], [], upload, None, [], [], 0)
         reply = Reply(list(state.ranks[name].values()), LocalResult(1, 2, 3, 0.5, 0.25), (1.0, 1.0))
-        content = RecordDict({"arrays": strategy.exchange.up(trained), **messages.reply_records(reply)})
+        content = record_dict(messages.reply_message(reply, strategy.exchange.up(trained)))
         arrays, (config,), (metrics,) = content.array_records["arrays"], content.config_records.values(), content.metric_records.values()
         if k == changed:
             (key,) = arrays
@@ -121,8 +123,9 @@ def test_out_of_a_message():
 @pytest.mark.parametrize(("loss", "tokens"), [(-1.0, 5), (-1e308, 5), (3.0, 0), (float("nan"), 5), (float("inf"), 5)])
 @pytest.mark.parametrize("name", ["whole", "own", "train"])
 def test_losses_that_cannot_be_are_refused(name, loss, tokens):
-    metrics = messages.evaluated_record(messages.Evaluated((6.0, 3), (6.0, 3), (0.0, 0)))
-    assert messages.evaluated(RecordDict({"metrics": metrics})).train == (0.0, 0)
+    record = record_dict(messages.evaluated_message(messages.Evaluated((6.0, 3), (6.0, 3), (0.0, 0))))
+    assert messages.evaluated(record).train == (0.0, 0)
+    metrics = record.metric_records["metrics"]
     metrics[f"{name}_loss"], metrics[f"{name}_tokens"] = loss, tokens
     with pytest.raises(ConfigError, match=f"^{name}_loss: expected a"):
-        messages.evaluated(RecordDict({"metrics": metrics}))
+        messages.evaluated(record)

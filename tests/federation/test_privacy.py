@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("flwr", reason="Flower is not installed (pip install '.[flower]')")
 
 from hetlora.client import LocalResult
-from hetlora.flower import messages
-from hetlora.flower.exchange import Reply
+from hetlora.deployed import messages
+from hetlora.deployed.exchange import Reply
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "privacy.md").read_text(encoding="utf-8")
 
@@ -26,6 +26,6 @@ def listed(heading: str) -> set[str]:
 def test_all_that_travels_is_listed():
     assert listed("When a node joins") == {field.name for field in fields(messages.Introduction)}
     assert listed("In an evaluation") == {field.name for field in fields(messages.Evaluated)}
-    sent = messages.reply_records(Reply([1, 2], LocalResult(1, 2, 3, 4.0, 5.0), (0.0, 0.0)))
-    assert set(sent) == {messages.METRICS, messages.CONFIG}
+    sent = messages.reply_message(Reply([1, 2], LocalResult(1, 2, 3, 4.0, 5.0), (0.0, 0.0)), {})
+    assert set(sent) == {messages.ARRAYS, messages.METRICS, messages.CONFIG}
     assert listed("In a round") == {*sent[messages.METRICS], *sent[messages.CONFIG]}

@@ -1,4 +1,4 @@
-"""The words of the messages: what is asked of a client and what it answers, as Flower's records, checked when they are read.
+"""The words of the messages: what is asked of a client and what it answers, as records by name, checked when they are read.
 
 A reply comes from a machine of its own. Nothing of it is believed: a value that is missing, of another type or out of range is named, and the reply refused.
 """
@@ -8,16 +8,29 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
-
-from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from typing import Any, Protocol
 
 from hetlora.client import LocalResult
+from hetlora.deployed.exchange import Order, Reply
+from hetlora.deployed.wire import Arrays, Received
 from hetlora.errors import ConfigError
-from hetlora.flower.exchange import Order, Reply
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 NAME_LENGTH, REASON_LENGTH = 200, 1000
+
+Sent = dict[str, dict[str, Any]]
+"""A message as it is handed to an engine: of the records ARRAYS (`wire.Arrays`), CONFIG and METRICS those that it has."""
+
+
+class Content(Protocol):
+    """A message as an engine hands it over, as Flower's `RecordDict`: the arrays, settings and numbers of it, each by the name of its record."""
+
+    @property
+    def array_records(self) -> Mapping[str, Mapping[str, Received]]: ...
+    @property
+    def config_records(self) -> Mapping[str, Mapping[str, Any]]: ...
+    @property
+    def metric_records(self) -> Mapping[str, Mapping[str, Any]]: ...
 
 
 @dataclass(frozen=True)
@@ -54,19 +67,19 @@ class Evaluated:
     train: tuple[float, int]
 
 
-def question(measure: bool) -> RecordDict:
+def question(measure: bool) -> Sent:
     """Who are you?   measure: the run has not begun, so that it may grant a rank by what the device measures."""
-    return RecordDict({CONFIG: ConfigRecord({"measure": measure})})
+    return {CONFIG: {"measure": measure}}
 
 
-def measure_wanted(content: RecordDict) -> bool:
+def measure_wanted(content: Content) -> bool:
     value = _value(_config(content), "measure")
     if not isinstance(value, bool):
         raise ConfigError(f"measure: expected true or false, got {str(value)[:40]}")
     return value
 
 
-def introduction(content: RecordDict) -> Introduction:
+def introduction(content: Content) -> Introduction:
     values = _config(content)
     found = Introduction(
         _text(values, "client", NAME_LENGTH),
@@ -86,11 +99,15 @@ def introduction(content: RecordDict) -> Introduction:
     return found
 
 
-def order_record(order: Order) -> ConfigRecord:
-    return ConfigRecord(asdict(order))
+def introduction_message(own: Introduction) -> Sent:
+    return {CONFIG: asdict(own)}
 
 
-def order(content: RecordDict) -> Order:
+def order_message(order: Order, arrays: Arrays) -> Sent:
+    return {ARRAYS: arrays, CONFIG: asdict(order)}
+
+
+def order(content: Content) -> Order:
     values = _config(content)
     return Order(
         _text(values, "name", NAME_LENGTH),
@@ -104,13 +121,12 @@ def order(content: RecordDict) -> Order:
     )
 
 
-def reply_records(reply: Reply) -> dict[str, Any]:
-    result = reply.result
-    metrics = MetricRecord({**asdict(result), "tail_before": reply.tails[0], "tail_after": reply.tails[1]})
-    return {METRICS: metrics, CONFIG: ConfigRecord({"ranks": reply.ranks})}
+def reply_message(reply: Reply, arrays: Arrays) -> Sent:
+    metrics = {**asdict(reply.result), "tail_before": reply.tails[0], "tail_after": reply.tails[1]}
+    return {ARRAYS: arrays, METRICS: metrics, CONFIG: {"ranks": reply.ranks}}
 
 
-def reply(content: RecordDict, modules: int) -> Reply:
+def reply(content: Content, modules: int) -> Reply:
     values = _metrics(content)
     ranks = _wholes(_config(content), "ranks")
     if len(ranks) != modules:
@@ -120,11 +136,11 @@ def reply(content: RecordDict, modules: int) -> Reply:
     return Reply(ranks, result, (_number(values, "tail_before"), _number(values, "tail_after")))
 
 
-def evaluated_record(found: Evaluated) -> MetricRecord:
-    return MetricRecord({f"{name}_{what}": value for name, pair in asdict(found).items() for what, value in zip(("loss", "tokens"), pair, strict=True)})
+def evaluated_message(found: Evaluated) -> Sent:
+    return {METRICS: {f"{name}_{what}": value for name, pair in asdict(found).items() for what, value in zip(("loss", "tokens"), pair, strict=True)}}
 
 
-def evaluated(content: RecordDict) -> Evaluated:
+def evaluated(content: Content) -> Evaluated:
     values = _metrics(content)
     return Evaluated(*(_summed_loss(values, name) for name in ("whole", "own", "train")))
 
@@ -132,18 +148,20 @@ def evaluated(content: RecordDict) -> Evaluated:
 # ---------------------------------------------------------------- reading
 
 
-def _config(content: RecordDict) -> Mapping[str, Any]:
+def _config(content: Content) -> Mapping[str, Any]:
     if CONFIG not in content.config_records:
-        raise ConfigError(f"expected the record {CONFIG!r}, got {sorted(map(str, content))[:5]}")
-    found: Mapping[str, Any] = content.config_records[CONFIG]
-    return found
+        raise ConfigError(f"expected the record {CONFIG!r}, got {_names(content)}")
+    return content.config_records[CONFIG]
 
 
-def _metrics(content: RecordDict) -> Mapping[str, Any]:
+def _metrics(content: Content) -> Mapping[str, Any]:
     if METRICS not in content.metric_records:
-        raise ConfigError(f"expected the record {METRICS!r}, got {sorted(map(str, content))[:5]}")
-    found: Mapping[str, Any] = content.metric_records[METRICS]
-    return found
+        raise ConfigError(f"expected the record {METRICS!r}, got {_names(content)}")
+    return content.metric_records[METRICS]
+
+
+def _names(content: Content) -> list[str]:
+    return sorted(str(name)[:40] for records in (content.array_records, content.config_records, content.metric_records) for name in records)[:5]
 
 
 def _value(values: Mapping[str, Any], name: str) -> Any:

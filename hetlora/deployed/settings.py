@@ -1,4 +1,4 @@
-"""A run's settings out of Flower's: the app's run configuration, and on a client its node's own configuration before it."""
+"""A run's settings out of an engine's: the run configuration, and on a client its node's own configuration before it."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
-"""Tensors as Flower's arrays, bit for bit in every type, and read back only where they are what was expected.
+"""Tensors as arrays that travel, bit for bit in every type, and read back only where they are what was expected.
 
-Flower's own arrays hold numpy's types, of which bfloat16 is none; these hold the tensor's bytes, little end first.
+An array holds the tensor's bytes, little end first: numpy's types, which the engines' own arrays hold, have no bfloat16.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
-from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
 import hetlora_kernels as hk
@@ -20,8 +20,34 @@ from hetlora.ranks import ClientRanks
 KIND = "hetlora.raw"
 Shapes = Mapping[str, tuple[int, int]]
 
+
+class Array(NamedTuple):
+    """What travels of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    stype: str
+    data: bytes
+
+
+class Received(Protocol):
+    """An array as an engine hands it over: Flower has a class of its own, with these four."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> Iterable[int]: ...
+    @property
+    def stype(self) -> str: ...
+    @property
+    def data(self) -> bytes: ...
+
+
+Arrays = dict[str, Array]
+ReceivedArrays = Mapping[str, Received]
+
 if sys.byteorder != "little":
-    raise ImportError("hetlora.flower: this machine stores numbers with the big end first, and arrays travel with the little end first")
+    raise ImportError("hetlora.deployed: this machine stores numbers with the big end first, and arrays travel with the little end first")
 
 
 def to_array(tensor: Tensor) -> Array:
@@ -29,7 +55,7 @@ def to_array(tensor: Tensor) -> Array:
     return Array(dtype=_name(tensor.dtype), shape=tuple(tensor.shape), stype=KIND, data=data)
 
 
-def from_array(array: Array, shape: Sequence[int], dtype: torch.dtype, what: str) -> Tensor:
+def from_array(array: Received, shape: Sequence[int], dtype: torch.dtype, what: str) -> Tensor:
     """The tensor in `array`; `ConfigError` that begins with `what` where it is not of this shape and type."""
     expected = math.prod(shape) * dtype.itemsize
     if (array.stype, array.dtype, tuple(array.shape), len(array.data)) != (KIND, _name(dtype), tuple(shape), expected):
@@ -44,7 +70,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def only_keys(record: ArrayRecord, expected: Sequence[str], what: str) -> None:
+def only_keys(record: ReceivedArrays, expected: Sequence[str], what: str) -> None:
     if set(record) != set(expected):
         raise ConfigError(f"{what}: expected the arrays {sorted(expected)}, got {sorted(str(key)[:40] for key in record)[:5]}")
 
@@ -65,7 +91,7 @@ def span_key(span: tuple[int, int]) -> str:
 def pack_rows(bank: hk.AdapterBank, span: tuple[int, int], sides: str = "ab") -> Array:
     """Rows `span` of a bank of one client in one array: of every module in order A, then B^T; `sides` = 'b': B^T alone.
 
-    A module with fewer rows gives those it has. Clients of different ranks get equal arrays for the rows they share, and Flower stores and sends an array once.
+    A module with fewer rows gives those it has. Clients of different ranks get equal arrays for the rows they share, which an engine may store and send once.
     """
     start, stop = span
     parts = []
@@ -75,7 +101,7 @@ def pack_rows(bank: hk.AdapterBank, span: tuple[int, int], sides: str = "ab") ->
 
 
 def unpack_rows(
-    arrays: Mapping[tuple[int, int], Array], shapes: Shapes, ranks: ClientRanks, dtype: torch.dtype, what: str, sides: str = "ab"
+    arrays: Mapping[tuple[int, int], Received], shapes: Shapes, ranks: ClientRanks, dtype: torch.dtype, what: str, sides: str = "ab"
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(A, B^T) of every module, [rank, width] each, from the spans that `pack_rows` made; a side that was not sent has no rows."""
     found: dict[str, dict[str, list[Tensor]]] = {side: {name: [] for name in shapes} for side in "ab"}
@@ -94,6 +120,6 @@ def unpack_rows(
     return joined[0], joined[1]
 
 
-def size(record: ArrayRecord) -> int:
+def size(record: ReceivedArrays) -> int:
     """Bytes of the arrays' content."""
     return sum(len(array.data) for array in record.values())

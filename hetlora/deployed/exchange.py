@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from flwr.app import ArrayRecord
 
 import hetlora_kernels as hk
 from hetlora import fold, server
 from hetlora.client import LocalResult
 from hetlora.config import Config, ConfigError
-from hetlora.flower.wire import from_array, only_keys, pack_rows, row_spans, size, span_key, to_array, unpack_rows
+from hetlora.deployed.wire import Arrays, ReceivedArrays, from_array, only_keys, pack_rows, row_spans, size, span_key, to_array, unpack_rows
 from hetlora.ranks import ClientRanks, bank_ranks, tail_start
 from hetlora.server import ServerState
 from hetlora.training import Trained
@@ -53,17 +52,17 @@ class Reply:
 
 
 class Exchange(Protocol):
-    def down(self, cfg: Config, state: ServerState, names: Sequence[str]) -> list[ArrayRecord]:
+    def down(self, cfg: Config, state: ServerState, names: Sequence[str]) -> list[Arrays]:
         """The arrays of each client. Equal ones are the same object, sent and stored once."""
         ...
 
-    def receive(self, cfg: Config, arrays: ArrayRecord, order: Order, shapes: Shapes) -> tuple[Config, ServerState]:
+    def receive(self, cfg: Config, arrays: ReceivedArrays, order: Order, shapes: Shapes) -> tuple[Config, ServerState]:
         """What the client's own run of the round works on."""
         ...
 
-    def up(self, trained: Trained) -> ArrayRecord: ...
+    def up(self, trained: Trained) -> Arrays: ...
 
-    def collect(self, cfg: Config, state: ServerState, name: str, number: int, reply: Reply, arrays: ArrayRecord) -> hk.AdapterBank:
+    def collect(self, cfg: Config, state: ServerState, name: str, number: int, reply: Reply, arrays: ReceivedArrays) -> hk.AdapterBank:
         """The upload as a bank of one client; `ConfigError` where it is not what the client was granted."""
         ...
 
@@ -88,7 +87,7 @@ def _own_ranks(order: Order, shapes: Shapes) -> ClientRanks:
 class LeadingRows:
     """Kind 'adapters': down the client's leading rows of the bank, in spans that other clients share; up its rows after the round."""
 
-    def down(self, cfg: Config, state: ServerState, names: Sequence[str]) -> list[ArrayRecord]:
+    def down(self, cfg: Config, state: ServerState, names: Sequence[str]) -> list[Arrays]:
         most = {name: max(state.ranks[name].values()) for name in names}
         spans = row_spans(list(most.values()))
         uniform = all(len(set(state.ranks[name].values())) == 1 for name in names)
@@ -97,21 +96,21 @@ class LeadingRows:
         for name in names:
             own = state.bank if uniform else server.distribute(state, [name])
             mine = [span for span in spans if span[1] <= most[name]] if uniform else row_spans([most[name]])
-            records.append(ArrayRecord({span_key(span): shared[span] if uniform else pack_rows(own, span) for span in mine}))
+            records.append({span_key(span): shared[span] if uniform else pack_rows(own, span) for span in mine})
         return records
 
-    def receive(self, cfg: Config, arrays: ArrayRecord, order: Order, shapes: Shapes) -> tuple[Config, ServerState]:
+    def receive(self, cfg: Config, arrays: ReceivedArrays, order: Order, shapes: Shapes) -> tuple[Config, ServerState]:
         ranks = _own_ranks(order, shapes)
         spans = _spans(arrays, max(ranks.values()))
         a, bt = unpack_rows({span: arrays[span_key(span)] for span in spans}, shapes, ranks, _dtype(cfg), "download")
         bank = hk.AdapterBank.of(shapes, {name: [rank] for name, rank in ranks.items()}, a, bt)
         return cfg, ServerState(bank, {order.name: ranks}, order.r_min, order.r_max, round=order.number - 1)
 
-    def up(self, trained: Trained) -> ArrayRecord:
+    def up(self, trained: Trained) -> Arrays:
         most = max(layout.max_rank for layout in trained.uploads.layouts.values())
-        return ArrayRecord({"rows": pack_rows(trained.uploads, (0, most))})
+        return {"rows": pack_rows(trained.uploads, (0, most))}
 
-    def collect(self, cfg: Config, state: ServerState, name: str, number: int, reply: Reply, arrays: ArrayRecord) -> hk.AdapterBank:
+    def collect(self, cfg: Config, state: ServerState, name: str, number: int, reply: Reply, arrays: ReceivedArrays) -> hk.AdapterBank:
         shapes = state.bank.shapes
         before = state.ranks[name]
         after = dict(zip(shapes, reply.ranks, strict=True))
@@ -138,7 +137,7 @@ class LeadingRows:
         }
 
 
-def _spans(arrays: ArrayRecord, rank: int) -> list[tuple[int, int]]:
+def _spans(arrays: ReceivedArrays, rank: int) -> list[tuple[int, int]]:
     """The spans that a download's keys name; they cover the rows up to `rank` without a gap."""
     try:
         spans = sorted((int(start), int(stop)) for start, stop in (str(key).removeprefix("rows ").split(":") for key in arrays))
@@ -153,11 +152,11 @@ def _spans(arrays: ArrayRecord, rank: int) -> list[tuple[int, int]]:
 class FoldedRows:
     """Kind 'fold': down the whole bank, quantised, the same for all; up B over rows of A that the server draws again."""
 
-    def down(self, cfg: Config, state: ServerState, names: Sequence[str]) -> list[ArrayRecord]:
-        record = ArrayRecord({f"{i:05d}": to_array(tensor) for i, tensor in enumerate(fold.encode(state.bank, cfg.download))})
+    def down(self, cfg: Config, state: ServerState, names: Sequence[str]) -> list[Arrays]:
+        record = {f"{i:05d}": to_array(tensor) for i, tensor in enumerate(fold.encode(state.bank, cfg.download))}
         return [record] * len(names)
 
-    def receive(self, cfg: Config, arrays: ArrayRecord, order: Order, shapes: Shapes) -> tuple[Config, ServerState]:
+    def receive(self, cfg: Config, arrays: ReceivedArrays, order: Order, shapes: Shapes) -> tuple[Config, ServerState]:
         expected = fold.sent_shapes(shapes, order.r_max, cfg.download, _dtype(cfg))
         keys = [f"{i:05d}" for i in range(len(expected))]
         only_keys(arrays, keys, "download")
@@ -166,11 +165,11 @@ class FoldedRows:
         ranks = {(order.name if i == order.place else f"\0{i}"): dict.fromkeys(shapes, rank) for i, rank in enumerate(order.fleet)}
         return cfg.model_copy(update={"download": "exact"}), ServerState(bank, ranks, order.r_min, order.r_max, round=order.number - 1)
 
-    def up(self, trained: Trained) -> ArrayRecord:
+    def up(self, trained: Trained) -> Arrays:
         most = max(layout.max_rank for layout in trained.uploads.layouts.values())
-        return ArrayRecord({"b": pack_rows(trained.uploads, (0, most), "b")})
+        return {"b": pack_rows(trained.uploads, (0, most), "b")}
 
-    def collect(self, cfg: Config, state: ServerState, name: str, number: int, reply: Reply, arrays: ArrayRecord) -> hk.AdapterBank:
+    def collect(self, cfg: Config, state: ServerState, name: str, number: int, reply: Reply, arrays: ReceivedArrays) -> hk.AdapterBank:
         shapes = state.bank.shapes
         if reply.ranks != list(state.ranks[name].values()):
             raise ConfigError(f"ranks {reply.ranks[:5]}, expected those it was granted, {list(state.ranks[name].values())[:5]}")
