@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hetlora import settings_rules
-from hetlora.errors import ConfigError
+from hetlora.errors import ConfigError, nearest
 from hetlora.kinds import MERGE_CHOICES, MERGES, TRAININGS, MergeKind, TrainingKind, merge_kind
 from hetlora.ranks import RankRule, parse_ranks
 from hetlora.settings_file import read_settings
@@ -239,7 +239,8 @@ class Config(BaseModel):
             if fault["type"] == "value_error":  # of `check`, which says all
                 faults.append(str(fault["ctx"]["error"]))
             elif fault["type"] == "extra_forbidden":
-                faults.append(f"unknown setting '{name}'{_nearest(name, cls.model_fields)}")
+                hint = nearest(name, cls.model_fields, otherwise=" ('hetlora run --help' lists them)")
+                faults.append(f"unknown setting '{name}'{hint}")
             else:
                 faults.append(f"{name}: {fault['msg'].lower()}, got {shortened(repr(fault['input']))}")
         return faults
@@ -348,10 +349,3 @@ def setting_group(name: str) -> str:
     extra = Config.model_fields[name].json_schema_extra
     assert isinstance(extra, dict)
     return str(extra["group"])
-
-
-def _nearest(name: str, known: Any) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean '{close[0]}'?)" if close else " ('hetlora run --help' lists them)"

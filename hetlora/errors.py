@@ -1,6 +1,9 @@
-"""The error of the federated package. It stands below `config`, whose parts raise it too; all others take it from there."""
+"""The error of the federated package, and its hint at a name that comes near. Both stand below `config`, whose parts raise the error too."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
@@ -13,3 +16,13 @@ class ConfigError(ValueError):
     ...     print(error)
     my settings: ranks: expected 1 <= MIN <= MAX, got 'powerlaw:50:5'
     """
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """ " (did you mean 'x'?)", or `otherwise` where none of the `known` names comes near.
+
+    >>> nearest("flod", ["hetlora", "fold"])
+    " (did you mean 'fold'?)"
+    """
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else otherwise

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hetlora.config import Config, ConfigError, setting_group
+from hetlora.errors import nearest
 from hetlora.kinds import TRAININGS, own_settings
 from hetlora.ranks import StartingRanks
 
@@ -139,7 +140,8 @@ def parse_methods(text: str) -> list[Method]:
     for name in (part.strip() for part in text.split(",")):
         base, *changes = name.split("+")
         if base not in METHODS and (changes or base not in GROUPS):
-            raise ConfigError(f"methods: unknown {base!r}; there are {', '.join(METHODS)}; the groups {', '.join(GROUPS)}; and 'NAME+setting=value'")
+            known = f"{', '.join(METHODS)}; the groups {', '.join(GROUPS)}"
+            raise ConfigError(f"methods: unknown {base!r}{nearest(base, [*METHODS, *GROUPS])}; there are {known}; and 'NAME+setting=value'")
         for own in GROUPS.get(base, [base]) if not changes else ():
             found[own] = METHODS[own]
         if changes:
@@ -197,7 +199,7 @@ def method_settings(name: str, common: Mapping[str, Any]) -> dict[str, Any]:
     `ConfigError` for an unknown name, and for a method in which all clients have one rank: which one is asked of the user.
     """
     if name not in METHODS:
-        raise ConfigError(f"method: expected one of {', '.join(METHODS)}, got {name!r}")
+        raise ConfigError(f"method: expected one of {', '.join(METHODS)}, got {name!r}{nearest(name, METHODS)}")
     method = METHODS[name]
     if method.ranks != "own":
         settings = ", ".join(f"{key} = {value!r}" for key, value in method.settings.items())

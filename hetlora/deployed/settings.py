@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from hetlora.compare.methods import default_method, left_out, method_settings
 from hetlora.config import Config, ConfigError
+from hetlora.errors import nearest
 
 OF_A_NODE = ("model", "data", "dtype", "device", "quantize", "max_tokens_per_step", "padding_free", "gradient_checkpointing")
 """Settings of a run that a node may have otherwise: where its files lie, and how its machine computes."""
@@ -62,9 +62,7 @@ def client_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any
     own.pop("num_partitions", None)  # Flower's simulation gives it to every node
     if unknown := [name for name in own if name not in OF_A_NODE]:
         known = ["client", "partition_id", *OF_A_NODE]
-        close = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ConfigError(f"node config: {unknown[0]!r} is not a node's to set{hint}; a node has {', '.join(known)}")
+        raise ConfigError(f"node config: {unknown[0]!r} is not a node's to set{nearest(unknown[0], known)}; a node has {', '.join(known)}")
     if node.partition_id is not None and (not isinstance(node.partition_id, int) or node.partition_id < 0):
         raise ConfigError(f"node config: partition_id: expected a whole number >= 0, got {node.partition_id!r}")
     return Config.create("run config and node config", **{**_of_a_method(values), **own}), node

@@ -86,6 +86,8 @@ def test_a_method_sets_its_row_over_the_file_and_under_the_flags(loop, tmp_path)
     assert invoke("run", "--method", "fold", "--weights", "uniform", "--output", tmp_path / "other").exit_code == 0
     assert loop.calls[-1][0].weights == "uniform"
     assert_one_line_error(invoke("run", "--method", "best"), "method: expected one of hetlora, ", "got 'best'")
+    assert_one_line_error(invoke("run", "--method", "flod"), "got 'flod' (did you mean 'fold'?)")
+    assert_one_line_error(invoke("compare", "--methods", "hetlora,homlora-mim"), "unknown 'homlora-mim' (did you mean 'homlora-min'?)")
     assert_one_line_error(invoke("run", "--method", "homlora-min"), "gives every client one rank", "ranks = 'fixed:R'", "gamma = 1.0", "weights = 'samples'")
     assert_one_line_error(invoke("run", "--method", "fold", "--gamma", "0.5"), "gamma = 0.5", "leave it out")
 

@@ -140,7 +140,12 @@ def test_settings_of_methods_are_refused_as_common_ones(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("hetlra", "unknown 'hetlra'; there are hetlora"), ("all+gamma=1", "unknown 'all'"), ("hetlora+gama=1", "'gama=1'"), ("hetlora+seed=1", "'seed=1'")],
+    [
+        ("hetlra", "unknown 'hetlra' (did you mean 'hetlora'?); there are hetlora"),
+        ("all+gamma=1", "unknown 'all'"),
+        ("hetlora+gama=1", "'gama=1'"),
+        ("hetlora+seed=1", "'seed=1'"),
+    ],
 )
 def test_unknown_methods_are_named(text, message):
     with pytest.raises(ConfigError) as caught:
