@@ -1,4 +1,6 @@
-"""The `hetlora` command: demo, run, compare, report, export, info, tune, bench, and those of cli_flower. Bad input is one line on stderr and exit status 2.
+"""The `hetlora` command: demo, run, compare, report, export, info, tune, bench, and those of cli_flower and cli_nvflare.
+
+Bad input is one line on stderr and exit status 2.
 
 A command loads what it needs when it runs: torch, transformers and matplotlib take seconds, and help and most faults need none of them.
 """
@@ -19,7 +21,7 @@ from typing import Any
 
 import click
 
-from hetlora import __version__, cli_flower, processor, signals
+from hetlora import __version__, cli_flower, cli_nvflare, processor, signals
 from hetlora.cli_lines import SHOWN, Commands, leave_quietly, say, tell
 from hetlora.compare.methods import ALONE, METHODS, OWNED, ComparisonPlan, default_method, left_out, make_plan, method_settings, refuse_private
 from hetlora.config import Config, ConfigError, setting_group
@@ -387,7 +389,7 @@ def bench(arguments: tuple[str, ...]) -> int:
     return int(_loaded("hetlora_kernels.benchmarks.kit").main(list(arguments)))
 
 
-for _command in (cli_flower.serve, cli_flower.join, cli_flower.flower):
+for _command in (cli_flower.serve, cli_flower.join, cli_flower.flower, cli_nvflare.nvflare):
     cli.add_command(_command)
 
 

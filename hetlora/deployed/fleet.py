@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -39,6 +39,10 @@ class Turn:
         state, everyone = self.state, list(self.state.ranks)
         fleet = [max(state.ranks[other].values()) for other in everyone]
         return Order(name, self.number, self.lr, list(state.ranks[name].values()), state.r_min, state.r_max, fleet, everyone.index(name))
+
+    def whole(self) -> ServerState:
+        """The state, as if every client had the whole bank: for an evaluation."""
+        return replace(self.state, ranks={name: dict.fromkeys(self.state.bank.shapes, self.state.r_max) for name in self.names})
 
 
 def read_reply(cfg: Config, exchange: Exchange, turn: Turn, name: str, content: messages.Content) -> tuple[Reply, hk.AdapterBank, int]:

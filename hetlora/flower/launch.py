@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from hetlora.deployed.template import write_template
 from hetlora.errors import ConfigError
 from hetlora.run_folder import write_atomic
 
@@ -22,14 +23,7 @@ QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 def write_app(folder: Path) -> list[Path]:
     """A Flower app in the new folder; the files written. `ConfigError` where it exists and is not empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder}: exists and is not empty; choose a new folder")
-    name = re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-") or "federation"
-    (folder / "federation").mkdir(parents=True, exist_ok=True)
-    written = []
-    for source, place in PLACES.items():
-        write_atomic(folder / place, (TEMPLATE / source).read_text(encoding="utf-8").replace("NAME", name))
-        written.append(folder / place)
+    written = write_template(TEMPLATE, PLACES, folder)
     write_atomic(folder / "federation" / "__init__.py", "")
     return written
 

@@ -3,37 +3,17 @@
 from __future__ import annotations
 
 from logging import ERROR, INFO
-from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore import log
 
-from hetlora.config import Config, ConfigError
+from hetlora.config import ConfigError
 from hetlora.deployed.local import describe_base
+from hetlora.deployed.log import LogObserver
 from hetlora.deployed.settings import server_settings
 from hetlora.flower.strategy import HetLora
-from hetlora.observer import Observer
 from hetlora.report.page import write_report
-from hetlora.report.text import round_line
-
-
-class LogObserver(Observer):
-    """The events of a run as lines of Flower's log."""
-
-    def message(self, text: str) -> None:
-        log(INFO, "%s", text)
-
-    def start(self, cfg: Config, info: dict[str, Any]) -> None:
-        self._rounds = cfg.rounds
-        for name, value in info.items():
-            log(INFO, "%s: %s", name.replace("_", " "), value)
-
-    def round_start(self, round: int, total: int, names: list[str]) -> None:
-        log(INFO, "round %d of %d: %s", round, total, ", ".join(names))
-
-    def round_end(self, record: dict[str, Any]) -> None:
-        log(INFO, "%s", round_line(record, self._rounds))
 
 
 def server_app() -> ServerApp:
@@ -51,7 +31,7 @@ def server_app() -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         try:
             cfg, waiting = server_settings(context.run_config)
-            HetLora(cfg, describe_base(cfg), waiting, LogObserver()).start(grid)
+            HetLora(cfg, describe_base(cfg), waiting, LogObserver(lambda line: log(INFO, "%s", line))).start(grid)
             log(INFO, "run folder: %s", cfg.output)
             log(INFO, "report: %s", write_report(cfg.output))
         except ConfigError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,7 @@ class HetLora(FedAvg):
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """The whole bank to every client that is there."""
         turn = self._asked()
-        ranks = {name: dict.fromkeys(self.base.shapes, turn.state.r_max) for name in turn.names}
-        return self._messages(turn, array_records(self.exchange.down(self.cfg, replace(turn.state, ranks=ranks), turn.names)), MessageType.EVALUATE)
+        return self._messages(turn, array_records(self.exchange.down(self.cfg, turn.whole(), turn.names)), MessageType.EVALUATE)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Keep what every client found on its own text."""
