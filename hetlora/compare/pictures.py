@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from hetlora.compare.figures import GLOBAL, Outcome, Table, gaps
 from hetlora.report.diagnostics import CAPTION, diagnosed, draw_energy, energy_bar, mean_over_runs
-from hetlora.report.drawing import Picture, empty, is_narrow, log_axis, marker_size, panels, render, resize
+from hetlora.report.drawing import Picture, empty, is_narrow, legend_below, log_axis, marker_size, panels, render, resize
 
 _LOOKS = {
     "hetlora": ("#0072B2", "o"),
@@ -111,8 +111,7 @@ def _trade_off(table: Table, names: list[str], title: str, figure: Figure) -> tu
         log_axis(right, finals)
         if log_axis(right, sizes, right.xaxis):
             right.set_xlabel("MB sent up in the whole run, all clients (logarithmic)")
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(2 if is_narrow(figure) else 5, max(1, len(labels))))
+    legend_below(figure, 2 if is_narrow(figure) else 5, left.get_legend_handles_labels()[0])
     caption = f"{_seeds_text(table)} Lower left in the right panel is better. Bytes are sizes of the factors (or of the model), computed from the ranks."
     spoken = "; ".join(f"{name} {table.tallies[name]['global_final'].text(2)} at {table.tallies[name]['megabytes_up'].text(2)} MB" for name in names)
     return title, caption, f"{title}: {spoken}"
@@ -146,7 +145,7 @@ def _gap(table: Table, names: list[str], figure: Figure) -> tuple[str, str, str]
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("rank of the client at the end")
     axes.set_ylabel("nats per token")
-    figure.legend(loc="outside lower center", ncols=2 if is_narrow(figure) else 4)
+    legend_below(figure, 2 if is_narrow(figure) else 4)
     caption = (
         "How much further the loss on a client's own training text fell than on its own held-out text, from before training to the end, under the rank rows "
         "the client receives. A point: mean over the clients of that rank and over seeds; dotted: methods with one rank for all."
@@ -178,8 +177,7 @@ def _diagnostics(table: Table, figure: Figure) -> tuple[str, str, str]:
         axes.set_axis_off()
     if image is not None:
         energy_bar(figure, image, grid[: len(runs)])
-    handles, labels = grid[len(runs)].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2 if is_narrow(figure) else 6, fontsize=9)
+    legend_below(figure, 2 if is_narrow(figure) else 6, grid[len(runs)].get_legend_handles_labels()[0], fontsize=9)
     without = [name for name in table.outcomes if name not in runs]
     caption = f"{CAPTION} Heat maps: rank row (up) by round, mean over seeds." + (f" Without a bank that lasts: {', '.join(without)}." if without else "")
     spoken = []

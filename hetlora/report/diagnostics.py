@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
-from hetlora.report.drawing import BLUE, VERMILION, empty, is_narrow, marker_size, panels
+from hetlora.report.drawing import BLUE, VERMILION, empty, is_narrow, legend_below, marker_size, panels
 from hetlora.run_folder import Run
 
 Diagnosed = list[tuple[int, dict[str, Any]]]  # (round, its diagnostics)
@@ -89,7 +89,7 @@ def draw_run(run: Run, figure: Figure) -> tuple[str, str, str]:
         other.set_ylabel("merge error (relative)")
         other.grid(False)
         lines = [*lines, *other.get_lines()]
-    figure.legend(handles=lines, loc="outside lower center", ncols=1 if is_narrow(figure) else 2)
+    legend_below(figure, 1 if is_narrow(figure) else 2, lines)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     spoken = f"; merge error {errors[-1]:.3f}" if errors else ""
     return title, CAPTION, f"{title}: effective rank {ranks[0]:.1f} in round {rounds[0]}, {ranks[-1]:.1f} in round {rounds[-1]}{spoken}"

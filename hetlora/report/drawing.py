@@ -8,13 +8,14 @@ from __future__ import annotations
 import io
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib
 from matplotlib import font_manager
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -93,6 +94,23 @@ def panels(figure: Figure, count: int) -> list[Axes]:
         return list(figure.subplots(1, count, squeeze=False).flatten())
     figure.set_size_inches(_NARROW, 3.2 * count + 0.8)
     return list(figure.subplots(count, 1, squeeze=False).flatten())
+
+
+def legend_below(figure: Figure, columns: int, handles: Sequence[Artist] = (), fontsize: float | None = None) -> None:
+    """A legend under the panels in at most `columns` columns, fewer where names are long; a name wider than the figure takes more lines.
+
+    handles: those of all axes, unless given.
+    """
+    handles = list(handles) or [handle for axes in figure.axes for handle in axes.get_legend_handles_labels()[0]]
+    names = [str(handle.get_label()) for handle in handles]
+    for count in range(max(1, min(columns, len(names))), 0, -1):
+        legend = figure.legend(handles, names, loc="outside lower center", ncols=count, fontsize=fontsize)
+        width = legend.get_window_extent().width / figure.bbox.width
+        if width <= 1:
+            return
+        legend.remove()
+    letters = int(max(map(len, names)) / width) - 4  # letters are not all as wide as the longest name's are
+    figure.legend(handles, [textwrap.fill(name, letters) for name in names], loc="outside lower center", fontsize=fontsize)
 
 
 def _break_titles(figure: Figure) -> None:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hetlora.report.diagnostics import draw_run
-from hetlora.report.drawing import BLUE, GREY, MOST_LABELS, ORANGE, VERMILION, Picture, empty, is_narrow, log_axis, marker_size, render, resize
+from hetlora.report.drawing import BLUE, GREY, MOST_LABELS, ORANGE, VERMILION, Picture, empty, is_narrow, legend_below, log_axis, marker_size, render, resize
 from hetlora.report.text import perplexity_of
 from hetlora.report.verdict import rank_groups
 from hetlora.run_folder import DIAGNOSTICS, PICTURES, Run, mean_rank
@@ -115,7 +115,7 @@ def _ranks(run: Run, figure: Figure) -> tuple[str, str, str]:
     axes.set_ylim(bottom=0)
     axes.set_ylabel("rank" if run.config.get("prune_scope") != "module" else "rank (mean over modules)")
     _label_ends(axes, paths, last)
-    figure.legend(loc="outside lower center", ncols=1 if is_narrow(figure) else 2)
+    legend_below(figure, 1 if is_narrow(figure) else 2)
     caption = (
         "Each line is a client; a triangle is a round in which it pruned itself. Lines of equal rank lie on one another; the right edge says who ends there."
     )
@@ -176,7 +176,7 @@ def _weights(run: Run, figure: Figure) -> tuple[str, str, str]:
     if drops:
         points = ([column[r] for _, r in drops], [row[of[n]] for n, _ in drops])
         axes.plot(*points, linestyle="none", marker="x", color=VERMILION, markersize=7, markeredgewidth=2, label="dropped")
-        figure.legend(loc="outside lower center")
+        legend_below(figure, 1)
     row_points = 72 * (figure.get_figheight() - 1.2) / len(names)
     every = math.ceil(_SMALLEST_ROW / row_points)
     axes.set_yticks(

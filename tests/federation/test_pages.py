@@ -24,7 +24,7 @@ from hetlora.compare.page import sentence, write_comparison
 from hetlora.config import ConfigError
 from hetlora.loop import simulate
 from hetlora.report import pictures
-from hetlora.report.drawing import Picture, render
+from hetlora.report.drawing import _NARROW, Picture, legend_below, render
 from hetlora.report.page import write_report
 from hetlora.report.verdict import group_rows, rank_groups, run_sentence
 from hetlora.run_folder import read_run
@@ -117,6 +117,24 @@ def test_pictures_are_drawn_anew_for_telephones_and_dark_pages(tmp_path, every_l
         assert all(base64.b64encode(png).decode() in source for png in picture.others.values())
     queries = re.findall(r'<source media="([^"]*)"', source)
     assert queries[:3] == ["(max-width: 40rem) and (prefers-color-scheme: dark)", "(max-width: 40rem)", "(prefers-color-scheme: dark)"]
+
+
+@pytest.mark.parametrize("length", [3, 30, 120])
+@pytest.mark.parametrize("narrow", [True, False])
+def test_long_names_of_a_legend_stay_in_the_picture(narrow, length):
+    """In fewer columns, then on more lines; short names share a line."""
+    figure = Figure(figsize=(_NARROW if narrow else 13, 8), layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
+    names = [f"{k} {'homlora+gamma=0.95,lambda=1 '[:length] * (length // 28 + 1)}" for k in range(4)]
+    for name in names:
+        axes.plot([0, 1], label=name)
+    legend_below(figure, 4)
+    canvas.draw()
+    (legend,) = figure.legends
+    boxes = [text.get_window_extent() for text in legend.get_texts()]
+    assert [text.get_text().split() for text in legend.get_texts()] == [name.split() for name in names]
+    assert all(0 <= box.x0 and box.x1 <= figure.bbox.width for box in boxes)
+    assert (len({round(box.y0) for box in boxes}) < len(names)) == (length == 3 or (not narrow and length == 30))
 
 
 def test_no_line_is_as_dark_as_a_dark_page(every_look):
