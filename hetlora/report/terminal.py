@@ -14,7 +14,7 @@ from rich.text import Text
 
 from hetlora.config import Config
 from hetlora.observer import Observer
-from hetlora.report.text import cells, change_text, number, perplexity_of, printable, privacy_text, rank_text, round_line, size_text, wrap
+from hetlora.report.text import cells, change_text, fold_name, number, perplexity_of, printable, privacy_text, rank_text, round_line, size_text, wrap
 from hetlora.report.verdict import got_worse
 
 MOST_CLIENTS = 40
@@ -232,7 +232,7 @@ def fitted_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], width
         spare -= own - least(i)
         table.add_column(columns[i].title, justify="right", width=own)
     for row in rows:
-        table.add_row(*(Text(row[i]) for i in shown))
+        table.add_row(Text(fold_name(row[0], first)), *(Text(row[i]) for i in shown[1:]))
     return table, [column.title for i, column in enumerate(columns) if i not in shown]
 
 

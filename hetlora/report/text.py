@@ -36,6 +36,19 @@ def wrap(text: str, width: int, indent: str = "  ") -> list[str]:
     return [*lines, line]
 
 
+_ENDS = re.compile(r"(?<=[ +,/])|(?<=[-_.=])(?=\D)")  # a number stays whole
+
+
+def fold_name(name: str, width: int) -> str:
+    """`name` on lines of at most `width` columns, broken behind its separators; a part that is wider alone stays whole."""
+    lines = [""]
+    for part in _ENDS.split(name):
+        if lines[-1] and cells((lines[-1] + part).rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
+
+
 def change_text(before: Any, after: Any) -> str:
     """How much `after` is above (+) or below (-) `before`, in percent; '-' where that says nothing."""
     if not before or after is None or not (math.isfinite(before) and math.isfinite(after)):

@@ -64,6 +64,18 @@ def test_the_client_table_fits_and_cuts_no_number(tmp_path, width):
     assert ("sequences" in table) != dropped and (width < 100) == dropped
 
 
+def test_a_long_name_of_a_table_breaks_behind_its_separators():
+    name = "homlora-min+prune_lambda=0.00125,weights=samples"
+    columns = [terminal.Column("method"), *(terminal.Column(title, 0) for title in ("perplexity of all", "megabytes"))]
+    for width in (50, 60):
+        table, _ = terminal.fitted_table(columns, [[name, "6.433", "12.5"]], width)
+        first = [line.split("│")[1].strip() for line in shown(width, lambda console, table=table: console.print(table)) if line.startswith("│")]
+        assert len(first) > 1 and "".join(first) == name
+        assert all(line[-1] in "+,-_=" for line in first[:-1]) and any("0.00125" in line for line in first)
+    assert text.fold_name("2.5-1.5/a_long_name", 6) == "2.5-1.5/\na_\nlong_\nname"
+    assert text.fold_name("a_b", 80) == "a_b"
+
+
 def test_clients_that_got_worse_are_marked_and_no_others():
     clients = [
         {"name": name, "rank_start": 5, "rank_end": 5, "rounds": 1, "sequences": 9, "perplexity_before": before, "perplexity_after": after}
