@@ -23,7 +23,7 @@ import torch
 
 from hetlora_kernels import _library
 
-from . import clocks, compare, figures, run, static
+from . import clocks, compare, figures, lora, run, static
 
 NEEDS = {"peft": ("peft", "transformers"), "round": ("peft", "transformers", "pydantic")}  # packages, beside torch
 ONE_RUNG = ("peft", "round")
@@ -102,7 +102,7 @@ def describe(result: dict[str, Any], counts: list[int]) -> list[str]:
     ]
 
 
-def chosen_suites(options: argparse.Namespace) -> tuple[list[str], list[str]]:
+def chosen_suites(options: argparse.Namespace, device: torch.device) -> tuple[list[str], list[str]]:
     """(those measured after the ceilings, why the others are not)."""
     found, why = [], []
     for name in options.suite or (QUICK if options.quick else DEFAULT):
@@ -115,6 +115,9 @@ def chosen_suites(options: argparse.Namespace) -> tuple[list[str], list[str]]:
             found.append(name)
     if "lora" in found and importlib.util.find_spec("peft") is None:
         why.append(f"lora: its rows of stock PEFT, not installed: peft ({WAY_OUT})")
+    if "lora" in found:
+        dtypes = (torch.float32, torch.bfloat16) if device.type == "cpu" else (torch.bfloat16,)
+        why += [f"lora: its rows of grouped products: {reason}" for dtype in dtypes if (reason := lora.no_grouped_mm(device, dtype))]
     return found, why
 
 
@@ -147,7 +150,7 @@ def measure(options: argparse.Namespace, command: str) -> int:
     read_clocks, how = clocks.reader(device)
     every = torch.get_num_threads()
     counts = options.threads or ([1] if device.type == "cuda" else [every] if options.quick or options.tiny else sorted({1, every}))
-    suites, why = chosen_suites(options)
+    suites, why = chosen_suites(options, device)
     setting = {"only": options.only, "rungs": options.rungs, "memory_gb": free_gb(device), "seconds": 0.02 if options.tiny else 1.2 if options.quick else 4.0}
     plan = argparse.Namespace(quick=options.tiny, short=options.quick and not options.tiny, **setting)
     numbers = {name: len(run.SUITES[name].wanted(plan, device)) for name in suites}

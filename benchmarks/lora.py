@@ -1,7 +1,8 @@
 """The lora suite: forward + backward of one multi-rank LoRA linear, against the frozen layer alone in the same round (ratio - 1 = overhead of LoRA).
 
 Providers: this project on every rung of the device; stock PEFT, one client after another, and compiled at a few shapes; hand-written addmm per client;
-zero-padded batched GEMMs. The smallest call, four rows of 64 columns, shows what a call costs before it computes anything.
+batched and grouped GEMMs over factors filled up with zero rows to one rank; without zero rows, one grouped GEMM for each rank. The smallest call, four rows of
+64 columns, shows what a call costs before it computes anything.
 Adapters are float32, the base and its input `dtype`, as PEFT has them; every provider is checked at p = 0 against the reference before it is timed.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -165,6 +166,56 @@ def padded(p: Problem) -> tuple[Callable[[], object], Results]:
     return run, lambda: (x.grad, unpadded(a.grad), unpadded(bt.grad))
 
 
+@cache
+def no_grouped_mm(device: torch.device, dtype: torch.dtype) -> str:
+    """Why there is no `torch.nn.functional.grouped_mm` for such tensors; "" where there is."""
+    if not hasattr(F, "grouped_mm"):
+        return f"torch {torch.__version__} has no grouped_mm"
+    x, w = torch.ones(16, 16, device=device, dtype=dtype, requires_grad=True), torch.ones(2, 16, 16, device=device, dtype=dtype, requires_grad=True)
+    try:
+        F.grouped_mm(x, w, offs=torch.tensor([8, 16], device=device, dtype=torch.int32)).backward(torch.ones_like(x))
+    except RuntimeError as error:
+        return f"grouped_mm of {dtype} on {device}: {str(error).splitlines()[0]}"
+    return ""
+
+
+def grouped(p: Problem, by_rank: bool = False) -> tuple[Callable[[], object], Results]:
+    """One grouped product of all clients, the factors filled up with zero rows to the largest rank.
+
+    by_rank: one product for each rank, of the clients that have it, without zero rows but for those to whole 16 bytes, which grouped_mm asks for.
+    """
+    rows, unit = p.tokens // p.clients, 16 // p.dtype.itemsize
+    x, of_client, parts = p.x.detach().clone().requires_grad_(), {}, []
+    for rank in sorted(set(p.ranks)) if by_rank else [max(p.ranks)]:
+        members = [k for k, own in enumerate(p.ranks) if own == rank or not by_rank]
+        size = -(-rank // unit) * unit
+
+        def stacked(factor: Tensor, members: list[int] = members, size: int = size) -> Tensor:
+            each = factor.detach().split(p.ranks)
+            return torch.stack([F.pad(each[k], (0, 0, 0, size - p.ranks[k])) for k in members]).requires_grad_()
+
+        a, bt = stacked(p.a), stacked(p.bt)
+        of_client |= {k: (a, bt, place) for place, k in enumerate(members)}
+        at = torch.cat([torch.arange(k * rows, (k + 1) * rows, device=p.device) for k in members])
+        ends = torch.arange(1, len(members) + 1, device=p.device, dtype=torch.int32) * rows
+        parts.append((None if len(members) == p.clients else at, ends, a, bt))
+
+    def run() -> None:
+        x.grad = None
+        y, dropped = F.linear(x, p.weight), F.dropout(x, p.p)
+        for at, ends, a, bt in parts:
+            a.grad = bt.grad = None
+            s = F.grouped_mm(dropped if at is None else dropped.index_select(0, at), a.to(x.dtype).transpose(1, 2), offs=ends)
+            own = F.grouped_mm(s, bt.to(x.dtype), offs=ends)
+            y = y + own if at is None else y.index_add(0, at, own)
+        y.backward(p.d_y)
+
+    def of_each(which: int) -> Tensor:
+        return torch.cat([of_client[k][which].grad[of_client[k][2], :rank] for k, rank in enumerate(p.ranks)])
+
+    return run, lambda: (x.grad, of_each(0), of_each(1))
+
+
 def providers(p: Problem, rungs: Sequence[str] | None = None) -> dict[str, Provider]:
     """rungs: those of this project that are measured; None: all that serve the device."""
     present = [rung for rung in _library.available() if rung != "reference" and (rung == "cpu") == (p.device.type == "cpu")]
@@ -172,6 +223,9 @@ def providers(p: Problem, rungs: Sequence[str] | None = None) -> dict[str, Provi
     stock = importlib.util.find_spec("peft") is not None
     own |= {RIVAL: peft} if stock else {}
     own |= {"torch addmm one by one": addmm, "torch padded bmm": padded}
+    if p.clients > 1 and (p.n * p.dtype.itemsize) % 16 == (p.m * p.dtype.itemsize) % 16 == 0 and not no_grouped_mm(p.device, p.dtype):
+        own["torch padded grouped_mm"] = grouped
+        own |= {"torch grouped_mm by rank": partial(grouped, by_rank=True)} if len(set(p.ranks)) > 1 else {}
     if stock and (p.n, p.m) in COMPILED and p.tokens in (1024, 8192) and p.ranks == [16] and (p.dtype == torch.float32 or p.device.type == "cuda"):
         own["PEFT compiled"] = partial(peft, compiled=True)
     return own

@@ -1,4 +1,4 @@
-"""`hetlora bench report FILE.json`: one self-contained page and its pictures: shares of the ceilings, other ways, curves by rank and clients."""
+"""`hetlora bench report FILE.json`: one self-contained page and its pictures: shares of the ceilings, other ways, roofline, curves by rank and clients."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from hetlora.report.drawing import BLUE, GREEN, GREY, ORANGE, VERMILION, Picture
 from hetlora.report.page import environment, picture_data
 from hetlora.run_folder import write_atomic
 
-from . import compare, figures
+from . import compare, figures, roofline
 
 Cases = dict[figures.Key, dict[str, figures.Record]]
 Group = tuple[str, str]  # operation, type
 MARK = '<meta name="generator" content="hetlora bench">'
 LAYER = re.compile(r"(?P<layer>\S+) T=(?P<rows>\d+) r=(?P<rank>\d+)$")  # the clients of a curve have one rank
 LOOKS = {"PEFT one by one": (ORANGE, "s"), "torch addmm one by one": (GREEN, "^"), "torch padded bmm": (GREY, "d")}
+LOOKS |= {"torch padded grouped_mm": ("#CC79A7", "x"), "torch grouped_mm by rank": ("#882255", "+")}
 OWN_LOOKS = ((BLUE, "o"), (VERMILION, "v"), ("#56B4E9", "P"))
 
 
@@ -168,6 +169,8 @@ def draw_all(data: Mapping[str, Any]) -> dict[str, Picture]:
         pictures["shares"] = render(partial(draw_shares, shares))
     if ratios := groups(cases, best_other):
         pictures["ratios"] = render(partial(draw_ratios, ratios))
+    if roofs := roofline.roofs(cases, best):
+        pictures["roofline"] = render(partial(roofline.draw, roofs))
     for group, (where, by_rank, by_clients) in curves(cases).items():
         name = re.sub(r"[^\w.]+", "-", f"curves {group[0]} {group[1]}").strip("-")
         pictures[name] = render(partial(draw_curves, group, where, by_rank, by_clients))

@@ -337,8 +337,8 @@ def test_a_report_is_one_page_with_pictures_of_what_the_file_has(tmp_path, capsy
     file = written(tmp_path / "a.json", rows, refused=["<b>gram</b> is wrong"], load_average={"before": 3.0, "after": 3.0}, date="measured 2026-01-02")
     out = tmp_path / "pages"
     assert kit.main(["report", file, "-o", str(out)]) == 0
-    assert capsys.readouterr().out == f"report: {out / 'a.html'} (3 pictures)\n"
-    names = {"a.html", "a-shares.png", "a-ratios.png", "a-curves-lora_linear-p-0.1-float32.png"}
+    assert capsys.readouterr().out == f"report: {out / 'a.html'} (4 pictures)\n"
+    names = {"a.html", "a-shares.png", "a-ratios.png", "a-roofline.png", "a-curves-lora_linear-p-0.1-float32.png"}
     assert {path.name for path in out.iterdir()} == names and all(path.read_bytes().startswith(b"\x89PNG") for path in out.glob("*.png"))
     text = (out / "a.html").read_text(encoding="utf-8")
     assert "<h1>hetlora on a processor</h1>" in text and "measured 2026-01-02" in text and "Other work was running on the machine" in text

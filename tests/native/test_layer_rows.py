@@ -1,0 +1,63 @@
+"""The other ways of the layer's benchmark that fill factors up to one rank, and the roofline drawn of its rows."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch.nn import functional
+
+from hetlora_kernels.benchmarks import figures, kit, lora, roofline
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(bool(lora.no_grouped_mm(CPU, torch.float32)), reason=lora.no_grouped_mm(CPU, torch.float32) or "there is one")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_products_give_the_gradients_of_the_reference(dtype, monkeypatch):
+    """With ranks that are no multiple of 16 bytes; `check` compares every provider of the case with the reference."""
+    p = lora.Problem(40, 24, 20, [4, 1, 7, 4], dtype, CPU)
+    named = lora.providers(p)
+    assert {"torch padded grouped_mm", "torch grouped_mm by rank"} < named.keys()
+    lora.check(p)
+    real = lora.grouped
+
+    def wrong(problem, by_rank=False):
+        run, results = real(problem, by_rank)
+        return run, lambda: tuple(1.05 * t for t in results())
+
+    monkeypatch.setattr(lora, "grouped", wrong)
+    with pytest.raises(lora.WrongResultError, match="torch padded grouped_mm: d_x of 40->24"):
+        lora.check(p)
+
+
+def test_the_products_by_rank_have_no_zero_rows_beyond_whole_16_bytes(monkeypatch):
+    seen, real = [], functional.grouped_mm
+    monkeypatch.setattr(lora.F, "grouped_mm", lambda left, right, **own: seen.append(tuple(right.shape)) or real(left, right, **own))
+    p = lora.Problem(40, 24, 16, [4, 8, 4, 8], torch.float32, CPU)
+    for make, shapes in ((partial(lora.grouped, by_rank=True), [(2, 40, 4), (2, 4, 24), (2, 40, 8), (2, 8, 24)]), (lora.grouped, [(4, 40, 8), (4, 8, 24)])):
+        make(p)[0]()
+        assert seen == shapes
+        seen.clear()
+
+
+def test_without_grouped_mm_its_rows_are_left_out_and_said(monkeypatch):
+    monkeypatch.setattr(lora, "no_grouped_mm", lambda device, dtype: "this torch has none")
+    assert not [name for name in lora.providers(lora.Problem(40, 24, 16, [4, 1], torch.float32, CPU)) if "grouped" in name]
+    suites, why = kit.chosen_suites(kit.arguments(["--suite", "lora"], "hetlora bench"), CPU)
+    assert suites == ["lora"] and "lora: its rows of grouped products: this torch has none" in why
+
+
+def row(provider: str, seconds: float, op: str = "lora_linear", yardstick: str = "frozen layer", **own: object) -> dict[str, object]:
+    of = {"op": op, "shape": "s", "clients": 1, "dtype": "float32", "threads": 1, "provider": provider, "yardstick": yardstick}
+    return {**of, "median_s": seconds, "flops": 8, "bytes": 2, **own}
+
+
+def test_the_roof_is_the_lower_of_copy_and_product():
+    ceilings = [row("torch", 1.0, "copy", "torch", bytes=10, flops=None), row("torch", 1.0, "product", "torch", flops=30)]
+    rows = [*ceilings, row("frozen layer", 0.1), row("hetlora cpu", 1.0), row("PEFT", 2.0), row("addmm", 4.0), row("hetlora", 1.0, "gram", flops=None)]
+    rows += [row("hetlora cpu", 1.0, dtype="bfloat16")]
+    ((place, roof),) = roofline.roofs(figures.by_case(rows), figures.ceilings(rows)).items()
+    assert place == ("float32", 1) and (roof.own, roof.others) == ([(4.0, 8.0)], [(4.0, 4.0)])
+    assert (roof.at(1.0), roof.at(3.0), roof.at(100.0)) == (10.0, 30.0, 30.0)
