@@ -21,6 +21,7 @@ ADDED = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "reporting.md",
+    "examples/jetson.Dockerfile": "jetson.Dockerfile",
     **{f"benchmarks/results/{path.name}": f"figures/{path.name}" for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))},
 }
 FROM = {there: here for here, there in ADDED.items()}

@@ -39,7 +39,8 @@ def test_a_link_that_leads_nowhere_stops_it(line: str, tmp_path: Path) -> None:
     for name in ("docs/pages.py", "docs/maths.md"):
         shutil.copy(ROOT / name, docs)
     (tmp_path / "mkdocs.yml").write_text(re.sub(r"nav:\n  - hetlora.*", "", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.DOTALL))
-    for name in ("README.md", "README.ko.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"):
+    (tmp_path / "examples").mkdir()
+    for name in ("README.md", "README.ko.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/jetson.Dockerfile"):
         (tmp_path / name).write_text("# A page\n")
     (docs / "maths.md").write_text("# Maths\n")
     build(tmp_path, tmp_path / "good")
