@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ class Waiting:
     """How long the server waits.
 
     min_clients: clients that must have joined before the first round.   join_timeout: seconds it waits for them.
-    round_timeout: seconds it waits for the replies of a round; who has not replied is left out of the round.
+    round_timeout: seconds it waits for the replies of a round; who has not replied is left out of the round, and what comes later is not used.
     resume: continue the run in `output`.
 
     >>> from hetlora.flower import Waiting
@@ -45,13 +46,24 @@ def server_settings(run_config: Mapping[str, Any]) -> tuple[Config, Waiting]:
     """Settings of `Config`, `method`, and `Waiting` by their names, with '-' or '_'; `ConfigError` for others."""
     values = _underscored(run_config)
     waiting = {name: values.pop(name) for name in list(values) if name in Waiting.__dataclass_fields__}
-    for name, least, kind in (("min_clients", 1, int), ("join_timeout", 0, (int, float)), ("round_timeout", 0, (int, float)), ("resume", 0, bool)):
-        if name in waiting and (not isinstance(waiting[name], kind) or waiting[name] < least):
-            raise ConfigError(f"run config: {name}: expected {'true or false' if kind is bool else f'a number >= {least}'}, got {waiting[name]!r}")
+    if "min_clients" in waiting and (type(waiting["min_clients"]) is not int or waiting["min_clients"] < 1):
+        raise ConfigError(f"run config: min_clients: expected a number >= 1, got {waiting['min_clients']!r}")
+    if "resume" in waiting and not isinstance(waiting["resume"], bool):
+        raise ConfigError(f"run config: resume: expected true or false, got {waiting['resume']!r}")
+    for name, zero in (("join_timeout", True), ("round_timeout", False)):
+        if name in waiting:
+            waiting[name] = seconds(f"run config: {name}", waiting[name], zero)
     cfg = Config.create("run config", **_of_a_method(values))
     if cfg.cuda_graph:
         raise ConfigError("run config: cuda_graph = True: records the step of a cohort, and deployed clients train one at a time; leave it out")
     return cfg, Waiting(**waiting)
+
+
+def seconds(name: str, value: Any, zero: bool = False) -> float:
+    """`value`, where it is a finite number above 0, or 0 where `zero` may be; else `ConfigError`."""
+    if type(value) not in (int, float) or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise ConfigError(f"{name}: expected a number of seconds {'>=' if zero else '>'} 0, got {value!r}")
+    return float(value)
 
 
 def client_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> tuple[Config, Node]:

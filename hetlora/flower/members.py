@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flwr.app import Message, MessageType
+from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid
 
 from hetlora.deployed import members, messages
@@ -13,6 +14,7 @@ from hetlora.deployed.local import Base
 from hetlora.deployed.settings import Waiting
 from hetlora.errors import ConfigError
 from hetlora.flower.records import record_dict
+from hetlora.flower.replies import replies_to, send
 from hetlora.ranks import RankRule
 
 
@@ -30,10 +32,15 @@ class Members(members.Members):
             if member.node not in nodes:
                 member.node = None
         if asked := [Message(record_dict(messages.question(measure=new)), node, MessageType.QUERY) for node in nodes if node not in self._known]:
-            replies = self.grid.send_and_receive(asked, timeout=self.waiting.join_timeout)
-            for message in sorted(replies, key=lambda reply: int(reply.metadata.src_node_id)):
+            numbers = send(self.grid, asked)
+            node_of = {number: int(message.metadata.dst_node_id) for number, message in zip(numbers, asked, strict=True)}
+            answers = replies_to(self.grid, numbers, self.waiting.join_timeout)
+            for message in sorted(answers, key=lambda reply: int(reply.metadata.src_node_id)):
                 node = int(message.metadata.src_node_id)
-                self._known.add(node)
+                if node == SUPERLINK_NODE_ID:  # in the place of a node that is gone, and is asked again when it is back
+                    node = node_of.get(message.metadata.reply_to_message_id, node)
+                else:
+                    self._known.add(node)
                 try:
                     self._meet(node, message, new)
                 except ConfigError as error:

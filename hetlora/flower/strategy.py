@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, Metadata, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
@@ -16,14 +16,15 @@ import hetlora_kernels as hk
 from hetlora import loop
 from hetlora.config import Config, ConfigError
 from hetlora.deployed import fleet, messages
-from hetlora.deployed.exchange import Reply, exchange
+from hetlora.deployed.exchange import exchange
 from hetlora.deployed.fleet import Round, read_reply
 from hetlora.deployed.local import Base
-from hetlora.deployed.settings import Waiting
+from hetlora.deployed.settings import Waiting, seconds
 from hetlora.deployed.wire import size, to_array
 from hetlora.fleet import Progress
 from hetlora.flower.members import Members
 from hetlora.flower.records import array_record, array_records
+from hetlora.flower.replies import lifetime, replies_to, send
 from hetlora.observer import Observer
 from hetlora.ranks import Capability, StartingRanks, check_width
 from hetlora.server import ServerState
@@ -32,9 +33,9 @@ from hetlora.training import Trained
 
 @dataclass
 class Turn(fleet.Turn):
-    """What the loop asked for and the strategy sends.   asked: Flower's words on the message to each of `names`; it numbers a message when it sends it."""
+    """What the loop asked for and the strategy sends.   sent: number of the message to each of `names`, '' where the SuperLink did not take it."""
 
-    asked: list[Metadata] = field(default_factory=list)
+    sent: list[str] = field(default_factory=list)
 
 
 class HetLora(FedAvg):
@@ -46,7 +47,8 @@ class HetLora(FedAvg):
     A round: each sampled node gets its own rank rows of the bank, trains, prunes and sends back what it kept. Every reply is checked before the bank is
     touched: records, shapes, types, bytes, ranks against those granted, finite values; what fails is named and left out of the round. Updates above the
     usual size are scaled (`clip_median`). Uploads are merged in name order, so that the result does not depend on who was first; the server holds the
-    bank and the uploads of one round. The numbers are those of `hetlora run --no-cobatch`, bit for bit on equal machines.
+    bank, the uploads of one round, and a few of Flower's messages at a time. The numbers are those of `hetlora run --no-cobatch`, bit for bit on equal
+    machines.
 
     Raises `ConfigError`: settings that only the simulation knows, too few clients, clients with different base models or modules.
 
@@ -68,6 +70,7 @@ class HetLora(FedAvg):
         self._round = Round()
         self._node: Callable[[str], int] = lambda name: 0
         self._evaluated: dict[str, messages.Evaluated] = {}
+        self._timeout = self.waiting.round_timeout
 
     def summary(self) -> None:
         """Nothing: the run says on what it works."""
@@ -94,8 +97,10 @@ class HetLora(FedAvg):
             raise ConfigError("train_config, evaluate_config: clients take their settings from the app's run config; leave them out")
         if isinstance(rule := self.cfg.rank_rule, Capability):  # before clients measure for ranks that no module can have
             check_width(StartingRanks(rule.low, rule.high, {}), self.base.shapes)
+        if timeout is not None:
+            self._timeout = seconds("timeout", timeout)
         members = Members(grid, self.base, self.cfg.rank_rule, self.waiting, Path(self.cfg.output), self.observer.message)
-        clients = FlowerFleet(self, members, timeout or self.waiting.round_timeout)
+        clients = FlowerFleet(self, members)
         self._node = members.node
         found = loop.run_rounds(self.cfg, clients.gathered, resume=self.waiting.resume, observer=_Evaluating(self, clients, evaluate_fn))
         return Result(_adapter(found.bank), clients.train_metrics, clients.evaluate_metrics, clients.from_evaluate_fn)
@@ -110,15 +115,11 @@ class HetLora(FedAvg):
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check every reply and keep what passes, in name order; the loop merges it. Returns the bytes and clients that arrived."""
         turn, found = self._asked(), Round()
-        answers, lost = self._answers(turn, replies)
-        for k, message in answers.items():
-            try:
-                reply, upload, received = self._read(turn, turn.names[k], message)
-            except (ConfigError, ValueError) as error:
-                found.dropped[k] = " ".join(str(error).split())[:300]
-            else:
-                found.replies[k], found.uploads[k], found.bytes_up[k] = reply, upload, received
-        found.dropped |= lost
+
+        def keep(k: int, message: Message) -> None:
+            found.replies[k], found.uploads[k], found.bytes_up[k] = read_reply(self.cfg, self.exchange, turn, turn.names[k], message.content)
+
+        found.dropped |= self._hear(turn, replies, keep)
         self._round = found
         return None, MetricRecord({"arrived": len(found.replies), "bytes_up": sum(found.bytes_up.values())})
 
@@ -130,18 +131,15 @@ class HetLora(FedAvg):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Keep what every client found on its own text."""
         turn = self._asked()
-        answers, left_out = self._answers(turn, replies)
-        self._evaluated = {}
-        for k, message in answers.items():
-            try:
-                if message.has_error():
-                    raise ConfigError(f"its client failed: {message.error.reason or 'no reason given'}")
-                self._evaluated[turn.names[k]] = messages.evaluated(message.content)
-            except ConfigError as error:
-                left_out[k] = " ".join(str(error).split())[:300]
-        for k, why in sorted(left_out.items()):
+        found: dict[str, messages.Evaluated] = {}
+
+        def keep(k: int, message: Message) -> None:
+            found[turn.names[k]] = messages.evaluated(message.content)
+
+        for k, why in self._hear(turn, replies, keep).items():
             self.observer.message(f"evaluation: {turn.names[k]} is left out, {why}")
-        return MetricRecord({"clients": len(self._evaluated)})
+        self._evaluated = found
+        return MetricRecord({"clients": len(found)})
 
     def _asked(self) -> Turn:
         if self._turn is None:
@@ -149,46 +147,54 @@ class HetLora(FedAvg):
         return self._turn
 
     def _messages(self, turn: Turn, records: Iterable[ArrayRecord], kind: str) -> list[Message]:
-        sent = [self._message(turn, name, own, kind) for name, own in zip(turn.names, records, strict=True)]
-        turn.asked = [message.metadata for message in sent]
-        return sent
+        return [self._message(turn, name, own, kind) for name, own in zip(turn.names, records, strict=True)]
 
-    def _answers(self, turn: Turn, replies: Iterable[Message]) -> tuple[dict[int, Message], dict[int, str]]:
-        """What each client answered, and why the others did not, by positions in the turn's names.
+    def _ask(self, grid: Grid, sent: list[Message]) -> Iterator[Message]:
+        """Send them, and what comes back; each reply as soon as it is there."""
+        turn = self._asked()
+        turn.sent = send(grid, sent)
+        return replies_to(grid, turn.sent, self._timeout)
+
+    def _hear(self, turn: Turn, replies: Iterable[Message], keep: Callable[[int, Message], None]) -> dict[int, str]:
+        """Give each client's answer to `keep` and let it go; why clients are left out, by their positions in the turn's names.
 
         The SuperLink answers in the place of a node that it has lost: from its own number, to the number of the message. Of any other node than
         those asked nothing counts, nor a second answer.
         """
         nodes = {self._node(name): k for k, name in enumerate(turn.names)}
-        numbers = {metadata.message_id: k for k, metadata in enumerate(turn.asked) if metadata.message_id}
-        answers: dict[int, Message] = {}
-        lost: dict[int, str] = {}
+        numbers = {number: k for k, number in enumerate(turn.sent) if number}
+        left_out: dict[int, str] = {}
+        lost = {k: "no reply: the SuperLink did not take the message to it; its node has left" for k, number in enumerate(turn.sent) if not number}
         for message in replies:
             if message.metadata.src_node_id == SUPERLINK_NODE_ID:
                 k = numbers.get(message.metadata.reply_to_message_id)
                 if k is not None and message.has_error():
-                    lost[k] = f"no reply: {' '.join((message.error.reason or 'no reason given').split())}"[:300]
+                    lost[k] = f"no reply: {_line(message.error.reason or 'no reason given')}"
             elif (k := nodes.pop(message.metadata.src_node_id, None)) is not None:
-                answers[k] = message
-        late = f"no reply within {self.waiting.round_timeout:g} s"
-        return answers, {k: lost.get(k, late) for k in nodes.values()}
+                try:
+                    if message.has_error():
+                        raise ConfigError(f"its client failed: {message.error.reason or 'no reason given'}")
+                    keep(k, message)
+                except (ConfigError, ValueError) as error:
+                    left_out[k] = _line(str(error))
+        late = f"no reply within {self._timeout:g} s"
+        return dict(sorted((left_out | {k: lost.get(k, late) for k in nodes.values()}).items()))
 
     def _message(self, turn: Turn, name: str, arrays: ArrayRecord, kind: str) -> Message:
         content = RecordDict({messages.ARRAYS: arrays, messages.CONFIG: ConfigRecord(asdict(turn.order(name)))})
-        return Message(content, self._node(name), kind, group_id=str(turn.number))
+        return Message(content, self._node(name), kind, ttl=lifetime(self._timeout), group_id=str(turn.number))
 
-    def _read(self, turn: Turn, name: str, message: Message) -> tuple[Reply, Any, int]:
-        if message.has_error():
-            raise ConfigError(f"its client failed: {message.error.reason or 'no reason given'}")
-        return read_reply(self.cfg, self.exchange, turn, name, message.content)
+
+def _line(reason: str) -> str:
+    return " ".join(reason.split())[:300]
 
 
 class FlowerFleet(fleet.DeployedFleet):
     """The clients of a run behind Flower's grid, as `hetlora.fleet.Fleet`."""
 
-    def __init__(self, strategy: HetLora, members: Members, timeout: float) -> None:
+    def __init__(self, strategy: HetLora, members: Members) -> None:
         super().__init__(strategy.base, members, "Flower")
-        self.strategy, self.grid, self.timeout = strategy, members.grid, timeout
+        self.strategy, self.grid = strategy, members.grid
         self._round_evaluated: int | None = None
         self.train_metrics: dict[int, MetricRecord] = {}
         self.evaluate_metrics: dict[int, MetricRecord] = {}
@@ -199,7 +205,7 @@ class FlowerFleet(fleet.DeployedFleet):
         strategy._turn = Turn(state, list(names), number, lr)
         sent = list(strategy.configure_train(number, ArrayRecord(), ConfigRecord(), grid))
         down = [size(message.content.array_records[messages.ARRAYS]) for message in sent]
-        _, metrics = strategy.aggregate_train(number, grid.send_and_receive(sent, timeout=self.timeout))
+        _, metrics = strategy.aggregate_train(number, strategy._ask(grid, sent))
         if metrics is not None:
             self.train_metrics[number] = metrics
         found = strategy._round
@@ -212,7 +218,7 @@ class FlowerFleet(fleet.DeployedFleet):
             strategy, grid = self.strategy, self.grid
             strategy._turn = Turn(state, self.present(), state.round, 0.0)
             sent = list(strategy.configure_evaluate(state.round, ArrayRecord(), ConfigRecord(), grid))
-            metrics = strategy.aggregate_evaluate(state.round, grid.send_and_receive(sent, timeout=self.timeout))
+            metrics = strategy.aggregate_evaluate(state.round, strategy._ask(grid, sent))
             if metrics is not None:
                 self.evaluate_metrics[state.round] = metrics
             self._round_evaluated = state.round

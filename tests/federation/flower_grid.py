@@ -24,7 +24,8 @@ class LocalGrid(Grid):
         self.app, self.run_config, self.spoil = app, run_config, spoil
         self.nodes = {11 + i: config for i, config in enumerate(nodes)}
         self.asked: list[tuple[int, str]] = []
-        self.sent_objects: set[int] = set()
+        self.replies: dict[str, Message] = {}
+        self.most_held = 0  # replies that one call gave
 
     def set_run(self, run: Any) -> None: ...
 
@@ -38,20 +39,18 @@ class LocalGrid(Grid):
     def get_node_ids(self) -> Iterable[int]:
         return list(self.nodes)
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        raise NotImplementedError
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        raise NotImplementedError
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        replies = []
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str | None]:
+        """Their numbers, as Flower's own grid gives them to what it sends; None for a node that is not there."""
+        numbers: list[str | None] = []
         for message in messages:
-            message.metadata.__dict__["_message_id"] = f"message {len(self.asked)}"  # as Flower's own grid numbers what it sends
+            number = f"message {len(self.asked)}"
+            message.metadata.__dict__["_message_id"] = number
             node = int(message.metadata.dst_node_id)
             self.asked.append((node, message.metadata.message_type))
             if node not in self.nodes:
+                numbers.append(None)
                 continue
+            numbers.append(number)
             context = Context(1, node, self.nodes[node], RecordDict(), self.run_config)
             try:
                 reply = self.app(message, context)
@@ -59,5 +58,26 @@ class LocalGrid(Grid):
                 reply = Message(Error(0, f"{type(error).__name__}: {error}"), reply_to=message)
             reply = self.spoil(node, message, reply) if self.spoil else reply
             if reply is not None:
-                replies.append(reply)
-        return list(reversed(replies))  # in no order that may matter
+                self.replies[number] = reply
+        return numbers
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """What was answered to them, in no order that may matter."""
+        found = [self.replies.pop(number) for number in message_ids if number in self.replies]
+        self.most_held = max(self.most_held, len(found))
+        return found[::-1]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        return self.pull_messages([number for number in self.push_messages(messages) if number])
+
+
+class Clock:
+    """In the place of `time`: what sleeps is there at once."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds

@@ -56,8 +56,8 @@ def deployed(cfg: Config, spoil=None, waiting: Waiting | None = None, grid_of=Lo
 class Restarting(LocalGrid):
     """Node 12 goes away after its first round of training and comes back under another number."""
 
-    def send_and_receive(self, messages, *, timeout=None):
-        replies = super().send_and_receive(messages, timeout=timeout)
+    def pull_messages(self, numbers):
+        replies = super().pull_messages(numbers)
         if 12 in self.nodes and (12, "train") in self.asked:
             self.nodes[99] = self.nodes.pop(12)
         return replies
@@ -166,8 +166,8 @@ def test_a_client_with_a_rank_stays_in_the_run_however_little_memory_it_has_late
     monkeypatch.setattr(device, "free_memory", lambda where: (1, "told") if free else real(where))
 
     class Poorer(Restarting):
-        def send_and_receive(self, messages, *, timeout=None):
-            replies = super().send_and_receive(messages, timeout=timeout)
+        def pull_messages(self, numbers):
+            replies = super().pull_messages(numbers)
             if 99 in self.nodes and not free:
                 free.append(1)
             return replies

@@ -7,19 +7,22 @@ import pytest
 pytest.importorskip("flwr.serverapp", reason="Flower is not installed (pip install '.[flower]')")
 
 import json
+import pickle
 import random
 import re
+from typing import ClassVar
 
 import torch
-from flower_grid import LocalGrid
+from flower_grid import Clock, LocalGrid
 from flwr.app import Array, Error, Message, MessageType
 from tiny import lines, tiny_clients, tiny_config, tiny_federation, tiny_model
 
 from hetlora.config import Config, ConfigError
 from hetlora.deployed import members as members_module
 from hetlora.deployed import wire
-from hetlora.deployed.local import base_digest, modules_digest
+from hetlora.deployed.local import Client, base_digest, base_model, modules_digest, own_text
 from hetlora.flower import Base, HetLora, Waiting, client_app
+from hetlora.flower import replies as replies_module
 from hetlora.loop import simulate
 from hetlora.models import target_shapes
 from hetlora.observer import Observer
@@ -34,6 +37,7 @@ def to_array(tensor: torch.Tensor) -> Array:
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
     monkeypatch.setattr(members_module, "POLL", 0.01)
+    monkeypatch.setattr(replies_module, "time", Clock())
 
 
 def base(cfg: Config) -> Base:
@@ -195,10 +199,13 @@ def test_a_reason_goes_to_the_client_that_it_is_of(tmp_path, kind, part):
     """Of four clients one is lost by the SuperLink and one is silent; a node that nobody asked fails."""
 
     class Grid(LocalGrid):
-        def send_and_receive(self, messages, *, timeout=None):
-            replies = super().send_and_receive(messages, timeout=timeout)
-            asked = {message.metadata.dst_node_id: message for message in messages}
-            if any(message.metadata.message_type != kind or message.metadata.group_id != "2" for message in messages):
+        def push_messages(self, messages):
+            self.last = list(messages)
+            return super().push_messages(self.last)
+
+        def pull_messages(self, numbers):
+            replies, asked = super().pull_messages(numbers), {message.metadata.dst_node_id: message for message in self.last}
+            if any(message.metadata.message_type != kind or message.metadata.group_id != "2" for message in self.last):
                 return replies
             gone = Message(Error(5, "Node Unavailable - Error Code 5"), reply_to=asked[12])
             stranger = Message(Error(0, "a stranger's error"), reply_to=asked[13])
@@ -210,6 +217,54 @@ def test_a_reason_goes_to_the_client_that_it_is_of(tmp_path, kind, part):
         f"{part}: client1 is left out, no reply: Node Unavailable - Error Code 5",
         f"{part}: client2 is left out, no reply within 3600 s",
     ]
+
+
+def test_a_node_that_has_left_is_named_at_once(tmp_path):
+    """The SuperLink takes no message to it; the round does not wait."""
+
+    class Leaving(LocalGrid):
+        def push_messages(self, messages):
+            messages = list(messages)
+            if messages[0].metadata.message_type == MessageType.TRAIN and messages[0].metadata.group_id == "2":
+                del self.nodes[12]
+            return super().push_messages(messages)
+
+    _, said, _ = deployed(tiny_config(tmp_path / "run", clients_per_round=4, rounds=2), grid_of=Leaving)
+    assert "round 2: client1 is left out, no reply: the SuperLink did not take the message to it; its node has left" in said
+    assert replies_module.time.now < 600
+
+
+def test_what_comes_after_its_time_is_not_used(tmp_path):
+    """Its round is that of the others; the client's next reply counts. A message lives longer than the server waits."""
+
+    class Slow(LocalGrid):
+        lives: ClassVar[set[float]] = set()
+        pulled: ClassVar[list[str]] = []
+
+        def push_messages(self, messages):
+            messages = list(messages)
+            self.lives |= {message.metadata.ttl for message in messages if message.metadata.message_type != MessageType.QUERY}
+            return super().push_messages(messages)
+
+        def pull_messages(self, numbers):
+            numbers = list(numbers)
+            self.pulled += numbers
+            at = [k for k, asked in enumerate(self.asked) if asked == (12, MessageType.TRAIN)]
+            late = f"message {at[1]}" if len(at) > 1 else ""  # of round 2
+            return super().pull_messages([number for number in numbers if number != late or replies_module.time.now > 90000])
+
+    waiting = Waiting(min_clients=4, join_timeout=0, round_timeout=80000)
+    _, said, grid = deployed(tiny_config(tmp_path / "run", clients_per_round=4, rounds=3), grid_of=Slow, waiting=waiting)
+    assert [line for line in said if "is left out" in line] == ["round 2: client1 is left out, no reply within 80000 s"]
+    assert len(grid.replies) == 1 and len(lines(tmp_path / "run")[3]["clients"]) == 4
+    assert grid.lives == {80060.0}
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), True])
+def test_a_time_that_is_none_is_refused(tmp_path, seconds):
+    cfg = tiny_config(tmp_path / "run")
+    with pytest.raises(ConfigError, match=re.escape(f"timeout: expected a number of seconds > 0, got {seconds!r}")):
+        HetLora(cfg, base(cfg)).start(LocalGrid(None, {}, []), timeout=seconds)
 
 
 def test_an_update_of_unusual_size_is_scaled_and_named(tmp_path):
@@ -243,8 +298,8 @@ def test_clients_are_known_by_name_when_their_nodes_come_back(tmp_path):
     class Restarting(LocalGrid):
         """Node 12 goes away after its first round of training and comes back under another number."""
 
-        def send_and_receive(self, messages, *, timeout=None):
-            replies = super().send_and_receive(messages, timeout=timeout)
+        def pull_messages(self, numbers):
+            replies = super().pull_messages(numbers)
             if 12 in self.nodes and (12, MessageType.TRAIN) in self.asked:
                 self.nodes[99] = self.nodes.pop(12)
             return replies
@@ -295,10 +350,24 @@ def test_the_digest_of_a_base_tells_models_apart_and_not_their_types():
     assert base_digest(tiny_model()) != base_digest(tiny_model(seed=1))
 
 
+def test_a_node_that_is_lost_before_it_says_who_it_is_is_asked_again(tmp_path):
+    first = []
+
+    def spoil(node, message, reply):
+        if node == 12 and message.metadata.message_type == MessageType.QUERY and not first:
+            first.append(node)
+            return from_node(1, Message(Error(5, "Node Unavailable"), reply_to=message))
+        return reply
+
+    _, said, _ = deployed(tiny_config(tmp_path / "run", rounds=1), spoil, Waiting(min_clients=4, join_timeout=60))
+    assert "node 12 takes no part: it failed: Node Unavailable" in said
+    assert [client["name"] for client in json.loads((tmp_path / "run/clients.json").read_text())["clients"]] == [f"client{k}" for k in range(4)]
+
+
 def test_a_late_client_waits_for_the_next_run(tmp_path):
     class Growing(LocalGrid):
-        def send_and_receive(self, messages, *, timeout=None):
-            replies = super().send_and_receive(messages, timeout=timeout)
+        def pull_messages(self, numbers):
+            replies = super().pull_messages(numbers)
             if any(kind == MessageType.TRAIN for _, kind in self.asked):
                 self.nodes.setdefault(98, {"partition-id": 3})
             return replies
@@ -374,3 +443,9 @@ def test_the_course_of_a_deployed_run_is_that_of_the_simulated_one(tmp_path):
     assert (tmp_path / "here/adapter/adapter_model.safetensors").read_bytes() == (tmp_path / "there/adapter/adapter_model.safetensors").read_bytes()
     known = {client["name"]: client["perplexity_after"] for client in ours.summary["clients"]}
     assert {client["name"]: client["perplexity_after"] for client in summary["clients"]} == pytest.approx(known, rel=1e-6)
+
+
+def test_what_answers_for_a_client_travels_between_processes():
+    """Flower's simulation pickles the app for every message; its model stays in the process."""
+    client = pickle.loads(pickle.dumps(Client(base_model, own_text, print)))
+    assert (client._model, client._data) == (base_model, own_text)

@@ -1,13 +1,15 @@
-"""The real thing on loopback: a SuperLink under TLS that admits known keys alone, three SuperNodes, a run that is killed and goes on."""
+"""The real thing on loopback: a SuperLink under TLS that admits known keys alone, three SuperNodes, a run that is killed and goes on, a node that is killed."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,12 +21,22 @@ import torch
 from click.testing import CliRunner
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from flower_grid import LocalGrid
+from flwr.app import Error, Message, MessageType
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.server.superlink.linkstate.utils import NODE_UNAVAILABLE_ERROR_REASON
 from tiny import lines
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from hetlora.cli import cli
-from hetlora.flower import launch
+from hetlora.deployed.settings import server_settings
+from hetlora.flower import HetLora, client_app, describe_base, launch
 from hetlora.flower.certificates import write_certificates
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 SETTINGS = {"ranks": "2,4,8", "rounds": 2, "seq-len": 32, "local-steps": 2, "batch-size": 2, "device": "cpu", "method": "hetlora", "eval-every": 2}
 CLIENTS = ("ARABIC", "GREEK", "HEBREW")
@@ -111,6 +123,33 @@ def write_key(path: Path) -> Path:
     return public
 
 
+BEATS_OFTEN = """
+from flwr.supernode import fleet_http_connection
+fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL = 20  # not 30: a SuperLink gives a node up after two intervals without a beat
+from flwr.supernode.cli import flower_supernode
+flower_supernode()
+"""
+
+
+def here_without(folder: Path, lost: str) -> Path:
+    """The run folder of the app's run in this process, in which the SuperLink says in round 2 that the client `lost` is gone."""
+    settings = tomllib.loads((folder / "app" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    settings["output"] = str(folder / "here without")
+    nodes = [{"partition-id": k} for k in range(len(CLIENTS))]
+
+    def spoil(node, message, reply):
+        if message.metadata.group_id == "2" and CLIENTS[grid.nodes[node]["partition-id"]] == lost and message.metadata.message_type == MessageType.TRAIN:
+            del grid.nodes[node]
+            reply = Message(Error(ErrorCode.NODE_UNAVAILABLE, NODE_UNAVAILABLE_ERROR_REASON), reply_to=message)
+            reply.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE_ID
+        return reply
+
+    grid = LocalGrid(client_app(), settings, nodes, spoil)
+    cfg, waiting = server_settings(settings)
+    HetLora(cfg, describe_base(cfg), waiting).start(grid)
+    return Path(settings["output"])
+
+
 def make_app(folder: Path, output: Path) -> Path:
     model = folder / "model"
     torch.manual_seed(0)
@@ -127,8 +166,19 @@ def make_app(folder: Path, output: Path) -> Path:
     return folder / "app"
 
 
+def same(records: list[dict], others: list[dict]) -> None:
+    """Equal but for losses of an evaluation, which sum in another order."""
+    for record, other in zip(records, others, strict=True):
+        one, two = (each.pop("evaluation") for each in (record, other))
+        assert record == other and (one is None) == (two is None) == (record["round"] == 1)
+        if one is not None:
+            assert one["client_text"]["loss"] == pytest.approx(two["client_text"]["loss"], rel=1e-6)
+            assert one["client_text"]["tokens"] == two["client_text"]["tokens"]
+
+
 @pytest.mark.slow
-def test_a_run_over_tls_that_is_killed_goes_on_to_the_bits_of_the_simulation(tmp_path, processes):
+def test_a_run_over_tls_that_is_killed_goes_on_and_loses_a_killed_node_alone(tmp_path, processes):
+    """Round 1 is that of the simulation, then the server's app is killed. In round 2 a node is killed as it trains, and the round is that of the others."""
     output, port = tmp_path / "there", free_port()
     app = make_app(tmp_path, output)
     write_certificates(tmp_path / "tls", ["localhost", "127.0.0.1"])
@@ -144,7 +194,7 @@ def test_a_run_over_tls_that_is_killed_goes_on_to_the_bits_of_the_simulation(tmp
         if name != "stranger":
             processes.run(command[0], "supernode", "register", str(public), "hetlora", "--format", "json")
         node = launch.join_command(server, free_port(), [f"partition-id={min(place, 2)}"], ca, tmp_path / name)
-        processes.start(name, node)
+        processes.start(name, [sys.executable, "-c", BEATS_OFTEN, *node[1:]] if name == "known1" else node)
 
     processes.run(*run)
     processes.wait("round 1 was not closed", lambda: (output / "rounds.jsonl").exists() and len(lines(output)) >= 2)
@@ -154,18 +204,24 @@ def test_a_run_over_tls_that_is_killed_goes_on_to_the_bits_of_the_simulation(tmp
         os.kill(app_process, signal.SIGKILL)
     assert not (output / "summary.json").exists(), "the run was over before it was killed"
     assert len(lines(output)) == 2
-    processes.run(*run, "--run-config", "resume=true")
+    number = processes.run(*run, "--run-config", "resume=true")["run-id"]
+
+    node = processes.started["known1"].pid
+    training = re.compile(rf"\[RUN {number}, ROUND 2\]\n.*Receiving: train message")  # not that of the run which was killed
+    processes.wait("round 2 did not begin", lambda: training.search(processes.log("known1")) and descendants(node, "flwr-clientapp"))
+    working = [node, *descendants(node)]
+    processes.end("known1")
     processes.wait("the run was not finished", lambda: (output / "summary.json").exists())
 
+    assert not [process for process in working if Path(f"/proc/{process}").exists()]
+    assert lines(output)[2]["dropped"] == [{"name": "GREEK", "reason": f"no reply: {NODE_UNAVAILABLE_ERROR_REASON}"}]
     flags = {**SETTINGS, "output": tmp_path / "here", "model": tmp_path / "model", "data": DATA}
-    here = CliRunner().invoke(cli, ["run", "--no-cobatch", *(f"--{name}={value}" for name, value in flags.items())])
-    assert here.exit_code == 0, here.stderr
-    for mine, other in zip(lines(tmp_path / "here"), lines(output), strict=True):
-        one, two = (record.pop("evaluation") for record in (mine, other))
-        assert mine == other and (one is None) == (two is None) == (mine["round"] == 1)
-        if one is not None:
-            assert one["client_text"]["loss"] == pytest.approx(two["client_text"]["loss"], rel=1e-6)
+    simulated = CliRunner().invoke(cli, ["run", "--no-cobatch", *(f"--{name}={value}" for name, value in flags.items())])
+    assert simulated.exit_code == 0, simulated.stderr
+    same(lines(output)[:2], lines(tmp_path / "here")[:2])
+    without = here_without(tmp_path, "GREEK")
+    same(lines(output), lines(without))
     adapter = "adapter/adapter_model.safetensors"
-    assert (tmp_path / "here" / adapter).read_bytes() == (output / adapter).read_bytes()
+    assert (without / adapter).read_bytes() == (output / adapter).read_bytes()
     assert processes.started["stranger"].poll() is not None or "registered" in processes.log("stranger") or "ermission" in processes.log("stranger")
     assert [client["name"] for client in json.loads((output / "clients.json").read_text())["clients"]] == list(CLIENTS)

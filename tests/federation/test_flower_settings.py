@@ -48,10 +48,20 @@ def test_a_node_may_set_where_its_files_lie_and_nothing_of_the_method():
         client_settings({}, {"cleint": "me"})
 
 
+WRONG_WAITING = [
+    ({"min-clients": 0}, "run config: min_clients: expected a number >= 1, got 0"),
+    ({"resume": "yes"}, "run config: resume: expected true or false, got 'yes'"),
+    ({"round-timeout": 0}, "run config: round_timeout: expected a number of seconds > 0, got 0"),
+    ({"round-timeout": float("nan")}, "run config: round_timeout: expected a number of seconds > 0, got nan"),
+    ({"round-timeout": "60"}, "run config: round_timeout: expected a number of seconds > 0, got '60'"),
+    ({"join-timeout": -1}, "run config: join_timeout: expected a number of seconds >= 0, got -1"),
+]
+
+
 def test_the_server_reads_its_waiting_beside_the_settings():
     cfg, waiting = server_settings({"min-clients": 3, "round-timeout": 5, "lr": 0.01, "resume": True})
     assert (cfg.lr, waiting) == (0.01, Waiting(3, 600.0, 5, True))
-    for wrong, text in (({"min-clients": 0}, "min_clients: expected a number >= 1, got 0"), ({"resume": "yes"}, "resume: expected true or false, got 'yes'")):
+    for wrong, text in WRONG_WAITING:
         with pytest.raises(ConfigError, match=text):
             server_settings(wrong)
     with pytest.raises(ConfigError, match="unknown setting 'min_client'"):
