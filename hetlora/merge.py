@@ -183,12 +183,17 @@ def _median_above_zero(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def update_norms(uploads: hk.AdapterBank, received: hk.AdapterBank) -> Tensor:
-    """||upload - received||_F of each client over all its factors, [K] float64.   received: what it downloaded, cut to the rank of its upload."""
-    change = uploads.select(range(uploads.num_clients))
-    for new, old in zip(change.parameters(), received.parameters(), strict=True):
-        new.sub_(old)
-    norms_a, norms_b = change.tail_norms([0] * change.num_clients)
-    return (norms_a.double().square() + norms_b.double().square()).sum(1).sqrt().cpu()
+    """||upload - received||_F of each client over all its factors, [K] float64.   received: what it downloaded, cut to the rank of its upload.
+
+    The differences are held of one module at a time.
+    """
+    squares = []
+    for name, layout in uploads.layouts.items():
+        a, bt = ({name: new[name] - old[name]} for new, old in ((uploads.a, received.a), (uploads.bt, received.bt)))
+        change = hk.AdapterBank.of({name: uploads.shapes[name]}, {name: layout.ranks}, a, bt)
+        norms_a, norms_b = change.tail_norms([0] * uploads.num_clients)
+        squares.append(norms_a.double().square() + norms_b.double().square())
+    return torch.cat(squares, 1).sum(1).sqrt().cpu()
 
 
 MEDIAN_OF = 3

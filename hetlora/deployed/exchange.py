@@ -67,9 +67,9 @@ class Exchange(Protocol):
         ...
 
     def trained(
-        self, cfg: Config, state: ServerState, names: Sequence[str], number: int, replies: Sequence[Reply | None], uploads: Sequence[hk.AdapterBank]
+        self, cfg: Config, state: ServerState, names: Sequence[str], number: int, replies: Sequence[Reply | None], uploads: list[hk.AdapterBank]
     ) -> dict[str, Any]:
-        """The fields of `Trained` that depend on the kind: uploads, received, adapters, parameters."""
+        """The fields of `Trained` that depend on the kind: uploads, received, adapters, parameters. Empties `uploads`, which are as much memory again."""
         ...
 
 
@@ -125,15 +125,14 @@ class LeadingRows:
         return hk.AdapterBank.of(shapes, {module: [rank] for module, rank in after.items()}, a, bt)
 
     def trained(
-        self, cfg: Config, state: ServerState, names: Sequence[str], number: int, replies: Sequence[Reply | None], uploads: Sequence[hk.AdapterBank]
+        self, cfg: Config, state: ServerState, names: Sequence[str], number: int, replies: Sequence[Reply | None], uploads: list[hk.AdapterBank]
     ) -> dict[str, Any]:
-        left = [dict(zip(state.bank.shapes, reply.ranks, strict=True)) for reply in replies if reply]
-        received = server.distribute(state, names)
-        arrived = [k for k, reply in enumerate(replies) if reply]
+        shapes = state.bank.shapes
+        left = [dict(zip(shapes, reply.ranks, strict=True)) for reply in replies if reply]
         return {
-            "uploads": hk.AdapterBank.concat(uploads),
-            "received": received.select(arrived).prune(bank_ranks(left, state.bank.shapes)),
-            "parameters": sum(received.num_bytes(k) for k in range(len(names))) // received.dtype.itemsize,
+            "uploads": _joined(uploads),
+            "received": state.bank.truncate(bank_ranks(left, shapes)),
+            "parameters": sum(state.ranks[name][module] * (m + n) for name in names for module, (m, n) in shapes.items()),
         }
 
 
@@ -180,10 +179,10 @@ class FoldedRows:
         return hk.AdapterBank.of(shapes, {module: [rank] for module, rank in ranks.items()}, fresh.a, bt)
 
     def trained(
-        self, cfg: Config, state: ServerState, names: Sequence[str], number: int, replies: Sequence[Reply | None], uploads: Sequence[hk.AdapterBank]
+        self, cfg: Config, state: ServerState, names: Sequence[str], number: int, replies: Sequence[Reply | None], uploads: list[hk.AdapterBank]
     ) -> dict[str, Any]:
         arrived = [k for k, reply in enumerate(replies) if reply]
-        together = hk.AdapterBank.concat(uploads)
+        together = _joined(uploads)
         fresh = fold.drawn(cfg, state, names, number)
         down = fold.download(state.bank, cfg.download).bank
         widths = [(layout, m) for layout, (m, _) in zip(fresh.layouts.values(), fresh.shapes.values(), strict=True)]
@@ -193,6 +192,12 @@ class FoldedRows:
             "adapters": hk.AdapterBank.stack([down.truncate([state.r_max] * len(arrived)), together]) if cfg.save_clients else None,
             "parameters": sum(rank * m for layout, m in widths for rank in layout.ranks),
         }
+
+
+def _joined(uploads: list[hk.AdapterBank]) -> hk.AdapterBank:
+    together = hk.AdapterBank.concat(uploads)
+    uploads.clear()
+    return together
 
 
 EXCHANGES: dict[str, Exchange] = {"adapters": LeadingRows(), "fold": FoldedRows()}

@@ -74,7 +74,8 @@ class Round:
         results = [reply.result if reply else nothing for reply in replies]
         ranks = [dict(zip(shapes, reply.ranks, strict=True)) if reply else turn.state.ranks[name] for name, reply in zip(turn.names, replies, strict=True)]
         tails = [reply.tails if reply else (0.0, 0.0) for reply in replies]
-        parts = exchange.trained(cfg, turn.state, turn.names, turn.number, replies, [self.uploads[k] for k in arrived]) if arrived else _NOTHING
+        uploads = [self.uploads.pop(k) for k in arrived]
+        parts = exchange.trained(cfg, turn.state, turn.names, turn.number, replies, uploads) if arrived else _NOTHING
         return Trained(results, self.dropped, ranks, tails, bytes_down=down, bytes_up=[self.bytes_up[k] for k in arrived], **parts)
 
 
