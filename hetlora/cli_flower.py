@@ -18,9 +18,10 @@ _folder = click.Path(path_type=Path)
 @click.option("--tls", type=_folder, help="Folder with ca.crt, server.pem and server.key ('hetlora flower certificates' makes some for tests).")
 @click.option("--known-clients", is_flag=True, help="Only nodes whose keys were registered with 'flwr supernode register' may join.")
 @click.option("--database", type=_folder, help="File of Flower's own state, so that it survives a restart of the server.")
-def serve(host: str, port: int, tls: Path | None, known_clients: bool, database: Path | None) -> None:
+@click.option("--simulation", is_flag=True, help="Clients are simulated by Flower, in Ray's processes on this machine.")
+def serve(host: str, port: int, tls: Path | None, known_clients: bool, database: Path | None, simulation: bool) -> None:
     """Start the server of a federation: a Flower SuperLink. 'hetlora flower run' starts a run on it."""
-    launch.become(launch.serve_command(host, port, tls, known_clients, database))
+    launch.become(launch.serve_command(host, port, tls, known_clients, database, simulation))
 
 
 @click.command()
@@ -56,10 +57,14 @@ def new(folder: Path) -> None:
 @click.argument("changes", metavar="[NAME=VALUE]...", nargs=-1)
 @click.option("--server", default="127.0.0.1:8000", show_default=True, metavar="HOST:PORT", help="The server that 'hetlora serve' started.")
 @click.option("--ca", type=_folder, help="Certificate of the authority that signed the server's.")
-def run(app: Path, changes: tuple[str, ...], server: str, ca: Path | None) -> None:
+@click.option("--simulation", type=click.IntRange(1), metavar="N", help="With N clients on a server that 'hetlora serve --simulation' started.")
+def run(app: Path, changes: tuple[str, ...], server: str, ca: Path | None, simulation: int | None) -> None:
     """Run the app in the folder APP on a server, and follow its log. NAME=VALUE changes settings of its pyproject.toml."""
     home = (app / ".flwr").resolve()
-    launch.become(launch.run_command(app, server, changes, home, ca), {"FLWR_HOME": str(home)})
+    command, more = launch.run_command(app, server, changes, home, ca), {"FLWR_HOME": str(home)}
+    if simulation:
+        launch.first(launch.simulation_command(simulation), more)
+    launch.become(command, more)
 
 
 @flower.command()

@@ -82,16 +82,22 @@ def _who(clients: list[ClientData], cfg: Config, node: Node) -> ClientData:
 Kind = Literal["introduce", "train", "evaluate"]
 
 
+@lru_cache(maxsize=1)
+def _loaded(model: LoadModel, cfg: Config) -> nn.Module:
+    """Once in a process. A `Client` holds no model: Flower's simulation pickles it for every message."""
+    return model(cfg)
+
+
 class Client:
     """What answers a server's messages.   model, data: the user's loaders; the model is loaded once.   say: receives a line for the log."""
 
     def __init__(self, model: LoadModel, data: LoadData, say: Callable[[str], None]) -> None:
-        self._load, self._data, self._say = lru_cache(maxsize=1)(model), data, say
+        self._model, self._data, self._say = model, data, say
 
     def answer(self, kind: Kind, content: Content, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> Sent:
         """What goes back; `ConfigError` or `OSError` where it cannot be done, of which the server is told the line."""
         cfg, node = client_settings(run_config, node_config)
-        base = self._load(cfg)
+        base = _loaded(self._model, cfg)
         shapes = target_shapes(base, cfg.target_modules)
         # a measure comes before `data` is called, which reads the text
         measured = self._device(cfg, base, shapes) if kind == "introduce" and messages.measure_wanted(content) else (None, "")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
 import shutil
+import subprocess
 import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +19,8 @@ from hetlora.run_folder import write_atomic
 
 TEMPLATE = Path(__file__).with_name("template")
 PLACES = {"pyproject.toml.txt": "pyproject.toml", "README.md.txt": "README.md", "apps.py.txt": "federation/apps.py"}
-QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-"""Flower tells its makers of runs unless told otherwise; a process that hetlora starts does not."""
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+"""Flower and Ray tell their makers of runs unless told otherwise; a process that hetlora starts does not."""
 
 
 def write_app(folder: Path) -> list[Path]:
@@ -28,8 +30,15 @@ def write_app(folder: Path) -> list[Path]:
     return written
 
 
-def serve_command(host: str, port: int, tls: Path | None, known_clients: bool, database: Path | None) -> list[str]:
-    """The SuperLink.   tls: folder with server.pem, server.key and ca.crt.   known_clients: only nodes whose keys were registered may join."""
+def serve_command(host: str, port: int, tls: Path | None, known_clients: bool, database: Path | None, simulation: bool = False) -> list[str]:
+    """The SuperLink.   tls: folder with server.pem, server.key and ca.crt.   known_clients: only nodes whose keys were registered may join.
+
+    simulation: clients are in Ray's processes on this machine, and nobody joins.
+    """
+    if simulation and known_clients:
+        raise ConfigError("--known-clients: no node joins a simulation; leave out this or --simulation")
+    if simulation and importlib.util.find_spec("ray") is None:
+        raise ConfigError("--simulation: Flower simulates with Ray, which is not installed; install it with: pip install '.[simulation]'")
     command = [_program("flower-superlink"), "--host", host, "--port", str(port), "--disable-runtime-dependency-installation"]
     if tls is None:
         if host not in LOOPBACK:
@@ -44,7 +53,7 @@ def serve_command(host: str, port: int, tls: Path | None, known_clients: bool, d
         command += ["--enable-supernode-auth"]
     if database is not None:
         command += ["--database", str(database)]
-    return command
+    return command + (["--simulation"] if simulation else [])
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -80,6 +89,11 @@ def run_command(app: Path, server: str, changes: Sequence[str], home: Path, ca: 
     return command + [part for change in changes for part in ("--run-config", _toml(change))]
 
 
+def simulation_command(clients: int) -> list[str]:
+    """Tells the server of `run_command`, which simulates, how many clients there are."""
+    return [_program("flwr"), "federation", "simulation-config", "@none/default", "hetlora", "--num-supernodes", str(clients)]
+
+
 def _toml(setting: str) -> str:
     """NAME=VALUE as Flower reads it: text in quotes, numbers and truth values bare."""
     name, equals, value = setting.partition("=")
@@ -109,6 +123,13 @@ def _program(name: str) -> str:
 def environment() -> dict[str, str]:
     """For Flower's programs: they find each other on the PATH, where an environment that is not activated is missing."""
     return {**os.environ, **QUIET, "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])}
+
+
+def first(command: Sequence[str], more: Mapping[str, str]) -> None:
+    """Print the command as one types it, and run it; its exit status, where it fails, is that of this program."""
+    print(shlex.join(command), flush=True)
+    if status := subprocess.run(command, env={**environment(), **more}).returncode:
+        raise SystemExit(status)
 
 
 def become(command: Sequence[str], more: Mapping[str, str] | None = None) -> NoReturn:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,28 @@ def test_a_server_for_others_needs_tls_and_may_ask_for_keys(tmp_path):
     assert "--insecure" not in command
     assert command[-3:] == ["--enable-supernode-auth", "--database", str(tmp_path / "state.db")]
     assert command[command.index("--ssl-keyfile") + 1] == str(tls / "server.key")
+
+
+def test_a_simulation_is_told_its_clients_before_it_runs(tmp_path, monkeypatch):
+    """The command that configures comes first, and nothing runs where it fails."""
+    ray = types.SimpleNamespace(find_spec=lambda name: name)
+    monkeypatch.setattr(launch, "importlib", types.SimpleNamespace(util=ray))
+    assert launch.serve_command("127.0.0.1", 8000, None, False, None, simulation=True)[-2:] == ["--insecure", "--simulation"]
+    with pytest.raises(ConfigError, match="--known-clients: no node joins a simulation"):
+        launch.serve_command("127.0.0.1", 8000, None, True, None, simulation=True)
+    ray.find_spec = lambda name: None
+    with pytest.raises(ConfigError, match=re.escape("Ray, which is not installed; install it with: pip install '.[simulation]'")):
+        launch.serve_command("127.0.0.1", 8000, None, False, None, simulation=True)
+
+    (tmp_path / "pyproject.toml").touch()
+    ran, status = [], [0, 3]
+    monkeypatch.setattr(launch.subprocess, "run", lambda command, env: ran.append(command) or types.SimpleNamespace(returncode=status[len(ran) // 2]))
+    monkeypatch.setattr(launch.os, "execve", lambda program, command, env: ran.append(command))
+    CliRunner().invoke(cli, ["flower", "run", str(tmp_path), "--simulation", "5"], standalone_mode=False)
+    assert [command[:3] for command in ran] == [["/bin/flwr", "federation", "simulation-config"], ["/bin/flwr", "run", str(tmp_path)]]
+    assert ran[0][3:] == ["@none/default", "hetlora", "--num-supernodes", "5"]
+    failed = CliRunner().invoke(cli, ["flower", "run", str(tmp_path), "--simulation", "5"])
+    assert failed.exit_code == 3 and len(ran) == 3
 
 
 def test_a_node_says_its_settings_as_flower_reads_them(tmp_path):
