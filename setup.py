@@ -117,7 +117,7 @@ def find_torch() -> tuple[Torch | None, str]:
             exec((root / "version.py").read_text(encoding="utf-8"), values)
             version = str(values["__version__"])
             if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
-                return None, f"torch {version} is older than {'.'.join(map(str, OLDEST_TORCH))}"
+                return None, f"compiled kernels need torch {'.'.join(map(str, OLDEST_TORCH))} or newer, this is torch {version}"
             return Torch(root, version, values.get("cuda")), ""
     return None, "torch was not installed when hetlora was built; install torch, then hetlora again"
 

@@ -16,6 +16,7 @@ import torch
 FOLDER = Path(__file__).resolve().parent
 # Of csrc/cpu/simd.cpp; HETLORA_INSTRUCTION_SET takes the layer's and Gram's kernels no further than one of them.
 INSTRUCTION_SETS = ("base", "avx2", "avx512", "amx")
+OLDEST_TORCH = (2, 10)  # the stable interface that the libraries are built against; older ones have plain PyTorch and Triton
 REBUILD = "rebuild with `pip install --no-build-isolation .`"
 
 
@@ -83,6 +84,14 @@ def _unfit(name: str) -> str | None:
     return _unserved(record, only_ptx)
 
 
+def _too_old() -> str | None:
+    """Why this torch can load no compiled library; None where it can."""
+    version = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if version is None or (int(version[1]), int(version[2])) >= OLDEST_TORCH:
+        return None
+    return f"compiled kernels need torch {'.'.join(map(str, OLDEST_TORCH))} or newer, this is torch {torch.__version__}"
+
+
 def _elsewhere(file: str) -> Path | None:
     """Another folder on the import path that holds this library: one that is installed but hidden by a checkout."""
     places = (Path(entry or ".").resolve() / FOLDER.name for entry in sys.path)
@@ -104,6 +113,8 @@ def load(name: str) -> str | None:
         if other is None:
             return build_info().get(name, {}).get("reason") or f"not built; {REBUILD}"
         return _warn(f"{path.name} is in {other}, but {FOLDER} is imported, which has none; run `python setup.py build_ext --inplace` in {FOLDER.parent}")
+    if (old := _too_old()) is not None:
+        return _warn(old)
     try:
         torch.ops.load_library(str(path))
     except OSError as error:

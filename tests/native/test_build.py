@@ -78,7 +78,7 @@ def test_without_torch_nothing_is_compiled_and_the_reason_says_what_to_do(build,
 
 def test_a_torch_without_the_stable_interface_is_refused(build, monkeypatch, tmp_path):
     only_torch_at(build, monkeypatch, make_torch(tmp_path, "2.9.1"))
-    assert build.make_plan().why_no_cpu == "torch 2.9.1 is older than 2.10"
+    assert build.make_plan().why_no_cpu == "compiled kernels need torch 2.10 or newer, this is torch 2.9.1"
 
 
 def test_cuda_is_built_by_itself_only_for_a_torch_that_has_it(build, monkeypatch, tmp_path):

@@ -127,6 +127,14 @@ def test_a_run_from_a_checkout_says_loudly_that_it_does_not_see_the_installed_li
     assert "RuntimeWarning" in shown and "setup.py build_ext --inplace" in shown
 
 
+def test_a_torch_before_the_stable_interface_loads_no_library_and_says_why(package):
+    (package / "hetlora_kernels" / "_C_cpu.so").touch()
+    code = "torch.__version__ = '2.9.1'\ntorch.ops.load_library = started.append\nimport hetlora_kernels as hk\nassert not started, started\n"
+    shown = run(code + "print(hk.backends('cpu')['gram'])", package)
+    assert shown.count("compiled kernels need torch 2.10 or newer, this is torch 2.9.1") == 2, "the warning and the reason"
+    assert "RuntimeWarning" in shown and "'reference'" in shown
+
+
 def test_a_run_from_the_checkout_uses_the_rung_it_claims():
     """The library beside the imported package is the one whose kernels run: its file is mapped into the process that claims it."""
     code = (
