@@ -3,6 +3,9 @@
 One batch of eight clients, the losses and the gradient of the hidden states. Both forms give the same losses and gradients to rounding, which is checked before
 anything is measured. Memory: what a process of its own takes at most beyond its start. Time: of the thread's processor, paired rounds in turn, one thread.
 
+With `--device cuda` both forms and Liger's fused linear cross-entropy, of the package liger-kernel, are timed on the GPU. Liger's kernels are Triton's: on a
+CPU a line says that it is not measured. (Not tried on a GPU; Triton's interpreter tests that Liger gives the same gradient.)
+
 The op: losses of a chunk of 2^24 logits and the slopes that replace them, against PyTorch's in-place operations (the reference), its `cross_entropy` with the
 backward pass, and the floor, a product with one in place that reads and writes as many bytes.
 """
@@ -10,11 +13,14 @@ backward pass, and the floor, a product with one in place that reads and writes 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -23,25 +29,49 @@ from hetlora_kernels.ops.cross_entropy import cross_entropy_
 from hetlora_kernels.peft import Head, client_losses
 from hetlora_kernels.peft.losses import CHUNK
 
-from .timing import peak_extra_mib
+from .figures import seconds
+from .timing import interleaved, peak_extra_bytes, peak_extra_mib
 
 FORMS = ("logits", "states")
+LIGER = "Liger"
 CLIENTS = 8
+CPU = torch.device("cpu")
 Step = Callable[[str], tuple[torch.Tensor, torch.Tensor]]
 
 
-def steps(words: int, columns: int, tokens: int, dtype: torch.dtype) -> Step:
-    """form -> losses [8] and the gradient of the states, from the same numbers at every call."""
+def why_no_liger(device: torch.device) -> str:
+    """Why Liger's form cannot run here; "" where it can."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "its kernels are Triton's and need a GPU"
+    return "" if importlib.util.find_spec("liger_kernel") else "not installed: liger-kernel"
+
+
+def by_liger(states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[1]: the sum of the clients' losses, whose means are over equal numbers of tokens."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    rows = states[:, :-1].reshape(-1, states.shape[-1])
+    found = LigerFusedLinearCrossEntropyFunction.apply(rows, weight, labels[:, 1:].reshape(-1), None, None, -100, 0.0, 0.0, "sum")
+    total = found[0] if isinstance(found, tuple) else found
+    return (total / (states.shape[1] - 1)).reshape(1)
+
+
+def steps(words: int, columns: int, tokens: int, dtype: torch.dtype, device: torch.device = CPU) -> Step:
+    """form -> losses [8] (of Liger [1], their sum) and the gradient of the states, from the same numbers at every call."""
     draw = torch.Generator().manual_seed(0)
     weight = (torch.randn(words, columns, generator=draw) / columns**0.5).to(dtype)
     states = torch.randn(CLIENTS, tokens // CLIENTS, columns, generator=draw).to(dtype)
     labels = torch.randint(0, words, states.shape[:2], generator=draw)
+    weight, states, labels = weight.to(device), states.to(device), labels.to(device)
 
     def step(form: str) -> tuple[torch.Tensor, torch.Tensor]:
         leaf, head = states.clone().requires_grad_(), Head(weight)
         own = {"labels": labels, "ids": range(CLIENTS), "num_clients": CLIENTS}
         # The logits have no name here: a program that keeps them keeps them through the backward pass too.
-        losses = client_losses(leaf, head=head, **own) if form == "states" else client_losses(head.logits(leaf), **own)
+        if form == LIGER:
+            losses = by_liger(leaf, weight, labels)
+        else:
+            losses = client_losses(leaf, head=head, **own) if form == "states" else client_losses(head.logits(leaf), **own)
         losses.sum().backward()
         assert leaf.grad is not None
         return losses.detach(), leaf.grad
@@ -49,13 +79,35 @@ def steps(words: int, columns: int, tokens: int, dtype: torch.dtype) -> Step:
     return step
 
 
-def check(step: Step, words: int, dtype: torch.dtype) -> None:
+def check(step: Step, words: int, dtype: torch.dtype, forms: tuple[str, ...] = FORMS) -> None:
     """A few roundings to the type, and those of float32 sums over the words, which add up like the root of their number."""
     bound = 4 * torch.finfo(dtype).eps + words**0.5 * torch.finfo(torch.float32).eps
-    for one, other in zip(*(step(form) for form in FORMS), strict=True):
-        off = float((one.double() - other.double()).norm() / one.double().norm())
-        if not off <= bound:
-            raise SystemExit(f"{dtype}: the two forms differ by {off:.1e}; nothing is measured")
+    losses, slopes = (own.double() for own in step(forms[0]))
+    for form in forms[1:]:
+        own, other = (found.double() for found in step(form))
+        for one, two in ((losses if own.shape == losses.shape else losses.sum(0, keepdim=True), own), (slopes, other)):
+            off = float((one - two).norm() / one.norm())
+            if not off <= bound:
+                raise SystemExit(f"{dtype}: the forms {forms[0]} and {form} differ by {off:.1e}; nothing is measured")
+
+
+def on_device(device: torch.device, chosen: argparse.Namespace, names: list[str], budget: float = 10.0) -> None:
+    """A row for each type and form, timed in turn."""
+    lacking = why_no_liger(device)
+    forms = FORMS if lacking else (*FORMS, LIGER)
+    print("| type | form | time (20th to 80th percentile) | peak | time / states |\n|---|---|--:|--:|--:|")
+    for name in names:
+        dtype = getattr(torch, name)
+        step = steps(chosen.words, chosen.columns, chosen.tokens, dtype, device)
+        check(step, chosen.words, dtype, forms)
+        runs = {form: partial(step, form) for form in forms}
+        for form, timing in interleaved(runs, "states", device, budget, least_rounds=chosen.rounds).items():
+            peak = peak_extra_bytes(runs[form], device)
+            held = "not said" if peak is None else f"{peak / 2**20:.0f} MiB"
+            span = f"{seconds(timing.median)} ({seconds(timing.p20)} to {seconds(timing.p80)})"
+            print(f"| {name} | {form} | {span} | {held} | {timing.ratio:.2f} |", flush=True)
+    if lacking:
+        print(f"\n{LIGER}: not measured: {lacking}")
 
 
 def peak(form: str, options: argparse.Namespace, dtype: str) -> float:
@@ -136,6 +188,7 @@ def main() -> None:
     options.add_argument("--of", choices=FORMS, help=argparse.SUPPRESS)
     options.add_argument("--dtype", choices=["float32", "bfloat16"], help="this one alone (default both)")
     options.add_argument("--chunk", action="store_true", help="the op on a chunk of logits, of --words (default 49152 and 151936)")
+    options.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: on the GPU, beside Liger (default cpu)")
     chosen = options.parse_args()
     torch.set_num_threads(1)
     names = [chosen.dtype] if chosen.dtype else ["float32", "bfloat16"]
@@ -143,6 +196,11 @@ def main() -> None:
         print_chunks(names, [chosen.words] if chosen.words else [49152, 151936], chosen.rounds)
         return
     chosen.words = chosen.words or 49152
+    if chosen.device == "cuda":
+        if not torch.cuda.is_available():
+            raise SystemExit("--device cuda: this torch sees no GPU; 'hetlora info' says why")
+        on_device(torch.device("cuda"), chosen, names)
+        return
     if chosen.of:
         peak_here(chosen.of, steps(chosen.words, chosen.columns, chosen.tokens, getattr(torch, chosen.dtype)))
         return
@@ -163,6 +221,7 @@ def main() -> None:
         ratios = statistics.quantiles([two / one for one, two in zip(*times.values(), strict=True)], n=4)
         cells = [name, *peaks[name], *(f"{1e3 * statistics.median(own):.0f} ms" for own in times.values())]
         print(f"| {' | '.join([*cells, f'{ratios[1]:.2f} ({ratios[0]:.2f} to {ratios[2]:.2f})'])} |", flush=True)
+    print(f"\n{LIGER}: not measured: {why_no_liger(CPU) or 'on a GPU only, with --device cuda'}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,14 @@
-"""The other ways of the layer's benchmark that fill factors up to one rank, and the roofline drawn of its rows."""
+"""Other ways that are measured beside hetlora: grouped products of the layer, Liger's loss; and the roofline drawn of the rows."""
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +16,7 @@ from torch.nn import functional
 
 from hetlora_kernels.benchmarks import figures, kit, lora, roofline
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(bool(lora.no_grouped_mm(CPU, torch.float32)), reason=lora.no_grouped_mm(CPU, torch.float32) or "there is one")
 
@@ -61,3 +68,23 @@ def test_the_roof_is_the_lower_of_copy_and_product():
     ((place, roof),) = roofline.roofs(figures.by_case(rows), figures.ceilings(rows)).items()
     assert place == ("float32", 1) and (roof.own, roof.others) == ([(4.0, 8.0)], [(4.0, 4.0)])
     assert (roof.at(1.0), roof.at(3.0), roof.at(100.0)) == (10.0, 30.0, 30.0)
+
+
+LIGER = """
+import argparse, sys, torch
+from benchmarks import losses
+sizes = argparse.Namespace(words=64, columns=8, tokens=32, rounds=2)
+losses.on_device(torch.device("cpu"), sizes, ["float32"], budget=0.0)
+real = losses.by_liger
+losses.by_liger = lambda *own: real(*own) * 1.01
+losses.on_device(torch.device("cpu"), sizes, ["float32"], budget=0.0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("liger_kernel") is None or find_spec("triton") is None, reason="liger-kernel or triton is not installed")
+def test_liger_is_measured_after_it_agrees():
+    """In Triton's interpreter, in a process of its own: it is chosen when Triton is imported."""
+    done = subprocess.run([sys.executable, "-c", LIGER], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
+    assert re.search(r"^\| float32 \| Liger \| .* \|$", done.stdout, re.MULTILINE), done.stderr
+    assert done.stderr.rstrip().endswith("torch.float32: the forms logits and Liger differ by 1.0e-02; nothing is measured")
