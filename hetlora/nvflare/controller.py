@@ -56,6 +56,8 @@ class HetLora(ModelController):
         try:
             cfg, waiting = server_settings(self.settings)
             if not Path(cfg.output).is_absolute():
+                if waiting.resume:
+                    raise ConfigError(f"resume = True: expected an absolute output, got {cfg.output!r}, which is in the folder of this new job")
                 cfg = cfg.model_copy(update={"output": str(Path(self.get_run_dir()) / cfg.output)})
             base = describe_base(cfg)
             if isinstance(rule := cfg.rank_rule, Capability):  # before clients measure for ranks that no module can have

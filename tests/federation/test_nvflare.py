@@ -214,6 +214,9 @@ def test_settings_that_cannot_be_used_end_the_job_with_one_line(tmp_path):
     controller.settings["merge"] = "stack"
     controller.run()
     assert controller.lines[-1].startswith("panic: hetlora: error: merge = 'stack'")
+    controller.settings |= {"merge": "factors", "output": "run", "resume": True}
+    controller.run()
+    assert controller.lines[-1].startswith("panic: hetlora: error: resume = True: expected an absolute output, got 'run'")
 
 
 def test_a_run_goes_on_in_a_new_job(tmp_path):
