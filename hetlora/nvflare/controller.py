@@ -79,7 +79,8 @@ class HetLora(ModelController):
         """Give each site its own task, and every result to `keep` as it comes; returns when all are there or `timeout` seconds are over."""
         for name, sent in asked.items():
             data = to_model(sent, **{SETTINGS: self.settings})
-            self.send_model(task_name=kind, data=data, targets=[name], timeout=math.ceil(timeout), callback=keep)
+            seconds = max(1, math.ceil(timeout))  # to NVFLARE 0 is without an end
+            self.send_model(task_name=kind, data=data, targets=[name], timeout=seconds, callback=keep)
         while self.get_num_standing_tasks():
             if self.abort_signal.triggered:
                 raise Aborted

@@ -63,6 +63,7 @@ class Here(HetLora):
 
     def send_model(self, task_name="train", data=None, targets=None, min_responses=None, timeout=0, callback=None) -> None:
         (site,) = targets
+        assert type(timeout) is int and timeout >= 1  # NVFLARE takes whole seconds, and 0 for no end
         received = travelled(data)
         self.asked.append((site, task_name, sum(array.nbytes for array in received.params.values())))
         result = answer(self.sites[site], task_name, received, {"client": site})

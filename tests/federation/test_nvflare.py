@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("nvflare", reason="NVFLARE is not installed (pip install '.[nvflare]'; make nvflare runs these tests)")
 
+import doctest
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare_sites import Here, site_federation
 from tiny import lines, tiny_config
 
+import hetlora.nvflare
 from hetlora.cli import cli
 from hetlora.config import ConfigError
 from hetlora.deployed import members as members_module
@@ -246,6 +248,13 @@ def test_an_aborted_job_ends_without_a_complaint(tmp_path):
 
 
 # ---------------------------------------------------------------- the job
+
+
+@pytest.mark.parametrize("name", ["HetLora", "HetLoraAggregator"])
+def test_the_examples_of_the_docstrings_run(name):
+    (example,) = doctest.DocTestFinder(recurse=False).find(getattr(hetlora.nvflare, name), name)
+    assert example.examples
+    assert doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_the_arguments_of_a_script_are_settings_of_its_node():
