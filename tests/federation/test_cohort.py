@@ -7,14 +7,17 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_clients, tiny_config, tiny_model, trained_bank
+from tiny import tiny_clients, tiny_config, tiny_federation, tiny_model, trained_bank
 
 import hetlora_kernels as hk
 from hetlora.batches import micro_batches
 from hetlora.client import dropout_seed, plan_steps, train_client
 from hetlora.cohort import train_cohort, train_one_by_one
+from hetlora.federation import starting_ranks
+from hetlora.loop import simulate
 from hetlora.models import target_shapes
 from hetlora.ranks import bank_ranks, tail_start
+from hetlora.seeds import torch_generator
 from hetlora_kernels.peft import SEQUENCE_STRIDE, layer_seeds
 from hetlora_kernels.reference import dropout_threshold, keep_mask
 
@@ -39,18 +42,18 @@ def setting(cfg, dtype, ranks=RANKS, sizes=SIZES, seed=0):
     return model, start, tiny_clients(sizes, seed), bank_ranks(keep, shapes)
 
 
-def plain_client(model, start, k, data, cfg, keep):
-    """{module: (A [r, n], B [m, r])} of client k, trained without this project's kernels: one sequence at a time, no padding."""
-    seed = torch.tensor([dropout_seed(data.name, cfg, 1)])
+def plain_client(model, start, k, data, cfg, keep, number=1, lr=LR):
+    """{module: (A [r, n], B^T [r, m])} of client k, trained without this project's kernels: one sequence at a time, no padding."""
+    seed = torch.tensor([dropout_seed(data.name, cfg, number)])
     factors = {}
     for name, layout in start.layouts.items():
         rows = layout.rows(k)
         factors[name] = tuple(t[name].detach()[rows].clone().requires_grad_() for t in (start.a, start.bt))
     parameters = [factor for pair in factors.values() for factor in pair]
     if cfg.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=cfg.weight_decay)
+        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=cfg.weight_decay)
     else:
-        optimizer = torch.optim.SGD(parameters, lr=LR, weight_decay=cfg.weight_decay, momentum=cfg.momentum)
+        optimizer = torch.optim.SGD(parameters, lr=lr, weight_decay=cfg.weight_decay, momentum=cfg.momentum)
     now = {}
 
     def add_lora(name, position):
@@ -65,7 +68,7 @@ def plain_client(model, start, k, data, cfg, keep):
         return hook
 
     hooks = [model.get_submodule(name).register_forward_hook(add_lora(name, i)) for i, name in enumerate(start.shapes)]
-    for step, batch in enumerate(plan_steps(data, cfg, 1)):
+    for step, batch in enumerate(plan_steps(data, cfg, number)):
         optimizer.zero_grad()
         losses = []
         for sequence, i in enumerate(batch):
@@ -161,6 +164,52 @@ def test_float32_is_as_exact_as_plain_pytorch(tmp_path, change, limit):
     errors = {name: value**0.5 for name, value in squares.items()}
     assert errors["cohort"] <= limit * errors["plain"]
     assert errors["alone"] <= limit * errors["plain"]
+
+
+def plain_run(federation, cfg, sampled):
+    """(bank {module: (A [R, n], B^T [R, m])}, ranks of the sampled clients after each round): HETLORA by its equations, in dense arithmetic."""
+    shapes, start = federation.shapes, starting_ranks(cfg, federation.data)
+    ranks, data = dict(start.ranks), {client.name: client for client in federation.data.clients}
+    first = hk.AdapterBank(shapes, [start.r_max], dtype=torch.float64, generator=torch_generator(cfg.seed, "bank", 0))
+    bank = {name: (first.a[name].detach().clone(), first.bt[name].detach().clone()) for name in shapes}
+    after_round = []
+    for number, names in enumerate(sampled, 1):
+        uploads = []
+        for name in names:
+            rank = ranks[name]
+            cut = max(start.r_min, int(cfg.gamma * rank))
+            download = {side: {module: pair[i][:rank] for module, pair in bank.items()} for i, side in enumerate(("a", "bt"))}
+            own = hk.AdapterBank.of(shapes, [rank], download["a"], download["bt"])
+            keep = {module: [cut] for module in shapes}
+            trained = plain_client(federation.model, own, 0, data[name], cfg, keep, number, cfg.lr)
+            before, after = (sum(float(pair[1][cut:rank].norm() * pair[0][cut:rank].norm()) for pair in factors.values()) for factors in (bank, trained))
+            ranks[name] = cut if after < before else rank
+            uploads.append({module: (a[: ranks[name]], bt[: ranks[name]]) for module, (a, bt) in trained.items()})
+        for module, old in bank.items():
+            norms = torch.tensor([float((own[module][1].mT @ own[module][0]).norm()) for own in uploads], dtype=torch.float64)
+            weights = norms / norms.sum()
+            most = max(len(own[module][0]) for own in uploads)
+            for side, rows in enumerate(old):
+                rows[:most] = 0.0  # rows that nobody owns stay
+                for weight, own in zip(weights, uploads, strict=True):
+                    rows[: len(own[module][side])] += weight * own[module][side]
+        after_round.append([ranks[name] for name in names])
+    return bank, after_round
+
+
+def test_whole_rounds_of_the_published_method_are_its_equations(tmp_path):
+    """`--method hetlora` without the clip: the ranks after every round, and the bank after the last, whatever other methods there are."""
+    federation = tiny_federation([3, 5, 2, 7], torch.float64)
+    types = {"dtype": "float64", "adapter_dtype": "float64"}
+    cfg = tiny_config(tmp_path / "run", **types, ranks="4,7,2,8", lr=LR, prune_lambda=1.0, clip_median=0.0)
+    result = simulate(cfg, federation=federation)
+    rounds = [record["clients"] for record in result.history[1:]]
+    bank, ranks = plain_run(federation, cfg, [[client["name"] for client in clients] for clients in rounds])
+    assert [[client["rank"] for client in clients] for clients in rounds] == ranks and len(ranks) == 3
+    assert any(client["rank"] < client["rank_before"] for clients in rounds for client in clients), "somebody must prune for this test to say anything"
+    plain = hk.AdapterBank.of(federation.shapes, [8], *({name: pair[i] for name, pair in bank.items()} for i in (0, 1)))
+    assert all(bool(rows.any()) for rows in plain.bt.values())
+    assert distance(result.bank, plain) < 1e-12
 
 
 def test_order_of_clients_is_irrelevant(tmp_path):
