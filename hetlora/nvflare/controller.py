@@ -87,7 +87,7 @@ class HetLora(ModelController):
             time.sleep(self._task_check_period)
 
     def process_result_of_unknown_task(self, client: Any, task_name: str, client_task_id: str, result: Any, fl_ctx: Any) -> None:
-        """A result after its time: named, and not used."""
+        """A result after its time, where NVFLARE has not dropped it before: named, and not used."""
         self.warning(f"{client.name}: its result for {task_name!r} came too late and is not used")
 
 
