@@ -226,6 +226,27 @@ def _rounds(own: dict[str, dict[str, Any]]) -> str:
     return "; ".join([str(most), *(f"{name}: {r['rounds']}" for name, r in own.items() if r["rounds"] != most)])
 
 
+def federation_table(data: dict[str, Any]) -> list[str]:
+    """Seconds and bytes of a round by every way that carries it, and what that takes over the clients alone in one process."""
+    lines = [_row(["clients", "way", "rounds", "seconds of a round", "over one process", "down", "up"]), "|--:|---|--:|--:|--:|--:|--:|"]
+    rounds = [r for r in data["results"] if r["op"] == "federation"]
+    for r in rounds:
+        alone = next(own["median_s"] for own in rounds if (own["clients"], own["provider"]) == (r["clients"], r["yardstick"]))
+        moved = [f"{r[name] / 1e3:.1f} kB" for name in ("bytes_down", "bytes_up")]
+        lines.append(_row([str(r["clients"]), r["provider"], str(r["rounds"]), _seconds(r["median_s"]), f"{r['median_s'] / alone:.1f} x", *moved]))
+    return lines
+
+
+def uploads_table(data: dict[str, Any]) -> list[str]:
+    """Memory of the server over the uploads of a round."""
+    lines = [_row(["uploads of a round", "their bytes", "memory of the server at its peak", "over the uploads", "seconds"]), "|--:|--:|--:|--:|--:|"]
+    for r in data["results"]:
+        if r["op"] == "server memory":
+            more = f"{r['peak_extra_bytes'] / r['upload_bytes']:.2f} x"
+            lines.append(_row([str(r["clients"]), _memory(r["upload_bytes"]), _memory(r["peak_extra_bytes"]), more, _seconds(r["median_s"])]))
+    return lines
+
+
 TABLES = {
     "server": server_table,
     "summary": summary_table,
@@ -236,6 +257,8 @@ TABLES = {
     "peft": peft_table,
     "peft_summary": peft_summary,
     "round": round_table,
+    "federation": federation_table,
+    "uploads": uploads_table,
 }
 
 

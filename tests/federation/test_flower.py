@@ -10,6 +10,7 @@ import json
 import pickle
 import random
 import re
+import weakref
 from typing import ClassVar
 
 import torch
@@ -217,6 +218,26 @@ def test_a_reason_goes_to_the_client_that_it_is_of(tmp_path, kind, part):
         f"{part}: client1 is left out, no reply: Node Unavailable - Error Code 5",
         f"{part}: client2 is left out, no reply within 3600 s",
     ]
+
+
+def test_a_reply_is_let_go_when_it_is_taken_over(tmp_path, monkeypatch):
+    """However many clients there are, the server holds no more of Flower's messages than one call gave."""
+    monkeypatch.setattr(replies_module, "AT_ONCE", 1)
+
+    class Watching(LocalGrid):
+        given: ClassVar[list[weakref.ref]] = []
+        alive: ClassVar[list[int]] = []
+
+        def pull_messages(self, numbers):
+            self.alive.append(sum(message() is not None for message in self.given))
+            found = super().pull_messages(numbers)
+            self.given += map(weakref.ref, found)
+            return found
+
+    _, _, grid = deployed(tiny_config(tmp_path / "run", clients_per_round=4, rounds=1), grid_of=Watching)
+    trained = slice(8, 12)  # after the questions and the first evaluation
+    assert grid.most_held == 1 and len(grid.alive) == 16
+    assert max(grid.alive[trained]) <= 1
 
 
 def test_a_node_that_has_left_is_named_at_once(tmp_path):
