@@ -8,7 +8,7 @@
 // Dropout is regenerated while a panel is made. bfloat16 and float16 are converted panel by panel, which the products repay from rank 4 on.
 // Bytes: x, S and the factors once each, the result once (out: twice). Against the framework's GEMMs at rank 16 these win by what they do not write: no
 // drop(x), no mask, no scaled or converted copy.
-#include "lora_pairs.h"
+#include "lora_rounded.h"
 #include "lora_tiles.h"
 
 namespace hetlora {
@@ -37,6 +37,13 @@ Layer::Layer(const Tensor& x_tensor, const MaybeTensor& weight, const Tensor& a_
         longest = std::max(longest, segment.length);
         widest = std::max(widest, segment.rank);
     }
+    const bool may_round = rounds(x.type, a.type, bt.type);
+    int64_t of_rounded = 0;
+    for (const Segment& segment : plan.segments) {
+        of_rounded += is_rounded(may_round, segment.rank) ? segment.rank : 0;
+    }
+    rounded = of_rounded > 0;
+    others = !rounded || of_rounded < total;
 }
 
 Tensor Layer::rank_rows() const {
@@ -111,8 +118,8 @@ void shrink_as(const Plan& plan, const Matrix& x, const Matrix& factor, const st
 }
 
 template <class E>
-void expand_as(const Plan& plan, const Matrix& out, Type s_type, const void* s, const Matrix& factor) {
-    const std::vector<Block> blocks = row_blocks(plan, [&](int64_t rank) { return on_tiles(out.type, rank); });
+void expand_as(const Plan& plan, const Matrix& out, Type s_type, const void* s, const Matrix& factor, bool rounded) {
+    const std::vector<Block> blocks = row_blocks(plan, [&](int64_t rank) { return on_tiles(out.type, rank) || is_rounded(rounded, rank); });
     if (blocks.empty()) {
         return;
     }
@@ -146,7 +153,7 @@ void expand_as(const Plan& plan, const Matrix& out, Type s_type, const void* s, 
 }
 
 template <class E>
-void gram_as(const Plan& plan, const Matrix& x, Type s_type, const void* s, Type out_type, void* out, int64_t total) {
+void gram_as(const Plan& plan, const Matrix& x, Type s_type, const void* s, Type out_type, void* out, int64_t total, bool rounded) {
     const Operand<E> shrunk(s_type, s, plan.flat);
     const int64_t width = x.width, segments = static_cast<int64_t>(plan.segments.size());
     const int64_t parts = part_count(std::max<int64_t>(1, segments * (width / kSpan)), plan.active_rows * width * size_of(x.type));
@@ -156,7 +163,7 @@ void gram_as(const Plan& plan, const Matrix& x, Type s_type, const void* s, Type
     E* result = convert ? sums.data() : static_cast<E*>(out);
     for_tasks(parts, segments * spans, [&](int64_t part, int64_t task) {
         const Segment& segment = plan.segments[task / spans];
-        if (on_tiles(x.type, segment.rank)) {
+        if (on_tiles(x.type, segment.rank) || is_rounded(rounded, segment.rank)) {
             return;
         }
         const int64_t first = task % spans * span, end = std::min(width, first + span), rank = segment.rank;
@@ -183,27 +190,27 @@ void gram_as(const Plan& plan, const Matrix& x, Type s_type, const void* s, Type
 
 }  // namespace
 
-void shrink(const Plan& plan, const Matrix& x, const Matrix& rows, const std::vector<double>& scale, void* out) {
+void shrink(const Plan& plan, const Matrix& x, const Matrix& rows, const std::vector<double>& scale, void* out, bool rounded) {
     STD_TORCH_CHECK(rows.width == x.width, "rows: expected a width of ", x.width, ", got ", rows.width);
     x.type == Type::f64 ? shrink_as(plan, x, rows, scale, static_cast<double*>(out)) : shrink_as(plan, x, rows, scale, static_cast<float*>(out));
     if (any_on_tiles(plan, x.type)) {
         shrink_on_tiles(plan, x, rows, scale, static_cast<float*>(out));
     }
     if (any_by_pairs(plan, x.type, rows.type)) {
-        shrink_by_pairs(plan, x, rows, scale, static_cast<float*>(out));
+        shrink_by_pairs(plan, x, rows, scale, static_cast<float*>(out), rounded ? kRoundedRank : INT64_MAX);
     }
 }
 
-void expand(const Plan& plan, const Matrix& out, const Shrunk& s, const Matrix& rows) {
+void expand(const Plan& plan, const Matrix& out, const Shrunk& s, const Matrix& rows, bool rounded) {
     STD_TORCH_CHECK(rows.width == out.width, "rows: expected a width of ", out.width, ", got ", rows.width);
     STD_TORCH_CHECK(s.count == plan.flat, "s: expected ", plan.flat, " elements, got ", s.count);
-    s.type == Type::f64 ? expand_as<double>(plan, out, s.type, s.data, rows) : expand_as<float>(plan, out, s.type, s.data, rows);
+    s.type == Type::f64 ? expand_as<double>(plan, out, s.type, s.data, rows, rounded) : expand_as<float>(plan, out, s.type, s.data, rows, rounded);
     if (any_on_tiles(plan, out.type)) {
         expand_on_tiles(plan, out, s.type, s.data, rows);
     }
 }
 
-Tensor grouped_gram(const Plan& plan, const Shrunk& s, const Matrix& x, ScalarType dtype) {
+Tensor grouped_gram(const Plan& plan, const Shrunk& s, const Matrix& x, ScalarType dtype, bool rounded) {
     STD_TORCH_CHECK(s.count == plan.flat, "s: expected ", plan.flat, " elements, got ", s.count);
     STD_TORCH_CHECK((s.type == Type::f64) == (x.type == Type::f64), "s: expected float64 exactly where x is");
     const int64_t total = plan.rank_rows;
@@ -213,7 +220,8 @@ Tensor grouped_gram(const Plan& plan, const Shrunk& s, const Matrix& x, ScalarTy
     if (plan.active_ranks != total) {
         std::memset(data, 0, static_cast<size_t>(total * x.width * size_of(out_type)));
     }
-    s.type == Type::f64 ? gram_as<double>(plan, x, s.type, s.data, out_type, data, total) : gram_as<float>(plan, x, s.type, s.data, out_type, data, total);
+    s.type == Type::f64 ? gram_as<double>(plan, x, s.type, s.data, out_type, data, total, rounded)
+                        : gram_as<float>(plan, x, s.type, s.data, out_type, data, total, rounded);
     return out;
 }
 

@@ -109,6 +109,7 @@ struct Layer {
     Plan plan;
     const MaybeTensor& weight;
     int64_t longest = 0, widest = 0;  // rows and ranks of a client
+    bool rounded = false, others = true;  // some clients' S is rounded (lora_rounded.h); some rank rows are of others, or of none
 };
 
 // The small way. `base`: what y starts from instead of x W^T; y, s and the gradients are filled; null: not wanted.
@@ -119,8 +120,9 @@ void small_backward(const Layer& layer, const Matrix& d_y, const Shrunk& s, cons
 inline Type shrunk_type(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }
 
 // scale [K] -> S in `shrunk_type`, plan.flat elements at `out`.
-void shrink(const Plan& plan, const Matrix& x, const Matrix& rows, const std::vector<double>& scale, void* out);
-void expand(const Plan& plan, const Matrix& out, const Shrunk& s, const Matrix& rows);
-Tensor grouped_gram(const Plan& plan, const Shrunk& s, const Matrix& x, ScalarType dtype);
+// rounded: without the clients whose S is rounded (lora_rounded.h), whose part of the result is left as it is.
+void shrink(const Plan& plan, const Matrix& x, const Matrix& rows, const std::vector<double>& scale, void* out, bool rounded = false);
+void expand(const Plan& plan, const Matrix& out, const Shrunk& s, const Matrix& rows, bool rounded = false);
+Tensor grouped_gram(const Plan& plan, const Shrunk& s, const Matrix& x, ScalarType dtype, bool rounded = false);
 
 }  // namespace hetlora

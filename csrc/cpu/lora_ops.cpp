@@ -5,6 +5,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include "lora_rounded.h"
 #include "lora_tiles.h"
 
 namespace hetlora {
@@ -43,7 +44,8 @@ Tensor grouped_gram_op(const Tensor& s, const Tensor& x_tensor, const MaybeTenso
 }
 
 // Which calls go the small way: on so few rows its base product is faster than the framework's, in 16-bit types only with so small a weight
-// (docs/kernels-lora.md), and no client is on the tiles: its bits are the same in any call. Tests force one way or the other through the op `_lora_way`.
+// (docs/kernels-lora.md), and no client is on the tiles or has its S rounded: its bits are the same in any call. Tests force one way or the other through the
+// op `_lora_way`.
 constexpr int64_t kFewRows = 8, kSmall16BitWeight = int64_t{1} << 18;
 
 enum Way : int64_t { by_size, small, framework };
@@ -55,7 +57,7 @@ int64_t lora_way(int64_t way) {
 }
 
 bool goes_small(const Layer& layer) {
-    if (any_on_tiles(layer.plan, layer.x.type)) {
+    if (layer.rounded || any_on_tiles(layer.plan, layer.x.type)) {
         return false;
     }
     const int64_t way = forced_way.load(std::memory_order_relaxed);
@@ -85,11 +87,16 @@ void product(const Tensor& out, const Tensor& left, const Tensor& right, const M
     STD_TORCH_CHECK(error == 0, "hetlora: the base product failed");
 }
 
-// d_bt [S, m] in the memory of B [m, S]; seen as [S, m] or as B.
-Tensor turned(const Tensor& d_bt, bool seen_as_bt) {
-    const int64_t total = d_bt.size(0), m = d_bt.size(1);
-    const Tensor out = seen_as_bt ? empty({total, m}, d_bt.scalar_type(), true) : empty({m, total}, d_bt.scalar_type());
-    transpose_block(size_of(type_of("bt", d_bt)), d_bt.const_data_ptr(), total, m, const_cast<void*>(out.const_data_ptr()));
+// S^T x, the gradient of a factor [S, width]. as_b: in the memory of its transpose, seen as [S, width] or as that.
+Tensor gradient(const Layer& layer, const Plan& plan, const Shrunk& s, const Matrix& x, ScalarType dtype, bool as_b, bool seen_as_bt) {
+    const Tensor rank_rows = layer.others ? grouped_gram(plan, s, x, dtype, layer.rounded) : empty({as_b ? 0 : layer.total, x.width}, dtype);
+    const Tensor out = !as_b ? rank_rows : seen_as_bt ? empty({layer.total, x.width}, dtype, true) : empty({x.width, layer.total}, dtype);
+    if (as_b && layer.others) {
+        transpose_block(size_of(type_of("dtype", out)), rank_rows.const_data_ptr(), layer.total, x.width, const_cast<void*>(out.const_data_ptr()));
+    }
+    if (layer.rounded) {
+        gram_rounded(plan, x, static_cast<const float*>(s.data), as_b, out);
+    }
     return out;
 }
 
@@ -123,7 +130,13 @@ std::tuple<Tensor, Tensor> lora_forward(const Tensor& x_given, const MaybeTensor
         product(as_matrix(y, rows, m), as_matrix(x, rows, n), view(*weight, {n, m}, {weight->stride(1), weight->stride(0)}), bias);
     }
     shrink(layer.plan, layer.x, layer.a, layer.scale, const_cast<void*>(s.const_data_ptr()));
-    expand(layer.plan.without_dropout(), Matrix::flat("y", y), shrunk(s), Matrix("bt", layer.rank_rows()));
+    const Plan without = layer.plan.without_dropout();
+    if (layer.others) {
+        expand(without, Matrix::flat("y", y), shrunk(s), Matrix("bt", layer.rank_rows()), layer.rounded);
+    }
+    if (layer.rounded) {
+        expand_rounded(without, Matrix::flat("y", y), static_cast<const float*>(s.const_data_ptr()), layer.bt, layer.transposed);
+    }
     return {y, s};
 }
 
@@ -154,18 +167,23 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& d_y_given, const 
     // Uninitialised: a vector would be filled with zeros first.
     const std::unique_ptr<char[]> room(need_x || need_a ? new char[static_cast<size_t>(layer.plan.flat * size_of(s_type))] : nullptr);
     const Shrunk d_s{s_type, room.get(), layer.plan.flat};
-    if (room) {
-        shrink(without, d_out, Matrix("bt", layer.rank_rows()), layer.scale, room.get());
+    const bool by_b = layer.rounded && layer.transposed;  // dS of clients whose S is rounded from B as it lies
+    if (room && (layer.others || !by_b)) {
+        shrink(without, d_out, Matrix("bt", layer.rank_rows()), layer.scale, room.get(), by_b);
+    }
+    if (room && by_b) {
+        shrink_rounded(without, d_out, layer.bt, layer.scale, reinterpret_cast<float*>(room.get()));
     }
     if (need_x) {
-        expand(layer.plan, Matrix::flat("d_x", d_x), d_s, layer.a);
+        if (layer.others) {
+            expand(layer.plan, Matrix::flat("d_x", d_x), d_s, layer.a, layer.rounded);
+        }
+        if (layer.rounded) {
+            expand_rounded(layer.plan, Matrix::flat("d_x", d_x), static_cast<const float*>(d_s.data), layer.a, false);
+        }
     }
-    const Tensor d_a = need_a ? grouped_gram(layer.plan, d_s, layer.x, a_type) : empty({0}, a_type);
-    if (!need_bt) {
-        return {d_x, d_a, empty({0}, bt_type)};
-    }
-    const Tensor d_bt = grouped_gram(without, own_s, d_out, bt_type);
-    return {d_x, d_a, layer.transposed ? turned(d_bt, !transposed) : d_bt};
+    return {d_x, need_a ? gradient(layer, layer.plan, d_s, layer.x, a_type, false, false) : empty({0}, a_type),
+            need_bt ? gradient(layer, without, own_s, d_out, bt_type, layer.transposed, !transposed) : empty({0}, bt_type)};
 }
 
 }  // namespace

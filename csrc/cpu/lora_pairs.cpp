@@ -103,7 +103,13 @@ HETLORA_AVX512 void pair_dots(const uint16_t* x, int64_t rows, const uint16_t* a
     }
 }
 
-// What dropout leaves of a row, not scaled.
+struct Block {
+    const Segment* segment;
+    int64_t t;
+};
+
+}  // namespace
+
 HETLORA_AVX512 void mask_row(const DropRow& row, const uint16_t* from, int64_t n, uint16_t* to) {
     const __m512i threshold = _mm512_set1_epi16(static_cast<short>(row.threshold));
     for (int64_t c = 0; c < n; c += 64) {
@@ -116,22 +122,15 @@ HETLORA_AVX512 void mask_row(const DropRow& row, const uint16_t* from, int64_t n
     }
 }
 
-struct Block {
-    const Segment* segment;
-    int64_t t;
-};
-
-}  // namespace
-
 bool by_pairs(Type rows, Type factor, int64_t rank) {
     static const bool usable = has_pairs();
     return usable && rows == Type::bf16 && factor == Type::bf16 && rank >= kPairedRank && !on_tiles(rows, rank);
 }
 
-void shrink_by_pairs(const Plan& plan, const Matrix& x, const Matrix& factor, const std::vector<double>& scale, float* out) {
+void shrink_by_pairs(const Plan& plan, const Matrix& x, const Matrix& factor, const std::vector<double>& scale, float* out, int64_t below) {
     std::vector<Block> blocks;
     for (const Segment& segment : plan.segments) {
-        for (int64_t t = by_pairs(x.type, factor.type, segment.rank) ? 0 : segment.length; t < segment.length; t += kRows) {
+        for (int64_t t = segment.rank < below && by_pairs(x.type, factor.type, segment.rank) ? 0 : segment.length; t < segment.length; t += kRows) {
             blocks.push_back({&segment, t});
         }
     }
@@ -158,8 +157,9 @@ void shrink_by_pairs(const Plan& plan, const Matrix& x, const Matrix& factor, co
 
 #else
 
+void mask_row(const DropRow&, const uint16_t*, int64_t, uint16_t*) {}
 bool by_pairs(Type, Type, int64_t) { return false; }
-void shrink_by_pairs(const Plan&, const Matrix&, const Matrix&, const std::vector<double>&, float*) {}
+void shrink_by_pairs(const Plan&, const Matrix&, const Matrix&, const std::vector<double>&, float*, int64_t) {}
 
 #endif
 

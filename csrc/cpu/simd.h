@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 
 #include "../types.h"
 
@@ -56,6 +57,17 @@ struct bf16 {
 };
 struct f16 {
     uint16_t bits;
+};
+
+// Memory for `count` numbers on a cache line's border, uninitialised.
+template <class T>
+class Aligned {
+  public:
+    explicit Aligned(int64_t count) : held_(new char[static_cast<size_t>(count) * sizeof(T) + 64]) {}
+    T* data() const { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(held_.get()) + 63) & ~uintptr_t{63}); }
+
+  private:
+    std::unique_ptr<char[]> held_;
 };
 
 template <class To, class From>

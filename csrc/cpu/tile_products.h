@@ -13,8 +13,6 @@
 
 #include <immintrin.h>
 
-#include <memory>
-
 namespace hetlora::tiles {
 
 constexpr int64_t kSide = 16, kDepth = 32, kTile = kSide * kDepth;  // rows or columns, addends, and numbers of a tile
@@ -53,15 +51,7 @@ struct Packed {
     int64_t depths, parts, size;
 };
 
-// Memory on a cache line's border, uninitialised.
-class Room {
-  public:
-    explicit Room(int64_t count) : held_(new char[static_cast<size_t>(2 * count + 64)]) {}
-    uint16_t* data() const { return reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(held_.get()) + 63) & ~uintptr_t{63}); }
-
-  private:
-    std::unique_ptr<char[]> held_;
-};
+typedef Aligned<uint16_t> Room;
 
 HETLORA_AMX HETLORA_INLINE __mmask16 first(int64_t n) { return n >= 16 ? 0xFFFF : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1); }
 HETLORA_AMX HETLORA_INLINE __mmask32 first32(int64_t n) { return n >= 32 ? 0xFFFFFFFFu : n <= 0 ? 0 : static_cast<__mmask32>((1u << n) - 1); }

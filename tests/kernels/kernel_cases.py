@@ -20,6 +20,7 @@ from hetlora_kernels.reference import compute_dtype, operand_dtype
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MIXED_RANKS = [4, 0, 1, 64, 3, 7, 8, 128, 16, 24]
 MIXED_LENGTHS = [5, 3, 0, 17, 1, 33, 2, 9, 1, 65]  # empty, one token, 2^k + 1 tokens, rows of a client of rank 0
+ROUNDED_RANK = 96  # csrc/cpu/lora_rounded.h
 _WORD = 0xFFFFFFFF
 
 
@@ -218,13 +219,17 @@ def estimated(layer: Layer, dtype: torch.dtype, device: torch.device | str = "cp
         if not rank or not len(rows):
             continue
         own_a, own_bt, own, d_y = a[end - rank : end], bt[end - rank : end], x[rows], grad[rows]
+        # As in PEFT, S and dS may be rounded to bfloat16 where the rank is large and rows and both factors are bfloat16: so they are on processors that
+        # multiply pairs of such numbers (docs/kernels-lora.md). Factors in float32 have numbers that bfloat16 has not.
+        in_bfloat16 = dtype == torch.bfloat16 and all(torch.equal(t, t.to(dtype).double()) for t in (layer.a, layer.bt))
+        kind = dtype if rank >= ROUNDED_RANK and in_bfloat16 else operand
         drop = torch.ones(len(rows), layer.n, dtype=torch.float64)
         if layer.p:
             keys = list(range(len(rows))) if layer.keys is None else [layer.keys[t] for t in layer.client_rows(k)]
             drop = kept(layer.seeds[k], keys, layer.n, layer.p).double() / (1 - round(65536 * layer.p) / 65536)
             own = own.times(drop, inside)
-        s = own.matmul(own_a.t(), inside, columns).times(layer.scale[k], inside).rounded(operand)
-        d_s = d_y.matmul(own_bt.t(), inside, columns).times(layer.scale[k], inside).rounded(operand)
+        s = own.matmul(own_a.t(), inside, columns).times(layer.scale[k], inside).rounded(kind)
+        d_s = d_y.matmul(own_bt.t(), inside, columns).times(layer.scale[k], inside).rounded(kind)
         term, d_term = s.matmul(own_bt, inside), d_s.matmul(own_a, inside).times(drop, inside)
         for whole, part in ((y, term), (d_x, d_term)):
             whole[rows] = whole[rows].plus(part, inside)

@@ -6,19 +6,27 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accuracy import Estimate, assert_as_exact_as, assert_exact, factor_of, in_parts, luck, why_not_exact
-from kernel_cases import drawn, estimated, make_layer, rounded, run_fused, run_plain
+from kernel_cases import ROUNDED_RANK, drawn, estimated, make_layer, rounded, run_fused, run_plain
 
 HALVES = [torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize(("n", "m", "ids", "seeds"), [(1100, 300, [0, 1] * 4, 40), (517, 300, [0] * 100 + [1] * 150, 5)], ids=["small calls", "large calls"])
-@pytest.mark.parametrize(("dtype", "factors"), [(torch.float32, torch.float32), *((half, own) for half in HALVES for own in (half, torch.float32))])
-def test_as_exact_as_pytorch(n, m, ids, seeds, dtype, factors, device):
+@pytest.mark.parametrize(
+    ("dtype", "factors", "ranks"),
+    [
+        (torch.float32, torch.float32, [64, 32]),
+        *((half, own, [64, 32]) for half in HALVES for own in (half, torch.float32)),
+        *((torch.bfloat16, own, [ROUNDED_RANK, 150]) for own in (torch.bfloat16, torch.float32)),
+    ],
+)
+def test_as_exact_as_pytorch(n, m, ids, seeds, dtype, factors, ranks, device):
     """Client by client in PyTorch, as PEFT computes it: over a float32 adapter its branch is float32, whatever the base."""
     ours, theirs = {}, {}
     for seed in range(seeds):
-        layer = rounded(make_layer([64, 32], ids, n, m, seed=seed), dtype, factors)
+        layer = rounded(make_layer(ranks, ids, n, m, seed=seed), dtype, factors)
         truth = run_plain(layer, torch.float64)
         for errors, results in ((ours, run_fused(layer, dtype, factors, device)), (theirs, run_plain(layer, dtype, factors, device))):
             for name in ("y", "d_x", "d_a", "d_bt"):
@@ -55,8 +63,8 @@ def test_one_chain_instead_of_parts_is_noticed(lanes, positive):
     assert why_not_exact({"y": by_lanes(x, w, lanes, 100_000)}, expected)
 
 
-def case(dtype, factors=None, n=300, m=520):
-    layer = rounded(make_layer([64], [0] * 500, n, m), dtype, factors)
+def case(dtype, factors=None, n=300, m=520, rank=64):
+    layer = rounded(make_layer([rank], [0] * 500, n, m), dtype, factors)
     return layer, run_fused(layer, dtype, factors), estimated(layer, dtype)
 
 
@@ -71,14 +79,34 @@ def test_a_factor_on_one_tile_is_noticed(dtype, name):
     assert why_not_exact({**got, name: tile.to(dtype)}, expected).startswith(f"{name}: error")
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("factors", ["as x", "float32"])
-def test_a_product_kept_in_16_bits_is_noticed(dtype, factors):
+def of_kept(layer, dtype, s):
+    """y and d_bt from an S in 16 bits."""
+    y = F.linear(layer.x, layer.weight, layer.bias).to(dtype).double() + s.double() @ layer.bt
+    return {"y": y.to(dtype), "d_bt": (s.double().t() @ layer.grad).to(layer.bt.dtype)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factors", "rank"),
+    [(half, own, 64) for half in HALVES for own in (None, torch.float32)]
+    + [(torch.bfloat16, None, ROUNDED_RANK - 1), (torch.bfloat16, torch.float32, ROUNDED_RANK), (torch.float16, None, ROUNDED_RANK)],
+)
+def test_a_product_kept_in_16_bits_is_noticed(dtype, factors, rank):
     """S rounded to the type of x, where the rule promises the type of the arithmetic."""
-    layer, _, expected = case(dtype, torch.float32 if factors == "float32" else None)
-    s = ((layer.x @ layer.a.t()) * layer.scale[0]).to(dtype).double()
-    kind = torch.float32 if factors == "float32" else dtype
-    assert why_not_exact({"d_bt": (s.t() @ layer.grad).to(kind)}, {"d_bt": expected["d_bt"]})
+    layer, _, expected = case(dtype, factors, rank=rank)
+    s = ((layer.x @ layer.a.t()) * layer.scale[0]).to(dtype)
+    d_bt = of_kept(layer, dtype, s)["d_bt"].to(factors or dtype)
+    assert why_not_exact({"d_bt": d_bt}, {"d_bt": expected["d_bt"]})
+
+
+def test_where_s_may_be_rounded_it_may_not_be_truncated():
+    """To bfloat16, where rank and types are those of the rule; nor rounded to a bit less."""
+    layer, _, expected = case(torch.bfloat16, rank=ROUNDED_RANK)
+    s = (layer.x @ layer.a.t()) * layer.scale[0]
+    bits = s.float().view(torch.int32)
+    for kept, sound in ((bits, True), (bits & -65536, False), ((bits + 65536) & -131072, False)):
+        for name, result in of_kept(layer, torch.bfloat16, kept.view(torch.float32).bfloat16()).items():
+            reason = why_not_exact({name: result.bfloat16()}, {name: expected[name]})
+            assert (reason is None) == sound, (name, reason)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])

@@ -21,6 +21,7 @@ KERNELS = (
     "accuracy",
     "lora",
     "lora_calls",
+    "lora_rounded",
     "lora_small",
     "lora_tiles",
     "norms",

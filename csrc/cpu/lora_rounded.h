@@ -1,0 +1,25 @@
+// Products of bfloat16 clients of still larger rank: S and dS are rounded to bfloat16 where they are multiplied, as PEFT rounds them, and every product is one of
+// pairs (AVX512-BF16).
+#pragma once
+
+#include "lora_pairs.h"
+
+namespace hetlora {
+
+// From this rank on a client's S and dS are rounded (docs/kernels-lora.md): below it products with a float32 S are fast enough. It is asked of the client's own
+// rank alone, so that its bits do not depend on the others of the batch.
+constexpr int64_t kRoundedRank = 96;
+
+// Whether a call on these types has such clients: all three are bfloat16, and pairs are used.
+inline bool rounds(Type rows, Type a, Type bt) { return by_pairs(rows, a, kRoundedRank) && by_pairs(rows, bt, kRoundedRank); }
+
+// Whether this client is one, in a call that `rounds`.
+inline bool is_rounded(bool rounded, int64_t rank) { return rounded && rank >= kRoundedRank; }
+
+// shrink of d_y, expand_ and grouped_gram for these clients; the others are left as they are. b is B as PEFT keeps it, [m, S]; with `as_b` the factor, or its
+// gradient `out`, lies so in memory.
+void shrink_rounded(const Plan& plan, const Matrix& d_y, const Matrix& b, const std::vector<double>& scale, float* out);
+void expand_rounded(const Plan& plan, const Matrix& out, const float* s, const Matrix& factor, bool as_b);
+void gram_rounded(const Plan& plan, const Matrix& x, const float* s, bool as_b, const Tensor& out);
+
+}  // namespace hetlora
