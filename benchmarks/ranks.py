@@ -43,7 +43,7 @@ class Layer:
         self.model: Any = get_peft_model(base, config, autocast_adapter_dtype=False).to(dtype)
         if fused:
             fuse(self.model)
-        self.layer = self.model.base_model.model[0]
+        self.layer: Any = self.model.base_model.model[0]
         self.x = torch.randn(rows, width).to(dtype).requires_grad_()
         self.d_y = torch.randn(rows, width).to(dtype)
         self.leaves = [self.x, *(p for p in self.model.parameters() if p.requires_grad)]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 
 import pytest
 import torch
 
 import hetlora_kernels.peft
-from benchmarks import peft_suite, run, saved, tables
+from benchmarks import peft_suite, ranks, run, saved, tables
 from benchmarks.server import WrongResultError
 from hetlora_kernels.peft import FusedLinear
 
@@ -43,3 +44,20 @@ def test_a_wrong_gradient_is_not_timed(case, monkeypatch):
     monkeypatch.setattr(peft_suite, "interleaved", lambda *arguments, **options: pytest.fail("timed"))
     with pytest.raises(WrongResultError, match=r"hetlora: the gradient of .* is off by .*; nothing is timed"):
         peft_suite.measure(case, OPTIONS, torch.device("cpu"), torch.get_num_threads())
+
+
+def test_the_worker_of_large_ranks_answers_a_case_and_a_turn(monkeypatch, capsys):
+    """And a layer whose gradients are not stock PEFT's is not timed."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(ranks, "SECONDS", 1e-9)
+    monkeypatch.setattr("sys.stdin", io.StringIO("bfloat16 5 24 96 0.1\n\n\n"))
+    try:
+        ranks.work(fused=True)
+    finally:
+        torch.set_num_threads(threads)
+    ready, *times = capsys.readouterr().out.splitlines()
+    assert ready == "ready" and len(times) == 2 and all(float(time) > 0 for time in times)
+    right = ranks.Layer.gradients
+    monkeypatch.setattr(ranks.Layer, "gradients", lambda self: [(1.02 if isinstance(self.layer, FusedLinear) else 1) * grad for grad in right(self)])
+    with pytest.raises(SystemExit, match=r"5 rows, 24 columns, rank 96, torch.bfloat16: a gradient differs from stock PEFT's by .*; nothing is measured"):
+        ranks.check(5, 24, 96, torch.bfloat16)
