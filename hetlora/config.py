@@ -172,6 +172,18 @@ class Config(BaseModel):
     )
     dp_secret: str = _setting("", "privacy", "File of secret bytes that noise and coins are drawn from; '' = the run's seed, which is for simulation alone.")
 
+    secure_aggregation: bool = _setting(
+        False, "privacy", "In a Flower deployment: clients mask their uploads so that the server sees sums alone (SecAgg+). For merge = 'factors' and 'delta'."
+    )
+    secure_range: float = _setting(1024.0, "privacy", "The largest weight, or update times weight, that a client may add to a masked sum.", gt=0)
+    secure_bits: int = _setting(
+        40, "privacy", "The step of masked numbers is 2 to minus this. A number takes 4 bytes where these hold a sum, else 8.", ge=1, le=52
+    )
+    secure_shares: int = _setting(
+        0, "privacy", "Key shares that each client gives to clients of its round, itself among them: an odd number; 0 = one to all of them.", ge=0
+    )
+    secure_threshold: int = _setting(0, "privacy", "Shares that open a mask, more than half of them; 0 = two thirds, rounded up. Fewer end the round.", ge=0)
+
     # local training
     local_steps: int = _setting(5, "training", "Optimiser steps per client and round (a client without that much data repeats it).", ge=1, le=100_000)
     local_epochs: int = _setting(0, "training", "Passes over the client's own data per round instead of local_steps; 0 = use local_steps.", ge=0, le=10_000)
@@ -316,8 +328,12 @@ class Config(BaseModel):
 
     @property
     def saves(self) -> tuple[str, ...]:
-        """Which adapters the run folder keeps, 'global' and 'clients'; none where what is learned goes into the base, on which an adapter would be no use."""
-        return () if self.merge_kind.no_adapter else self.training_kind.saves
+        """Which adapters the run folder keeps, 'global' and 'clients'; none where what is learned goes into the base, on which an adapter would be no use.
+
+        With secure aggregation nobody has the clients' own.
+        """
+        kept = () if self.merge_kind.no_adapter else self.training_kind.saves
+        return tuple(what for what in kept if what == "global") if self.secure_aggregation else kept
 
     @classmethod
     def create(cls, source: str = "settings", **values: Any) -> Config:

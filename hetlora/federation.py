@@ -108,6 +108,8 @@ def base_weights(cfg: Config, model: torch.nn.Module, shapes: Iterable[str]) -> 
 
 def starting_ranks(cfg: Config, data: FederatedData) -> StartingRanks:
     """Every client's rank before the first round; 0 where the kind of training has none, so that what remains of a bank is the base."""
+    if cfg.secure_aggregation:
+        raise ConfigError("secure_aggregation = True: hides uploads from a server that is another process, and a simulation has none; leave it out")
     if cfg.training_kind.no_ranks:
         return StartingRanks(0, 0, {client.name: 0 for client in data.clients})
     return cfg.rank_rule.assign(data.clients, cfg.seed)

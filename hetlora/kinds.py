@@ -39,6 +39,8 @@ class MergeKind:
     no_pruning: which clients cannot prune although they have rows to; '' where all can.
     unbounded: why one client's influence on the next bank has no proven bound, so that there is no differential privacy; '' where it has: the merge is a
         function of the old bank and of the sum of the clients' updates alone (`privacy.private_upload`).
+    needs_uploads: why the server must have each client's upload by itself, so that there is no secure aggregation; '' where sums over the clients do
+        (`secure_sum`).
     settings: read by this merge alone, refused with every other.   refuses: settings of others that it cannot use.
     """
 
@@ -50,6 +52,7 @@ class MergeKind:
     no_adapter: str = ""
     no_pruning: str = ""
     unbounded: str = "is no function of the sum of the clients' updates alone, so that one client's influence on it has no proven bound"
+    needs_uploads: str = "is made of each client's upload by itself, and the server would see sums alone"
     settings: tuple[str, ...] = ()
     refuses: tuple[Refusal, ...] = ()
 
@@ -225,8 +228,14 @@ _STARTS_FRESH = Refusal(("init_adapter",), "this merge starts every round from a
 MERGES = {
     kind.name: kind
     for kind in (
-        MergeKind("factors", "average the factors (as published)", "hetlora.merge:merge_factors", settings=("shared_rows", "unowned_rows")),
-        MergeKind("delta", "average the factors' changes; a row that a client does not own counts as unchanged", "hetlora.merge:merge_delta", unbounded=""),
+        MergeKind("factors", "average the factors (as published)", "hetlora.merge:merge_factors", needs_uploads="", settings=("shared_rows", "unowned_rows")),
+        MergeKind(
+            "delta",
+            "average the factors' changes; a row that a client does not own counts as unchanged",
+            "hetlora.merge:merge_delta",
+            unbounded="",
+            needs_uploads="",
+        ),
         MergeKind("svd", "truncate the SVD of the exact sum (FlexLoRA)", "hetlora.merge:merge_svd", refuses=(_TURNED,)),
         MergeKind(
             "owners-svd",
@@ -285,7 +294,14 @@ MERGES = {
             unbounded="",
             settings=("shared_rows", "unowned_rows"),
         ),
-        MergeKind("bank", "the bank of rank R nearest to the old one and the exact sum together", "hetlora.fold:merge_bank", unbounded="", refuses=(_TURNED,)),
+        MergeKind(
+            "bank",
+            "the bank of rank R nearest to the old one and the exact sum together",
+            "hetlora.fold:merge_bank",
+            unbounded="",
+            needs_uploads="multiplies each client's B with rows of A of its own, and the server would see sums alone",
+            refuses=(_TURNED,),
+        ),
         MergeKind("chosen", "the mean of each row over the clients that chose it", "hetlora.chosen:merge_chosen"),
         MergeKind(
             "models",
@@ -311,6 +327,14 @@ PRIVATE = (
     Refusal(("keep_best", "patience"), "looks at the clients' held-out text, which no noise covers; leave it out"),
 )
 """Settings that a run with differential privacy (`dp_clipping_norm`) cannot use."""
+
+_SEES_NONE = "looks at each client's upload by itself, and under secure_aggregation the server sees sums alone"
+SECURE = (
+    Refusal(("clip_update", "weight_cap"), f"{_SEES_NONE}; leave it out"),
+    Refusal(("diagnostics",), f"compares the bank with the uploads, and {_SEES_NONE.split(', and ')[1]}; leave it out"),
+    Refusal(("dp_clipping_norm",), f"the server clips each client's update, and {_SEES_NONE.split(', and ')[1]}; leave one out"),
+)
+"""Settings that a run with secure aggregation cannot use."""
 
 MERGE_CHOICES = tuple(name for name in MERGES if name not in {kind.merge for kind in TRAININGS.values()})
 """Values of the setting `merge`: all merges but those that belong to a kind of training."""

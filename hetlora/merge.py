@@ -57,6 +57,7 @@ class Merged:
 class Aggregate:
     """A merged round. weights: p [K, modules or 1] float64.   norms: S [K] float64, over all modules, of what was merged.
 
+    weights and norms are of no client (K = 0) where the server saw none's own.
     clips: the factor that each update was scaled by, [K], 1 where it was not; empty where clients train no adapters.
     """
 
@@ -82,9 +83,13 @@ def aggregate(
     received: what the same clients had received, as `uploads`, by which their updates are measured (`usual_limits`).   samples: training sequences of each.
     weighed: (p, S) where training weighed the uploads already; else they are `client_weights`.   rows: as in `MergeCall`.
     sampled: all clients of the round, by which differential privacy measures it; there uploads may be None, for none.
+    With secure aggregation, uploads is one that stands for all (`secure_sum.mean`).
     """
     if cfg.dp_clipping_norm:
         return _privately(state, uploads, received, sampled, cfg, model)
+    if cfg.secure_aggregation:
+        _merge_one(state, uploads, cfg, model)
+        return Aggregate(torch.zeros(0, len(uploads.shapes), dtype=torch.float64), torch.zeros(0, dtype=torch.float64))
     clips: list[float] = []
     suspects = None
     if weighed is None and (cfg.clip_update or cfg.clip_median):
@@ -113,16 +118,22 @@ def _privately(
 ) -> Aggregate:
     """The merge of one upload that holds the noised mean of the clients' updates, of weight 1: all that follows from it is post-processing."""
     one, clips = privacy.private_upload(state, uploads, received, sampled, cfg)
-    modules = len(one.shapes)
-    call = MergeCall(state.bank, one, torch.ones(1, modules, dtype=torch.float64), state.r_max, cfg, model, cfg.training_kind.trains(state.round + 1))
-    merged: Merged = _with_optimizer(state, call) if cfg.server_optimizer != "none" else cfg.merge_kind.load()(call)
-    assert merged.bank is not None
-    state.bank = merged.bank
-    weights = torch.full((len(clips), modules), 1 / privacy.expected_clients(cfg, len(state.ranks)), dtype=torch.float64)
+    merged = _merge_one(state, one, cfg, model)
+    weights = torch.full((len(clips), len(one.shapes)), 1 / privacy.expected_clients(cfg, len(state.ranks)), dtype=torch.float64)
     if uploads is None or not clips:
         return Aggregate(weights, torch.zeros(0, dtype=torch.float64))
     norms = uploads.delta_norms().double().cpu().square().sum(1).sqrt()
     return Aggregate(weights, norms, clips, diagnostics.describe(state.bank, uploads, weights, merged.rows, merged.added_to) if cfg.diagnostics else {})
+
+
+def _merge_one(state: ServerState, one: hk.AdapterBank, cfg: Config, model: torch.nn.Module) -> Merged:
+    """The merge of one upload of weight 1, which stands for all of the round, into `state`."""
+    weights = torch.ones(1, len(one.shapes), dtype=torch.float64)
+    call = MergeCall(state.bank, one, weights, state.r_max, cfg, model, cfg.training_kind.trains(state.round + 1))
+    merged: Merged = _with_optimizer(state, call) if cfg.server_optimizer != "none" else cfg.merge_kind.load()(call)
+    assert merged.bank is not None
+    state.bank = merged.bank
+    return merged
 
 
 @torch.no_grad()
@@ -148,6 +159,17 @@ class Suspects:
     silent: Tensor
 
 
+def client_scores(uploads: hk.AdapterBank, samples: Sequence[float], cfg: Config) -> tuple[Tensor, Tensor]:
+    """(what each client's weight is in proportion to, [K, modules] float64; S [K]): of each client by itself, without the others."""
+    norms = uploads.delta_norms().double().cpu()
+    total = norms.square().sum(1).sqrt()
+    if cfg.weights == "uniform":
+        return torch.ones_like(norms), total
+    if cfg.weights == "samples":
+        return torch.tensor(samples, dtype=torch.float64)[:, None].expand_as(norms), total
+    return (norms if cfg.weight_scope == "module" else total[:, None].expand_as(norms)), total
+
+
 def client_weights(uploads: hk.AdapterBank, samples: Sequence[int], cfg: Config, suspects: Suspects | None = None) -> tuple[Tensor, Tensor]:
     """(p, S): p [K, modules] float64, columns sum to 1 over the uploads that arrived; S [K] float64 = ||B_k A_k||_F over all modules.
 
@@ -157,15 +179,9 @@ def client_weights(uploads: hk.AdapterBank, samples: Sequence[int], cfg: Config,
 
     suspects: under 'sparsity', the S of one that was too large counts as at most the median, and an S that was 0 before the clip stays 0.
     """
-    norms = uploads.delta_norms().double().cpu()
-    total = norms.square().sum(1).sqrt()
-    clients, modules = norms.shape
-    if cfg.weights == "uniform":
-        scores = torch.ones(clients, modules, dtype=torch.float64)
-    elif cfg.weights == "samples":
-        scores = torch.tensor(samples, dtype=torch.float64)[:, None].expand(clients, modules)
-    else:
-        scores = norms if cfg.weight_scope == "module" else total[:, None].expand(clients, modules)
+    scores, total = client_scores(uploads, samples, cfg)
+    clients = len(total)
+    if cfg.weights == "sparsity":
         if suspects is not None:
             silent = suspects.silent if cfg.weight_scope == "module" else suspects.silent.all(1, keepdim=True)
             scores = scores.where(~silent, 0.0)

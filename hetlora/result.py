@@ -64,7 +64,8 @@ def client_line(cfg: Config, name: str, before: ClientRanks, trained: Trained, k
 def upload_line(merged: Aggregate, trained: Trained, i: int, k: int) -> dict[str, Any]:
     moved = {"bytes_down": trained.bytes_down[k], "bytes_up": trained.bytes_up[i]}
     clip = {"clip": merged.clips[i]} if merged.clips and merged.clips[i] < 1 else {}
-    return {"norm": float(merged.norms[i]), "weight": float(merged.weights[i].mean()), **moved, **clip}
+    seen = {"norm": float(merged.norms[i]), "weight": float(merged.weights[i].mean())} if len(merged.norms) else {}
+    return {**seen, **moved, **clip}
 
 
 def rank_shown(ranks: ClientRanks, scope: Scope) -> float:

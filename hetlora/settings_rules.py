@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from hetlora.errors import ConfigError
-from hetlora.kinds import PRIVATE, own_settings
+from hetlora.kinds import PRIVATE, SECURE, own_settings
 from hetlora.ranks import FROM_DATA
 from hetlora.text_files import shortened
 
@@ -24,6 +24,7 @@ def check(cfg: Any) -> None:
     if zero := [name for name, value in cfg.model_dump().items() if isinstance(value, str) and "\0" in value]:
         raise ConfigError(f"{', '.join(zero)}: expected text without a zero byte")
     _ = cfg.rank_rule
+    _check_secure(cfg)
     for refuses in (cfg.training_kind.refuses, cfg.merge_kind.refuses, PRIVATE if cfg.dp_clipping_norm else ()):
         for refusal in refuses:
             refused = [name for name in refusal.settings if (getattr(cfg, name) in refusal.values if refusal.values else not _at_default(cfg, name))]
@@ -73,6 +74,37 @@ def _check_privacy(cfg: Any) -> None:
         raise ConfigError("cobatch = True: clients that train in one batch change how each other's sums round, which no clip bounds; use cobatch = False")
     if isinstance(cfg.rank_rule, FROM_DATA):
         raise ConfigError(f"ranks = {cfg.ranks!r}: under dp_clipping_norm ranks may not follow from the data; use 'dealt:MIN:MAX', a list or a file")
+
+
+def _check_secure(cfg: Any) -> None:
+    """Settings of secure aggregation, and those that need each client's upload by itself."""
+    if not cfg.secure_aggregation:
+        if alone := [name for name in type(cfg).model_fields if name.startswith("secure_") and not _at_default(cfg, name)]:
+            raise ConfigError(f"{_shown(cfg, alone)}: of masked sums; set secure_aggregation, or leave it out")
+        return
+    if why := cfg.merge_kind.needs_uploads:
+        raise ConfigError(f"secure_aggregation = True: merge = {cfg.merge_kind.name!r} {why}; use merge = 'factors' (method = 'hetlora') or 'delta'")
+    for refusal in SECURE:
+        if refused := [name for name in refusal.settings if not _at_default(cfg, name)]:
+            raise ConfigError(f"{_shown(cfg, refused)}: {refusal.why}")
+    if cfg.clip_median:
+        raise ConfigError(
+            f"clip_median = {cfg.clip_median}: compares each client's update with the round's median, and under secure_aggregation the server sees sums alone; "
+            "use clip_median = 0, which gives that defence up"
+        )
+    if cfg.clients_per_round < 3:
+        raise ConfigError(f"clients_per_round = {cfg.clients_per_round}: a sum hides nobody from the others below three clients; give 3 or more")
+    if cfg.secure_shares and (cfg.secure_shares < 3 or cfg.secure_shares % 2 == 0):
+        raise ConfigError(f"secure_shares: expected 0, or an odd number from 3 on, got {cfg.secure_shares}")
+    shares = cfg.secure_shares or cfg.clients_per_round
+    if cfg.secure_threshold and not shares < 2 * cfg.secure_threshold <= 2 * shares:
+        raise ConfigError(f"secure_threshold: expected 0, or more than half of {shares} shares and at most all, got {cfg.secure_threshold}")
+    steps = cfg.secure_range * 2**cfg.secure_bits
+    if not 1 <= steps <= 2**52 or 2 * cfg.clients_per_round * steps >= 2**64:
+        raise ConfigError(
+            f"{_shown(cfg, ['secure_range', 'secure_bits'])}: {steps:.3g} steps; expected 1 to 2^52, which float64 counts, and with clients_per_round = "
+            f"{cfg.clients_per_round} less than 2^63 in the sum; lower one of them"
+        )
 
 
 def _check_examples(cfg: Any) -> None:

@@ -112,14 +112,7 @@ class LeadingRows:
 
     def collect(self, cfg: Config, state: ServerState, name: str, number: int, reply: Reply, arrays: ReceivedArrays) -> hk.AdapterBank:
         shapes = state.bank.shapes
-        before = state.ranks[name]
-        after = dict(zip(shapes, reply.ranks, strict=True))
-        kept = tail_start(before, cfg.gamma, state.r_min)
-        for module, rank in after.items():
-            if rank not in (before[module], kept[module]):
-                raise ConfigError(f"rank {rank} in {module}, expected {before[module]}, or {kept[module]} after pruning")
-        if cfg.prune_scope == "client" and after not in (before, kept):
-            raise ConfigError("some modules pruned and some not, where prune_scope = 'client' decides for all")
+        after = ranks_after(cfg, state, name, reply)
         only_keys(arrays, ["rows"], "upload")
         a, bt = unpack_rows({(0, max(after.values())): arrays["rows"]}, shapes, after, state.bank.dtype, "upload")
         return hk.AdapterBank.of(shapes, {module: [rank] for module, rank in after.items()}, a, bt)
@@ -134,6 +127,18 @@ class LeadingRows:
             "received": state.bank.truncate(bank_ranks(left, shapes)),
             "parameters": sum(state.ranks[name][module] * (m + n) for name in names for module, (m, n) in shapes.items()),
         }
+
+
+def ranks_after(cfg: Config, state: ServerState, name: str, reply: Reply) -> ClientRanks:
+    """The ranks that a client ended its round with; `ConfigError` where it could not."""
+    before, after = state.ranks[name], dict(zip(state.bank.shapes, reply.ranks, strict=True))
+    kept = tail_start(before, cfg.gamma, state.r_min)
+    for module, rank in after.items():
+        if rank not in (before[module], kept[module]):
+            raise ConfigError(f"rank {rank} in {module}, expected {before[module]}, or {kept[module]} after pruning")
+    if cfg.prune_scope == "client" and after not in (before, kept):
+        raise ConfigError("some modules pruned and some not, where prune_scope = 'client' decides for all")
+    return after
 
 
 def _spans(arrays: ReceivedArrays, rank: int) -> list[tuple[int, int]]:

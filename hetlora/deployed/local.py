@@ -9,11 +9,11 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hetlora import __version__
 from hetlora.config import Config, ConfigError
@@ -22,13 +22,15 @@ from hetlora.deployed import device, messages
 from hetlora.deployed.exchange import Order, Reply, exchange
 from hetlora.deployed.messages import Content, Sent
 from hetlora.deployed.settings import Node, client_settings
+from hetlora.deployed.wire import Arrays
 from hetlora.evaluate import evaluate_bank, evaluate_clients, pool_text
 from hetlora.federation import resolve_model
 from hetlora.memory import with_step_tokens
 from hetlora.models import checkpointed, empty_model, load_model, load_tokenizer, read_limits, target_shapes
 from hetlora.ranks import Capability, Device
+from hetlora.secure_sum import contribution
 from hetlora.server import ServerState
-from hetlora.training import Work
+from hetlora.training import Trained, Work
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,15 @@ class Client:
         measured = self._device(cfg, base, shapes) if kind == "introduce" and messages.measure_wanted(content) else (None, "")
         return _WORK[kind](content, cfg, Local(base, self._data(cfg, node), shapes, *measured))
 
+    def masked(
+        self, content: Content, run_config: Mapping[str, Any], node_config: Mapping[str, Any], most: int, hide: Callable[[Config, Tensor], Arrays]
+    ) -> Sent:
+        """`answer` to the order to train of a run with secure aggregation."""
+        cfg, node = client_settings(run_config, node_config)
+        base = self._load(cfg)
+        local = Local(base, self._data(cfg, node), target_shapes(base, cfg.target_modules))
+        return _train_masked(content, cfg, local, most, partial(hide, cfg))
+
     def _device(self, cfg: Config, model: nn.Module, shapes: dict[str, tuple[int, int]]) -> tuple[Device | None, str]:
         """What the device measured, and why it could not: only the server knows whether this client has a rank already."""
         if not isinstance(cfg.rank_rule, Capability):
@@ -140,16 +151,36 @@ def _state(content: Content, cfg: Config, order: Order, local: Local) -> tuple[C
 
 def _train(content: Content, cfg: Config, local: Local) -> Sent:
     """The round's training with the function that simulates it."""
+    if cfg.secure_aggregation:
+        raise ConfigError("the server asks for a plain upload, and the run's settings have secure_aggregation")
+    _, trained, reply = _trained(content, cfg, local)
+    return messages.reply_message(reply, exchange(cfg).up(trained))
+
+
+def _train_masked(content: Content, cfg: Config, local: Local, most: int, hide: Callable[[Tensor], Arrays]) -> Sent:
+    """The same under secure aggregation.   most: sequences of the client that has most.   hide: masks whole numbers.
+
+    The scores of pruning are norms of the client's rows, and stay here.
+    """
+    own = len(local.data.train)
+    if own > most:
+        raise ConfigError(f"the server says that no client has more than {most} sequences, this one has {own}")
+    order, trained, reply = _trained(content, cfg, local)
+    vector = contribution(cfg, trained.uploads, trained.received, own / most, order.r_max)
+    return messages.reply_message(replace(reply, tails=(0.0, 0.0)), hide(vector))
+
+
+def _trained(content: Content, cfg: Config, local: Local) -> tuple[Order, Trained, Reply]:
+    """What the client was asked for, what its own run of the round gave, and what it reports."""
     order = _order(content, local)
     cfg, _ = with_step_tokens(cfg, local.model, local.shapes, [max(order.ranks, default=1)])
     own, state = _state(content, cfg, order, local)
     work = Work(own.model_copy(update={"cobatch": False}), local.model, state, [local.data], order.number, order.lr)
     with checkpointed(local.model, cfg.gradient_checkpointing):
-        trained = cfg.training_kind.load()(work)
+        trained: Trained = cfg.training_kind.load()(work)
     if trained.dropped:
         raise ConfigError(trained.dropped[0])
-    reply = Reply(list(trained.ranks[0].values()), trained.results[0], trained.tails[0])
-    return messages.reply_message(reply, exchange(cfg).up(trained))
+    return order, trained, Reply(list(trained.ranks[0].values()), trained.results[0], trained.tails[0])
 
 
 def _evaluate(content: Content, cfg: Config, local: Local) -> Sent:

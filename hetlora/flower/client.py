@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from logging import INFO, WARNING
 
 from flwr.app import Context, Error, Message
@@ -10,6 +11,8 @@ from flwr.supercore import log
 
 from hetlora.config import ConfigError
 from hetlora.deployed.local import Client, Kind, LoadData, LoadModel, base_model, own_text
+from hetlora.deployed.settings import client_settings
+from hetlora.flower import secure, secure_client
 from hetlora.flower.records import record_dict
 
 REFUSED = 400  # code of an error that this client states itself
@@ -40,9 +43,7 @@ def client_app(model: LoadModel = base_model, data: LoadData = own_text) -> Clie
         try:
             return Message(record_dict(client.answer(kind, message.content, context.run_config, context.node_config)), reply_to=message)
         except (ConfigError, OSError) as error:
-            reason = " ".join(str(error).split())
-            log(WARNING, "refused: %s", reason)
-            return Message(Error(REFUSED, reason), reply_to=message)
+            return _refused(message, error)
 
     @app.query()
     def introduce(message: Message, context: Context) -> Message:
@@ -56,4 +57,32 @@ def client_app(model: LoadModel = base_model, data: LoadData = own_text) -> Clie
     def evaluate(message: Message, context: Context) -> Message:
         return answer(message, context, "evaluate")
 
+    @app.train("masked")
+    def masked(message: Message, context: Context) -> Message:
+        content, state = message.content, context.state
+        try:
+            secure_client.open_shares(content, state)
+            most = secure.read_whole(secure.record(content), "most")
+            hide = partial(secure_client.masked, content, state)
+            return Message(record_dict(client.masked(content, context.run_config, context.node_config, most, hide)), reply_to=message)
+        except (ConfigError, OSError) as error:
+            return _refused(message, error)
+
+    for action, stage in secure_client.STAGES.items():
+        app.train(action)(partial(_stage, stage))
     return app
+
+
+def _stage(work: secure_client.Stage, message: Message, context: Context) -> Message:
+    """A stage of secure aggregation that takes neither the model nor text."""
+    try:
+        cfg, _ = client_settings(context.run_config, context.node_config)
+        return Message(work(cfg, message.content, context.state), reply_to=message)
+    except ConfigError as error:
+        return _refused(message, error)
+
+
+def _refused(message: Message, error: Exception) -> Message:
+    reason = " ".join(str(error).split())
+    log(WARNING, "refused: %s", reason)
+    return Message(Error(REFUSED, reason), reply_to=message)

@@ -22,6 +22,7 @@ from hetlora.deployed.local import Base
 from hetlora.deployed.settings import Waiting, seconds
 from hetlora.deployed.wire import size, to_array
 from hetlora.fleet import Progress
+from hetlora.flower import secure_server
 from hetlora.flower.members import Members
 from hetlora.flower.records import array_record, array_records
 from hetlora.flower.replies import lifetime, replies_to, send
@@ -147,11 +148,10 @@ class HetLora(FedAvg):
         return self._turn
 
     def _messages(self, turn: Turn, records: Iterable[ArrayRecord], kind: str) -> list[Message]:
-        return [self._message(turn, name, own, kind) for name, own in zip(turn.names, records, strict=True)]
+        return [self._message(turn.number, name, _content(turn, name, own), kind) for name, own in zip(turn.names, records, strict=True)]
 
-    def _ask(self, grid: Grid, sent: list[Message]) -> Iterator[Message]:
+    def _ask(self, grid: Grid, turn: Turn, sent: list[Message]) -> Iterator[Message]:
         """Send them, and what comes back; each reply as soon as it is there."""
-        turn = self._asked()
         turn.sent = send(grid, sent)
         return replies_to(grid, turn.sent, self._timeout)
 
@@ -180,9 +180,8 @@ class HetLora(FedAvg):
         late = f"no reply within {self._timeout:g} s"
         return dict(sorted((left_out | {k: lost.get(k, late) for k in nodes.values()}).items()))
 
-    def _message(self, turn: Turn, name: str, arrays: ArrayRecord, kind: str) -> Message:
-        content = RecordDict({messages.ARRAYS: arrays, messages.CONFIG: ConfigRecord(asdict(turn.order(name)))})
-        return Message(content, self._node(name), kind, ttl=lifetime(self._timeout), group_id=str(turn.number))
+    def _message(self, number: int, name: str, content: RecordDict, kind: str) -> Message:
+        return Message(content, self._node(name), kind, ttl=lifetime(self._timeout), group_id=str(number))
 
 
 def _line(reason: str) -> str:
@@ -201,28 +200,59 @@ class FlowerFleet(fleet.DeployedFleet):
         self.from_evaluate_fn: dict[int, MetricRecord] = {}
 
     def train(self, cfg: Config, state: ServerState, names: Sequence[str], number: int, lr: float, progress: Progress) -> Trained:
+        if cfg.secure_aggregation:
+            return self._train_masked(cfg, state, names, number, lr, progress)
         strategy, grid = self.strategy, self.grid
-        strategy._turn = Turn(state, list(names), number, lr)
+        strategy._turn = turn = Turn(state, list(names), number, lr)
         sent = list(strategy.configure_train(number, ArrayRecord(), ConfigRecord(), grid))
         down = [size(message.content.array_records[messages.ARRAYS]) for message in sent]
-        _, metrics = strategy.aggregate_train(number, strategy._ask(grid, sent))
+        _, metrics = strategy.aggregate_train(number, strategy._ask(grid, turn, sent))
         if metrics is not None:
             self.train_metrics[number] = metrics
         found = strategy._round
         progress(len(found.replies), len(names))
-        return found.trained(cfg, strategy._turn, strategy.exchange, down)
+        return found.trained(cfg, turn, strategy.exchange, down)
+
+    def _train_masked(self, cfg: Config, state: ServerState, names: Sequence[str], number: int, lr: float, progress: Progress) -> Trained:
+        """Secure aggregation: of the uploads the server sees a sum."""
+        strategy = self.strategy
+        strategy._turn = turn = Turn(state, list(names), number, lr)
+
+        def ask(kind: str, contents: dict[int, RecordDict]) -> secure_server.Answers:
+            places, found = list(contents), dict[int, RecordDict]()
+            asked = Turn(state, [names[place] for place in places], number, lr)
+            sent = [strategy._message(number, name, content, kind) for name, content in zip(asked.names, contents.values(), strict=True)]
+
+            def keep(k: int, message: Message) -> None:
+                found[places[k]] = message.content
+
+            lost = strategy._hear(asked, strategy._ask(self.grid, asked, sent), keep)
+            return found, {places[k]: reason for k, reason in lost.items()}
+
+        def orders(places: Sequence[int]) -> dict[int, RecordDict]:
+            records = array_records(strategy.exchange.down(cfg, state, [names[place] for place in places]))
+            return {place: _content(turn, names[place], arrays) for place, arrays in zip(places, records, strict=True)}
+
+        trained, metrics = secure_server.train(cfg, state, names, number, ask, orders, {name: self.sequences(name) for name in names})
+        self.train_metrics[number] = metrics
+        progress(len(trained.arrived), len(names))
+        return trained
 
     def _evaluations(self, state: ServerState) -> dict[str, messages.Evaluated]:
         """What every client that is there finds under the bank of `state`; asked once a round."""
         if self._round_evaluated != state.round:
             strategy, grid = self.strategy, self.grid
-            strategy._turn = Turn(state, self.present(), state.round, 0.0)
+            strategy._turn = turn = Turn(state, self.present(), state.round, 0.0)
             sent = list(strategy.configure_evaluate(state.round, ArrayRecord(), ConfigRecord(), grid))
-            metrics = strategy.aggregate_evaluate(state.round, strategy._ask(grid, sent))
+            metrics = strategy.aggregate_evaluate(state.round, strategy._ask(grid, turn, sent))
             if metrics is not None:
                 self.evaluate_metrics[state.round] = metrics
             self._round_evaluated = state.round
         return self.strategy._evaluated
+
+
+def _content(turn: Turn, name: str, arrays: ArrayRecord) -> RecordDict:
+    return RecordDict({messages.ARRAYS: arrays, messages.CONFIG: ConfigRecord(asdict(turn.order(name)))})
 
 
 def _adapter(bank: hk.AdapterBank) -> ArrayRecord:

@@ -156,6 +156,10 @@ def _weights(run: Run, figure: Figure) -> tuple[str, str, str]:
     if not names:
         empty(axes, "No upload is on record.")
         return title, "No upload is on record.", title + ": none on record"
+    if run.config.get("secure_aggregation"):
+        hidden = "Not known: secure aggregation hides each client's weight."
+        empty(axes, hidden)
+        return title, hidden, f"{title}: {hidden.lower()}"
     grouped = len(names) > _MOST_ROWS
     if grouped:  # one row for all clients of a rank: hundreds of rows cannot be read
         groups = rank_groups({name: run.start_ranks[name] for name in names})

@@ -26,6 +26,7 @@ class LocalGrid(Grid):
         self.asked: list[tuple[int, str]] = []
         self.replies: dict[str, Message] = {}
         self.most_held = 0  # replies that one call gave
+        self.states: dict[int, RecordDict] = {}  # which a node keeps between the messages of a run
 
     def set_run(self, run: Any) -> None: ...
 
@@ -51,7 +52,7 @@ class LocalGrid(Grid):
                 numbers.append(None)
                 continue
             numbers.append(number)
-            context = Context(1, node, self.nodes[node], RecordDict(), self.run_config)
+            context = Context(1, node, self.nodes[node], self.states.setdefault(node, RecordDict()), self.run_config)
             try:
                 reply = self.app(message, context)
             except Exception as error:  # as Flower answers for an app that fails

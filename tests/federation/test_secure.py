@@ -1,0 +1,475 @@
+"""Secure aggregation in one process: the server's sums are those of the plain uploads to the fixed-point step, and it sees no upload by itself."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("flwr.serverapp", reason="Flower is not installed (pip install '.[flower]')")
+
+import itertools
+import json
+import re
+
+import numpy as np
+import torch
+from flower_grid import LocalGrid
+from flwr.app import Message
+from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
+from tiny import lines, same_bits, tiny_clients, tiny_config, tiny_federation, tiny_model, tiny_state, trained_bank, whole_bank
+
+from hetlora import merge, secure_sum
+from hetlora.config import Config, ConfigError
+from hetlora.deployed import members as members_module
+from hetlora.deployed.local import modules_digest
+from hetlora.flower import Base, HetLora, Waiting, client_app, secure, secure_client
+from hetlora.loop import simulate
+from hetlora.models import target_shapes
+from hetlora.observer import Observer
+
+SIZES = [3, 5, 2, 7, 4]
+SECURE = {"secure_aggregation": True, "clip_median": 0.0, "weights": "samples", "ranks": "2,4,8,4,2", "clients_per_round": 5, "rounds": 1}
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch):
+    monkeypatch.setattr(members_module, "POLL", 0.01)
+
+
+class Watching(LocalGrid):
+    """Keeps every reply as the server gets it, by (node, kind), before `spoil` may lose or change it."""
+
+    def __init__(self, app, run_config, nodes, spoil=None) -> None:
+        self.replies: dict[tuple[int, str], Message] = {}
+
+        def kept(node, message, reply):
+            self.replies[node, message.metadata.message_type] = reply
+            return spoil(node, message, reply) if spoil else reply
+
+        super().__init__(app, run_config, nodes, kept)
+
+
+def deployed(cfg: Config, spoil=None, waiting: Waiting | None = None):
+    clients, model = tiny_clients(SIZES), tiny_model(getattr(torch, cfg.dtype))
+    shapes = target_shapes(model, cfg.target_modules)
+    app = client_app(lambda cfg: model, lambda cfg, node: clients[node.partition_id])
+    grid = Watching(app, cfg.model_dump(), [{"partition-id": k} for k in range(len(SIZES))], spoil)
+    said: list[str] = []
+    observer = Observer()
+    observer.message = said.append
+    strategy = HetLora(cfg, Base("tiny", shapes, 0, modules_digest(shapes)), waiting or Waiting(min_clients=len(SIZES), join_timeout=0), observer)
+    return strategy.start(grid), said, grid
+
+
+@pytest.fixture
+def added(monkeypatch):
+    """{client's sequences: (vector, uploads, received)} of what the clients added to the sums of the last round."""
+    found = {}
+    made = secure_sum.contribution
+
+    def kept(cfg, uploads, received, share, r_max):
+        vector = made(cfg, uploads, received, share, r_max)
+        found[round(share * max(SIZES))] = (vector, uploads, received)
+        return vector
+
+    monkeypatch.setattr("hetlora.deployed.local.contribution", kept)
+    return found
+
+
+@pytest.fixture
+def totals(monkeypatch):
+    """The sums as the server reads them, round by round."""
+    found = []
+    made = secure_sum.mean
+
+    def kept(cfg, total, bank, owned):
+        found.append(total)
+        return made(cfg, total, bank, owned)
+
+    monkeypatch.setattr("hetlora.flower.secure_server.mean", kept)
+    return found
+
+
+# ---------------------------------------------------------------- the sums
+
+FINE, COARSE = {}, {"secure_range": 64.0, "secure_bits": 20}  # 8 and 4 bytes a number
+MEANS = {
+    "samples": {"weights": "samples"},
+    "sparsity": {"weights": "sparsity"},
+    "one weight": {"weights": "sparsity", "weight_scope": "client"},
+    "owners": {"weights": "sparsity", "shared_rows": "owners"},
+    "zero": {"weights": "uniform", "unowned_rows": "zero"},
+    "delta": {"weights": "samples", "merge": "delta"},
+    "momentum": {"weights": "uniform", "server_optimizer": "fedavgm"},
+}
+
+
+@pytest.mark.parametrize("point", [FINE, COARSE], ids=["8 bytes", "4 bytes"])
+@pytest.mark.parametrize("settings", MEANS.values(), ids=MEANS)
+def test_sums_and_merge_are_the_plain_ones_to_the_step(tmp_path, settings, point):
+    """Clients of ranks 2, 4 and 8 of a bank of 9 rows. A sum is K h / 2 from the exact one; the merged rows are as far as that divided by a weight allows."""
+    cfg = tiny_config(tmp_path / "run", **{**SECURE, "ranks": "2,4,8", "clients_per_round": 3, "adapter_dtype": "float64", **point, **settings})
+    federation, samples = tiny_federation(SIZES[:3]), [3, 5, 2]
+    state = tiny_state(federation, [2, 4, 8], r_max=9, dtype=torch.float64)
+    uploads = trained_bank(federation.shapes, [2, 4, 8], torch.float64, seed=1)
+    received = state.bank.truncate([2, 4, 8])
+    each = [(uploads.select([k]), received.select([k])) for k in range(3)]
+    total = sum(secure_sum.contribution(cfg, new, old, n / 5, 9) for (new, old), n in zip(each, samples, strict=True))
+
+    h, scores = 2.0**-cfg.secure_bits, merge.client_scores(uploads, [n / 5 for n in samples], cfg)[0]
+    pieces = iter((total.double() * h).split(secure_sum.lengths(federation.shapes, 9)))
+    least, largest = 1.0, 0.0
+    for module, (name, (m, n)) in enumerate(federation.shapes.items()):
+        exact = [scores[:, module].sum()[None], torch.zeros(9), torch.zeros(9, n), torch.zeros(9, m)]
+        exact = [part.double() for part in exact]
+        for k, rank in enumerate((2, 4, 8)):
+            own, weight = uploads.layouts[name].rows(k), scores[k, module]
+            exact[1][:rank] += weight
+            for part, side in ((2, "a"), (3, "bt")):
+                change = getattr(uploads, side)[name].detach()[own] - getattr(received, side)[name].detach()[own]
+                exact[part][:rank] += weight * change
+                largest = max(largest, float(change.abs().max()))
+        error = [float((next(pieces).view_as(part) - part).abs().max()) for part in exact]
+        slack = 2.0**-50 * max(float(part.abs().max()) for part in exact)  # float64 sums of three, on either side
+        assert max(error[:2]) <= 3 * h / 2 + slack
+        assert max(error[2:]) <= 3 * h / 2 * (1 + largest) + slack, "a number by its own rounding, and by that of its weight"
+        divisor = exact[1][:8] if settings.get("shared_rows") else exact[0]
+        least = min(least, float(divisor.min()))
+
+    owned = dict.fromkeys(federation.shapes, 8)
+    one = secure_sum.mean(cfg, total, state.bank, owned)
+    plain, masked = (tiny_state(federation, [2, 4, 8], r_max=9, dtype=torch.float64) for _ in range(2))
+    merge.aggregate(plain, uploads, received, samples, cfg.model_copy(update={"secure_aggregation": False}), federation.model)
+    merge.aggregate(masked, one, None, samples, cfg, federation.model)
+    size = max(float(factor.detach().abs().max()) for bank in (uploads, received) for factor in bank.parameters())
+    bound = 3 * h / 2 * (1 + 2 * largest + size) / (least - 3 * h / 2) + 2.0**-46 * size
+    for mine, other in zip(masked.bank.parameters(), plain.bank.parameters(), strict=True):
+        assert float((mine - other).detach().abs().max()) <= bound
+    assert not same_bits(masked.bank, state.bank)
+
+
+def test_whole_numbers_and_weights_come_out_exactly(tmp_path):
+    """Where nothing rounds, a masked merge has the bits of the plain one."""
+    cfg = tiny_config(tmp_path / "run", **{**SECURE, "weights": "uniform", "ranks": "2,4,8,8", "clients_per_round": 4, "adapter_dtype": "float64"})
+    federation = tiny_federation(SIZES[:4])
+    uploads = whole_bank(federation.shapes, [2, 4, 8, 8], 1)
+    states = [tiny_state(federation, [2, 4, 8, 8], r_max=8, dtype=torch.float64) for _ in range(2)]
+    for state in states:
+        state.bank = whole_bank(federation.shapes, [8], 2)
+    received = states[0].bank.truncate([2, 4, 8, 8])
+    total = sum(secure_sum.contribution(cfg, uploads.select([k]), received.select([k]), 1.0, 8) for k in range(4))
+    one = secure_sum.mean(cfg, total, states[0].bank, dict.fromkeys(federation.shapes, 8))
+    merge.aggregate(states[0], uploads, received, [1] * 4, cfg.model_copy(update={"secure_aggregation": False}), federation.model)
+    merge.aggregate(states[1], one, None, [1] * 4, cfg, federation.model)
+    assert same_bits(states[0].bank, states[1].bank)
+
+
+@pytest.mark.parametrize(("clients", "steps", "bits"), [(4, 2**29 - 1, 32), (4, 2**29, 64), (3, 2**52, 64), (2047, 2**52, 64), (5, 1, 32)])
+def test_no_sum_wraps_around(clients, steps, bits):
+    """All clients at the largest number that one may add, and at the least."""
+    fraction = 20
+    cfg = Config(**{**SECURE, "clients_per_round": clients, "ranks": "fixed:4", "secure_bits": fraction, "secure_range": steps / 2**fraction})
+    point = secure_sum.fixed_point(cfg)
+    assert (point.bits, point.most) == (bits, steps)
+    for sign in (1, -1):
+        own = secure.to_ring(point.encode(torch.tensor([sign * steps * point.step], dtype=torch.float64)), bits)
+        total = np.zeros(1, dtype=own.dtype)
+        for _ in range(clients):
+            total += own
+        assert secure.from_ring(total).tolist() == [sign * clients * steps]
+        assert point.decode(secure.from_ring(total)).tolist() == [sign * clients * steps * point.step]
+        with pytest.raises(ConfigError, match="secure_range: expected numbers of at most"):
+            point.encode(torch.tensor([sign * (steps + 1) * point.step], dtype=torch.float64))
+        with pytest.raises(ConfigError, match="out of the range"):
+            point.decode(torch.tensor([sign * (clients * steps + 1)]))
+
+
+# ---------------------------------------------------------------- the protocol
+
+
+@pytest.mark.parametrize("settings", [{}, {"secure_shares": 3}, COARSE | {"weights": "sparsity"}], ids=["all", "three shares", "4 bytes"])
+def test_the_server_gets_the_sum_of_what_the_clients_add_and_the_merge_of_the_simulation(tmp_path, added, totals, settings):
+    """The sum is exact in the ring. The run is that of `hetlora run` to the step and the rounding of float32."""
+    cfg = tiny_config(tmp_path / "run", **{**SECURE, **settings})
+    result, said, _ = deployed(cfg)
+    vectors = [vector for vector, _, _ in added.values()]
+    assert len(vectors) == 5 and torch.equal(totals[0], sum(vectors)) and not any("left out" in line for line in said)
+    plain = {name: value for name, value in cfg.model_dump().items() if not name.startswith("secure_")}
+    ours = simulate(Config(**{**plain, "cobatch": False, "output": str(tmp_path / "here")}), federation=tiny_federation(SIZES), quiet=True)
+    h, least = 2.0**-cfg.secure_bits, min(map(int, totals[0].split(secure_sum.lengths(ours.bank.shapes, 8))[::4]))
+    size = max(float(factor.detach().abs().max()) for _, uploads, received in added.values() for bank in (uploads, received) for factor in bank.parameters())
+    bound = 5 * h / 2 * (1 + 3 * size) / (least * h - 5 * h / 2) + 8 * torch.finfo(torch.float32).eps * size
+    for name, array in result.arrays.items():
+        theirs = torch.frombuffer(bytearray(array.data), dtype=torch.float32)
+        assert float((theirs - ours.bank.adapter(0)[name].detach().flatten()).abs().max()) <= bound
+    assert not (tmp_path / "run" / "clients").exists(), "nobody has the clients' own adapters"
+
+
+STAGES = {"keys": 4, "shares": 4, "masked": 4, "unmask": 5}
+"""Clients in the sum, where one of five is lost at a stage."""
+
+
+@pytest.mark.parametrize("settings", [{}, {"secure_shares": 3}], ids=["all", "three shares"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_client_that_drops_out_is_survived(tmp_path, added, totals, stage, settings):
+    def lose(node, message, reply):
+        return None if (node, message.metadata.message_type) == (12, f"train.{stage}") else reply
+
+    def without(*_):  # three neighbours of five clients open with two
+        return [{place, (place + 1) % 5, (place - 1) % 5} for place in range(5)]
+
+    cfg = tiny_config(tmp_path / "run", **{**SECURE, **settings})
+    if settings:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(secure, "neighbours", without)
+            deployed(cfg, lose)
+    else:
+        deployed(cfg, lose)
+    there = [vector for sequences, (vector, _, _) in added.items() if stage == "unmask" or sequences != SIZES[1]]
+    assert len(there) == STAGES[stage] and torch.equal(totals[0], sum(there))
+    record = lines(tmp_path / "run")[-1]
+    assert len(record["clients"]) == STAGES[stage]
+    assert [drop["name"] for drop in record["dropped"]] == ([] if stage == "unmask" else ["client1"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_below_the_threshold_the_round_is_given_up_and_the_run_goes_on(tmp_path, stage):
+    """Two of five are lost, and four shares open a mask."""
+
+    def lose(node, message, reply):
+        return None if node in (12, 13) and message.metadata.message_type == f"train.{stage}" and message.metadata.group_id == "2" else reply
+
+    cfg = tiny_config(tmp_path / "run", **{**SECURE, "rounds": 2})
+    with pytest.raises(ConfigError, match=r"round 2: secure aggregation is given up, .* 4 .*the bank is as it was"):
+        deployed(cfg, lose)
+    assert [record["round"] for record in lines(tmp_path / "run")] == [0, 1]
+    deployed(cfg, waiting=Waiting(min_clients=5, join_timeout=0, resume=True))
+    assert [record["round"] for record in lines(tmp_path / "run")] == [0, 1, 2]
+
+
+def test_the_server_sees_no_upload(tmp_path, added):
+    """What one client sends is uniform, and is not its vector, even without the mask whose seed the server learns."""
+    cfg = tiny_config(tmp_path / "run", **SECURE)
+    seeds = []
+    with pytest.MonkeyPatch.context() as patch:
+        made = secure_client.create_shares
+
+        def kept(secret, threshold, shares):
+            seeds.extend([secret] if len(secret) == 32 else [])
+            return made(secret, threshold, shares)
+
+        patch.setattr(secure_client, "create_shares", kept)
+        _, _, grid = deployed(cfg)
+    point = secure_sum.fixed_point(cfg)
+    for node, sequences in zip(range(11, 16), SIZES, strict=True):
+        content = grid.replies[node, "train.masked"].content
+        assert list(content.array_records["arrays"]) == ["masked"]
+        data = content.array_records["arrays"]["masked"].data
+        sent, plain = torch.frombuffer(bytearray(data), dtype=torch.int64), added[sequences][0]
+        counts = torch.bincount(torch.frombuffer(bytearray(data), dtype=torch.uint8).int(), minlength=256).double()
+        even = counts.sum() / 256
+        chance = torch.special.gammaincc(torch.tensor(255 / 2, dtype=torch.float64), ((counts - even).square() / even).sum() / 2)
+        assert 1e-9 < chance < 1 - 1e-9, "a uniform one is beyond these bounds twice in 10^9 runs"
+        assert float((sent == plain).double().mean()) < 0.01  # two of 2^64 numbers agree by chance
+        for seed in seeds:
+            opened = secure.from_ring(secure.to_ring(sent, 64) - secure.mask(seed, len(sent), 64))
+            assert float((opened == plain).double().mean()) < 0.01
+            with pytest.raises(ConfigError, match="out of the range"):
+                point.decode(opened)
+        assert content.metric_records["metrics"]["tail_before"] == content.metric_records["metrics"]["tail_after"] == 0.0
+
+
+def test_a_number_out_of_range_is_refused_by_its_client(tmp_path):
+    cfg = tiny_config(tmp_path / "run", **{**SECURE, "secure_range": 0.9})  # the client with most sequences has the weight 1
+    deployed(cfg)
+    dropped = lines(tmp_path / "run")[-1]["dropped"]
+    assert [drop["name"] for drop in dropped] == ["client3"]
+    assert "secure_range: expected numbers of at most 0.9, got 1 (a weight, or an update times it)" in dropped[0]["reason"]
+
+
+@pytest.mark.parametrize("change", ["type", "short", "ranks", "share", "garbage"])
+def test_a_wrong_answer_is_named(tmp_path, change):
+    """Before its vector is in the sum a client is left out; wrong shares and vectors cannot be told apart from others', and end the round."""
+
+    def spoil(node, message, reply):
+        kind = message.metadata.message_type
+        if node != 12:
+            return reply
+        if kind == "train.masked":
+            arrays, config = reply.content.array_records["arrays"], reply.content.config_records["config"]
+            if change == "type":
+                arrays["masked"].dtype = "int32"
+            elif change == "short":
+                arrays["masked"].data = arrays["masked"].data[:-8]
+            elif change == "ranks":
+                config["ranks"] = [9] * len(config["ranks"])
+            elif change == "garbage":
+                arrays["masked"].data = bytes(len(arrays["masked"].data))
+        if kind == "train.unmask" and change == "share":
+            record = reply.content.config_records["secure"]
+            record["seeds"] = [seed[:4] + bytes(len(seed) - 4) for seed in record["seeds"]]
+        return reply
+
+    cfg = tiny_config(tmp_path / "run", **SECURE)
+    if change in ("share", "garbage"):
+        with pytest.raises(ConfigError, match=r"do not fit together|numbers or key shares were wrong"):
+            deployed(cfg, spoil)
+    else:
+        deployed(cfg, spoil)
+        assert [drop["name"] for drop in lines(tmp_path / "run")[-1]["dropped"]] == ["client1"]
+
+
+def test_what_it_costs_is_on_record(tmp_path):
+    """8 bytes a number of every row of the bank and of the weights, beside keys and shares, where a plain upload has 4 bytes a number of the client's rows."""
+    cfg = tiny_config(tmp_path / "run", **SECURE)
+    deployed(cfg)
+    bank = tiny_state(tiny_federation(SIZES), [2] * 5).bank
+    numbers = sum(secure_sum.lengths(bank.shapes, 8))
+    assert numbers == bank.num_bytes(0) // 4 + 9 * len(bank.shapes)
+    for line in lines(tmp_path / "run")[-1]["clients"]:
+        assert 0 < line["bytes_up"] - 8 * numbers < 5 * 2000, "keys and shares of five clients"
+        assert set(line).isdisjoint({"norm", "weight", "clip"})
+
+
+# ---------------------------------------------------------------- what a client refuses
+
+
+def talk(count: int = 4):
+    """(settings, states, public keys) of clients that made their keys in round 1."""
+    cfg = Config(**{**SECURE, "ranks": "fixed:4"})
+    states = [secure.RecordDict() for _ in range(count)]
+    found = [secure.record(secure_client.keys(cfg, asked(), state)) for state in states]
+    return cfg, states, [(own["public1"], own["public2"]) for own in found]
+
+
+def asked(**values):
+    return secure.with_record(secure.RecordDict(), number=1, **values)
+
+
+def keys_for(place: int, public, clients: int = 4):
+    return asked(clients=clients, place=place, places=list(range(len(public))), public1=[one for one, _ in public], public2=[two for _, two in public])
+
+
+def shared():
+    cfg, states, public = talk()
+    sent = [secure.record(secure_client.shares(cfg, keys_for(k, public), state))["shares"] for k, state in enumerate(states)]
+    sources = [[other for other in range(4) if other != k] for k in range(4)]
+    return cfg, states, [asked(sources=own, shares=[sent[other][sources[other].index(k)] for other in own]) for k, own in enumerate(sources)]
+
+
+def test_a_client_refuses_keys_that_are_not_those_of_the_round():
+    cfg, states, public = talk()
+    for given, reason in (
+        (keys_for(0, [public[1], *public[1:]]), "some public keys are the same"),
+        (keys_for(1, public[::-1]), "has other public keys of this client"),
+        (keys_for(0, public[:2]), "2 clients to share with, expected 3 to 4"),
+        (keys_for(0, public, clients=2), "2 clients are in the round, expected 3 or more"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            secure_client.shares(cfg, given, states[0])
+    with pytest.raises(ConfigError, match="expected the stage 'keys' of round 1 before, got 'nothing'"):
+        secure_client.shares(cfg, keys_for(0, public), secure.RecordDict())
+    with pytest.raises(ConfigError, match="the run's settings have none"):
+        secure_client.keys(Config(), asked(), secure.RecordDict())
+
+
+def test_a_client_refuses_shares_that_are_not_for_it():
+    _, states, orders = shared()
+    sent = orders[0].config_records["secure"]["shares"]
+    with pytest.raises(ConfigError, match="a share of 1 for 0 came as one of 0 for 1"):
+        secure_client.open_shares(asked(sources=[0, 2, 3], shares=sent), states[1])
+    with pytest.raises(ConfigError, match="the share of the client at place 0 is not its own"):
+        secure_client.open_shares(asked(sources=[0, 1, 3], shares=sent), states[2])
+    with pytest.raises(ConfigError, match="shares of 1 neighbours, expected 2 or more"):
+        secure_client.open_shares(asked(sources=[1], shares=orders[0].config_records["secure"]["shares"][:1]), states[0])
+    secure_client.open_shares(orders[0], states[0])
+    with pytest.raises(ConfigError, match="expected the stage 'shares' of round 1 before, got 'opened'"):
+        secure_client.open_shares(orders[0], states[0])
+
+
+def test_a_client_gives_no_two_secrets_of_one_client_and_answers_once():
+    cfg, states, orders = shared()
+    secure_client.open_shares(orders[0], states[0])
+    with pytest.raises(ConfigError, match="expected the stage 'masked' of round 1 before, got 'opened'"):
+        secure_client.unmask(cfg, asked(active=[0, 1, 2, 3], gone=[]), states[0])
+    secure_client.masked(orders[0], states[0], cfg, torch.arange(5))
+    for active, gone in (([0, 1, 2], [2, 3]), ([0, 1], [2, 3]), ([1, 2, 3], [0]), ([0, 1, 2, 3, 4], [])):
+        with pytest.raises(ConfigError, match="clients are asked for, expected 3 or more, apart"):
+            secure_client.unmask(cfg, asked(active=active, gone=gone), states[0])
+    found = secure.record(secure_client.unmask(cfg, asked(active=[0, 1, 2], gone=[3]), states[0]))
+    assert (len(found["seeds"]), len(found["keys"])) == (3, 1)
+    with pytest.raises(ConfigError, match="expected the stage 'masked' of round 1 before, got 'nothing'"):
+        secure_client.unmask(cfg, asked(active=[0, 1, 2], gone=[3]), states[0])
+
+
+def test_a_client_gives_no_plain_upload(tmp_path):
+    cfg = tiny_config(tmp_path / "run", **SECURE)
+    _, _, grid = deployed(cfg)
+    order = Message(secure.RecordDict(), 11, "train")
+    order.metadata.__dict__["_message_id"] = "plain"
+    reply = next(iter(grid.send_and_receive([order])))
+    assert "asks for a plain upload, and the run's settings have secure_aggregation" in reply.error.reason
+
+
+# ---------------------------------------------------------------- masks
+
+
+def test_a_mask_takes_all_of_its_seed():
+    """Flower's takes the xor of its words, 32 bits, and of a pair's key, which is text, 28: why masks are not Flower's here."""
+    seed = bytes(range(32))
+    turned = seed[4:] + seed[:4]
+    assert np.array_equal(pseudo_rand_gen(seed, 2**32, [(9,)])[0], pseudo_rand_gen(turned, 2**32, [(9,)])[0])
+    assert not np.array_equal(secure.mask(seed, 9, 64), secure.mask(turned, 9, 64))
+    for one, two in itertools.combinations([bytes(32), *(bytes([0] * i + [1 << i % 8] + [0] * (31 - i)) for i in range(32))], 2):
+        assert not np.array_equal(secure.mask(one, 9, 32), secure.mask(two, 9, 32))
+    assert secure.mask(bytes(32), 2, 64).tobytes().hex() == "dc95c078a2408989ad48a21492842087"  # AES-256 of zeros under zeros: FIPS 197's cipher
+    with pytest.raises(ConfigError, match="expected a seed of 32 bytes, got 31"):
+        secure.mask(bytes(31), 9, 64)
+
+
+@pytest.mark.parametrize(("clients", "shares"), [(3, 3), (5, 3), (9, 5), (40, 7)])
+def test_neighbours_are_as_many_for_all_and_each_others(clients, shares):
+    near = secure.neighbours(clients, shares)
+    assert all(place in own and len(own) == shares for place, own in enumerate(near))
+    assert all(place in near[other] for place, own in enumerate(near) for other in own)
+
+
+# ---------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"merge": "svd"}, "merge = 'svd' is made of each client's upload by itself"),
+        ({"merge": "median", "weights": "uniform"}, "merge = 'median' is made of each client's upload by itself"),
+        ({"train": "fold", "gamma": 0.99}, "merge = 'bank' multiplies each client's B with rows of A of its own"),
+        ({"clip_median": 3.0}, "clip_median = 3.0: compares each client's update with the round's median"),
+        ({"clip_update": 1.0}, "clip_update = 1.0: looks at each client's upload by itself"),
+        ({"weights": "sparsity", "weight_cap": 2.0}, "weight_cap = 2.0: looks at each client's upload by itself"),
+        ({"diagnostics": True}, "diagnostics = True: compares the bank with the uploads"),
+        ({"merge": "delta", "gamma": 1.0, "weights": "uniform", "dp_clipping_norm": 1.0}, "dp_clipping_norm = 1.0: the server clips each client's update"),
+        ({"clients_per_round": 2}, "clients_per_round = 2: a sum hides nobody from the others below three clients"),
+        ({"secure_shares": 4}, "secure_shares: expected 0, or an odd number from 3 on, got 4"),
+        ({"secure_threshold": 2}, "secure_threshold: expected 0, or more than half of 5 shares and at most all, got 2"),
+        ({"secure_shares": 3, "secure_threshold": 4}, "secure_threshold: expected 0, or more than half of 3 shares and at most all, got 4"),
+        ({"secure_bits": 52}, "steps; expected 1 to 2^52"),
+        ({"clients_per_round": 8192}, "and with clients_per_round = 8192 less than 2^63 in the sum"),
+        ({"secure_aggregation": False, "secure_shares": 3}, "secure_shares = 3: of masked sums; set secure_aggregation, or leave it out"),
+    ],
+)
+def test_what_needs_single_uploads_is_refused_by_name(tmp_path, settings, reason):
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        tiny_config(tmp_path / "run", **{**SECURE, **settings})
+
+
+def test_a_simulation_has_no_server_to_hide_from(tmp_path):
+    with pytest.raises(ConfigError, match="secure_aggregation = True: hides uploads from a server that is another process"):
+        simulate(tiny_config(tmp_path / "run", **SECURE), federation=tiny_federation(SIZES), quiet=True)
+
+
+def test_the_report_says_why_no_weight_is_shown(tmp_path):
+    from hetlora.report.page import write_report
+
+    cfg = tiny_config(tmp_path / "run", **SECURE)
+    deployed(cfg)
+    assert "secure aggregation hides" in write_report(cfg.output).read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["secure_aggregation"] is True
