@@ -175,14 +175,22 @@ class Config(BaseModel):
     secure_aggregation: bool = _setting(
         False, "privacy", "In a Flower deployment: clients mask their uploads so that the server sees sums alone (SecAgg+). For merge = 'factors' and 'delta'."
     )
-    secure_range: float = _setting(1024.0, "privacy", "The largest weight, or update times weight, that a client may add to a masked sum.", gt=0)
+    secure_range: float = _setting(1024.0, "privacy", "The largest weight, or number of a row times it, that a client may add to a masked sum.", gt=0)
     secure_bits: int = _setting(
         40, "privacy", "The step of masked numbers is 2 to minus this. A number takes 4 bytes where these hold a sum, else 8.", ge=1, le=52
+    )
+    secure_owners: int = _setting(
+        3,
+        "privacy",
+        "Rank rows that fewer clients of a round own stay as they are; 1 = none do, and the server sees rows that one client alone owns.",
+        ge=1,
     )
     secure_shares: int = _setting(
         0, "privacy", "Key shares that each client gives to clients of its round, itself among them: an odd number; 0 = one to all of them.", ge=0
     )
-    secure_threshold: int = _setting(0, "privacy", "Shares that open a mask, more than half of them; 0 = two thirds, rounded up. Fewer end the round.", ge=0)
+    secure_threshold: int = _setting(
+        0, "privacy", "Shares that open a mask, more than half; 0 = two thirds, rounded up. With fewer the round is given up.", ge=0
+    )
 
     # local training
     local_steps: int = _setting(5, "training", "Optimiser steps per client and round (a client without that much data repeats it).", ge=1, le=100_000)

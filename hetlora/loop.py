@@ -255,7 +255,9 @@ def _train(run: Run, number: int, lr: float) -> tuple[list[str], Trained]:
     trained = run.fleet.train(cfg, run.state, names, number, lr, run.observer.local_step)
     for k, reason in trained.dropped.items():
         run.observer.message(f"round {number}: {names[k]} is left out, {reason}")
-    if not trained.arrived and not cfg.dp_clipping_norm:
+    if trained.given_up:
+        run.observer.message(f"round {number} is given up, {trained.given_up}; the bank stays as it is")
+    elif not trained.arrived and not cfg.dp_clipping_norm:
         raise ConfigError(
             f"round {number}: no clients left, every update was refused ({names[0]}: {trained.dropped[0]}); lower --lr or set --clip-norm; "
             f"the run in {run.folder} stands at round {run.state.round}"

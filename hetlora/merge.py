@@ -83,13 +83,14 @@ def aggregate(
     received: what the same clients had received, as `uploads`, by which their updates are measured (`usual_limits`).   samples: training sequences of each.
     weighed: (p, S) where training weighed the uploads already; else they are `client_weights`.   rows: as in `MergeCall`.
     sampled: all clients of the round, by which differential privacy measures it; there uploads may be None, for none.
-    With secure aggregation, uploads is one that stands for all (`secure_sum.mean`).
+    With secure aggregation, uploads is one that stands for all (`secure_sum.mean`), or None where the round is given up.
     """
     if cfg.dp_clipping_norm:
         return _privately(state, uploads, received, sampled, cfg, model)
     if cfg.secure_aggregation:
-        _merge_one(state, uploads, cfg, model)
-        return Aggregate(torch.zeros(0, len(uploads.shapes), dtype=torch.float64), torch.zeros(0, dtype=torch.float64))
+        if uploads is not None:
+            _merge_one(state, uploads, cfg, model)
+        return Aggregate(torch.zeros(0, len(state.bank.shapes), dtype=torch.float64), torch.zeros(0, dtype=torch.float64))
     clips: list[float] = []
     suspects = None
     if weighed is None and (cfg.clip_update or cfg.clip_median):

@@ -1,20 +1,22 @@
 """The sums of secure aggregation: what a client adds to them, in fixed point, and the round's mean that the server makes of them. Nothing here is secret;
 `hetlora.flower.secure` masks.
 
-In each module, with w_k the weight of client k, D_k = upload - download of its rank rows, r_k its rank after the round and h the step, client k adds
+In each module, with w_k the weight of client k, X_k its upload (merge = 'factors') or upload - download (merge = 'delta'), zero from its rank on, and h the
+step, client k adds
 
-    w_k,   w_k [j < r_k] for each row j < R,   w_k D_k with zero rows up to R          each number x as round(x / h) mod 2^bits
+    w_k   and   w_k X_k, rows j < J          each number x as round(x / h) mod 2^bits
 
-The server sees the sums W, V_j and N_j of these over the clients, no client's own. It needs no more: sum_k w_k upload_kj = V_j old_j + N_j.
+The server sees the sums W and N_j of these over the clients. J: `secure_owners` clients of the round or more own each row j < J (`summed_rows`). A row of one
+client alone would be no sum. So rows from J on are left as they are.
 
 No sum wraps around. A client refuses a number above `secure_range` = Q h, so |sum| <= K Q for K clients, and `fixed_point` takes the bits for which
 2 K Q < 2^bits. The rounding of one number is at most h / 2, so that a sum is at most K h / 2 from the exact one. The weight is rounded before it
-multiplies, so that the same weights stand in V and in N.
+multiplies, so that W and N have the same weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 import hetlora_kernels as hk
 from hetlora.config import Config, ConfigError
 from hetlora.merge import client_scores
+from hetlora.ranks import ClientRanks
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -49,7 +52,7 @@ class FixedPoint:
         largest = float(steps.abs().max()) if steps.numel() else 0.0
         if largest > self.most:
             raise ConfigError(
-                f"secure_range: expected numbers of at most {self.most * self.step:g}, got {largest * self.step:g} (a weight, or an update times it); "
+                f"secure_range: expected numbers of at most {self.most * self.step:g}, got {largest * self.step:g} (a weight, or a row times it); "
                 "raise secure_range, or lower lr"
             )
         return steps.round().long()
@@ -67,66 +70,84 @@ def fixed_point(cfg: Config) -> FixedPoint:
     return FixedPoint(2.0**-cfg.secure_bits, most, cfg.clients_per_round, 32 if 2 * cfg.clients_per_round * most < 2**32 else 64)
 
 
-def lengths(shapes: Shapes, r_max: int) -> list[int]:
-    """Numbers of each piece of the vector: of every module W, V [R], N of A [R, n], N of B^T [R, m]."""
-    return [count for m, n in shapes.values() for count in (1, r_max, r_max * n, r_max * m)]
+def summed_rows(cfg: Config, shapes: Shapes, ranks: Sequence[ClientRanks]) -> list[int]:
+    """J of each module, for a round of clients of these ranks."""
+    return [sorted((own[name] for own in ranks), reverse=True)[cfg.secure_owners - 1] if len(ranks) >= cfg.secure_owners else 0 for name in shapes]
+
+
+def lone_rows(cfg: Config, shapes: Shapes, rows: Sequence[int], ranks: Sequence[ClientRanks]) -> list[str]:
+    """Modules in which one client alone is left of a row that is summed: others dropped out or pruned it. None where `secure_owners` = 1 allows that."""
+    tops = {name: [*sorted((own[name] for own in ranks), reverse=True), 0, 0][:2] for name in shapes}
+    return [name for name, summed in zip(shapes, rows, strict=True) if cfg.secure_owners > 1 and min(tops[name][0], summed) > tops[name][1]]
+
+
+def length(shapes: Shapes, rows: Sequence[int]) -> int:
+    """Numbers of the vector."""
+    return sum(lengths(shapes, rows))
+
+
+def lengths(shapes: Shapes, rows: Sequence[int]) -> list[int]:
+    """Numbers of its pieces: of every module W, N of A [J, n], N of B^T [J, m]."""
+    return [count for (m, n), summed in zip(shapes.values(), rows, strict=True) for count in (1, summed * n, summed * m)]
 
 
 @torch.no_grad()
-def contribution(cfg: Config, uploads: hk.AdapterBank, received: hk.AdapterBank, share: float, r_max: int) -> Tensor:
-    """What one client adds, int64 [sum of `lengths`].
+def contribution(cfg: Config, uploads: hk.AdapterBank, received: hk.AdapterBank, share: float, rows: Sequence[int]) -> Tensor:
+    """What one client adds, int64 [`length`].
 
     uploads, received: banks of one client, of its ranks after the round.   share: its sequences over the most that a client of the round has, at most 1,
-    which is its weight with weights = 'samples'.
+    which is its weight with weights = 'samples'.   rows: J of each module.
     """
     point = fixed_point(cfg)
     scores, _ = client_scores(uploads, [share], cfg)
     parts = []
     for module, (name, layout) in enumerate(uploads.layouts.items()):
-        rank = layout.ranks[0]
+        own = min(layout.ranks[0], rows[module])
         weight = point.encode(scores[0, module : module + 1])  # [1]
-        exact = float(weight) * point.step
-        parts += [weight, torch.where(torch.arange(r_max) < rank, weight, 0)]
+        parts.append(weight)
         for new, old in ((uploads.a[name], received.a[name]), (uploads.bt[name], received.bt[name])):
-            change = new.detach().double().cpu() - old.detach().double().cpu()  # [rank, width]
-            padded = change.new_zeros(r_max, change.shape[1])
-            padded[:rank] = exact * change
+            x = new.detach()[:own].double().cpu()  # [own, width]
+            if cfg.merge_kind.name == "delta":
+                x = x - old.detach()[:own].double().cpu()
+            padded = x.new_zeros(rows[module], x.shape[1])
+            padded[:own] = float(weight) * point.step * x
             parts.append(point.encode(padded).flatten())
     return torch.cat(parts)
 
 
 @torch.no_grad()
-def mean(cfg: Config, total: Tensor, bank: hk.AdapterBank, owned: Mapping[str, int]) -> hk.AdapterBank:
-    """The round's mean as one upload, which merged with weight 1 gives what the uploads give with theirs: a bank of one client of `owned` rows.
+def mean(
+    cfg: Config, total: Tensor, bank: hk.AdapterBank, rows: Sequence[int], ranks: Sequence[ClientRanks], samples: Sequence[int], most: int
+) -> hk.AdapterBank:
+    """The round's mean as one upload, which merged with weight 1 gives what the uploads give with theirs.
 
-    total: sums of the clients' `contribution`, whole numbers.   bank: the server's, of rank R.   owned: {module: the most rows that a client of the round has}.
+    total: sums of the clients' `contribution`, whole numbers.   bank: the server's.   rows: J of each module.   ranks, samples: of the clients in the sum,
+    after the round.   most: the most sequences of a client, asked or in the sum.
 
-        row_j = (V_j / W) old_j + N_j / W      merge = 'factors'
-        row_j = old_j + N_j / V_j              merge = 'factors' with shared_rows = 'owners'
-        row_j = old_j + N_j / W                merge = 'delta'
+        row_j = N_j / W               merge = 'factors'
+        row_j = N_j / V_j             merge = 'factors' with shared_rows = 'owners'; V_j sums weights that the server knows, of a row's owners
+        row_j = old_j + N_j / W       merge = 'delta'
 
     A row stays where the sum that it is divided by is 0: nobody knows then in which direction. Sums are divided in float64 and rounded to the bank's type once.
     """
-    r_max = bank.layouts[next(iter(bank.shapes))].ranks[0]
-    pieces = iter(total.cpu().split(lengths(bank.shapes, r_max)))
     point = fixed_point(cfg)
+    pieces = iter(total.cpu().split(lengths(bank.shapes, rows)))
+    known = torch.tensor([n / most if cfg.weights == "samples" else 1.0 for n in samples], dtype=torch.float64)
+    each = point.encode(known)  # [K], of no use under 'sparsity'
+    owned: dict[str, int] = {}
     sides: dict[str, dict[str, Tensor]] = {"a": {}, "bt": {}}
-    for name, (m, n) in bank.shapes.items():
-        weight, owners = next(pieces), next(pieces)
-        rows = {"a": next(pieces).view(r_max, n), "bt": next(pieces).view(r_max, m)}
-        _possible(name, torch.cat([weight, owners]), rows.values(), owned[name])
-        whole, by_row = point.decode(weight), point.decode(owners)[:, None]  # [1], [R, 1]
-        divisor = by_row if cfg.shared_rows == "owners" else whole.expand_as(by_row)
-        kept = by_row / divisor if cfg.merge_kind.name == "factors" else torch.ones_like(by_row)
-        for side, sums in rows.items():
-            old = getattr(bank, side)[name].detach().double().cpu()
-            found = torch.where(divisor > 0, kept * old + point.decode(sums) / divisor, old)
-            sides[side][name] = found[: owned[name]].to(bank.device, bank.dtype)
+    for (name, (m, n)), summed in zip(bank.shapes.items(), rows, strict=True):
+        weight, own = next(pieces), torch.tensor([ranks[k][name] for k in range(len(ranks))])
+        owned[name] = left = min(summed, int(own.max()))
+        sums = {"a": next(pieces).view(summed, n), "bt": next(pieces).view(summed, m)}
+        off = bool(weight < 0) or (cfg.weights != "sparsity" and int(weight) != int(each.sum()))
+        if off or any(bool(part[left:].any()) for part in sums.values()):
+            raise ConfigError(f"the sums of {name} are not those of these clients' weights and ranks; a client's numbers or key shares were wrong")
+        by_row = point.decode((each * (own > torch.arange(left)[:, None])).sum(1))[:, None]  # [left, 1]
+        divisor = by_row if cfg.shared_rows == "owners" else point.decode(weight).expand(left, 1)
+        for side, part in sums.items():
+            old = getattr(bank, side)[name].detach()[:left].double().cpu()
+            start = old if cfg.merge_kind.name == "delta" else torch.zeros_like(old)
+            found = torch.where(divisor > 0, start + point.decode(part[:left]) / divisor, old)
+            sides[side][name] = found.to(bank.device, bank.dtype)
     return hk.AdapterBank.of(bank.shapes, {name: [rank] for name, rank in owned.items()}, sides["a"], sides["bt"])
-
-
-def _possible(name: str, weights: Tensor, rows: Iterable[Tensor], owned: int) -> None:
-    """`ConfigError` unless the sums can be those of clients with leading rows: weights that fall from row to row, and nothing below the last row."""
-    beyond = [weights[1 + owned :], *(part[owned:] for part in rows)]
-    if bool((weights.diff() > 0).any()) or bool((weights < 0).any()) or any(bool(part.any()) for part in beyond):
-        raise ConfigError(f"the sums of {name} are none of leading rank rows; a client's numbers or key shares were wrong")

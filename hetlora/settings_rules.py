@@ -94,6 +94,13 @@ def _check_secure(cfg: Any) -> None:
         )
     if cfg.clients_per_round < 3:
         raise ConfigError(f"clients_per_round = {cfg.clients_per_round}: a sum hides nobody from the others below three clients; give 3 or more")
+    if cfg.secure_owners > cfg.clients_per_round:
+        raise ConfigError(f"secure_owners = {cfg.secure_owners}: expected at most clients_per_round = {cfg.clients_per_round}, or no row is summed")
+    if cfg.shared_rows == "owners" and cfg.weights == "sparsity":
+        raise ConfigError(
+            "shared_rows = 'owners': divides by the weight of each row's owners, which would tell the server one client's norm; use weights = 'samples' or "
+            "'uniform', or shared_rows = 'none'"
+        )
     if cfg.secure_shares and (cfg.secure_shares < 3 or cfg.secure_shares % 2 == 0):
         raise ConfigError(f"secure_shares: expected 0, or an odd number from 3 on, got {cfg.secure_shares}")
     shares = cfg.secure_shares or cfg.clients_per_round

@@ -51,6 +51,7 @@ class Trained:
     adapters: of the clients that arrived, for the run folder; None: the uploads.
     weighed: (p [K, modules or 1], S [K]), arrived, float64, where training had to weigh the uploads already; else the server does.
     rows: {module: of each upload that arrived, which rows of the bank its rows are}; None: the leading ones.
+    given_up: why nothing of the round is merged and the run goes on all the same, where secure aggregation could not open the sum; then nobody arrived.
     """
 
     results: list[LocalResult]
@@ -65,6 +66,7 @@ class Trained:
     adapters: hk.AdapterBank | None = None
     weighed: tuple[Tensor, Tensor] | None = None
     rows: Mapping[str, Sequence[Sequence[int]]] | None = None
+    given_up: str = ""
 
     @property
     def arrived(self) -> list[int]:

@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -42,6 +42,18 @@ class Local:
     shapes: dict[str, tuple[int, int]]
     device: Device | None = None
     unmeasured: str = ""  # why there is none, where the server asked for one
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What secure aggregation asks for.   samples, most: sequences of this client, and of the one that has most.   rows: of each module that are summed.
+    hide: masks whole numbers.
+    """
+
+    samples: int
+    most: int
+    rows: list[int]
+    hide: Callable[[Config, Tensor], Arrays]
 
 
 LoadModel = Callable[[Config], nn.Module]
@@ -105,14 +117,12 @@ class Client:
         measured = self._device(cfg, base, shapes) if kind == "introduce" and messages.measure_wanted(content) else (None, "")
         return _WORK[kind](content, cfg, Local(base, self._data(cfg, node), shapes, *measured))
 
-    def masked(
-        self, content: Content, run_config: Mapping[str, Any], node_config: Mapping[str, Any], most: int, hide: Callable[[Config, Tensor], Arrays]
-    ) -> Sent:
+    def masked(self, content: Content, run_config: Mapping[str, Any], node_config: Mapping[str, Any], asked: Masking) -> Sent:
         """`answer` to the order to train of a run with secure aggregation."""
         cfg, node = client_settings(run_config, node_config)
         base = self._load(cfg)
         local = Local(base, self._data(cfg, node), target_shapes(base, cfg.target_modules))
-        return _train_masked(content, cfg, local, most, partial(hide, cfg))
+        return _train_masked(content, cfg, local, asked)
 
     def _device(self, cfg: Config, model: nn.Module, shapes: dict[str, tuple[int, int]]) -> tuple[Device | None, str]:
         """What the device measured, and why it could not: only the server knows whether this client has a rank already."""
@@ -153,25 +163,24 @@ def _train(content: Content, cfg: Config, local: Local) -> Sent:
     """The round's training with the function that simulates it."""
     if cfg.secure_aggregation:
         raise ConfigError("the server asks for a plain upload, and the run's settings have secure_aggregation")
-    _, trained, reply = _trained(content, cfg, local)
+    trained, reply = _trained(content, cfg, local)
     return messages.reply_message(reply, exchange(cfg).up(trained))
 
 
-def _train_masked(content: Content, cfg: Config, local: Local, most: int, hide: Callable[[Tensor], Arrays]) -> Sent:
-    """The same under secure aggregation.   most: sequences of the client that has most.   hide: masks whole numbers.
-
-    The scores of pruning are norms of the client's rows, and stay here.
-    """
+def _train_masked(content: Content, cfg: Config, local: Local, asked: Masking) -> Sent:
+    """The scores of pruning are norms of the client's rows, and stay here."""
     own = len(local.data.train)
-    if own > most:
-        raise ConfigError(f"the server says that no client has more than {most} sequences, this one has {own}")
-    order, trained, reply = _trained(content, cfg, local)
-    vector = contribution(cfg, trained.uploads, trained.received, own / most, order.r_max)
-    return messages.reply_message(replace(reply, tails=(0.0, 0.0)), hide(vector))
+    if own != asked.samples or own > asked.most:
+        raise ConfigError(f"the server counts {asked.samples} sequences here and at most {asked.most} elsewhere, this client has {own}")
+    if len(asked.rows) != len(local.shapes):
+        raise ConfigError(f"the server speaks of {len(asked.rows)} modules, this client's model has {len(local.shapes)}; check target_modules and the model")
+    trained, reply = _trained(content, cfg, local)
+    vector = contribution(cfg, trained.uploads, trained.received, own / asked.most, asked.rows)
+    return messages.reply_message(replace(reply, tails=(0.0, 0.0)), asked.hide(cfg, vector))
 
 
-def _trained(content: Content, cfg: Config, local: Local) -> tuple[Order, Trained, Reply]:
-    """What the client was asked for, what its own run of the round gave, and what it reports."""
+def _trained(content: Content, cfg: Config, local: Local) -> tuple[Trained, Reply]:
+    """What the client's own run of the round gave, and what it reports."""
     order = _order(content, local)
     cfg, _ = with_step_tokens(cfg, local.model, local.shapes, [max(order.ranks, default=1)])
     own, state = _state(content, cfg, order, local)
@@ -180,7 +189,7 @@ def _trained(content: Content, cfg: Config, local: Local) -> tuple[Order, Traine
         trained: Trained = cfg.training_kind.load()(work)
     if trained.dropped:
         raise ConfigError(trained.dropped[0])
-    return order, trained, Reply(list(trained.ranks[0].values()), trained.results[0], trained.tails[0])
+    return trained, Reply(list(trained.ranks[0].values()), trained.results[0], trained.tails[0])
 
 
 def _evaluate(content: Content, cfg: Config, local: Local) -> Sent:

@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 from flwr.supercore import log
 
 from hetlora.config import ConfigError
-from hetlora.deployed.local import Client, Kind, LoadData, LoadModel, base_model, own_text
+from hetlora.deployed.local import Client, Kind, LoadData, LoadModel, Masking, base_model, own_text
 from hetlora.deployed.settings import client_settings
 from hetlora.flower import secure, secure_client
 from hetlora.flower.records import record_dict
@@ -62,9 +62,10 @@ def client_app(model: LoadModel = base_model, data: LoadData = own_text) -> Clie
         content, state = message.content, context.state
         try:
             secure_client.open_shares(content, state)
-            most = secure.read_whole(secure.record(content), "most")
-            hide = partial(secure_client.masked, content, state)
-            return Message(record_dict(client.masked(content, context.run_config, context.node_config, most, hide)), reply_to=message)
+            values = secure.record(content)
+            samples, most, rows = secure.read_whole(values, "samples"), secure.read_whole(values, "most"), secure.read_wholes(values, "rows")
+            asked = Masking(samples, most, rows, partial(secure_client.masked, content, state))
+            return Message(record_dict(client.masked(content, context.run_config, context.node_config, asked)), reply_to=message)
         except (ConfigError, OSError) as error:
             return _refused(message, error)
 

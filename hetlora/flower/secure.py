@@ -54,9 +54,9 @@ def sharing(cfg: Config, clients: int) -> Sharing:
     """`ConfigError` where too few clients are there."""
     shares = min(cfg.secure_shares or clients, clients)
     threshold = cfg.secure_threshold or -(-2 * shares // 3)
-    least = max(3, threshold)
+    least = max(3, threshold, cfg.secure_owners)
     if clients < least:
-        raise ConfigError(f"secure aggregation: {clients} clients are in the round, expected {least} or more")
+        raise ConfigError(f"secure aggregation: there are {clients} clients, expected {least} or more")
     return Sharing(clients, shares, threshold)
 
 
@@ -120,6 +120,13 @@ def read_whole(values: Mapping[str, Any], name: str) -> int:
     return value
 
 
+def read_wholes(values: Mapping[str, Any], name: str) -> list[int]:
+    value = values.get(name)
+    if not isinstance(value, list) or not all(type(entry) is int and 0 <= entry < 2**31 for entry in value):
+        raise ConfigError(f"{name}: expected whole numbers >= 0, got {str(value)[:40]}")
+    return value
+
+
 def read_bytes(values: Mapping[str, Any], name: str) -> bytes:
     value = values.get(name)
     if not isinstance(value, bytes) or not 0 < len(value) <= LONGEST:
@@ -129,8 +136,8 @@ def read_bytes(values: Mapping[str, Any], name: str) -> bytes:
 
 def read_places(values: Mapping[str, Any], name: str) -> list[int]:
     """Places of clients in the round, each once, in rising order."""
-    value = values.get(name)
-    if not isinstance(value, list) or not all(type(place) is int and 0 <= place < 2**31 for place in value) or value != sorted(set(value)):
+    value = read_wholes(values, name)
+    if value != sorted(set(value)):
         raise ConfigError(f"{name}: expected rising places of clients, got {str(value)[:40]}")
     return value
 

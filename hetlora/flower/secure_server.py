@@ -20,95 +20,84 @@ from hetlora.deployed import messages
 from hetlora.deployed.exchange import Reply, ranks_after
 from hetlora.deployed.wire import from_array, only_keys, size
 from hetlora.flower import secure
-from hetlora.secure_sum import fixed_point, lengths, mean
+from hetlora.secure_sum import fixed_point, length, lone_rows, mean, summed_rows
 from hetlora.server import ServerState
 from hetlora.training import Trained
 
 Answers: TypeAlias = tuple[dict[int, RecordDict], dict[int, str]]
 """What clients answered, and why others did not, by their places in the round."""
 Ask: TypeAlias = Callable[[str, dict[int, RecordDict]], Answers]
-
-
 Orders: TypeAlias = Callable[[Sequence[int]], dict[int, RecordDict]]
 
 
+class GivenUp(ConfigError):
+    """A round that cannot be unmasked, or that would show one client's rows."""
+
+
 def train(
-    cfg: Config, state: ServerState, names: Sequence[str], number: int, ask: Ask, orders: Orders, sequences: Mapping[str, int]
+    cfg: Config, state: ServerState, names: Sequence[str], number: int, ask: Ask, orders: Orders, sequences: Mapping[str, int], say: Callable[[str], None]
 ) -> tuple[Trained, MetricRecord]:
     """A round of training, whose uploads are one that stands for all (`secure_sum.mean`), and what Flower keeps of it.
 
-    ask(kind, contents): what came back of these messages.   orders: the plain orders to train.   sequences: of each client.
+    ask(kind, contents): what came back of these messages.   orders: the plain orders to train.   sequences: of each client.   say: receives lines for the log.
     """
-    shapes = state.bank.shapes
-
-    def read(place: int, content: RecordDict) -> Reply:
-        reply = messages.reply(content, len(shapes))
-        ranks_after(cfg, state, names[place], reply)
-        return reply
-
-    found = Round(cfg, names, number, sum(lengths(shapes, state.r_max)), ask, read).sums(orders, max(sequences.values()))
-    arrived = sorted(found.arrived)
-    replies = [found.arrived.get(place) for place in range(len(names))]
-    ranks = [dict(zip(shapes, reply.ranks, strict=True)) if reply else state.ranks[name] for name, reply in zip(names, replies, strict=True)]
-    owned = {module: max(ranks[place][module] for place in arrived) for module in shapes}
-    nothing = LocalResult(0, 0, 0, math.nan, math.nan)
-    up = [found.bytes_up[place] for place in arrived]
+    shapes, samples = state.bank.shapes, [sequences[name] for name in names]
+    work = Round(cfg, state, names, samples, number, ask, say)
+    try:
+        total, rows, reports = work.sums(orders)
+        arrived = sorted(reports)
+        ranks = [dict(zip(shapes, reports[place].ranks, strict=True)) for place in arrived]
+        one, given_up = mean(cfg, total, state.bank, rows, ranks, [samples[place] for place in arrived], max(samples)), ""
+    except ConfigError as error:
+        reports, arrived, one = {}, [], None
+        every = set(work.lost) == set(range(len(names)))  # then each has a reason of its own
+        given_up = "" if every else str(error)
+    lost = work.lost if arrived else dict.fromkeys(range(len(names)), "its round is given up") | work.lost
+    nothing = Reply([], LocalResult(0, 0, 0, math.nan, math.nan), (0.0, 0.0))
+    replies = [reports.get(place, nothing) for place in range(len(names))]
+    up = [work.up[place] for place in arrived]
     trained = Trained(
-        [reply.result if reply else nothing for reply in replies],
-        found.lost,
-        ranks,
-        [reply.tails if reply else (0.0, 0.0) for reply in replies],
-        uploads=mean(cfg, found.total, state.bank, owned),
+        [reply.result for reply in replies],
+        lost,
+        [dict(zip(shapes, reply.ranks, strict=True)) if reply.ranks else state.ranks[name] for name, reply in zip(names, replies, strict=True)],
+        [reply.tails for reply in replies],
+        uploads=one,
         received=None,
-        bytes_down=[found.bytes_down[place] for place in range(len(names))],
+        bytes_down=[work.down.get(place, 0) for place in range(len(names))],
         bytes_up=up,
         parameters=sum(rank * sum(shapes[module]) for name in names for module, rank in state.ranks[name].items()),
+        given_up=given_up,
     )
     return trained, MetricRecord({"arrived": len(arrived), "bytes_up": sum(up)})
 
 
 @dataclass
-class Sums:
-    """Of a round.   total: of the vectors of the clients in `arrived`, whole numbers.   lost: why others are not in it.   bytes_up, bytes_down: of keys,
-    shares and vectors, by place.
-    """
-
-    arrived: dict[int, Any]
-    lost: dict[int, str]
-    total: Tensor
-    bytes_up: dict[int, int]
-    bytes_down: dict[int, int]
-
-
-@dataclass
 class Round:
-    """A round of `names`; clients are known by their places in it.   ask(kind, contents): what came back of the messages to these clients.
+    """A round of `names`; clients are known by their places in it.   samples: training sequences of each.
 
-    length: numbers of a vector.   read: what else a client reports with its vector; `ConfigError` where that is not as it should be.
+    lost: why clients are not in the sum.   up, down: bytes of arrays, keys and shares from and to each client.
     """
 
     cfg: Config
+    state: ServerState
     names: Sequence[str]
+    samples: Sequence[int]
     number: int
-    length: int
     ask: Ask
-    read: Callable[[int, RecordDict], Any]
+    say: Callable[[str], None]
     lost: dict[int, str] = field(default_factory=dict)
     up: dict[int, int] = field(default_factory=dict)
     down: dict[int, int] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self._total = np.zeros(self.length, dtype=f"u{fixed_point(self.cfg).bits // 8}")
+    def sums(self, orders: Orders) -> tuple[Tensor, list[int], dict[int, Reply]]:
+        """(sums of the vectors of `secure_sum`, rows of each module that are in them, what each client in them reports).
 
-    def sums(self, orders: Orders, most: int) -> Sums:
-        """orders: the plain orders to train.   most: sequences of the client that has most.
-
-        Raises `ConfigError` where fewer clients are left than it takes to open a mask; the server's bank is as it was.
+        Raises `GivenUp` where fewer clients are left than it takes to open a mask, or where one client alone is left of a row.
         """
         try:
             how = secure.sharing(self.cfg, len(self.names))
         except ConfigError as error:
-            raise ConfigError(self._refusal(str(error))) from None
+            raise GivenUp(str(error)) from None
         near = secure.neighbours(how.clients, how.shares)
         public = self._answered(secure.KEYS, {place: {} for place in range(how.clients)}, lambda _, found: _public(found))
         self._enough(how, near, public)
@@ -118,15 +107,13 @@ class Round:
             lambda place, found: _shares(found, sorted(near[place] & public.keys() - {place})),
         )
         self._enough(how, near, sent)
-        plain = orders(sorted(sent))
+        rows = self._rows(sorted(sent))
         sources = {place: sorted(near[place] & sent.keys() - {place}) for place in sent}
-        arrived = self._answered(
-            secure.MASKED,
-            {place: {"sources": own, "shares": [sent[other][place] for other in own], "most": most} for place, own in sources.items()},
-            self._vector,
-            plain,
-        )
+        arrived = self._vectors(rows, {place: (own, [sent[other][place] for other in own]) for place, own in sources.items()}, orders(sorted(sent)))
         self._enough(how, near, arrived)
+        left = [dict(zip(self.state.bank.shapes, reply.ranks, strict=True)) for reply in arrived.values()]
+        if lone := lone_rows(self.cfg, self.state.bank.shapes, rows, left):
+            raise GivenUp(f"after dropouts and pruning one client alone owns a row of {lone[0]}, which the sum would show")
         gone = sent.keys() - arrived.keys()
         who = {place: (sorted(near[place] & arrived.keys()), sorted(near[place] & gone)) for place in arrived}
         known = dict(self.lost)
@@ -140,66 +127,80 @@ class Round:
             asked = 0 if owner in arrived else 1
             found = [opened[place][asked][who[place][asked].index(owner)] for place in sorted(near[owner] & opened.keys())]
             if len(found) < how.threshold:
-                raise ConfigError(self._refusal(f"{len(found)} of {how.threshold} shares that open the mask of {self.names[owner]} arrived"))
+                raise GivenUp(f"{len(found)} of {how.threshold} shares that open the mask of {self.names[owner]} arrived")
             secret = self._combined(owner, found[: how.threshold])
             if owner in arrived:
                 self._total -= self._mask(secret)
             else:
                 self._without_pairs(owner, secret, [place for place in sources[owner] if place in arrived], public)
-        return Sums(arrived, self.lost, secure.from_ring(self._total), {place: self.up[place] for place in arrived}, self.down)
+        return secure.from_ring(self._total), rows, arrived
+
+    def _rows(self, places: Sequence[int]) -> list[int]:
+        """Of each module, the rows that enough of these clients own; the vector's length follows."""
+        shapes, ranks = self.state.bank.shapes, [self.state.ranks[self.names[place]] for place in places]
+        rows, most = summed_rows(self.cfg, shapes, ranks), max(rank for own in ranks for rank in own.values())
+        owners = f"fewer than {self.cfg.secure_owners} of its clients own"
+        if not any(rows):
+            raise GivenUp(f"{owners} any rank row; secure_owners says so")
+        if min(rows) < most:
+            self.say(f"round {self.number}: rank rows from {min(rows)} on, which {owners}, stay as they are (secure_owners)")
+        self._total = np.zeros(length(shapes, rows), dtype=f"u{fixed_point(self.cfg).bits // 8}")
+        return rows
 
     # ---------------------------------------------------------------- a stage
 
-    def _answered(
-        self,
-        kind: str,
-        asked: Mapping[int, dict[str, Any]],
-        read: Callable[[int, Any], Any],
-        contents: Mapping[int, RecordDict] | None = None,
-    ) -> dict[int, Any]:
+    def _answered(self, kind: str, asked: Mapping[int, dict[str, Any]], read: Callable[[int, Any], Any]) -> dict[int, Any]:
         """What `read` makes of each answer, by place; the others are on record with a reason."""
-        sent = {}
-        for place, values in asked.items():
-            sent[place] = secure.with_record(contents[place] if contents else RecordDict(), number=self.number, **values)
-            arrays = sum(map(size, sent[place].array_records.values()))
-            self.down[place] = self.down.get(place, 0) + secure.key_bytes(values) + arrays
+
+        def counted(place: int, content: RecordDict) -> tuple[Any, int]:
+            values = secure.record(content)
+            return read(place, values), secure.key_bytes(values)
+
+        return self._read(kind, {place: secure.with_record(RecordDict(), number=self.number, **values) for place, values in asked.items()}, counted)
+
+    def _vectors(self, rows: list[int], shares: Mapping[int, tuple[list[int], list[bytes]]], orders: Mapping[int, RecordDict]) -> dict[int, Reply]:
+        """What each client reports whose vector has gone into the sum."""
+        point = fixed_point(self.cfg)
+        asked = {
+            place: secure.with_record(
+                orders[place], number=self.number, sources=sources, shares=sent, rows=rows, samples=self.samples[place], most=max(self.samples)
+            )
+            for place, (sources, sent) in shares.items()
+        }
+
+        def added(place: int, content: RecordDict) -> tuple[Reply, int]:
+            reply = messages.reply(content, len(self.state.bank.shapes))
+            ranks_after(self.cfg, self.state, self.names[place], reply)
+            if messages.ARRAYS not in content.array_records:
+                raise ConfigError(f"its reply has no record {messages.ARRAYS!r}")
+            arrays = content.array_records[messages.ARRAYS]
+            only_keys(arrays, [secure.VECTOR], "upload")
+            vector = from_array(arrays[secure.VECTOR], [len(self._total)], point.dtype, "upload")
+            self._total += vector.numpy().view(self._total.dtype)
+            return reply, size(arrays)
+
+        return self._read(secure.MASKED, asked, added)
+
+    def _read(self, kind: str, sent: dict[int, RecordDict], read: Callable[[int, RecordDict], tuple[Any, int]]) -> dict[int, Any]:
+        for place, content in sent.items():
+            self.down[place] = self.down.get(place, 0) + secure.key_bytes(secure.record(content)) + sum(map(size, content.array_records.values()))
         answers, lost = self.ask(kind, sent)
         self.lost |= lost
         found: dict[int, Any] = {}
         for place, content in sorted(answers.items()):
             try:
-                if kind == secure.MASKED:
-                    found[place], received = read(place, content)
-                else:
-                    answer = secure.record(content)
-                    found[place], received = read(place, answer), secure.key_bytes(answer)
+                found[place], received = read(place, content)
             except (ConfigError, ValueError) as error:
                 self.lost[place] = " ".join(str(error).split())[:300]
             else:
                 self.up[place] = self.up.get(place, 0) + received
         return found
 
-    def _vector(self, place: int, content: RecordDict) -> tuple[Any, int]:
-        """What the client reports; its vector goes into the sum."""
-        report = self.read(place, content)
-        point = fixed_point(self.cfg)
-        if messages.ARRAYS not in content.array_records:
-            raise ConfigError(f"its reply has no record {messages.ARRAYS!r}")
-        arrays = content.array_records[messages.ARRAYS]
-        only_keys(arrays, [secure.VECTOR], "upload")
-        vector = from_array(arrays[secure.VECTOR], [self.length], point.dtype, "upload")
-        self._total += vector.numpy().view(f"u{point.bits // 8}")
-        return report, self.length * point.bits // 8
-
     def _enough(self, how: secure.Sharing, near: list[set[int]], left: Mapping[int, Any]) -> None:
         """Every client that is left needs so many of its neighbours."""
         least = min((len(near[place] & left.keys()) for place in left), default=0)
         if least < how.threshold:
-            raise ConfigError(self._refusal(f"{len(left)} of {how.clients} clients are left, and {least} of {how.threshold} that it takes to open a mask"))
-
-    def _refusal(self, why: str) -> str:
-        lost = "; ".join(f"{self.names[place]}: {reason}" for place, reason in sorted(self.lost.items()))[:500]
-        return f"round {self.number}: secure aggregation is given up, {why} ({lost or 'none failed'}); the bank is as it was, and resume = true goes on"
+            raise GivenUp(f"{len(left)} of {how.clients} clients are left, of which one reaches {least}, and it takes {how.threshold} to open its mask")
 
     # ---------------------------------------------------------------- masks
 
@@ -207,10 +208,10 @@ class Round:
         try:
             return bytes(combine_shares(shares))
         except (ValueError, IndexError):
-            raise ConfigError(self._refusal(f"the shares of {self.names[owner]} do not fit together")) from None
+            raise GivenUp(f"the shares of {self.names[owner]} do not fit together") from None
 
     def _mask(self, seed: bytes) -> NDArray[Any]:
-        return secure.mask(seed, self.length, fixed_point(self.cfg).bits)
+        return secure.mask(seed, len(self._total), fixed_point(self.cfg).bits)
 
     def _without_pairs(self, owner: int, private: bytes, places: Sequence[int], public: Mapping[int, tuple[bytes, bytes]]) -> None:
         """Take away what the clients at `places` masked with a client that dropped out."""
@@ -219,7 +220,7 @@ class Round:
         except (ValueError, TypeError):
             fits = False
         if not fits:
-            raise ConfigError(self._refusal(f"the shares of {self.names[owner]} do not fit together"))
+            raise GivenUp(f"the shares of {self.names[owner]} do not fit together")
         for place in places:
             pair = self._mask(secure.pair_seed(private, public[place][0]))
             if place > owner:

@@ -22,7 +22,7 @@ from hetlora.deployed.local import Base
 from hetlora.deployed.settings import Waiting, seconds
 from hetlora.deployed.wire import size, to_array
 from hetlora.fleet import Progress
-from hetlora.flower import secure_server
+from hetlora.flower import secure, secure_server
 from hetlora.flower.members import Members
 from hetlora.flower.records import array_record, array_records
 from hetlora.flower.replies import lifetime, replies_to, send
@@ -199,6 +199,13 @@ class FlowerFleet(fleet.DeployedFleet):
         self.evaluate_metrics: dict[int, MetricRecord] = {}
         self.from_evaluate_fn: dict[int, MetricRecord] = {}
 
+    def gathered(self) -> FlowerFleet:
+        """Itself, when the run's clients are known; `ConfigError` where these are too few for secure aggregation."""
+        super().gathered()
+        if self.strategy.cfg.secure_aggregation:
+            secure.sharing(self.strategy.cfg, len(self.names))
+        return self
+
     def train(self, cfg: Config, state: ServerState, names: Sequence[str], number: int, lr: float, progress: Progress) -> Trained:
         if cfg.secure_aggregation:
             return self._train_masked(cfg, state, names, number, lr, progress)
@@ -233,7 +240,8 @@ class FlowerFleet(fleet.DeployedFleet):
             records = array_records(strategy.exchange.down(cfg, state, [names[place] for place in places]))
             return {place: _content(turn, names[place], arrays) for place, arrays in zip(places, records, strict=True)}
 
-        trained, metrics = secure_server.train(cfg, state, names, number, ask, orders, {name: self.sequences(name) for name in names})
+        sequences = {name: self.sequences(name) for name in names}
+        trained, metrics = secure_server.train(cfg, state, names, number, ask, orders, sequences, strategy.observer.message)
         self.train_metrics[number] = metrics
         progress(len(trained.arrived), len(names))
         return trained

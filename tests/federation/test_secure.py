@@ -25,6 +25,7 @@ from hetlora.flower import Base, HetLora, Waiting, client_app, secure, secure_cl
 from hetlora.loop import simulate
 from hetlora.models import target_shapes
 from hetlora.observer import Observer
+from hetlora.server import fresh_bank
 
 SIZES = [3, 5, 2, 7, 4]
 SECURE = {"secure_aggregation": True, "clip_median": 0.0, "weights": "samples", "ranks": "2,4,8,4,2", "clients_per_round": 5, "rounds": 1}
@@ -66,8 +67,8 @@ def added(monkeypatch):
     found = {}
     made = secure_sum.contribution
 
-    def kept(cfg, uploads, received, share, r_max):
-        vector = made(cfg, uploads, received, share, r_max)
+    def kept(cfg, uploads, received, share, rows):
+        vector = made(cfg, uploads, received, share, rows)
         found[round(share * max(SIZES))] = (vector, uploads, received)
         return vector
 
@@ -81,9 +82,9 @@ def totals(monkeypatch):
     found = []
     made = secure_sum.mean
 
-    def kept(cfg, total, bank, owned):
+    def kept(cfg, total, *rest):
         found.append(total)
-        return made(cfg, total, bank, owned)
+        return made(cfg, total, *rest)
 
     monkeypatch.setattr("hetlora.flower.secure_server.mean", kept)
     return found
@@ -96,7 +97,7 @@ MEANS = {
     "samples": {"weights": "samples"},
     "sparsity": {"weights": "sparsity"},
     "one weight": {"weights": "sparsity", "weight_scope": "client"},
-    "owners": {"weights": "sparsity", "shared_rows": "owners"},
+    "owners": {"weights": "samples", "shared_rows": "owners"},
     "zero": {"weights": "uniform", "unowned_rows": "zero"},
     "delta": {"weights": "samples", "merge": "delta"},
     "momentum": {"weights": "uniform", "server_optimizer": "fedavgm"},
@@ -107,60 +108,72 @@ MEANS = {
 @pytest.mark.parametrize("settings", MEANS.values(), ids=MEANS)
 def test_sums_and_merge_are_the_plain_ones_to_the_step(tmp_path, settings, point):
     """Clients of ranks 2, 4 and 8 of a bank of 9 rows. A sum is K h / 2 from the exact one; the merged rows are as far as that divided by a weight allows."""
-    cfg = tiny_config(tmp_path / "run", **{**SECURE, "ranks": "2,4,8", "clients_per_round": 3, "adapter_dtype": "float64", **point, **settings})
-    federation, samples = tiny_federation(SIZES[:3]), [3, 5, 2]
-    state = tiny_state(federation, [2, 4, 8], r_max=9, dtype=torch.float64)
-    uploads = trained_bank(federation.shapes, [2, 4, 8], torch.float64, seed=1)
-    received = state.bank.truncate([2, 4, 8])
-    each = [(uploads.select([k]), received.select([k])) for k in range(3)]
-    total = sum(secure_sum.contribution(cfg, new, old, n / 5, 9) for (new, old), n in zip(each, samples, strict=True))
+    ranks, samples = [2, 4, 8], [3, 5, 2]
+    own = {"ranks": "2,4,8", "clients_per_round": 3, "adapter_dtype": "float64", "secure_owners": 1}
+    cfg = tiny_config(tmp_path / "run", **{**SECURE, **own, **point, **settings})
+    federation = tiny_federation(SIZES[:3])
+    state = tiny_state(federation, ranks, r_max=9, dtype=torch.float64)
+    shapes, everywhere = federation.shapes, [dict.fromkeys(federation.shapes, rank) for rank in ranks]
+    uploads, received = trained_bank(shapes, ranks, torch.float64, seed=1), state.bank.truncate(ranks)
+    rows = secure_sum.summed_rows(cfg, shapes, everywhere)
+    assert rows == [8] * len(shapes)
+    total = sum(secure_sum.contribution(cfg, uploads.select([k]), received.select([k]), n / 5, rows) for k, n in enumerate(samples))
 
     h, scores = 2.0**-cfg.secure_bits, merge.client_scores(uploads, [n / 5 for n in samples], cfg)[0]
-    pieces = iter((total.double() * h).split(secure_sum.lengths(federation.shapes, 9)))
-    least, largest = 1.0, 0.0
-    for module, (name, (m, n)) in enumerate(federation.shapes.items()):
-        exact = [scores[:, module].sum()[None], torch.zeros(9), torch.zeros(9, n), torch.zeros(9, m)]
-        exact = [part.double() for part in exact]
-        for k, rank in enumerate((2, 4, 8)):
-            own, weight = uploads.layouts[name].rows(k), scores[k, module]
-            exact[1][:rank] += weight
-            for part, side in ((2, "a"), (3, "bt")):
-                change = getattr(uploads, side)[name].detach()[own] - getattr(received, side)[name].detach()[own]
-                exact[part][:rank] += weight * change
-                largest = max(largest, float(change.abs().max()))
+    pieces = iter((total.double() * h).split(secure_sum.lengths(shapes, rows)))
+    size = max(float(factor.detach().abs().max()) for bank in (uploads, received) for factor in bank.parameters())
+    slack = 2.0**-50 * 3 * float(scores.max()) * max(2 * size, 1)  # float64 sums of three, on either side
+    least = float(scores.sum(0).min())
+    for module, (name, (m, n)) in enumerate(shapes.items()):
+        exact = [scores[:, module].sum()[None], torch.zeros(8, n, dtype=torch.float64), torch.zeros(8, m, dtype=torch.float64)]
+        for k, rank in enumerate(ranks):
+            for part, side in ((1, "a"), (2, "bt")):
+                x = getattr(uploads, side)[name].detach()[uploads.layouts[name].rows(k)]
+                if cfg.merge == "delta":
+                    x = x - getattr(received, side)[name].detach()[received.layouts[name].rows(k)]
+                exact[part][:rank] += scores[k, module] * x
         error = [float((next(pieces).view_as(part) - part).abs().max()) for part in exact]
-        slack = 2.0**-50 * max(float(part.abs().max()) for part in exact)  # float64 sums of three, on either side
-        assert max(error[:2]) <= 3 * h / 2 + slack
-        assert max(error[2:]) <= 3 * h / 2 * (1 + largest) + slack, "a number by its own rounding, and by that of its weight"
-        divisor = exact[1][:8] if settings.get("shared_rows") else exact[0]
-        least = min(least, float(divisor.min()))
+        assert error[0] <= 3 * h / 2 + slack
+        assert max(error[1:]) <= 3 * h / 2 * (1 + 2 * size) + slack, "a number by its own rounding, and by that of its weight"
+        least = min(least, float(scores[2, module])) if cfg.shared_rows == "owners" else least
 
-    owned = dict.fromkeys(federation.shapes, 8)
-    one = secure_sum.mean(cfg, total, state.bank, owned)
-    plain, masked = (tiny_state(federation, [2, 4, 8], r_max=9, dtype=torch.float64) for _ in range(2))
+    one = secure_sum.mean(cfg, total, state.bank, rows, everywhere, samples, 5)
+    plain, masked = (tiny_state(federation, ranks, r_max=9, dtype=torch.float64) for _ in range(2))
     merge.aggregate(plain, uploads, received, samples, cfg.model_copy(update={"secure_aggregation": False}), federation.model)
     merge.aggregate(masked, one, None, samples, cfg, federation.model)
-    size = max(float(factor.detach().abs().max()) for bank in (uploads, received) for factor in bank.parameters())
-    bound = 3 * h / 2 * (1 + 2 * largest + size) / (least - 3 * h / 2) + 2.0**-46 * size
+    bound = 3 * h / 2 * (1 + 4 * size) / (least - 3 * h / 2) + 2.0**-46 * size
     for mine, other in zip(masked.bank.parameters(), plain.bank.parameters(), strict=True):
         assert float((mine - other).detach().abs().max()) <= bound
     assert not same_bits(masked.bank, state.bank)
 
 
-def test_whole_numbers_and_weights_come_out_exactly(tmp_path):
-    """Where nothing rounds, a masked merge has the bits of the plain one."""
-    cfg = tiny_config(tmp_path / "run", **{**SECURE, "weights": "uniform", "ranks": "2,4,8,8", "clients_per_round": 4, "adapter_dtype": "float64"})
-    federation = tiny_federation(SIZES[:4])
-    uploads = whole_bank(federation.shapes, [2, 4, 8, 8], 1)
-    states = [tiny_state(federation, [2, 4, 8, 8], r_max=8, dtype=torch.float64) for _ in range(2)]
+def test_where_nothing_rounds_a_masked_merge_has_the_bits_of_the_plain_one(tmp_path):
+    ranks = [2, 4, 8, 8]
+    own = {"weights": "uniform", "ranks": "2,4,8,8", "clients_per_round": 4, "adapter_dtype": "float64", "secure_owners": 2}
+    cfg, federation = tiny_config(tmp_path / "run", **{**SECURE, **own}), tiny_federation(SIZES[:4])
+    everywhere = [dict.fromkeys(federation.shapes, rank) for rank in ranks]
+    uploads, rows = whole_bank(federation.shapes, ranks, 1), secure_sum.summed_rows(cfg, federation.shapes, everywhere)
+    states = [tiny_state(federation, ranks, r_max=8, dtype=torch.float64) for _ in range(2)]
     for state in states:
         state.bank = whole_bank(federation.shapes, [8], 2)
-    received = states[0].bank.truncate([2, 4, 8, 8])
-    total = sum(secure_sum.contribution(cfg, uploads.select([k]), received.select([k]), 1.0, 8) for k in range(4))
-    one = secure_sum.mean(cfg, total, states[0].bank, dict.fromkeys(federation.shapes, 8))
+    received = states[0].bank.truncate(ranks)
+    total = sum(secure_sum.contribution(cfg, uploads.select([k]), received.select([k]), 1.0, rows) for k in range(4))
+    one = secure_sum.mean(cfg, total, states[0].bank, rows, everywhere, [1] * 4, 1)
     merge.aggregate(states[0], uploads, received, [1] * 4, cfg.model_copy(update={"secure_aggregation": False}), federation.model)
     merge.aggregate(states[1], one, None, [1] * 4, cfg, federation.model)
     assert same_bits(states[0].bank, states[1].bank)
+
+
+def test_rows_that_a_sum_would_not_hide_are_known():
+    shapes = {"one": (4, 4), "two": (4, 4)}
+    ranks = [{"one": rank, "two": 2} for rank in (0, 2, 4, 8, 8)]
+    of = {owners: Config(**{**SECURE, "ranks": "fixed:4", "secure_owners": owners}) for owners in (1, 2, 3, 5)}
+    assert {owners: secure_sum.summed_rows(cfg, shapes, ranks) for owners, cfg in of.items()} == {1: [8, 2], 2: [8, 2], 3: [4, 2], 5: [0, 2]}
+    assert secure_sum.summed_rows(of[3], shapes, ranks[:2]) == [0, 0]
+    assert secure_sum.lone_rows(of[2], shapes, [8, 2], ranks) == secure_sum.lone_rows(of[3], shapes, [4, 2], ranks[:4]) == []
+    assert secure_sum.lone_rows(of[2], shapes, [8, 2], ranks[:4]) == ["one"], "rows 4 to 7 are the fourth client's alone"
+    assert secure_sum.lone_rows(of[3], shapes, [4, 2], ranks[3:4]) == ["one", "two"]
+    assert secure_sum.lone_rows(of[1], shapes, [8, 2], ranks[:4]) == [], "allowed by name"
 
 
 @pytest.mark.parametrize(("clients", "steps", "bits"), [(4, 2**29 - 1, 32), (4, 2**29, 64), (3, 2**52, 64), (2047, 2**52, 64), (5, 1, 32)])
@@ -186,21 +199,32 @@ def test_no_sum_wraps_around(clients, steps, bits):
 # ---------------------------------------------------------------- the protocol
 
 
-@pytest.mark.parametrize("settings", [{}, {"secure_shares": 3}, COARSE | {"weights": "sparsity"}], ids=["all", "three shares", "4 bytes"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"secure_owners": 1}, {"secure_owners": 2, "secure_shares": 3}, {}, COARSE | {"weights": "sparsity"}],
+    ids=["8 rows", "4 rows, three shares", "4 rows", "4 bytes"],
+)
 def test_the_server_gets_the_sum_of_what_the_clients_add_and_the_merge_of_the_simulation(tmp_path, added, totals, settings):
-    """The sum is exact in the ring. The run is that of `hetlora run` to the step and the rounding of float32."""
+    """The sum is exact in the ring. Rows that enough clients own are those of `hetlora run` to the step and the rounding of float32; others stay."""
     cfg = tiny_config(tmp_path / "run", **{**SECURE, **settings})
     result, said, _ = deployed(cfg)
     vectors = [vector for vector, _, _ in added.values()]
     assert len(vectors) == 5 and torch.equal(totals[0], sum(vectors)) and not any("left out" in line for line in said)
     plain = {name: value for name, value in cfg.model_dump().items() if not name.startswith("secure_")}
     ours = simulate(Config(**{**plain, "cobatch": False, "output": str(tmp_path / "here")}), federation=tiny_federation(SIZES), quiet=True)
-    h, least = 2.0**-cfg.secure_bits, min(map(int, totals[0].split(secure_sum.lengths(ours.bank.shapes, 8))[::4]))
+    rows = 8 if cfg.secure_owners == 1 else 4
+    assert [line for line in said if "stay as they are" in line] == (
+        [] if rows == 8 else [f"round 1: rank rows from 4 on, which fewer than {cfg.secure_owners} of its clients own, stay as they are (secure_owners)"]
+    )
+    h, least = 2.0**-cfg.secure_bits, min(map(int, totals[0].split(secure_sum.lengths(ours.bank.shapes, [rows] * 8))[::3]))
     size = max(float(factor.detach().abs().max()) for _, uploads, received in added.values() for bank in (uploads, received) for factor in bank.parameters())
-    bound = 5 * h / 2 * (1 + 3 * size) / (least * h - 5 * h / 2) + 8 * torch.finfo(torch.float32).eps * size
-    for name, array in result.arrays.items():
-        theirs = torch.frombuffer(bytearray(array.data), dtype=torch.float32)
-        assert float((theirs - ours.bank.adapter(0)[name].detach().flatten()).abs().max()) <= bound
+    bound = 5 * h / 2 * (1 + 4 * size) / (least * h - 5 * h / 2) + 8 * torch.finfo(torch.float32).eps * size
+    start = fresh_bank(ours.bank.shapes, 8, cfg, torch.device("cpu")).adapter(0)
+    for name, expected in ours.bank.adapter(0).items():
+        theirs = torch.frombuffer(bytearray(result.arrays[name].data), dtype=torch.float32).view_as(expected)
+        mine, other, old = (factor.detach() if "lora_A" in name else factor.detach().t() for factor in (theirs, expected, start[name]))
+        assert float((mine[:rows] - other[:rows]).abs().max()) <= bound
+        assert torch.equal(mine[rows:], old[rows:])
     assert not (tmp_path / "run" / "clients").exists(), "nobody has the clients' own adapters"
 
 
@@ -232,18 +256,46 @@ def test_a_client_that_drops_out_is_survived(tmp_path, added, totals, stage, set
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_below_the_threshold_the_round_is_given_up_and_the_run_goes_on(tmp_path, stage):
-    """Two of five are lost, and four shares open a mask."""
+def test_below_the_threshold_the_round_is_given_up_and_the_bank_stays(tmp_path, stage):
+    """Two of five are lost in round 2, and four shares open a mask. The run goes on with round 3."""
 
     def lose(node, message, reply):
         return None if node in (12, 13) and message.metadata.message_type == f"train.{stage}" and message.metadata.group_id == "2" else reply
 
-    cfg = tiny_config(tmp_path / "run", **{**SECURE, "rounds": 2})
-    with pytest.raises(ConfigError, match=r"round 2: secure aggregation is given up, .* 4 .*the bank is as it was"):
-        deployed(cfg, lose)
-    assert [record["round"] for record in lines(tmp_path / "run")] == [0, 1]
-    deployed(cfg, waiting=Waiting(min_clients=5, join_timeout=0, resume=True))
-    assert [record["round"] for record in lines(tmp_path / "run")] == [0, 1, 2]
+    _, said, _ = deployed(tiny_config(tmp_path / "run", **{**SECURE, "rounds": 3}), lose)
+    given_up = [line for line in said if line.startswith("round 2 is given up, ")]
+    assert len(given_up) == 1 and " 4 " in given_up[0] and given_up[0].endswith("; the bank stays as it is")
+    rounds = lines(tmp_path / "run")
+    assert [len(record["clients"]) for record in rounds] == [0, 5, 0, 5]
+    reasons = [drop["reason"] for drop in rounds[2]["dropped"]]
+    assert reasons.count("its round is given up") == (5 if stage == "unmask" else 3) and len(reasons) == 5
+    losses = [record["evaluation"]["client_text"]["loss"] for record in rounds]
+    assert losses[0] != losses[1] == losses[2] != losses[3]
+
+
+def test_a_round_that_would_show_one_clients_rows_is_given_up(tmp_path):
+    """Rows 4 to 7 have three owners, of which two drop out; three shares open a mask."""
+
+    def lose(node, message, reply):
+        return None if node in (14, 15) and message.metadata.message_type == "train.masked" else reply
+
+    cfg = tiny_config(tmp_path / "run", **{**SECURE, "ranks": "4,4,8,8,8", "secure_threshold": 3})
+    _, said, grid = deployed(cfg, lose)
+    assert any(
+        re.match(r"round 1 is given up, after dropouts and pruning one client alone owns a row of .*q_proj, which the sum would show", line) for line in said
+    )
+    assert not any(kind == "train.unmask" for _, kind in grid.asked), "nobody was asked to open it"
+
+
+def test_a_round_in_which_all_refuse_ends_the_run_as_ever(tmp_path):
+    with pytest.raises(ConfigError, match=r"round 1: no clients left, every update was refused .*secure_range: expected numbers of at most"):
+        deployed(tiny_config(tmp_path / "run", **{**SECURE, "secure_range": 1e-3}))
+
+
+def test_too_few_clients_are_named_before_the_first_round(tmp_path):
+    cfg = tiny_config(tmp_path / "run", **{**SECURE, "secure_threshold": 5, "clients_per_round": 6})
+    with pytest.raises(ConfigError, match="secure aggregation: there are 5 clients, expected 6 or more"):
+        deployed(cfg.model_copy(update={"secure_threshold": 6}))
 
 
 def test_the_server_sees_no_upload(tmp_path, added):
@@ -283,12 +335,12 @@ def test_a_number_out_of_range_is_refused_by_its_client(tmp_path):
     deployed(cfg)
     dropped = lines(tmp_path / "run")[-1]["dropped"]
     assert [drop["name"] for drop in dropped] == ["client3"]
-    assert "secure_range: expected numbers of at most 0.9, got 1 (a weight, or an update times it)" in dropped[0]["reason"]
+    assert "secure_range: expected numbers of at most 0.9, got 1 (a weight, or a row times it)" in dropped[0]["reason"]
 
 
 @pytest.mark.parametrize("change", ["type", "short", "ranks", "share", "garbage"])
 def test_a_wrong_answer_is_named(tmp_path, change):
-    """Before its vector is in the sum a client is left out; wrong shares and vectors cannot be told apart from others', and end the round."""
+    """Before its vector is in the sum a client is left out; wrong shares and vectors cannot be told apart from others', and the round is given up."""
 
     def spoil(node, message, reply):
         kind = message.metadata.message_type
@@ -311,20 +363,20 @@ def test_a_wrong_answer_is_named(tmp_path, change):
 
     cfg = tiny_config(tmp_path / "run", **SECURE)
     if change in ("share", "garbage"):
-        with pytest.raises(ConfigError, match=r"do not fit together|numbers or key shares were wrong"):
-            deployed(cfg, spoil)
+        _, said, _ = deployed(cfg, spoil)
+        assert any(re.match("round 1 is given up, .*(do not fit together|numbers or key shares were wrong)", line) for line in said)
     else:
         deployed(cfg, spoil)
         assert [drop["name"] for drop in lines(tmp_path / "run")[-1]["dropped"]] == ["client1"]
 
 
 def test_what_it_costs_is_on_record(tmp_path):
-    """8 bytes a number of every row of the bank and of the weights, beside keys and shares, where a plain upload has 4 bytes a number of the client's rows."""
+    """8 bytes a number of every row that is summed and of a weight a module, beside keys and shares; a plain upload has 4 a number of the client's rows."""
     cfg = tiny_config(tmp_path / "run", **SECURE)
     deployed(cfg)
     bank = tiny_state(tiny_federation(SIZES), [2] * 5).bank
-    numbers = sum(secure_sum.lengths(bank.shapes, 8))
-    assert numbers == bank.num_bytes(0) // 4 + 9 * len(bank.shapes)
+    numbers = secure_sum.length(bank.shapes, [4] * 8)
+    assert numbers == bank.num_bytes(0) // 4 // 2 + len(bank.shapes), "three of the clients own four of the eight rows"
     for line in lines(tmp_path / "run")[-1]["clients"]:
         assert 0 < line["bytes_up"] - 8 * numbers < 5 * 2000, "keys and shares of five clients"
         assert set(line).isdisjoint({"norm", "weight", "clip"})
@@ -362,7 +414,7 @@ def test_a_client_refuses_keys_that_are_not_those_of_the_round():
         (keys_for(0, [public[1], *public[1:]]), "some public keys are the same"),
         (keys_for(1, public[::-1]), "has other public keys of this client"),
         (keys_for(0, public[:2]), "2 clients to share with, expected 3 to 4"),
-        (keys_for(0, public, clients=2), "2 clients are in the round, expected 3 or more"),
+        (keys_for(0, public, clients=2), "there are 2 clients, expected 3 or more"),
     ):
         with pytest.raises(ConfigError, match=reason):
             secure_client.shares(cfg, given, states[0])
@@ -448,6 +500,8 @@ def test_neighbours_are_as_many_for_all_and_each_others(clients, shares):
         ({"diagnostics": True}, "diagnostics = True: compares the bank with the uploads"),
         ({"merge": "delta", "gamma": 1.0, "weights": "uniform", "dp_clipping_norm": 1.0}, "dp_clipping_norm = 1.0: the server clips each client's update"),
         ({"clients_per_round": 2}, "clients_per_round = 2: a sum hides nobody from the others below three clients"),
+        ({"shared_rows": "owners", "weights": "sparsity"}, "shared_rows = 'owners': divides by the weight of each row's owners"),
+        ({"secure_owners": 6}, "secure_owners = 6: expected at most clients_per_round = 5"),
         ({"secure_shares": 4}, "secure_shares: expected 0, or an odd number from 3 on, got 4"),
         ({"secure_threshold": 2}, "secure_threshold: expected 0, or more than half of 5 shares and at most all, got 2"),
         ({"secure_shares": 3, "secure_threshold": 4}, "secure_threshold: expected 0, or more than half of 3 shares and at most all, got 4"),
