@@ -15,6 +15,7 @@ import torch
 from flower_grid import LocalGrid
 from flwr.app import Message
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
+from test_privacy import listed
 from tiny import lines, same_bits, tiny_clients, tiny_config, tiny_federation, tiny_model, tiny_state, trained_bank, whole_bank
 
 from hetlora import merge, secure_sum
@@ -380,6 +381,18 @@ def test_what_it_costs_is_on_record(tmp_path):
     for line in lines(tmp_path / "run")[-1]["clients"]:
         assert 0 < line["bytes_up"] - 8 * numbers < 5 * 2000, "keys and shares of five clients"
         assert set(line).isdisjoint({"norm", "weight", "clip"})
+
+
+def test_all_that_travels_is_listed(tmp_path):
+    """docs/privacy.md names every field of every answer of a round."""
+    _, _, grid = deployed(tiny_config(tmp_path / "run", **SECURE))
+    sent: dict[str, set[str]] = {}
+    for (_, kind), reply in grid.replies.items():
+        if kind.startswith("train"):
+            for name, record in reply.content.items():
+                sent.setdefault(name, set()).update(map(str, record))
+    assert sent.pop("secure") | sent.pop("arrays") == listed("In a round with secure aggregation")
+    assert set.union(*sent.values()) == listed("In a round")
 
 
 # ---------------------------------------------------------------- what a client refuses
