@@ -30,6 +30,8 @@ class HetLoraAggregator(ModelAggregator):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
+        if cfg.secure_aggregation:
+            raise ConfigError("secure_aggregation = True: of hetlora's Flower deployment, whose clients exchange keys; NVFLARE carries none here, leave it out")
         self.cfg, self.exchange = cfg, exchange(cfg)
         self.found = Round()
         self._turn: Turn | None = None

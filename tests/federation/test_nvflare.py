@@ -211,6 +211,11 @@ def test_of_a_client_that_was_not_asked_nothing_counts():
     assert aggregator.aggregate_model().metrics == {"arrived": 0, "bytes_up": 0}
 
 
+def test_secure_aggregation_is_refused():
+    with pytest.raises(ConfigError, match="secure_aggregation = True: of hetlora's Flower deployment"):
+        HetLoraAggregator(tiny_config("unused", secure_aggregation=True, clip_median=0.0))
+
+
 def test_settings_that_cannot_be_used_end_the_job_with_one_line(tmp_path):
     controller = Here(mixed(tmp_path / "run"), tmp_path, SIZES)
     controller.settings["merge"] = "stack"
