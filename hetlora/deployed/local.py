@@ -120,7 +120,7 @@ class Client:
     def masked(self, content: Content, run_config: Mapping[str, Any], node_config: Mapping[str, Any], asked: Masking) -> Sent:
         """`answer` to the order to train of a run with secure aggregation."""
         cfg, node = client_settings(run_config, node_config)
-        base = self._load(cfg)
+        base = _loaded(self._model, cfg)
         local = Local(base, self._data(cfg, node), target_shapes(base, cfg.target_modules))
         return _train_masked(content, cfg, local, asked)
 

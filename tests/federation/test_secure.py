@@ -12,7 +12,7 @@ import re
 
 import numpy as np
 import torch
-from flower_grid import LocalGrid
+from flower_grid import Clock, LocalGrid
 from flwr.app import Message
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 from test_privacy import listed
@@ -23,6 +23,7 @@ from hetlora.config import Config, ConfigError
 from hetlora.deployed import members as members_module
 from hetlora.deployed.local import modules_digest
 from hetlora.flower import Base, HetLora, Waiting, client_app, secure, secure_client
+from hetlora.flower import replies as replies_module
 from hetlora.loop import simulate
 from hetlora.models import target_shapes
 from hetlora.observer import Observer
@@ -35,16 +36,17 @@ SECURE = {"secure_aggregation": True, "clip_median": 0.0, "weights": "samples", 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
     monkeypatch.setattr(members_module, "POLL", 0.01)
+    monkeypatch.setattr(replies_module, "time", Clock())
 
 
 class Watching(LocalGrid):
     """Keeps every reply as the server gets it, by (node, kind), before `spoil` may lose or change it."""
 
     def __init__(self, app, run_config, nodes, spoil=None) -> None:
-        self.replies: dict[tuple[int, str], Message] = {}
+        self.heard: dict[tuple[int, str], Message] = {}
 
         def kept(node, message, reply):
-            self.replies[node, message.metadata.message_type] = reply
+            self.heard[node, message.metadata.message_type] = reply
             return spoil(node, message, reply) if spoil else reply
 
         super().__init__(app, run_config, nodes, kept)
@@ -314,7 +316,7 @@ def test_the_server_sees_no_upload(tmp_path, added):
         _, _, grid = deployed(cfg)
     point = secure_sum.fixed_point(cfg)
     for node, sequences in zip(range(11, 16), SIZES, strict=True):
-        content = grid.replies[node, "train.masked"].content
+        content = grid.heard[node, "train.masked"].content
         assert list(content.array_records["arrays"]) == ["masked"]
         data = content.array_records["arrays"]["masked"].data
         sent, plain = torch.frombuffer(bytearray(data), dtype=torch.int64), added[sequences][0]
@@ -387,7 +389,7 @@ def test_all_that_travels_is_listed(tmp_path):
     """docs/privacy.md names every field of every answer of a round."""
     _, _, grid = deployed(tiny_config(tmp_path / "run", **SECURE))
     sent: dict[str, set[str]] = {}
-    for (_, kind), reply in grid.replies.items():
+    for (_, kind), reply in grid.heard.items():
         if kind.startswith("train"):
             for name, record in reply.content.items():
                 sent.setdefault(name, set()).update(map(str, record))
