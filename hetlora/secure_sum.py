@@ -49,10 +49,9 @@ class FixedPoint:
         if not bool(torch.isfinite(values).all()):
             raise ConfigError("update has non-finite values; lower lr or set clip_norm")
         steps = values / self.step
-        largest = float(steps.abs().max()) if steps.numel() else 0.0
-        if largest > self.most:
+        if bool((steps.abs() > self.most).any()):  # the server reads this line, so that it does not tell the number
             raise ConfigError(
-                f"secure_range: expected numbers of at most {self.most * self.step:g}, got {largest * self.step:g} (a weight, or a row times it); "
+                f"secure_range: expected numbers of at most {self.most * self.step:g}, and a weight, or a row times it, is above; "
                 "raise secure_range, or lower lr"
             )
         return steps.round().long()

@@ -18,6 +18,7 @@ protocol's authors have it, under the whole seed. Its numbers are uniform over t
 from __future__ import annotations
 
 import base64
+import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -78,6 +79,11 @@ def mask(seed: bytes, count: int, bits: int) -> NDArray[Any]:
         raise ConfigError(f"secure aggregation: expected a seed of 32 bytes, got {len(seed)}")
     stream = Cipher(algorithms.AES(seed), modes.CTR(bytes(16))).encryptor().update(bytes(count * bits // 8))
     return np.frombuffer(stream, dtype=f"<u{bits // 8}")
+
+
+def fingerprint(seed: bytes) -> bytes:
+    """Binds a client to its seed, 256 random bits, without telling it: another seed from false shares would give a wrong sum that may look like one."""
+    return hashlib.sha256(seed).digest()
 
 
 def pair_seed(private_key: bytes, public_key: bytes) -> bytes:

@@ -58,7 +58,7 @@ def shares(cfg: Config, content: RecordDict, state: RecordDict) -> RecordDict:
         encrypt(_for(own, second[i]), share_keys_plaintext_concat(place, other, made[0][i], made[1][i])) for i, other in enumerate(places) if other != place
     ]
     _keep(state, own, "shares")
-    return secure.with_record(RecordDict(), shares=sent)
+    return secure.with_record(RecordDict(), shares=sent, fingerprint=secure.fingerprint(own["seed"]))
 
 
 def open_shares(content: RecordDict, state: RecordDict) -> None:

@@ -88,6 +88,7 @@ class Round:
     lost: dict[int, str] = field(default_factory=dict)
     up: dict[int, int] = field(default_factory=dict)
     down: dict[int, int] = field(default_factory=dict)
+    seeds: dict[int, bytes] = field(default_factory=dict)  # their fingerprints
 
     def sums(self, orders: Orders) -> tuple[Tensor, list[int], dict[int, Reply]]:
         """(sums of the vectors of `secure_sum`, rows of each module that are in them, what each client in them reports).
@@ -104,7 +105,7 @@ class Round:
         sent: dict[int, dict[int, bytes]] = self._answered(
             secure.SHARES,
             {place: _keys(how.clients, place, sorted(near[place] & public.keys()), public) for place in public},
-            lambda place, found: _shares(found, sorted(near[place] & public.keys() - {place})),
+            lambda place, found: self._shares(place, found, sorted(near[place] & public.keys() - {place})),
         )
         self._enough(how, near, sent)
         rows = self._rows(sorted(sent))
@@ -130,6 +131,8 @@ class Round:
                 raise GivenUp(f"{len(found)} of {how.threshold} shares that open the mask of {self.names[owner]} arrived")
             secret = self._combined(owner, found[: how.threshold])
             if owner in arrived:
+                if secure.fingerprint(secret) != self.seeds[owner]:
+                    raise GivenUp(f"the shares of {self.names[owner]} do not fit together")
                 self._total -= self._mask(secret)
             else:
                 self._without_pairs(owner, secret, [place for place in sources[owner] if place in arrived], public)
@@ -204,6 +207,11 @@ class Round:
 
     # ---------------------------------------------------------------- masks
 
+    def _shares(self, place: int, found: Mapping[str, Any], places: Sequence[int]) -> dict[int, bytes]:
+        sent = dict(zip(places, secure.read_all(found, "shares", len(places)), strict=True))
+        self.seeds[place] = secure.read_bytes(found, "fingerprint")
+        return sent
+
     def _combined(self, owner: int, shares: list[bytes]) -> bytes:
         try:
             return bytes(combine_shares(shares))
@@ -236,7 +244,3 @@ def _public(found: Mapping[str, Any]) -> tuple[bytes, bytes]:
 def _keys(clients: int, place: int, places: list[int], public: Mapping[int, tuple[bytes, bytes]]) -> dict[str, Any]:
     first, second = ([public[other][i] for other in places] for i in (0, 1))
     return {"clients": clients, "place": place, "places": places, "public1": first, "public2": second}
-
-
-def _shares(found: Mapping[str, Any], places: Sequence[int]) -> dict[int, bytes]:
-    return dict(zip(places, secure.read_all(found, "shares", len(places)), strict=True))

@@ -338,7 +338,8 @@ def test_a_number_out_of_range_is_refused_by_its_client(tmp_path):
     deployed(cfg)
     dropped = lines(tmp_path / "run")[-1]["dropped"]
     assert [drop["name"] for drop in dropped] == ["client3"]
-    assert "secure_range: expected numbers of at most 0.9, got 1 (a weight, or a row times it)" in dropped[0]["reason"]
+    assert "secure_range: expected numbers of at most 0.9, and a weight, or a row times it, is above; raise" in dropped[0]["reason"]
+    assert not re.search(r"\b1(\.|;| )", dropped[0]["reason"]), "the server is not told the number"
 
 
 @pytest.mark.parametrize("change", ["type", "short", "ranks", "share", "garbage"])
@@ -371,6 +372,20 @@ def test_a_wrong_answer_is_named(tmp_path, change):
     else:
         deployed(cfg, spoil)
         assert [drop["name"] for drop in lines(tmp_path / "run")[-1]["dropped"]] == ["client1"]
+
+
+def test_a_false_share_gives_no_sum(tmp_path, totals):
+    """One bit of a share makes another seed. Where sums nearly fill the ring, what such a mask leaves may pass for one, so that it must not come to that."""
+
+    def spoil(node, message, reply):
+        if node == 12 and message.metadata.message_type == secure.UNMASK:
+            record = reply.content.config_records["secure"]
+            record["seeds"] = [seed[:6] + bytes([seed[6] ^ 1]) + seed[7:] for seed in record["seeds"]]
+        return reply
+
+    _, said, _ = deployed(tiny_config(tmp_path / "run", **{**SECURE, "weights": "sparsity", "secure_range": 409.5, "secure_bits": 20}), spoil)
+    assert any(re.match("round 1 is given up, the shares of client0 do not fit together", line) for line in said)
+    assert totals == []
 
 
 def test_what_it_costs_is_on_record(tmp_path):
