@@ -11,8 +11,8 @@ from flwr.serverapp import Grid
 AT_ONCE = 16
 """Replies that one call takes from the grid, which holds them all until it returns."""
 
-POLL = 0.5
-"""Seconds between two looks for replies."""
+POLL = 0.02, 1.0
+"""Least and most seconds between two looks for replies: a tenth of the time waited so far, so that a short round is not much longer for it."""
 
 
 def lifetime(timeout: float) -> float:
@@ -33,7 +33,7 @@ def replies_to(grid: Grid, numbers: Sequence[str], timeout: float) -> Iterator[M
     messages of its own.
     """
     waiting = [number for number in numbers if number]
-    deadline = time.monotonic() + timeout
+    start = time.monotonic()
     while waiting:
         answered: set[str] = set()
         for start in range(0, len(waiting), AT_ONCE):
@@ -41,7 +41,7 @@ def replies_to(grid: Grid, numbers: Sequence[str], timeout: float) -> Iterator[M
                 answered.add(message.metadata.reply_to_message_id)
                 yield message
         waiting = [number for number in waiting if number not in answered]
-        if time.monotonic() >= deadline:
+        if (waited := time.monotonic() - start) >= timeout:
             return
         if waiting:
-            time.sleep(POLL)
+            time.sleep(min(max(waited / 10, POLL[0]), POLL[1], timeout - waited))
