@@ -47,7 +47,7 @@ def test_a_way_that_cannot_be_taken_says_why(monkeypatch):
     monkeypatch.setattr(federation.importlib.util, "find_spec", lambda name: None if name == "ray" else name)
     assert federation.impossible(federation.SIMULATED, 8) == "ray not installed (pip install '.[simulation]')"
     assert federation.impossible(federation.OURS, 8) == ""
-    assert "10000000 nodes take about 7000000 GiB" in federation.impossible(federation.DEPLOYED, 10_000_000)
+    assert "10000000 nodes take about 7500000 GiB" in federation.impossible(federation.DEPLOYED, 10_000_000)
 
 
 def test_made_up_uploads_are_those_of_a_round(tmp_path):
