@@ -33,7 +33,7 @@ def replies_to(grid: Grid, numbers: Sequence[str], timeout: float) -> Iterator[M
     messages of its own.
     """
     waiting = [number for number in numbers if number]
-    start = time.monotonic()
+    begin = time.monotonic()
     while waiting:
         answered: set[str] = set()
         for start in range(0, len(waiting), AT_ONCE):
@@ -41,7 +41,7 @@ def replies_to(grid: Grid, numbers: Sequence[str], timeout: float) -> Iterator[M
                 answered.add(message.metadata.reply_to_message_id)
                 yield message
         waiting = [number for number in waiting if number not in answered]
-        if (waited := time.monotonic() - start) >= timeout:
+        if (waited := time.monotonic() - begin) >= timeout:
             return
         if waiting:
             time.sleep(min(max(waited / 10, POLL[0]), POLL[1], timeout - waited))

@@ -252,7 +252,25 @@ def test_a_node_that_has_left_is_named_at_once(tmp_path):
 
     _, said, _ = deployed(tiny_config(tmp_path / "run", clients_per_round=4, rounds=2), grid_of=Leaving)
     assert "round 2: client1 is left out, no reply: the SuperLink did not take the message to it; its node has left" in said
-    assert replies_module.time.now < 600
+    assert replies_module.time.now < Clock.BOOTED + 600
+
+
+def test_a_reply_is_waited_for_until_its_time_is_over(tmp_path):
+    """Of 50 s the last client takes 40 in every round."""
+
+    class Slow(LocalGrid):
+        def push_messages(self, messages):
+            self.sent_at = replies_module.time.now
+            return super().push_messages(messages)
+
+        def pull_messages(self, numbers):
+            last = int(replies_module.time.now < self.sent_at + 40)
+            return super().pull_messages(list(numbers)[: len(numbers) - last])
+
+    waiting = Waiting(min_clients=4, join_timeout=50, round_timeout=50)
+    _, said, grid = deployed(tiny_config(tmp_path / "run", clients_per_round=4, rounds=2), grid_of=Slow, waiting=waiting)
+    assert not [line for line in said if "left out" in line] and not grid.replies
+    assert [len(record["clients"]) for record in lines(tmp_path / "run")[1:]] == [4, 4]
 
 
 def test_what_comes_after_its_time_is_not_used(tmp_path):
@@ -272,7 +290,7 @@ def test_what_comes_after_its_time_is_not_used(tmp_path):
             self.pulled += numbers
             at = [k for k, asked in enumerate(self.asked) if asked == (12, MessageType.TRAIN)]
             late = f"message {at[1]}" if len(at) > 1 else ""  # of round 2
-            return super().pull_messages([number for number in numbers if number != late or replies_module.time.now > 90000])
+            return super().pull_messages([number for number in numbers if number != late or replies_module.time.now > Clock.BOOTED + 90000])
 
     waiting = Waiting(min_clients=4, join_timeout=0, round_timeout=80000)
     _, said, grid = deployed(tiny_config(tmp_path / "run", clients_per_round=4, rounds=3), grid_of=Slow, waiting=waiting)
