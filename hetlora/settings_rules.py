@@ -96,6 +96,11 @@ def _check_secure(cfg: Any) -> None:
         raise ConfigError(f"clients_per_round = {cfg.clients_per_round}: a sum hides nobody from the others below three clients; give 3 or more")
     if cfg.secure_owners > cfg.clients_per_round:
         raise ConfigError(f"secure_owners = {cfg.secure_owners}: expected at most clients_per_round = {cfg.clients_per_round}, or no row is summed")
+    if cfg.unowned_rows == "zero" and cfg.secure_owners > 1:
+        raise ConfigError(
+            f"unowned_rows = 'zero': would set rows to zero that clients own and secure_owners = {cfg.secure_owners} leaves out of the sum; "
+            "use unowned_rows = 'keep', or secure_owners = 1"
+        )
     if cfg.shared_rows == "owners" and cfg.weights == "sparsity":
         raise ConfigError(
             "shared_rows = 'owners': divides by the weight of each row's owners, which would tell the server one client's norm; use weights = 'samples' or "
