@@ -26,10 +26,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from flwr.app import ConfigRecord, MessageType, RecordDict
 from flwr.common.secure_aggregation.crypto.symmetric_encryption import generate_shared_key
-from flwr.supercore.primitives.asymmetric import bytes_to_private_key, bytes_to_public_key
+from flwr.supercore.primitives.asymmetric import bytes_to_private_key, bytes_to_public_key, public_key_to_bytes
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -90,7 +92,7 @@ def pair_seed(private_key: bytes, public_key: bytes) -> bytes:
     """What two clients have in common and nobody else knows, 32 bytes."""
     try:
         return base64.urlsafe_b64decode(generate_shared_key(bytes_to_private_key(private_key), bytes_to_public_key(public_key)))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise ConfigError(f"secure aggregation: a key cannot be used: {error}") from None
 
 
@@ -137,6 +139,19 @@ def read_bytes(values: Mapping[str, Any], name: str) -> bytes:
     value = values.get(name)
     if not isinstance(value, bytes) or not 0 < len(value) <= LONGEST:
         raise ConfigError(f"{name}: expected 1 to {LONGEST} bytes, got {str(value)[:40]}")
+    return value
+
+
+def read_public_key(values: Mapping[str, Any], name: str) -> bytes:
+    """A key on the curve of Flower's key agreement, written as Flower writes it."""
+    value = read_bytes(values, name)
+    try:
+        key = bytes_to_public_key(value)
+        fits = isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP384R1) and public_key_to_bytes(key) == value
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        fits = False
+    if not fits:
+        raise ConfigError(f"{name}: expected a public key on the curve P-384 as PEM, got {str(value)[:40]}")
     return value
 
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.fernet import InvalidToken
 from flwr.app import ConfigRecord, RecordDict
 from flwr.common.secure_aggregation.crypto.shamir import create_shares
@@ -114,7 +115,7 @@ def _for(own: Mapping[str, Any], public: bytes) -> bytes:
     """The key under which shares travel between this client and that of the second public key."""
     try:
         return generate_shared_key(bytes_to_private_key(own["private2"]), bytes_to_public_key(public))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise ConfigError(f"secure aggregation: a key cannot be used: {error}") from None
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
+from cryptography.exceptions import UnsupportedAlgorithm
 from flwr.app import MetricRecord, RecordDict
 from flwr.common.secure_aggregation.crypto.shamir import combine_shares
 from flwr.supercore.primitives.asymmetric import bytes_to_private_key, public_key_to_bytes
@@ -93,14 +95,15 @@ class Round:
     def sums(self, orders: Orders) -> tuple[Tensor, list[int], dict[int, Reply]]:
         """(sums of the vectors of `secure_sum`, rows of each module that are in them, what each client in them reports).
 
-        Raises `GivenUp` where fewer clients are left than it takes to open a mask, or where one client alone is left of a row.
+        Raises `GivenUp` where fewer clients are left than it takes to open a mask, where the sum falls into sums of fewer clients, or where one client
+        alone is left of a row.
         """
         try:
             how = secure.sharing(self.cfg, len(self.names))
         except ConfigError as error:
             raise GivenUp(str(error)) from None
         near = secure.neighbours(how.clients, how.shares)
-        public = self._answered(secure.KEYS, {place: {} for place in range(how.clients)}, lambda _, found: _public(found))
+        public = self._public(how.clients)
         self._enough(how, near, public)
         sent: dict[int, dict[int, bytes]] = self._answered(
             secure.SHARES,
@@ -112,6 +115,7 @@ class Round:
         sources = {place: sorted(near[place] & sent.keys() - {place}) for place in sent}
         arrived = self._vectors(rows, {place: (own, [sent[other][place] for other in own]) for place, own in sources.items()}, orders(sorted(sent)))
         self._enough(how, near, arrived)
+        self._connected(sources, arrived)
         left = [dict(zip(self.state.bank.shapes, reply.ranks, strict=True)) for reply in arrived.values()]
         if lone := lone_rows(self.cfg, self.state.bank.shapes, rows, left):
             raise GivenUp(f"after dropouts and pruning one client alone owns a row of {lone[0]}, which the sum would show")
@@ -188,7 +192,7 @@ class Round:
         for place, content in sent.items():
             self.down[place] = self.down.get(place, 0) + secure.key_bytes(secure.record(content)) + sum(map(size, content.array_records.values()))
         answers, lost = self.ask(kind, sent)
-        self.lost |= lost
+        self.lost |= {place: self._named(reason) for place, reason in lost.items()}
         found: dict[int, Any] = {}
         for place, content in sorted(answers.items()):
             try:
@@ -205,7 +209,41 @@ class Round:
         if least < how.threshold:
             raise GivenUp(f"{len(left)} of {how.clients} clients are left, of which one reaches {least}, and it takes {how.threshold} to open its mask")
 
-    # ---------------------------------------------------------------- masks
+    def _connected(self, sources: Mapping[int, list[int]], arrived: Mapping[int, Any]) -> None:
+        """The pairs' masks must join all vectors. Where dropouts cut the ring of neighbours, each piece is a sum that can be read by itself."""
+        start = min(arrived)
+        reached, new = {start}, [start]
+        while new:
+            found = {other for place in new for other in sources[place] if other in arrived} - reached
+            reached |= found
+            new = sorted(found)
+        if len(reached) < len(arrived):
+            cut = f"between the {len(reached)} clients around {self.names[start]} and the {len(arrived) - len(reached)} others"
+            raise GivenUp(f"dropouts left no mask {cut}, so that the sum of each would show; raise secure_shares")
+
+    def _named(self, reason: str) -> str:
+        """Clients know each other by their places, and a log by names."""
+
+        def name(found: re.Match[str]) -> str:
+            place = int(found[1])
+            return self.names[place] if place < len(self.names) else found[0]
+
+        return re.sub(r"the client at place (\d{1,9})\b", name, reason)
+
+    # ---------------------------------------------------------------- keys and masks
+
+    def _public(self, clients: int) -> dict[int, tuple[bytes, bytes]]:
+        """The two public keys of each client. One that others could not use would cost the round, so its client alone is left out."""
+        seen: set[bytes] = set()
+
+        def read(_: int, found: Mapping[str, Any]) -> tuple[bytes, bytes]:
+            first, second = secure.read_public_key(found, "public1"), secure.read_public_key(found, "public2")
+            if first == second or {first, second} & seen:
+                raise ConfigError("public1, public2: expected fresh keys, got one that is there already")
+            seen.update((first, second))
+            return first, second
+
+        return self._answered(secure.KEYS, {place: {} for place in range(clients)}, read)
 
     def _shares(self, place: int, found: Mapping[str, Any], places: Sequence[int]) -> dict[int, bytes]:
         sent = dict(zip(places, secure.read_all(found, "shares", len(places)), strict=True))
@@ -225,7 +263,7 @@ class Round:
         """Take away what the clients at `places` masked with a client that dropped out."""
         try:
             fits = public_key_to_bytes(bytes_to_private_key(private).public_key()) == public[owner][0]
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, UnsupportedAlgorithm):
             fits = False
         if not fits:
             raise GivenUp(f"the shares of {self.names[owner]} do not fit together")
@@ -235,10 +273,6 @@ class Round:
                 self._total -= pair
             else:
                 self._total += pair
-
-
-def _public(found: Mapping[str, Any]) -> tuple[bytes, bytes]:
-    return secure.read_bytes(found, "public1"), secure.read_bytes(found, "public2")
 
 
 def _keys(clients: int, place: int, places: list[int], public: Mapping[int, tuple[bytes, bytes]]) -> dict[str, Any]:

@@ -6,12 +6,15 @@ import pytest
 
 pytest.importorskip("flwr.serverapp", reason="Flower is not installed (pip install '.[flower]')")
 
+import base64
 import itertools
 import json
 import re
 
 import numpy as np
 import torch
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from flower_grid import Clock, LocalGrid
 from flwr.app import Message
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
@@ -290,6 +293,90 @@ def test_a_round_that_would_show_one_clients_rows_is_given_up(tmp_path):
     assert not any(kind == "train.unmask" for _, kind in grid.asked), "nobody was asked to open it"
 
 
+@pytest.mark.parametrize("gone", [(13, 16), (13,)], ids=["two pieces", "one piece"])
+def test_a_sum_that_falls_into_pieces_is_not_opened(tmp_path, monkeypatch, totals, gone):
+    """Six clients on a ring, each masked with the two beside it. Without the third and the sixth no mask joins the first two to the fourth and fifth."""
+    monkeypatch.setitem(globals(), "SIZES", [3, 5, 2, 7, 4, 6])
+    monkeypatch.setattr(secure, "neighbours", lambda *_: [{place, (place + 1) % 6, (place - 1) % 6} for place in range(6)])
+
+    def lose(node, message, reply):
+        return None if node in gone and message.metadata.message_type == "train.masked" else reply
+
+    _, said, grid = deployed(tiny_config(tmp_path / "run", **{**SECURE, "ranks": "fixed:4", "clients_per_round": 6, "secure_shares": 3}), lose)
+    refused = [line for line in said if line.startswith("round 1 is given up, dropouts left no mask between the 2 clients around client0 and the 2 others")]
+    pieces = gone == (13, 16)
+    assert (len(refused), len(totals), ("train.unmask" in {kind for _, kind in grid.asked})) == ((1, 0, False) if pieces else (0, 1, True))
+
+
+def odd_keys():
+    """PEM of public keys that are none of Flower's key agreement: another curve, another scheme, an algorithm without a name, no key at all."""
+    shape = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    made = [ec.generate_private_key(ec.SECP256R1()), ed25519.Ed25519PrivateKey.generate()]
+    unknown = base64.b64encode(bytes.fromhex("300c300706052a03040506030100")).decode()  # of the algorithm 1.2.3.4.5.6
+    pem = f"-----BEGIN PUBLIC KEY-----\n{unknown}\n-----END PUBLIC KEY-----\n".encode()
+    return [*(own.public_key().public_bytes(*shape) for own in made), pem, b"x"]
+
+
+@pytest.mark.parametrize("pair", ["public1", "public2", "twice", "another's"])
+def test_a_key_that_cannot_be_used_costs_its_client_alone_the_round(tmp_path, pair):
+    heard = {}
+
+    def spoil(node, message, reply):
+        if message.metadata.message_type == "train.keys":
+            record = reply.content.config_records["secure"]
+            heard[node] = record["public1"]
+            if node == 13:
+                record["public1" if pair == "twice" else pair if pair[0] == "p" else "public2"] = (
+                    record["public2"] if pair == "twice" else heard[12] if pair == "another's" else odd_keys()[0]
+                )
+        return reply
+
+    deployed(tiny_config(tmp_path / "run", **SECURE), spoil)
+    record = lines(tmp_path / "run")[-1]
+    assert [drop["name"] for drop in record["dropped"]] == ["client2"] and len(record["clients"]) == 4
+    said = f"{pair}: expected a public key on the curve P-384" if pair[0] == "p" else "public1, public2: expected fresh keys"
+    assert said in record["dropped"][0]["reason"]
+
+
+@pytest.mark.parametrize("key", odd_keys(), ids=["curve", "scheme", "unknown", "none"])
+def test_a_key_of_another_kind_is_refused_by_name(key):
+    with pytest.raises(ConfigError, match="public2: expected a public key on the curve P-384 as PEM, got "):
+        secure.read_public_key({"public2": key}, "public2")
+    private = secure_client.private_key_to_bytes(secure_client.generate_key_pairs()[0])
+    for use in (secure.pair_seed, lambda own, other: secure_client._for({"private2": own}, other)):
+        with pytest.raises(ConfigError, match="secure aggregation: a key cannot be used"):
+            use(private, key)
+
+
+def test_a_private_key_of_no_known_kind_gives_the_round_up(tmp_path, monkeypatch):
+    """A client shares something else in the place of its first private key and drops out."""
+    unknown = base64.b64encode(bytes.fromhex("3010020100300706052a0304050604020101")).decode()
+    pem = f"-----BEGIN PRIVATE KEY-----\n{unknown}\n-----END PRIVATE KEY-----\n".encode()
+    made, keys = secure_client.create_shares, []
+
+    def false(secret, threshold, shares):
+        keys.extend([secret] if b"PRIVATE" in secret else [])
+        return made(pem if b"PRIVATE" in secret and len(keys) == 2 else secret, threshold, shares)
+
+    def lose(node, message, reply):
+        return None if (node, message.metadata.message_type) == (12, "train.masked") else reply
+
+    monkeypatch.setattr(secure_client, "create_shares", false)
+    _, said, _ = deployed(tiny_config(tmp_path / "run", **SECURE), lose)
+    assert any(line.startswith("round 1 is given up, the shares of client1 do not fit together") for line in said)
+
+
+def test_who_sent_shares_that_none_can_read_is_named(tmp_path):
+    def spoil(node, message, reply):
+        if (node, message.metadata.message_type) == (12, "train.shares"):
+            record = reply.content.config_records["secure"]
+            record["shares"] = [b"x"] * len(record["shares"])
+        return reply
+
+    _, said, _ = deployed(tiny_config(tmp_path / "run", **SECURE), spoil)
+    assert sum("the share of client1 is not its own" in line for line in said) == 4
+
+
 def test_a_round_in_which_all_refuse_ends_the_run_as_ever(tmp_path):
     with pytest.raises(ConfigError, match=r"round 1: no clients left, every update was refused .*secure_range: expected numbers of at most"):
         deployed(tiny_config(tmp_path / "run", **{**SECURE, "secure_range": 1e-3}))
@@ -531,6 +618,7 @@ def test_neighbours_are_as_many_for_all_and_each_others(clients, shares):
         ({"merge": "delta", "gamma": 1.0, "weights": "uniform", "dp_clipping_norm": 1.0}, "dp_clipping_norm = 1.0: the server clips each client's update"),
         ({"clients_per_round": 2}, "clients_per_round = 2: a sum hides nobody from the others below three clients"),
         ({"shared_rows": "owners", "weights": "sparsity"}, "shared_rows = 'owners': divides by the weight of each row's owners"),
+        ({"unowned_rows": "zero"}, "unowned_rows = 'zero': would set rows to zero that clients own and secure_owners = 3 leaves out of the sum"),
         ({"secure_owners": 6}, "secure_owners = 6: expected at most clients_per_round = 5"),
         ({"secure_shares": 4}, "secure_shares: expected 0, or an odd number from 3 on, got 4"),
         ({"secure_threshold": 2}, "secure_threshold: expected 0, or more than half of 5 shares and at most all, got 2"),
