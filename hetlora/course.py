@@ -33,9 +33,18 @@ def best_round(history: Sequence[Record]) -> int | None:
 
 
 def stalled(history: Sequence[Record], patience: int) -> bool:
-    """Whether the last `patience` evaluations brought no held-out loss below the lowest one before them; never with patience = 0."""
-    best = best_round(history)
-    return 0 < patience <= sum(best is None or number > best for number in held_out_losses(history))
+    """Whether the last `patience` evaluations brought no held-out loss below the lowest one before them; never with patience = 0.
+
+    An evaluation does not count where all rounds since the one before it were given up: it is that of the same bank.
+    """
+    best, losses = best_round(history), held_out_losses(history)
+    fruitless, trained = 0, False
+    for record in history:
+        trained |= not record.get("given_up")
+        if record["round"] in losses:
+            fruitless += trained and (best is None or record["round"] > best)
+            trained = False
+    return 0 < patience <= fruitless
 
 
 # ---------------------------------------------------------------- more rounds than were planned

@@ -300,6 +300,7 @@ def _round(run: Run, number: int) -> None:
         "lr": lr,
         "clients": lines,
         "dropped": [{"name": names[k], "reason": reason} for k, reason in trained.dropped.items()],
+        **({"given_up": trained.given_up} if trained.given_up else {}),
         **moved,
         "mean_rank": _mean_rank(state),
         "evaluation": run.fleet.evaluate(cfg, state, run.observer.evaluate) if evaluated else None,

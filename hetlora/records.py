@@ -75,6 +75,7 @@ class Round(_Record):
     round: int = Field(ge=0)
     clients: list[_Line] | None = None
     dropped: list[_Drop] | None = None
+    given_up: str | None = None
     bytes_down: _Number = None
     bytes_up: _Number = None
     bytes_down_homlora: _Number = None

@@ -108,7 +108,7 @@ def _check_secure(cfg: Any) -> None:
         )
     if cfg.secure_shares and (cfg.secure_shares < 3 or cfg.secure_shares % 2 == 0):
         raise ConfigError(f"secure_shares: expected 0, or an odd number from 3 on, got {cfg.secure_shares}")
-    shares = cfg.secure_shares or cfg.clients_per_round
+    shares = min(cfg.secure_shares or cfg.clients_per_round, cfg.clients_per_round)
     if cfg.secure_threshold and not shares < 2 * cfg.secure_threshold <= 2 * shares:
         raise ConfigError(f"secure_threshold: expected 0, or more than half of {shares} shares and at most all, got {cfg.secure_threshold}")
     steps = cfg.secure_range * 2**cfg.secure_bits

@@ -63,9 +63,9 @@ class Members(ABC):
         self._one_base()
         return sorted(self.of)
 
-    def present(self) -> list[str]:
-        """Names of the clients that are connected; waits for one where there is none."""
-        return self._wait(1, "of 1 clients were connected", False)
+    def present(self, least: int = 1) -> list[str]:
+        """Names of the clients that are connected; waits where these are fewer than `least`."""
+        return self._wait(least, f"of {least} clients were connected", False)
 
     def node(self, name: str) -> Any:
         node = self.of[name].node

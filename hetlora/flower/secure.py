@@ -57,10 +57,14 @@ def sharing(cfg: Config, clients: int) -> Sharing:
     """`ConfigError` where too few clients are there."""
     shares = min(cfg.secure_shares or clients, clients)
     threshold = cfg.secure_threshold or -(-2 * shares // 3)
-    least = max(3, threshold, cfg.secure_owners)
-    if clients < least:
-        raise ConfigError(f"secure aggregation: there are {clients} clients, expected {least} or more")
+    if clients < least_clients(cfg):
+        raise ConfigError(f"secure aggregation: there are {clients} clients, expected {least_clients(cfg)} or more")
     return Sharing(clients, shares, threshold)
+
+
+def least_clients(cfg: Config) -> int:
+    """That a round takes. Two thirds of the shares, where no threshold is set, are never more than the clients."""
+    return max(3, cfg.secure_threshold, cfg.secure_owners)
 
 
 def neighbours(clients: int, shares: int) -> list[set[int]]:

@@ -203,8 +203,12 @@ class FlowerFleet(fleet.DeployedFleet):
         """Itself, when the run's clients are known; `ConfigError` where these are too few for secure aggregation."""
         super().gathered()
         if self.strategy.cfg.secure_aggregation:
-            secure.sharing(self.strategy.cfg, len(self.names))
+            secure.sharing(self.strategy.cfg, min(len(self.names), self.strategy.cfg.clients_per_round))
         return self
+
+    def present(self) -> list[str]:
+        """Names of the clients that can train now; waits for as many as a round takes."""
+        return self.members.present(secure.least_clients(self.strategy.cfg) if self.strategy.cfg.secure_aggregation else 1)
 
     def train(self, cfg: Config, state: ServerState, names: Sequence[str], number: int, lr: float, progress: Progress) -> Trained:
         if cfg.secure_aggregation:
@@ -250,7 +254,7 @@ class FlowerFleet(fleet.DeployedFleet):
         """What every client that is there finds under the bank of `state`; asked once a round."""
         if self._round_evaluated != state.round:
             strategy, grid = self.strategy, self.grid
-            strategy._turn = turn = Turn(state, self.present(), state.round, 0.0)
+            strategy._turn = turn = Turn(state, self.members.present(), state.round, 0.0)
             sent = list(strategy.configure_evaluate(state.round, ArrayRecord(), ConfigRecord(), grid))
             metrics = strategy.aggregate_evaluate(state.round, strategy._ask(grid, turn, sent))
             if metrics is not None:
