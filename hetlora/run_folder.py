@@ -3,6 +3,7 @@
 config.json  versions.json     settings and what a repeat needs (`checkpoint.create_run`)
 rounds.jsonl                   one line a round
 checkpoint.safetensors         the whole state after the newest round (`checkpoint_file`)
+opened.json                    the newest round whose sum may have been opened, with secure aggregation
 best.safetensors               the same after the best round, with keep_best
 adapter/  clients/<name>/      adapters in PEFT's format, of the server and of each client
 summary.json                   when the run is complete
@@ -32,6 +33,7 @@ from hetlora.config import Config, ConfigError
 from hetlora.text_files import parse_json, read_bytes, read_text
 
 CONFIG, VERSIONS, ROUNDS, SUMMARY = "config.json", "versions.json", "rounds.jsonl", "summary.json"
+OPENED = "opened.json"  # the newest round whose masked sum may have been opened
 CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
 ADAPTER, CLIENTS = "adapter", "clients"
 WEIGHTS_FILE, ADAPTER_FILE = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
@@ -119,7 +121,7 @@ def sync_folder(folder: Path) -> None:
 
 def clean_leftovers(run: Path) -> None:
     """Remove the temporary files that a kill left in a run folder. For the owner of its lock alone."""
-    own = {CONFIG, VERSIONS, ROUNDS, SUMMARY, CHECKPOINT, BEST, WEIGHTS_FILE, ADAPTER_FILE, REPORT, *PICTURES, DIAGNOSTICS}
+    own = {CONFIG, VERSIONS, ROUNDS, SUMMARY, OPENED, CHECKPOINT, BEST, WEIGHTS_FILE, ADAPTER_FILE, REPORT, *PICTURES, DIAGNOSTICS}
     for folder in (run, run / ADAPTER, *(run / CLIENTS).glob("*")):
         for path in folder.glob(".*.tmp") if folder.is_dir() else ():
             found = _TEMPORARY.fullmatch(path.name)
@@ -266,6 +268,17 @@ def read_rounds(folder: Path, last: int | None = None, problems: list[str] | Non
         elif last is None or record["round"] <= last:
             found.append(record)
     return found
+
+
+def opened_round(folder: Path) -> int:
+    """The newest round whose masked sum may have been opened; 0 where there is none. `ConfigError` where the file is damaged."""
+    path = folder / OPENED
+    if not path.exists():
+        return 0
+    found = read_json(path, []) or {}
+    if type(number := found.get("round")) is not int or number < 1:
+        raise ConfigError(f"{path}: does not say which round was opened last; restore it from a copy, or start a new run")
+    return number
 
 
 def recorded_ranks(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The client's stages of secure aggregation. Its secrets of the round lie in the state that its node keeps for the run, and go when their shares are asked for.
 
-The server is taken to follow the protocol and to be curious (docs/privacy.md). What a client can see of a server that does not, it refuses: another number of
-shares than its own settings say, keys that come twice, stages out of order, a client of which both secrets are asked.
+The server is taken to follow the protocol and to be curious (docs/privacy.md). What a client can see of a server that does not, it refuses: fewer shares
+than the threshold or more than its settings say, keys that come twice, stages out of order, a client of which both secrets are asked.
 """
 
 from __future__ import annotations

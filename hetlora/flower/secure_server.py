@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,6 +18,7 @@ from flwr.supercore.primitives.asymmetric import bytes_to_private_key, public_ke
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hetlora import run_folder
 from hetlora.client import LocalResult
 from hetlora.config import Config, ConfigError
 from hetlora.deployed import messages
@@ -41,15 +44,28 @@ def train(
 ) -> tuple[Trained, MetricRecord]:
     """A round of training, whose uploads are one that stands for all (`secure_sum.mean`), and what Flower keeps of it.
 
+    A round whose sum may have been opened before, by a run that did not live to keep its result, is given up: between two sums of one round lie the uploads
+    of the clients that dropped out of one of them.
+
     ask(kind, contents): what came back of these messages.   orders: the plain orders to train.   sequences: of each client.   say: receives lines for the log.
     """
     shapes, samples = state.bank.shapes, [sequences[name] for name in names]
-    work = Round(cfg, state, names, samples, number, ask, say)
+    folder = Path(cfg.output)
+    opened = run_folder.opened_round(folder)
+
+    def opening() -> None:
+        run_folder.write_atomic(folder / run_folder.OPENED, json.dumps({"round": number}) + "\n")
+
+    work = Round(cfg, state, names, samples, number, ask, say, opening)
     try:
+        if number <= opened:
+            raise GivenUp("its sum may have been opened before the run was interrupted, and another one less that could be one client's upload")
         total, rows, reports = work.sums(orders)
         arrived = sorted(reports)
         ranks = [dict(zip(shapes, reports[place].ranks, strict=True)) for place in arrived]
         one, given_up = mean(cfg, total, state.bank, rows, ranks, [samples[place] for place in arrived], max(samples)), ""
+    except run_folder.WriteError:
+        raise
     except ConfigError as error:
         reports, arrived, one = {}, [], None
         every = set(work.lost) == set(range(len(names)))  # then each has a reason of its own
@@ -77,7 +93,7 @@ def train(
 class Round:
     """A round of `names`; clients are known by their places in it.   samples: training sequences of each.
 
-    lost: why clients are not in the sum.   up, down: bytes of arrays, keys and shares from and to each client.
+    opening: called before the sum is opened.   lost: why clients are not in the sum.   up, down: bytes of arrays, keys and shares from and to each client.
     """
 
     cfg: Config
@@ -87,6 +103,7 @@ class Round:
     number: int
     ask: Ask
     say: Callable[[str], None]
+    opening: Callable[[], None]
     lost: dict[int, str] = field(default_factory=dict)
     up: dict[int, int] = field(default_factory=dict)
     down: dict[int, int] = field(default_factory=dict)
@@ -121,6 +138,7 @@ class Round:
             raise GivenUp(f"after dropouts and pruning one client alone owns a row of {lone[0]}, which the sum would show")
         gone = sent.keys() - arrived.keys()
         who = {place: (sorted(near[place] & arrived.keys()), sorted(near[place] & gone)) for place in arrived}
+        self.opening()
         known = dict(self.lost)
         opened = self._answered(
             secure.UNMASK,

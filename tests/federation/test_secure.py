@@ -21,7 +21,7 @@ from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 from test_privacy import listed
 from tiny import lines, same_bits, tiny_clients, tiny_config, tiny_federation, tiny_model, tiny_state, trained_bank, whole_bank
 
-from hetlora import merge, secure_sum
+from hetlora import course, merge, run_folder, secure_sum
 from hetlora.config import Config, ConfigError
 from hetlora.deployed import members as members_module
 from hetlora.deployed.local import modules_digest
@@ -366,6 +366,65 @@ def test_a_private_key_of_no_known_kind_gives_the_round_up(tmp_path, monkeypatch
     assert any(line.startswith("round 1 is given up, the shares of client1 do not fit together") for line in said)
 
 
+def test_a_round_waits_for_as_many_clients_as_it_takes(tmp_path):
+    """Three of five leave for good after round 1. The run ends at round 1 and says so, so that it can be resumed when they are back."""
+
+    class Leaving(Watching):
+        def get_node_ids(self):
+            if sum(kind == "train.unmask" for _, kind in self.asked) >= 5:
+                for node in (12, 13, 14):
+                    self.nodes.pop(node, None)
+            return super().get_node_ids()
+
+    cfg = tiny_config(tmp_path / "run", **{**SECURE, "rounds": 3})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "Watching", Leaving)
+        with pytest.raises(ConfigError, match=r"2 of 3 clients were connected within 0 s \(client0, client4\); start more nodes"):
+            deployed(cfg)
+    assert [len(record["clients"]) for record in lines(tmp_path / "run")] == [0, 5]
+    deployed(cfg, waiting=Waiting(min_clients=5, join_timeout=0, resume=True))
+    assert [len(record["clients"]) for record in lines(tmp_path / "run")] == [0, 5, 5, 5]
+
+
+def test_rounds_that_are_given_up_do_not_count_for_patience(tmp_path):
+    def lose(node, message, reply):
+        return None if node in (12, 13) and message.metadata.message_type == "train.masked" else reply
+
+    _, said, _ = deployed(tiny_config(tmp_path / "run", **{**SECURE, "rounds": 2, "patience": 1}), lose)
+    rounds = lines(tmp_path / "run")
+    assert [bool(record.get("given_up")) for record in rounds] == [False, True, True] and not any("patience" in line for line in said)
+    loss = {"client_text": {"loss": 1.0}}
+    history = [{"round": 0, "evaluation": loss}, {"round": 1, "evaluation": None}, {"round": 2, "evaluation": loss, "given_up": "few"}]
+    assert course.stalled(history, 1) and not course.stalled(history, 2), "round 1 trained"
+    history += [{"round": 3, "evaluation": loss, "given_up": "few"}]
+    assert not course.stalled(history, 2)
+
+
+def test_a_round_that_was_opened_is_not_opened_again(tmp_path, totals):
+    """The server ends between round 2's sum and its checkpoint. One client fewer in the same round would show that client's upload by subtraction."""
+    cfg, marks = tiny_config(tmp_path / "run", **{**SECURE, "rounds": 3}), []
+
+    def die(node, message, reply):
+        if message.metadata.message_type == "train.unmask":
+            marks.append((int(message.metadata.group_id), json.loads((tmp_path / "run" / "opened.json").read_text())["round"]))
+        if (message.metadata.message_type, message.metadata.group_id) == ("evaluate", "2"):
+            raise KeyboardInterrupt
+        return reply
+
+    with pytest.raises(KeyboardInterrupt):
+        deployed(cfg, die)
+    assert len(totals) == 2 and set(marks) == {(1, 1), (2, 2)}, "marked before anybody is asked"
+    _, said, _ = deployed(cfg, waiting=Waiting(min_clients=5, join_timeout=0, resume=True))
+    assert any(line.startswith("round 2 is given up, its sum may have been opened before the run was interrupted") for line in said)
+    rounds = lines(tmp_path / "run")
+    assert [len(record["clients"]) for record in rounds] == [0, 5, 0, 5] and len(totals) == 3
+    losses = [record["evaluation"]["client_text"]["loss"] for record in rounds]
+    assert losses[0] != losses[1] == losses[2] != losses[3]
+    (tmp_path / "run" / "opened.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"opened.json: does not say which round was opened last"):
+        run_folder.opened_round(tmp_path / "run")
+
+
 def test_who_sent_shares_that_none_can_read_is_named(tmp_path):
     def spoil(node, message, reply):
         if (node, message.metadata.message_type) == (12, "train.shares"):
@@ -623,6 +682,7 @@ def test_neighbours_are_as_many_for_all_and_each_others(clients, shares):
         ({"secure_shares": 4}, "secure_shares: expected 0, or an odd number from 3 on, got 4"),
         ({"secure_threshold": 2}, "secure_threshold: expected 0, or more than half of 5 shares and at most all, got 2"),
         ({"secure_shares": 3, "secure_threshold": 4}, "secure_threshold: expected 0, or more than half of 3 shares and at most all, got 4"),
+        ({"secure_shares": 7, "secure_threshold": 6}, "secure_threshold: expected 0, or more than half of 5 shares and at most all, got 6"),
         ({"secure_bits": 52}, "steps; expected 1 to 2^52"),
         ({"clients_per_round": 8192}, "and with clients_per_round = 8192 less than 2^63 in the sum"),
         ({"secure_aggregation": False, "secure_shares": 3}, "secure_shares = 3: of masked sums; set secure_aggregation, or leave it out"),
