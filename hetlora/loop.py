@@ -301,6 +301,7 @@ def _round(run: Run, number: int) -> None:
         "clients": lines,
         "dropped": [{"name": names[k], "reason": reason} for k, reason in trained.dropped.items()],
         **({"given_up": trained.given_up} if trained.given_up else {}),
+        **({} if trained.rounding is None else {"secure_rounding": trained.rounding}),
         **moved,
         "mean_rank": _mean_rank(state),
         "evaluation": run.fleet.evaluate(cfg, state, run.observer.evaluate) if evaluated else None,

@@ -76,6 +76,7 @@ class Round(_Record):
     clients: list[_Line] | None = None
     dropped: list[_Drop] | None = None
     given_up: str | None = None
+    secure_rounding: _Number = None
     bytes_down: _Number = None
     bytes_up: _Number = None
     bytes_down_homlora: _Number = None

@@ -117,8 +117,8 @@ def contribution(cfg: Config, uploads: hk.AdapterBank, received: hk.AdapterBank,
 @torch.no_grad()
 def mean(
     cfg: Config, total: Tensor, bank: hk.AdapterBank, rows: Sequence[int], ranks: Sequence[ClientRanks], samples: Sequence[int], most: int
-) -> hk.AdapterBank:
-    """The round's mean as one upload, which merged with weight 1 gives what the uploads give with theirs.
+) -> tuple[hk.AdapterBank, float]:
+    """The round's mean as one upload, which merged with weight 1 gives what the uploads give with theirs, and `_rounding`, the largest of a factor.
 
     total: sums of the clients' `contribution`, whole numbers.   bank: the server's.   rows: J of each module.   ranks, samples: of the clients in the sum,
     after the round.   most: the most sequences of a client, asked or in the sum.
@@ -134,6 +134,7 @@ def mean(
     known = torch.tensor([n / most if cfg.weights == "samples" else 1.0 for n in samples], dtype=torch.float64)
     each = point.encode(known)  # [K], of no use under 'sparsity'
     owned: dict[str, int] = {}
+    rounding = 0.0
     sides: dict[str, dict[str, Tensor]] = {"a": {}, "bt": {}}
     for (name, (m, n)), summed in zip(bank.shapes.items(), rows, strict=True):
         weight, own = next(pieces), torch.tensor([ranks[k][name] for k in range(len(ranks))])
@@ -142,11 +143,27 @@ def mean(
         off = bool(weight < 0) or (cfg.weights != "sparsity" and int(weight) != int(each.sum()))
         if off or any(bool(part[left:].any()) for part in sums.values()):
             raise ConfigError(f"the sums of {name} are not those of these clients' weights and ranks; a client's numbers or key shares were wrong")
-        by_row = point.decode((each * (own > torch.arange(left)[:, None])).sum(1))[:, None]  # [left, 1]
+        owners = own > torch.arange(left)[:, None]  # [left, K]
+        by_row = point.decode((each * owners).sum(1))[:, None]  # [left, 1]
         divisor = by_row if cfg.shared_rows == "owners" else point.decode(weight).expand(left, 1)
         for side, part in sums.items():
             old = getattr(bank, side)[name].detach()[:left].double().cpu()
             start = old if cfg.merge_kind.name == "delta" else torch.zeros_like(old)
-            found = torch.where(divisor > 0, start + point.decode(part[:left]) / divisor, old)
+            own_mean = point.decode(part[:left]) / divisor
+            found = torch.where(divisor > 0, start + own_mean, old)
+            rounding = max(rounding, _rounding(point.step, owners.sum(1, keepdim=True), divisor, own_mean))
             sides[side][name] = found.to(bank.device, bank.dtype)
-    return hk.AdapterBank.of(bank.shapes, {name: [rank] for name, rank in owned.items()}, sides["a"], sides["bt"])
+    return hk.AdapterBank.of(bank.shapes, {name: [rank] for name, rank in owned.items()}, sides["a"], sides["bt"]), rounding
+
+
+def _rounding(step: float, owners: Tensor, divisor: Tensor, means: Tensor) -> float:
+    """How much of one factor's means may be rounding: the norm of K_j h / 2 / W_j in each number, over that of the means, at most 1.
+
+    owners: [J, 1] K_j, clients whose numbers of the row round.   divisor: [J, 1] W_j.   means: [J, width]. Where a W_j is 0, nothing is known.
+    """
+    if not means.numel():
+        return 0.0
+    if not bool((divisor > 0).all()):
+        return 1.0
+    bound = float((owners * step / 2 / divisor).expand_as(means).norm())
+    return bound / max(bound, float(means.norm()))

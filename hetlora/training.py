@@ -52,6 +52,7 @@ class Trained:
     weighed: (p [K, modules or 1], S [K]), arrived, float64, where training had to weigh the uploads already; else the server does.
     rows: {module: of each upload that arrived, which rows of the bank its rows are}; None: the leading ones.
     given_up: why nothing of the round is merged and the run goes on all the same, where secure aggregation could not open the sum; then nobody arrived.
+    rounding: how much of a module's merged rows may be rounding, at most 1, with secure aggregation (`secure_sum.mean`).
     """
 
     results: list[LocalResult]
@@ -67,6 +68,7 @@ class Trained:
     weighed: tuple[Tensor, Tensor] | None = None
     rows: Mapping[str, Sequence[Sequence[int]]] | None = None
     given_up: str = ""
+    rounding: float | None = None
 
     @property
     def arrived(self) -> list[int]:

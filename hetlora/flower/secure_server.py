@@ -63,11 +63,14 @@ def train(
         total, rows, reports = work.sums(orders)
         arrived = sorted(reports)
         ranks = [dict(zip(shapes, reports[place].ranks, strict=True)) for place in arrived]
-        one, given_up = mean(cfg, total, state.bank, rows, ranks, [samples[place] for place in arrived], max(samples)), ""
+        one, rounding = mean(cfg, total, state.bank, rows, ranks, [samples[place] for place in arrived], max(samples))
+        given_up = ""
+        if rounding > 0.01:
+            say(f"round {number}: up to {100 * rounding:.3g} % of a module's merged rows may be rounding to the step 2^-{cfg.secure_bits}; raise secure_bits")
     except run_folder.WriteError:
         raise
     except ConfigError as error:
-        reports, arrived, one = {}, [], None
+        reports, arrived, one, rounding = {}, [], None, None
         every = set(work.lost) == set(range(len(names)))  # then each has a reason of its own
         given_up = "" if every else str(error)
     lost = work.lost if arrived else dict.fromkeys(range(len(names)), "its round is given up") | work.lost
@@ -85,6 +88,7 @@ def train(
         bytes_up=up,
         parameters=sum(rank * sum(shapes[module]) for name in names for module, rank in state.ranks[name].items()),
         given_up=given_up,
+        rounding=rounding,
     )
     return trained, MetricRecord({"arrived": len(arrived), "bytes_up": sum(up)})
 

@@ -143,7 +143,7 @@ def test_sums_and_merge_are_the_plain_ones_to_the_step(tmp_path, settings, point
         assert max(error[1:]) <= 3 * h / 2 * (1 + 2 * size) + slack, "a number by its own rounding, and by that of its weight"
         least = min(least, float(scores[2, module])) if cfg.shared_rows == "owners" else least
 
-    one = secure_sum.mean(cfg, total, state.bank, rows, everywhere, samples, 5)
+    one, _ = secure_sum.mean(cfg, total, state.bank, rows, everywhere, samples, 5)
     plain, masked = (tiny_state(federation, ranks, r_max=9, dtype=torch.float64) for _ in range(2))
     merge.aggregate(plain, uploads, received, samples, cfg.model_copy(update={"secure_aggregation": False}), federation.model)
     merge.aggregate(masked, one, None, samples, cfg, federation.model)
@@ -164,10 +164,40 @@ def test_where_nothing_rounds_a_masked_merge_has_the_bits_of_the_plain_one(tmp_p
         state.bank = whole_bank(federation.shapes, [8], 2)
     received = states[0].bank.truncate(ranks)
     total = sum(secure_sum.contribution(cfg, uploads.select([k]), received.select([k]), 1.0, rows) for k in range(4))
-    one = secure_sum.mean(cfg, total, states[0].bank, rows, everywhere, [1] * 4, 1)
+    one, _ = secure_sum.mean(cfg, total, states[0].bank, rows, everywhere, [1] * 4, 1)
     merge.aggregate(states[0], uploads, received, [1] * 4, cfg.model_copy(update={"secure_aggregation": False}), federation.model)
     merge.aggregate(states[1], one, None, [1] * 4, cfg, federation.model)
     assert same_bits(states[0].bank, states[1].bank)
+
+
+@pytest.mark.parametrize("merge_name", ["factors", "delta"])
+def test_how_much_may_be_rounding_is_told(tmp_path, merge_name):
+    """The weights of equal clients are whole steps, so that nothing else rounds."""
+    own = {"ranks": "4", "clients_per_round": 3, "adapter_dtype": "float64", "weights": "uniform", "secure_bits": 6, "secure_range": 64.0}
+    cfg, federation = tiny_config(tmp_path / "run", **{**SECURE, **own, "merge": merge_name}), tiny_federation(SIZES[:3])
+    state = tiny_state(federation, [4] * 3, r_max=4, dtype=torch.float64)
+    uploads, received = trained_bank(federation.shapes, [4] * 3, torch.float64, seed=1), state.bank.truncate([4] * 3)
+    ranks, rows = [dict.fromkeys(federation.shapes, 4)] * 3, [4] * len(federation.shapes)
+    total = sum(secure_sum.contribution(cfg, uploads.select([k]), received.select([k]), 1.0, rows) for k in range(3))
+    one, rounding = secure_sum.mean(cfg, total, state.bank, rows, ranks, [1] * 3, 1)
+    bounds = []
+    for side in ("a", "bt"):
+        for name in federation.shapes:
+            new, old, found = (getattr(bank, side)[name].detach() for bank in (uploads, state.bank, one))
+            zero = old if merge_name == "delta" else torch.zeros_like(old)
+            exact, mine = new.view(3, 4, -1).mean(0) - zero, found - zero
+            bounds.append(min(1, 2.0**-7 * mine.numel() ** 0.5 / float(mine.norm())))
+            assert float((mine - exact).norm() / mine.norm()) <= bounds[-1]
+    assert rounding == pytest.approx(max(bounds), rel=1e-12) and rounding > 0.01
+
+
+def test_a_coarse_step_is_named(tmp_path):
+    for bits, coarse in ((40, False), (12, True)):
+        cfg = tiny_config(tmp_path / str(bits), **{**SECURE, "weights": "sparsity", "secure_bits": bits, "secure_range": 64.0})
+        _, said, _ = deployed(cfg)
+        assert (lines(tmp_path / str(bits))[-1]["secure_rounding"] > 0.01) == coarse
+        named = [line for line in said if re.match(r"round 1: up to 100 % of a module's merged rows may be rounding to the step 2\^-12; raise", line)]
+        assert len(named) == coarse
 
 
 def test_rows_that_a_sum_would_not_hide_are_known():
