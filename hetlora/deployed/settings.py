@@ -20,7 +20,8 @@ class Waiting:
     """How long the server waits.
 
     min_clients: clients that must have joined before the first round.   join_timeout: seconds it waits for them.
-    round_timeout: seconds it waits for the replies of a round; who has not replied is left out of the round, and what comes later is not used.
+    round_timeout: seconds it waits for the replies of a round; who has not replied is left out of the round, and what comes later is not used. With secure
+    aggregation a round has four stages, each with as many seconds.
     resume: continue the run in `output`.
 
     >>> from hetlora.flower import Waiting
