@@ -24,7 +24,7 @@ SETTINGS: dict[str, Any] = {
     "target_modules": "attention",
     "ranks": "powerlaw:5:50",
     "gamma": 0.99,
-    "rounds": 15,
+    "rounds": 9,
     "clients_per_round": 6,
     "held_out_clients": 3,
     "max_tokens_per_client": 16384,
