@@ -40,3 +40,47 @@ def stopped(tmp_path: Path, stopped_bytes: dict[str, bytes]) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     return folder
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's server looks for clients and replies without a pause."""
+    from flower_grid import Clock
+
+    monkeypatch.setattr("hetlora.deployed.members.POLL", 0.01)
+    monkeypatch.setattr("hetlora.flower.replies.time", Clock())
+
+
+@pytest.fixture
+def added(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """{client's sequences: (vector, uploads, received)} of what the clients added to the sums of the last round."""
+    from secure_runs import SIZES
+
+    from hetlora import secure_sum
+
+    found: dict = {}
+    made = secure_sum.contribution
+
+    def kept(cfg, uploads, received, share, rows):
+        vector = made(cfg, uploads, received, share, rows)
+        found[round(share * max(SIZES))] = (vector, uploads, received)
+        return vector
+
+    monkeypatch.setattr("hetlora.deployed.local.contribution", kept)
+    return found
+
+
+@pytest.fixture
+def totals(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The sums as the server reads them, round by round."""
+    from hetlora import secure_sum
+
+    found: list = []
+    made = secure_sum.mean
+
+    def kept(cfg, total, *rest):
+        found.append(total)
+        return made(cfg, total, *rest)
+
+    monkeypatch.setattr("hetlora.flower.secure_server.mean", kept)
+    return found

@@ -19,7 +19,6 @@ from flwr.app import Array, Error, Message, MessageType
 from tiny import lines, tiny_clients, tiny_config, tiny_federation, tiny_model
 
 from hetlora.config import Config, ConfigError
-from hetlora.deployed import members as members_module
 from hetlora.deployed import wire
 from hetlora.deployed.local import Client, base_digest, base_model, modules_digest, own_text
 from hetlora.flower import Base, HetLora, Waiting, client_app
@@ -29,16 +28,11 @@ from hetlora.models import target_shapes
 from hetlora.observer import Observer
 
 SIZES = [3, 5, 2, 7]
+pytestmark = pytest.mark.usefixtures("no_waiting")
 
 
 def to_array(tensor: torch.Tensor) -> Array:
     return Array(*wire.to_array(tensor))
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch):
-    monkeypatch.setattr(members_module, "POLL", 0.01)
-    monkeypatch.setattr(replies_module, "time", Clock())
 
 
 def base(cfg: Config) -> Base:
