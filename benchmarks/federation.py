@@ -185,13 +185,14 @@ def impossible(way: str, clients: int) -> str:
 # ---------------------------------------------------------------- the figures
 
 
-def record(way: str, clients: int, rounds: list[dict[str, Any]], final: Path) -> dict[str, Any]:
-    """Of the rounds that count."""
+def record(way: str, clients: int, rounds: list[dict[str, Any]], final: Path, alone: dict[str, Any] | None) -> dict[str, Any]:
+    """Of the rounds that count.   alone: the record that it is compared with, None for that itself. `bytes`: what that one sends."""
     seconds = sorted(one["seconds"] for one in rounds)
     median, ends = seconds[len(seconds) // 2], {"p20_s": seconds[0], "p80_s": seconds[-1]}
     moved = {name: sum(one[name] for one in rounds) // len(rounds) for name in ("bytes_down", "bytes_up")}
     case = {"op": "federation", "shape": "tiny Llama, 2 layers of 64", "clients": clients, "dtype": "float32", "threads": 1, "yardstick": ALONE, "note": ""}
-    return {**case, "provider": way, "rounds": len(rounds), "median_s": median, **ends, **moved, "adapter_bytes": final.stat().st_size}
+    beside = {"bytes": alone["bytes"] if alone else sum(moved.values()), "ratio": median / alone["median_s"] if alone else 1.0}
+    return {**case, "provider": way, "rounds": len(rounds), "median_s": median, **ends, **beside, **moved, "adapter_bytes": final.stat().st_size}
 
 
 def taken(way: str, folder: Path, given: dict[str, Any], clients: int) -> tuple[list[dict[str, Any]], Path]:
@@ -246,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
             folder = Path(place)
             make_model(folder / "model")
             given = settings(folder, clients, options.rounds)
-            alone = Path()
+            alone, beside = Path(), None
             for way in [ALONE, *(way for way in WAYS if way != ALONE)]:  # what the others are compared with comes first
                 if options.only and way not in options.only and way != ALONE:
                     continue
@@ -257,7 +258,8 @@ def main(argv: list[str] | None = None) -> int:
                 rounds, adapter = taken(way, folder, given, clients)
                 alone = adapter if way == ALONE else alone
                 check(way, adapter, alone, given, clients)
-                own = record(way, clients, rounds[1:-1], adapter)
+                own = record(way, clients, rounds[1:-1], adapter, beside)
+                beside = beside or own
                 result["results"].append(own)
                 moved = f"{own['bytes_down'] / 1e3:9.1f} kB down {own['bytes_up'] / 1e3:9.1f} kB up"
                 print(f"{clients:3d} clients  {way:32s} {own['median_s']:9.3f} s a round {moved}", flush=True)
@@ -281,11 +283,12 @@ def memory(uploads: int) -> dict[str, Any]:
         "clients": uploads,
         "dtype": "float32",
         "threads": 1,
-        "yardstick": "",
+        "yardstick": "hetlora",
+        "bytes": found["upload_bytes"],
         "note": "",
     }
     times = dict.fromkeys(("median_s", "p20_s", "p80_s"), found.pop("seconds"))
-    return {**case, "provider": "hetlora", "rounds": 1, **times, **found}
+    return {**case, "provider": "hetlora", "rounds": 1, **times, "ratio": 1.0, **found}
 
 
 if __name__ == "__main__":

@@ -18,15 +18,18 @@ from hetlora.config import Config
 from hetlora.flower import Base, HetLora, Waiting
 
 
-def record(way: str, seconds: list[float], tmp_path: Path) -> dict:
+def record(way: str, seconds: list[float], tmp_path: Path, alone: dict | None = None) -> dict:
     (tmp_path / "adapter").write_bytes(b"1234")
     rounds = [{"seconds": one, "bytes_down": 3000, "bytes_up": 1000} for one in seconds]
-    return federation.record(way, 8, rounds, tmp_path / "adapter")
+    return federation.record(way, 8, rounds, tmp_path / "adapter", alone)
 
 
 def test_the_tables_have_a_line_for_each_way_and_the_memory_over_the_uploads(tmp_path):
     made = {"op": "server memory", "clients": 1000, "upload_bytes": 300_000_000, "peak_extra_bytes": 600_000_000, "median_s": 2.0}
-    data = {"results": [record(federation.ALONE, [3.0, 1.0, 2.0], tmp_path), record(federation.DEPLOYED, [30.0], tmp_path), made]}
+    alone = record(federation.ALONE, [3.0, 1.0, 2.0], tmp_path)
+    other = record(federation.DEPLOYED, [30.0], tmp_path, alone)
+    assert (alone["ratio"], other["ratio"], alone["bytes"], other["bytes"]) == (1.0, 15.0, 4000, 4000)
+    data = {"results": [alone, other, made]}
     assert tables.federation_table(data)[2:] == [
         "| 8 | hetlora run --no-cobatch | 3 | 2 s | 1.0 x | 3.0 kB | 1.0 kB |",
         "| 8 | Flower deployment | 1 | 30 s | 15.0 x | 3.0 kB | 1.0 kB |",
