@@ -8,11 +8,11 @@ RUN apt-get update \
 RUN python3 -m venv /opt/hetlora
 ENV PATH=/opt/hetlora/bin:/usr/local/cuda/bin:${PATH}
 
-# torch first, so that the kernels are built for it. Without TORCH_INDEX pip takes the index that it is configured for.
+# torch first, so that the kernels are built for it. TORCH_OPTIONS go to pip, as where it takes torch from.
 ARG TORCH=torch>=2.10
-ARG TORCH_INDEX=
+ARG TORCH_OPTIONS=
 RUN pip install 'setuptools>=77' wheel \
-    && pip install ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} "${TORCH}"
+    && pip install ${TORCH_OPTIONS} "${TORCH}"
 
 # 11.0: Thor. 8.7: Orin. The build fails where the kernels for the GPU cannot be made.
 ARG ARCHS=11.0
