@@ -152,7 +152,7 @@ def test_the_merged_model_computes_what_the_run_evaluated(tmp_path):
 
 def test_a_deployed_run_has_the_bits_of_the_simulated_one(tmp_path):
     pytest.importorskip("flwr.serverapp", reason="Flower is not installed (pip install '.[flower]')")
-    from test_flower import deployed
+    from flower_runs import deployed
 
     cfg = tiny_config(tmp_path / "here", cobatch=False, evaluate="all", **RS)
     simulate(cfg, federation=tiny_federation(SIZES), quiet=True)
