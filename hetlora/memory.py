@@ -17,6 +17,7 @@ import hetlora_kernels as hk
 from hetlora.client import token_losses
 from hetlora.config import Config, ConfigError
 from hetlora.models import checkpoint_layers
+from hetlora.seeds import probe_generator
 from hetlora_kernels.peft import attach, client_segments, detach
 from hetlora_kernels.peft.losses import CHUNK
 
@@ -107,7 +108,7 @@ def _linears(model: nn.Module) -> list[tuple[str, int]]:
 def _kept(model: nn.Module, shapes: Shapes, rank: int, cfg: Config) -> float:
     """Bytes that autograd keeps of a token: of two sequences less those of one, so that what is no token's falls out."""
     device = next(model.parameters()).device
-    draw = torch.Generator().manual_seed(0)
+    draw = probe_generator()
     bank = hk.AdapterBank(dict(shapes), [rank], dtype=getattr(torch, cfg.adapter_dtype), device=device, generator=draw)
     words = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     held = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), *bank.parameters())}

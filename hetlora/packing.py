@@ -14,6 +14,7 @@ from hetlora.batches import PADDED, Batch, Way, batches
 from hetlora.config import Config, ConfigError
 from hetlora.federation import resolve_model
 from hetlora.models import first_line, load_model, target_shapes
+from hetlora.seeds import probe_generator
 from hetlora_kernels.peft import attach, client_segments, detach
 
 LENGTHS = (16, 9, 7, 8, 6)  # of the probe's sequences: one alone in its row, two rows of two, one of them with padding
@@ -75,7 +76,7 @@ def probe(model: nn.Module, shapes: dict[str, tuple[int, int]], seq_len: int, dt
 def _differences(model: nn.Module, shapes: dict[str, tuple[int, int]], dtype: torch.dtype, one_row: bool) -> tuple[float, float, float]:
     """(relative error of packed sequences' logits, the same where positions do not restart, what rounding may make of it)."""
     device = next(model.parameters()).device
-    draw = torch.Generator().manual_seed(0)
+    draw = probe_generator()
     words = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     rows = [(place % 2, place, torch.randint(int(words), (length,), generator=draw)) for place, length in enumerate(LENGTHS)]
     bank = hk.AdapterBank(shapes, [1, 1], dtype=dtype, device=device, generator=draw)

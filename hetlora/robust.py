@@ -33,8 +33,7 @@ def merge_median(call: MergeCall) -> Merged:
 def _by_rows(call: MergeCall, left_out: Callable[[Tensor], Tensor]) -> Merged:
     """left_out: number of owners of each row [R] -> how many values go at either end, [R]."""
     bank, uploads = call.bank, call.uploads
-    merged = hk.AdapterBank(bank.shapes, [call.r_max], dtype=bank.dtype, device=bank.device)
-    merged.load_state_dict(bank.state_dict())
+    merged = bank.to()
     for name, layout in uploads.layouts.items():
         ranks = torch.tensor(layout.ranks, device=bank.device)
         owners = (ranks[:, None] > torch.arange(call.r_max, device=bank.device)).sum(0)  # [R]

@@ -1,4 +1,7 @@
-"""Every random choice of a run is a function of (run seed, purpose, round, client), so a resumed run repeats it bit for bit.
+"""Every random choice is made here. Those of a run are functions of (run seed, purpose, round, client), so a resumed run repeats them bit for bit.
+
+Two kinds are made elsewhere. Keys and masks of secure aggregation are asked of the system, as nobody may repeat them (`flower/secure.py`). The noise of
+differential privacy is a function of a secret, the round and the sum that it hides (`privacy.py`).
 
 Torch is loaded by the functions that need it, so that settings can be checked and ranks be drawn without it.
 """
@@ -34,6 +37,18 @@ def torch_generator(seed: int, *purpose: str | int) -> torch.Generator:
 def held_out_generator(seed: int) -> random.Random:
     """Which clients are held out. Its seed is older than `derive_seed` and stays, so that a data set is split as it always was."""
     return random.Random(f"{seed}:held-out")
+
+
+def resampling_generator() -> random.Random:
+    """The resamples of a bootstrap: the same ones whenever a comparison is looked at."""
+    return random.Random(0)
+
+
+def probe_generator() -> torch.Generator:
+    """Tokens and adapters of a probe, which asks a model what a step takes or whether it keeps sequences apart: the same ones for every run and device."""
+    import torch
+
+    return torch.Generator().manual_seed(0)
 
 
 @contextmanager

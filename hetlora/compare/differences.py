@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import random
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hetlora.compare.figures import GLOBAL, GROUPS, Outcome, Table, own_perplexities, rank_group
 from hetlora.report.text import number
+from hetlora.seeds import resampling_generator
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -57,7 +57,7 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float] | None:
     """Percentile interval of the mean (95 %): 10 000 resamples of `values`, always the same ones. None for fewer than five, of which it says nothing."""
     if len(values) < 5 or not all(map(math.isfinite, values)):
         return None
-    draw = random.Random(0)
+    draw = resampling_generator()
     means = sorted(statistics.fmean(draw.choices(values, k=len(values))) for _ in range(RESAMPLES))
     tail = round(RESAMPLES * (1 - LEVEL) / 2)
     return means[tail], means[-1 - tail]

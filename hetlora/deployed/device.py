@@ -29,6 +29,7 @@ from hetlora.memory import SHARE, StepMemory, adapter_bytes, free_memory, refusi
 from hetlora.models import checkpointed
 from hetlora.ranks import Capability, Device, device_text
 from hetlora.run_folder import write_atomic
+from hetlora.seeds import probe_generator
 from hetlora_kernels._native import build_info
 
 STEPS, SECONDS = 3, 5.0
@@ -103,7 +104,7 @@ def step_seconds(cfg: Config, model: nn.Module, shapes: Shapes, rank: int) -> fl
     """Seconds of the fastest of a few training steps of a client of this rank, as large as the run's, on random tokens."""
     cfg, _ = with_step_tokens(cfg.model_copy(update={"local_steps": 1, "local_epochs": 0}), model, shapes, [rank])
     device = next(model.parameters()).device
-    draw = torch.Generator().manual_seed(0)
+    draw = probe_generator()
     words = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     text = ClientData("", [torch.randint(words, (cfg.seq_len,), generator=draw) for _ in range(cfg.batch_size)], [])
     bank = hk.AdapterBank(dict(shapes), [rank], dtype=getattr(torch, cfg.adapter_dtype), device=device, generator=draw)
