@@ -365,7 +365,7 @@ def _cast(casts, params, i, rows):
 def adamw_(params, grads, exp_avg, exp_avg_sq, casts, lr, step, active, clip, lam, ranks, keep, beta1, beta2, eps, weight_decay):
     """One decoupled-weight-decay Adam step (Loshchilov & Hutter 2019) of every active client, which `step` counts.
 
-    casts: tensors like `params`, of any one type, that get the new values too; or none.
+    casts: tensors like `params`, of any one type, that get the new values too; or none.   exp_avg: of the type of `params`, or bfloat16 beside float32.
     """
     step += active
     for i, k, rows, grad in _client_steps(params, grads, lr, active, clip, lam, ranks, keep):
@@ -385,7 +385,7 @@ def adamw_(params, grads, exp_avg, exp_avg_sq, casts, lr, step, active, clip, la
 def sgd_(params, grads, buffers, casts, lr, active, clip, lam, ranks, keep, momentum, weight_decay):
     """One SGD step of every active client: d = g + weight_decay * w; buffer = momentum * buffer + d; w -= lr * buffer (d without momentum).
 
-    casts: as in `adamw_`.
+    casts: as in `adamw_`.   buffers: as `exp_avg` there.
     """
     for i, k, rows, grad in _client_steps(params, grads, lr, active, clip, lam, ranks, keep):
         value = params[i][rows].to(grad.dtype)

@@ -1,9 +1,9 @@
 // adamw_, sgd_: one step of every active client over all its factors, with the tail regulariser's gradient and clipping fused in.
 //
 // Passes over memory, each only when asked for: the tails of the parameters (regulariser), the gradients (clipping), then parameters, gradients and state
-// once. A job is at most kJob elements of one client's one factor, head or tail. Parameters, gradients and state have one type. Norms are summed in double
-// over jobs of a fixed size in a fixed order: the result does not depend on the number of threads. Converting blocks in L1 for one kernel of all types took
-// 1.4 ns an element in bfloat16 where converting in registers takes 0.7.
+// once. A job is at most kJob elements of one client's one factor, head or tail. Parameters, gradients and state have one type, but m and SGD's buffer may
+// be bfloat16 beside float32. Norms are summed in double over jobs of a fixed size in a fixed order: the result does not depend on the number of threads.
+// Converting blocks in L1 for one kernel of all types took 1.4 ns an element in bfloat16 where converting in registers takes 0.7.
 #include <cmath>
 
 #include "tensors.h"
@@ -31,8 +31,8 @@ HETLORA_INLINE Sum gradient(Sum g, Sum p, double pull, Sum clip) {
     return g * clip;
 }
 
-template <bool tail, class T, class Sum>
-HETLORA_INLINE void adamw_elements(T* __restrict p, const T* __restrict g, T* __restrict m, T* __restrict v, int64_t n, const Step<Sum>& s, double pull) {
+template <bool tail, class T, class M, class Sum>
+HETLORA_INLINE void adamw_elements(T* __restrict p, const T* __restrict g, M* __restrict m, T* __restrict v, int64_t n, const Step<Sum>& s, double pull) {
     const Step<Sum> c = s;
     for (int64_t i = 0; i < n; ++i) {
         const Sum value = widen<Sum>(p[i]), old = widen<Sum>(m[i]);
@@ -45,8 +45,8 @@ HETLORA_INLINE void adamw_elements(T* __restrict p, const T* __restrict g, T* __
     }
 }
 
-template <bool tail, bool buffered, class T, class Sum>
-HETLORA_INLINE void sgd_elements(T* __restrict p, const T* __restrict g, T* __restrict buffer, int64_t n, const Step<Sum>& s, double pull) {
+template <bool tail, bool buffered, class T, class M, class Sum>
+HETLORA_INLINE void sgd_elements(T* __restrict p, const T* __restrict g, M* __restrict buffer, int64_t n, const Step<Sum>& s, double pull) {
     const Step<Sum> c = s;
     for (int64_t i = 0; i < n; ++i) {
         const Sum value = widen<Sum>(p[i]);
@@ -67,15 +67,18 @@ struct Span {
     bool tail;
 };
 
-template <class T, class Sum>
+// M: of m, or of SGD's buffer.
+template <class T, class M, class Sum>
 HETLORA_INLINE void adamw_span(const Span& a, const Step<Sum>& s) {
-    T *p = static_cast<T*>(a.p), *g = static_cast<T*>(a.g), *m = static_cast<T*>(a.state[0]), *v = static_cast<T*>(a.state[1]);
+    T *p = static_cast<T*>(a.p), *g = static_cast<T*>(a.g), *v = static_cast<T*>(a.state[1]);
+    M* m = static_cast<M*>(a.state[0]);
     a.tail ? adamw_elements<true>(p, g, m, v, a.n, s, a.pull) : adamw_elements<false>(p, g, m, v, a.n, s, a.pull);
 }
 
-template <class T, class Sum>
+template <class T, class M, class Sum>
 HETLORA_INLINE void sgd_span(const Span& a, const Step<Sum>& s) {
-    T *p = static_cast<T*>(a.p), *g = static_cast<T*>(a.g), *buffer = static_cast<T*>(a.state[0]);
+    T *p = static_cast<T*>(a.p), *g = static_cast<T*>(a.g);
+    M* buffer = static_cast<M*>(a.state[0]);
     if (buffer != nullptr) {
         a.tail ? sgd_elements<true, true>(p, g, buffer, a.n, s, a.pull) : sgd_elements<false, true>(p, g, buffer, a.n, s, a.pull);
     } else {
@@ -90,11 +93,19 @@ HETLORA_INLINE void penalise_span(const T* __restrict p, const T* __restrict g, 
     }
 }
 
-#define HETLORA_STEP_KERNELS(Sum)                                                                                                                 \
-    HETLORA_CLONES void adamw_block(Type type, const Span& span, const Step<Sum>& step) { HETLORA_FOR_TYPE(type, T, adamw_span<T>(span, step)); } \
-    HETLORA_CLONES void sgd_block(Type type, const Span& span, const Step<Sum>& step) { HETLORA_FOR_TYPE(type, T, sgd_span<T>(span, step)); }     \
-    HETLORA_CLONES void penalise_block(Type type, const void* p, const void* g, Sum* out, int64_t n, double pull) {                               \
-        HETLORA_FOR_TYPE(type, T, penalise_span(static_cast<const T*>(p), static_cast<const T*>(g), out, n, pull));                               \
+// span_kernel for parameters of `type`, with the state in it or in bfloat16.
+#define HETLORA_FOR_STATE(span_kernel)                            \
+    if (state == type) {                                          \
+        HETLORA_FOR_TYPE(type, T, span_kernel<T, T>(span, step)); \
+    } else {                                                      \
+        span_kernel<float, bf16>(span, step);                     \
+    }
+
+#define HETLORA_STEP_KERNELS(Sum)                                                                                                                    \
+    HETLORA_CLONES void adamw_block(Type type, Type state, const Span& span, const Step<Sum>& step){                                                 \
+        HETLORA_FOR_STATE(adamw_span)} HETLORA_CLONES void sgd_block(Type type, Type state, const Span& span, const Step<Sum>& step){                \
+        HETLORA_FOR_STATE(sgd_span)} HETLORA_CLONES void penalise_block(Type type, const void* p, const void* g, Sum* out, int64_t n, double pull) { \
+        HETLORA_FOR_TYPE(type, T, penalise_span(static_cast<const T*>(p), static_cast<const T*>(g), out, n, pull));                                  \
     }
 HETLORA_STEP_KERNELS(float)
 HETLORA_STEP_KERNELS(double)
@@ -227,7 +238,7 @@ void find_clip_factors(Bank& bank) {
     }
 }
 
-// kernel(type, span, step of the client) for every job; `state` has up to two matrices for each factor.
+// kernel(type, type of the first state, span, step of the client) for every job; `state` has up to two matrices for each factor.
 template <class Sum, class Kernel>
 void step_jobs(const Bank& bank, const std::vector<const std::vector<Matrix>*>& state, const std::vector<Step<Sum>>& steps, const Kernel& kernel) {
     for_tasks(bank.threads(), static_cast<int64_t>(bank.jobs.size()), [&](int64_t, int64_t j) {
@@ -237,14 +248,16 @@ void step_jobs(const Bank& bank, const std::vector<const std::vector<Matrix>*>& 
         for (size_t i = 0; i < state.size(); ++i) {
             span.state[i] = (*state[i])[job.factor].at(job.begin);
         }
-        kernel(p.type, span, steps[job.client]);
+        kernel(p.type, state.empty() ? p.type : (*state[0])[job.factor].type, span, steps[job.client]);
     });
 }
 
-void check_state(const char* name, const Bank& bank, const std::vector<Matrix>& state) {
+// first: of m and SGD's buffer.
+void check_state(const char* name, const Bank& bank, const std::vector<Matrix>& state, bool first) {
     for (size_t f = 0; f < state.size(); ++f) {
         STD_TORCH_CHECK(state[f].rows == bank.params[f].rows && state[f].width == bank.params[f].width, name, ": expected the shapes of params");
-        STD_TORCH_CHECK(state[f].type == bank.params[f].type, name, ": expected the type of params");
+        const bool half = first && bank.params[f].type == Type::f32 && state[f].type == Type::bf16;
+        STD_TORCH_CHECK(half || state[f].type == bank.params[f].type, name, ": expected the type of params", first ? ", or bfloat16 beside float32" : "");
     }
 }
 
@@ -279,7 +292,7 @@ void adamw_run(Bank& bank, std::vector<Matrix>& means, std::vector<Matrix>& squa
         s.eps = static_cast<Sum>(eps);
         s.denominator = static_cast<Sum>(1 / std::sqrt(1 - std::pow(beta2, count[k])));
     }
-    step_jobs(bank, {&means, &squares}, steps, [](Type type, const Span& span, const Step<Sum>& s) { adamw_block(type, span, s); });
+    step_jobs(bank, {&means, &squares}, steps, [](Type type, Type state, const Span& span, const Step<Sum>& s) { adamw_block(type, state, span, s); });
 }
 
 // What was stepped, once more in the type of `copies`, which are like params or none.
@@ -315,8 +328,8 @@ void adamw(const Tensors& params, const Tensors& grads, const Tensors& exp_avg, 
     const Integers ranks = expanded("ranks", rank_list, params.size() / 2), keep = expanded("keep", keep_list, params.size() / 2);
     Bank bank = make_bank(params, grads, lr, active, clip, lam, ranks, keep);
     std::vector<Matrix> means = matrices("exp_avg", exp_avg, params.size()), squares = matrices("exp_avg_sq", exp_avg_sq, params.size());
-    check_state("exp_avg", bank, means);
-    check_state("exp_avg_sq", bank, squares);
+    check_state("exp_avg", bank, means, true);
+    check_state("exp_avg_sq", bank, squares, false);
     std::vector<Matrix> copies = casts_of(bank, casts);
     STD_TORCH_CHECK(step.scalar_type() == ScalarType::Long && step.is_contiguous(), "step: expected contiguous int64");
     std::vector<double> count = numbers("step", step, bank.clients());
@@ -346,7 +359,7 @@ void sgd_run(Bank& bank, std::vector<Matrix>& buffers, double momentum, double w
         steps[k].momentum = static_cast<Sum>(momentum);
     }
     std::vector<const std::vector<Matrix>*> state(buffers.empty() ? 0 : 1, &buffers);
-    step_jobs(bank, state, steps, [](Type type, const Span& span, const Step<Sum>& s) { sgd_block(type, span, s); });
+    step_jobs(bank, state, steps, [](Type type, Type state, const Span& span, const Step<Sum>& s) { sgd_block(type, state, span, s); });
 }
 
 void sgd(const Tensors& params, const Tensors& grads, const Tensors& buffer_list, const Tensors& casts, const Tensor& lr, const Tensor& active,
@@ -354,7 +367,7 @@ void sgd(const Tensors& params, const Tensors& grads, const Tensors& buffer_list
     const Integers ranks = expanded("ranks", rank_list, params.size() / 2), keep = expanded("keep", keep_list, params.size() / 2);
     Bank bank = make_bank(params, grads, lr, active, clip, lam, ranks, keep);
     std::vector<Matrix> buffers = matrices("buffers", buffer_list, buffer_list.empty() ? 0 : params.size());
-    check_state("buffers", bank, buffers);
+    check_state("buffers", bank, buffers, true);
     std::vector<Matrix> copies = casts_of(bank, casts);
     if (bank.wide()) {
         sgd_run<double>(bank, buffers, momentum, weight_decay);

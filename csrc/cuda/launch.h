@@ -53,7 +53,8 @@ struct HetloraStep {
     int64_t count;
     void *coefficients, *steps;
     double* squares;
-    hetlora::Type cast;  // of the module's fifth pointer, if it has one
+    hetlora::Type cast;   // of the module's fifth pointer, if it has one
+    hetlora::Type state;  // of its third, m or SGD's buffer: that of the parameters, or bf16 beside f32
 };
 
 extern "C" {

@@ -29,11 +29,12 @@ void optimise(const Tensors& params, const Tensors& grads_in, const std::vector<
     Launch launch(params[0], clients, op);
     std::vector<const Tensors*> lists = {&params, &grads};
     lists.insert(lists.end(), states.begin(), states.end());
+    const Type type = type_of(params[0]), state = states.empty() || states[0]->empty() ? type : type_of((*states[0])[0]);
+    STD_TORCH_CHECK(state == type || (type == Type::f32 && state == Type::bf16), op, ": expected moments of the type of params, or bfloat16 beside float32");
     for (const Tensors* list : lists) {
         check_count(list->size(), params.size(), "grads and states");
-        check_rows(*list, params[0], "params, grads and states");
+        check_rows(*list, !states.empty() && list == states[0] ? (*list)[0] : params[0], "params, grads and states");
     }
-    const Type type = type_of(params[0]);
     if (!casts.empty()) {
         check_count(casts.size(), params.size(), "casts");
         check_rows(casts, casts[0], "casts");
@@ -71,7 +72,8 @@ void optimise(const Tensors& params, const Tensors& grads_in, const std::vector<
                      coefficients.mutable_data_ptr(),
                      steps.mutable_data_ptr(),
                      static_cast<double*>(squares.mutable_data_ptr()),
-                     casts.empty() ? type : type_of(casts[0])};
+                     casts.empty() ? type : type_of(casts[0]),
+                     state};
     const HetloraCall* call = launch.start();
     if (each.clip || each.lam) check(hetlora_squares(call, type, each.clip.has_value(), static_cast<double*>(partials.mutable_data_ptr()), count), op);
     check(hetlora_prepare(call, type, &step, rule[0], rule[1], rule[2]), op);

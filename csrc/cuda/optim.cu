@@ -107,7 +107,8 @@ struct AdamW {
     Acc one_minus_beta1, beta2, one_minus_beta2, eps;
 };
 
-template <bool ALIGNED, class T, class Acc>
+// M: of the first state, m or SGD's buffer.
+template <bool ALIGNED, class T, class M, class Acc>
 __device__ __forceinline__ void adamw_item(const Item& item, const AdamW<Acc>& rule, const ClientStep<Acc>& client, const GradientRule<Acc>& gradient,
                                            Type cast) {
     constexpr int V = VECTOR<T>, PARTS = CHUNK<T> / (WARP * V);
@@ -116,13 +117,14 @@ __device__ __forceinline__ void adamw_item(const Item& item, const AdamW<Acc>& r
     T* at[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) at[i] = static_cast<T*>(const_cast<void*>(module.p[i])) + start;
+    M* mean = static_cast<M*>(const_cast<void*>(module.p[2])) + start;
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
         const int base = item.column + part * WARP * V;
         Acc p[V], g[V], m[V], v[V];
         load<ALIGNED>(p, at[0], base, module.width);
         load<ALIGNED>(g, at[1], base, module.width);
-        load<ALIGNED>(m, at[2], base, module.width);
+        load<ALIGNED>(m, mean, base, module.width);
         load<ALIGNED>(v, at[3], base, module.width);
 #pragma unroll
         for (int e = 0; e < V; ++e) {
@@ -133,30 +135,30 @@ __device__ __forceinline__ void adamw_item(const Item& item, const AdamW<Acc>& r
         }
         store<ALIGNED>(at[0], p, base, module.width);
         if (module.p[4]) store_as<ALIGNED>(cast, module.p[4], start, p, base, module.width);
-        store<ALIGNED>(at[2], m, base, module.width);
+        store<ALIGNED>(mean, m, base, module.width);
         store<ALIGNED>(at[3], v, base, module.width);
     }
 }
 
 // p of a module: parameter, gradient, exp_avg, exp_avg_sq, and null or a copy of the parameter in the type `cast`.
-template <class T, class Acc>
+template <class T, class M, class Acc>
 __global__ void __launch_bounds__(WARP* WARPS)
     adamw_kernel(Table table, const ClientStep<Acc>* steps, const Acc* coefficients, const bool* active, AdamW<Acc> rule, Type cast) {
     Item item;
     ClientStep<Acc> client;
     GradientRule<Acc> gradient;
     if (!find_item(item, table, CHUNK<T>) || !client_of(item, table, steps, coefficients, active, client, gradient)) return;
-    if (item.module.aligned) adamw_item<true, T>(item, rule, client, gradient, cast);
-    else adamw_item<false, T>(item, rule, client, gradient, cast);
+    if (item.module.aligned) adamw_item<true, T, M>(item, rule, client, gradient, cast);
+    else adamw_item<false, T, M>(item, rule, client, gradient, cast);
 }
 
-template <bool ALIGNED, class T, class Acc>
+template <bool ALIGNED, class T, class M, class Acc>
 __device__ __forceinline__ void sgd_item(const Item& item, Acc momentum, Acc weight_decay, Acc rate, const GradientRule<Acc>& gradient, Type cast) {
     constexpr int V = VECTOR<T>, PARTS = CHUNK<T> / (WARP * V);
     const Module& module = item.module;
     const int64_t start = static_cast<int64_t>(item.row) * module.width;
     T* target = static_cast<T*>(const_cast<void*>(module.p[0])) + start;
-    T* buffer = static_cast<T*>(const_cast<void*>(module.p[2]));
+    M* buffer = static_cast<M*>(const_cast<void*>(module.p[2]));
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
         const int base = item.column + part * WARP * V;
@@ -176,15 +178,15 @@ __device__ __forceinline__ void sgd_item(const Item& item, Acc momentum, Acc wei
 }
 
 // p of a module: parameter, gradient, buffer or null, -, cast or null.
-template <class T, class Acc>
+template <class T, class M, class Acc>
 __global__ void __launch_bounds__(WARP* WARPS)
     sgd_kernel(Table table, const ClientStep<Acc>* steps, const Acc* coefficients, const bool* active, Acc momentum, Acc weight_decay, Type cast) {
     Item item;
     ClientStep<Acc> client;
     GradientRule<Acc> gradient;
     if (!find_item(item, table, CHUNK<T>) || !client_of(item, table, steps, coefficients, active, client, gradient)) return;
-    if (item.module.aligned) sgd_item<true, T>(item, momentum, weight_decay, client.rate, gradient, cast);
-    else sgd_item<false, T>(item, momentum, weight_decay, client.rate, gradient, cast);
+    if (item.module.aligned) sgd_item<true, T, M>(item, momentum, weight_decay, client.rate, gradient, cast);
+    else sgd_item<false, T, M>(item, momentum, weight_decay, client.rate, gradient, cast);
 }
 
 template <class Acc>
@@ -202,6 +204,13 @@ static const Acc* coefficients_of(const HetloraStep& step) {
     return step.lam ? static_cast<const Acc*>(step.coefficients) : nullptr;
 }
 
+// body(T{}, M{}) for parameters of `type` and a first state of `state`.
+template <class Body>
+static cudaError_t with_state(Type type, Type state, Body body) {
+    if (state == type) return with_type(type, [&](auto of) { return body(of, of); });
+    return type == Type::f32 && state == Type::bf16 ? body(float{}, __nv_bfloat16{}) : cudaErrorInvalidValue;
+}
+
 }  // namespace hetlora
 
 cudaError_t hetlora_prepare(const HetloraCall* call, hetlora::Type type, const HetloraStep* step, double beta1, double beta2, double weight_decay) {
@@ -215,11 +224,12 @@ cudaError_t hetlora_adamw(const HetloraCall* call, hetlora::Type type, const Het
     using namespace hetlora;
     const dim3 grid = item_grid(*call);
     if (is_empty(grid)) return cudaSuccess;
-    return with_type(type, [&](auto of) {
+    return with_state(type, step->state, [&](auto of, auto state) {
         using T = decltype(of);
+        using M = decltype(state);
         using Acc = typename Accumulator<T>::type;
         const AdamW<Acc> rule{static_cast<Acc>(1 - beta1), static_cast<Acc>(beta2), static_cast<Acc>(1 - beta2), static_cast<Acc>(eps)};
-        HETLORA_LAUNCH((adamw_kernel<T, Acc>), grid, dim3(WARP * WARPS), call->stream, call->table, static_cast<const ClientStep<Acc>*>(step->steps),
+        HETLORA_LAUNCH((adamw_kernel<T, M, Acc>), grid, dim3(WARP * WARPS), call->stream, call->table, static_cast<const ClientStep<Acc>*>(step->steps),
                        coefficients_of<Acc>(*step), step->active, rule, step->cast);
         return cudaGetLastError();
     });
@@ -229,10 +239,11 @@ cudaError_t hetlora_sgd(const HetloraCall* call, hetlora::Type type, const Hetlo
     using namespace hetlora;
     const dim3 grid = item_grid(*call);
     if (is_empty(grid)) return cudaSuccess;
-    return with_type(type, [&](auto of) {
+    return with_state(type, step->state, [&](auto of, auto state) {
         using T = decltype(of);
+        using M = decltype(state);
         using Acc = typename Accumulator<T>::type;
-        HETLORA_LAUNCH((sgd_kernel<T, Acc>), grid, dim3(WARP * WARPS), call->stream, call->table, static_cast<const ClientStep<Acc>*>(step->steps),
+        HETLORA_LAUNCH((sgd_kernel<T, M, Acc>), grid, dim3(WARP * WARPS), call->stream, call->table, static_cast<const ClientStep<Acc>*>(step->steps),
                        coefficients_of<Acc>(*step), step->active, static_cast<Acc>(momentum), static_cast<Acc>(weight_decay), step->cast);
         return cudaGetLastError();
     });

@@ -187,14 +187,26 @@ def store_cast(entry, place, inside, value, CAST: tl.constexpr, ALIGN: tl.conste
     tl.store(tl.multiple_of(tl.load(entry + 4).to(tl.pointer_type(CAST)) + place, BYTES), cast(value, CAST), mask=inside)
 
 
-def check(params_, grads, casts, **states) -> list[Tensor]:
-    """Contiguous gradients of the parameters' type; parameters and states must be contiguous and of that type, casts contiguous and of one type."""
+@triton.jit
+def state_at(entry, place, M: tl.constexpr, ALIGN: tl.constexpr):
+    """Addresses of the first state, m or SGD's buffer, whose type M may be another than the parameters'."""
+    BYTES: tl.constexpr = ALIGN * M.primitive_bitwidth // 8 if ALIGN > 1 else 1
+    return tl.multiple_of(tl.load(entry + 2).to(tl.pointer_type(M)) + place, BYTES)
+
+
+def check(params_, grads, casts, first, **states) -> list[Tensor]:
+    """Contiguous gradients of the parameters' type; parameters and states must be contiguous and of that type, casts contiguous and of one type.
+
+    first: name of the state that may be bfloat16 beside parameters in float32.
+    """
     require_contiguous(params=params_, casts=casts, **states)
     kind = params_[0].dtype
     for name, tensors in {"grads": grads, **states}.items():
+        half = name == first and kind == torch.float32 and bool(tensors) and tensors[0].dtype == torch.bfloat16
+        own, told = (torch.bfloat16, "the first one's type") if half else (kind, "the type of the parameters")
         for position, tensor in enumerate(tensors):
-            if tensor.dtype != kind:
-                raise TypeError(f"{name}[{position}]: expected the type of the parameters, {kind}, got {tensor.dtype}")
+            if tensor.dtype != own:
+                raise TypeError(f"{name}[{position}]: expected {told}, {own}, got {tensor.dtype}")
     return contiguous(grads)
 
 
@@ -205,7 +217,8 @@ def update(kernel: Any, prepared: Prepared, lists: Sequence[Sequence[Tensor]], c
     block = block_for(setting.pop("BLOCK"), max(prepared.widths))
     nothing = [0] * len(lists[0])
     columns: list[Sequence[int | Tensor]] = [*lists, *[nothing] * (4 - len(lists)), casts or nothing]
-    aligned = all(copy.data_ptr() % 16 == 0 for copy in casts)
+    state = lists[2] if len(lists) > 2 else lists[0]
+    aligned = all(other.data_ptr() % 16 == 0 for other in (*casts, *state))
     modules = module_table(device, *columns, prepared.rows, prepared.widths, prepared.where)
     launch(
         kernel,
@@ -216,10 +229,11 @@ def update(kernel: Any, prepared: Prepared, lists: Sequence[Sequence[Tensor]], c
         FLAGS=prepared.flags,
         OWNERS=prepared.owners,
         T=TYPES[lists[0][0].dtype],
+        M=TYPES[state[0].dtype],
         ACC=TYPES[prepared.numbers.dtype],
         BLOCK=block,
         CAST=TYPES[casts[0].dtype] if casts else None,
-        ALIGN=alignment(prepared.widths, *lists) if aligned else 1,
+        ALIGN=alignment(prepared.widths, *lists[:2], *lists[3:]) if aligned else 1,
         **constants,
         **setting,
     )

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from hetlora_kernels.triton._common import cast, divide, square_root
-from hetlora_kernels.triton._step import check, prepare, store_cast, update
+from hetlora_kernels.triton._step import check, prepare, state_at, store_cast, update
 
 
 @triton.jit
@@ -27,6 +27,7 @@ def _adamw_kernel(
     FLAGS: tl.constexpr,
     OWNERS: tl.constexpr,
     T: tl.constexpr,
+    M: tl.constexpr,  # of the third pointer
     ACC: tl.constexpr,
     LAM: tl.constexpr,
     CAST: tl.constexpr,
@@ -48,7 +49,7 @@ def _adamw_kernel(
     place = row * width + column
     p_at = tl.multiple_of(tl.load(entry).to(tl.pointer_type(T)) + place, BYTES)
     g_at = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(T)) + place, BYTES)
-    m_at = tl.multiple_of(tl.load(entry + 2).to(tl.pointer_type(T)) + place, BYTES)
+    m_at = state_at(entry, place, M, ALIGN)
     v_at = tl.multiple_of(tl.load(entry + 3).to(tl.pointer_type(T)) + place, BYTES)
     p, g = tl.load(p_at, mask=inside, other=0.0).to(ACC), tl.load(g_at, mask=inside, other=0.0).to(ACC)
     m, v = tl.load(m_at, mask=inside, other=0.0).to(ACC), tl.load(v_at, mask=inside, other=0.0).to(ACC)
@@ -62,7 +63,7 @@ def _adamw_kernel(
     root = tl.load(numbers + k * 4 + 3) + tl.zeros_like(v)
     ratio = divide(m, divide(square_root(v), root) + tl.load(scalars + 2).to(ACC))
     p = p * tl.load(numbers + k * 4 + 1) - tl.load(numbers + k * 4 + 2) * ratio
-    tl.store(m_at, cast(m, T), mask=inside)
+    tl.store(m_at, cast(m, M), mask=inside)
     tl.store(v_at, cast(v, T), mask=inside)
     value = cast(p, T)
     tl.store(p_at, value, mask=inside)
@@ -71,8 +72,8 @@ def _adamw_kernel(
 
 
 def adamw_(params, grads, exp_avg, exp_avg_sq, casts, lr, step, active, clip, lam, ranks, keep, beta1, beta2, eps, weight_decay):
-    """See `reference.adamw_`. All lists must be of one type (`TypeError`)."""
-    grads = check(params, grads, casts, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    """See `reference.adamw_`. All lists must be of one type (`TypeError`), `exp_avg` may be bfloat16 beside float32."""
+    grads = check(params, grads, casts, "exp_avg", exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     logarithms = [math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2)]
     prepared = prepare(params, grads, lr, step, active, clip, lam, ranks, keep, (beta1, beta2, eps, weight_decay, *logarithms))
     update(_adamw_kernel, prepared, (params, grads, exp_avg, exp_avg_sq), casts, active, LAM=lam is not None)

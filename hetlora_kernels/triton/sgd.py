@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from hetlora_kernels.triton._common import cast
-from hetlora_kernels.triton._step import check, prepare, store_cast, update
+from hetlora_kernels.triton._step import check, prepare, state_at, store_cast, update
 
 
 @triton.jit
@@ -24,6 +24,7 @@ def _sgd_kernel(
     FLAGS: tl.constexpr,
     OWNERS: tl.constexpr,
     T: tl.constexpr,
+    M: tl.constexpr,  # of the third pointer
     ACC: tl.constexpr,
     LAM: tl.constexpr,
     MOMENTUM: tl.constexpr,
@@ -52,9 +53,9 @@ def _sgd_kernel(
             g += tl.load(coefficients + tl.program_id(1) * clients + k) * p
     g = g * tl.load(numbers + k * 4) + tl.load(scalars + 1).to(ACC) * p
     if MOMENTUM:
-        b_at = tl.multiple_of(tl.load(entry + 2).to(tl.pointer_type(T)) + place, BYTES)
+        b_at = state_at(entry, place, M, ALIGN)
         g += tl.load(b_at, mask=inside, other=0.0).to(ACC) * tl.load(scalars).to(ACC)
-        tl.store(b_at, cast(g, T), mask=inside)
+        tl.store(b_at, cast(g, M), mask=inside)
     value = cast(p - tl.load(numbers + k * 4 + 2) * g, T)
     tl.store(p_at, value, mask=inside)
     if CAST is not None:
@@ -62,7 +63,7 @@ def _sgd_kernel(
 
 
 def sgd_(params, grads, buffers, casts, lr, active, clip, lam, ranks, keep, momentum, weight_decay):
-    """See `reference.sgd_`. All lists must be of one type (`TypeError`)."""
-    grads = check(params, grads, casts, buffers=buffers)
+    """See `reference.sgd_`. All lists must be of one type (`TypeError`), `buffers` may be bfloat16 beside float32."""
+    grads = check(params, grads, casts, "buffers", buffers=buffers)
     prepared = prepare(params, grads, lr, None, active, clip, lam, ranks, keep, (momentum, weight_decay))
     update(_sgd_kernel, prepared, (params, grads, buffers) if buffers else (params, grads), casts, active, LAM=lam is not None, MOMENTUM=bool(buffers))

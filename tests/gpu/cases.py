@@ -279,3 +279,39 @@ def _failures(case: Case, ops: Mapping[str, Callable], dtype: torch.dtype) -> st
     least = (8 if kind == torch.float64 else 2) * torch.finfo(kind).eps * size
     error, allowed = _distance(got, truth), max((factor_of(kind) + 0.1) * _distance(own, truth), least)
     return None if error <= allowed else f"error {error:.3e} is above {allowed:.3e} (norm {size:.3e})"
+
+
+def moments(ops: Mapping[str, Callable], dtype: torch.dtype) -> str | None:
+    """None, or what is wrong with moments in bfloat16 beside float32: a step has the bits of one with these moments in float32, which are then rounded once.
+
+    Beside bfloat16 they are as ever; beside other types an error, which `refused_moments` looks at: in the emulator none can be thrown.
+    """
+    if dtype in (torch.float16, torch.float64):
+        return None
+    for name in ("adamw-clip-tail", "adamw-cast", "sgd-momentum-tail"):
+        for shape in (SHAPES["small"], {"ranks": [[4, 0, 1, 7]], "widths": [64]}):  # unaligned rows, aligned ones
+            op, wide = cases(shape)[name](dtype)
+            wide[2] = [t.bfloat16().to(dtype) for t in wide[2]]
+            half = _copy(wide)
+            half[2] = [t.to(torch.bfloat16, copy=True) for t in wide[2]]
+            ops[op](*wide)
+            ops[op](*half)
+            wide[2] = [t.bfloat16() for t in wide[2]]
+            for at in WRITTEN[op]:
+                left, right = ([own[at]] if isinstance(own[at], Tensor) else own[at] for own in (wide, half))
+                if not all(torch.equal(a, b) for a, b in zip(left, right, strict=True)):
+                    return f"{name}: argument {at} differs from that of a step with the moments in {dtype}"
+    return None
+
+
+def refused_moments(ops: Mapping[str, Callable], dtype: torch.dtype) -> str | None:
+    """None where moments in bfloat16 beside `dtype` are an error."""
+    for name in ("adamw", "sgd-momentum-tail"):
+        op, arguments = cases(SHAPES["small"])[name](dtype)
+        arguments[2] = [t.bfloat16() for t in arguments[2]]
+        try:
+            ops[op](*arguments)
+        except (RuntimeError, TypeError):
+            continue
+        return f"{name}: moments in bfloat16 beside {dtype} are not refused"
+    return None

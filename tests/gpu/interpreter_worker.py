@@ -1,8 +1,8 @@
 """Run cases on the Triton rung in the interpreter: `interpreter_worker.py f32 SHAPE [--break|--no-repair] [case ...]`, or without arguments for
 each call of forked.py.
 
-SHAPE: one of cases.py; lora-SHAPE for the layer's ops on one of lora_cases.py; lora_first-, base_first- or fused-SHAPE for the whole layer in that way;
-several with commas between them.
+SHAPE: one of cases.py, or `moments` for its check of them; lora-SHAPE for the layer's ops on one of lora_cases.py; lora_first-, base_first- or fused-SHAPE
+for the whole layer in that way; several with commas between them.
 
 Prints {case: failure or null} as JSON, {shape case: ...} for several shapes."""
 
@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from cases import DTYPES, SHAPES, Case, cases, failures
+from cases import DTYPES, SHAPES, Case, cases, failures, moments, refused_moments
 from interpreter import repair_bfloat16
 from lora_cases import LORA_SHAPES, layer_cases, lora_cases
 
@@ -43,6 +43,9 @@ def run(dtype_name: str, size_names: str, *options: str) -> None:
         _segments.every_segment = lambda *layout, right=_segments.every_segment: [s._replace(row=0) for s in right(*layout)]
     report = {}
     for size in sizes:
+        if size == "moments":
+            report[size] = (moments if dtype in (torch.float32, torch.bfloat16) else refused_moments)(OPS, dtype)
+            continue
         every = chosen(size)
         report |= {name if len(sizes) == 1 else f"{size} {name}": failures(every[name], OPS, dtype) for name in names or every}
     print(json.dumps(report))

@@ -72,8 +72,10 @@ def _norms(dtype: torch.dtype, exact: bool) -> None:
     OPS["tail_norms"](_rows(dtype), RANKS * 2, [2, 8, 25, 64] * 2)
 
 
-def _step(dtype: torch.dtype, odd: int = 0, cast: bool = False) -> None:
+def _step(dtype: torch.dtype, odd: int = 0, cast: bool = False, half: bool = False) -> None:
     kinds = [_rows(dtype, odd) for _ in range(4)]
+    if half:
+        kinds[2] = [t.to(torch.bfloat16) for t in kinds[2]]
     casts = [t.to(torch.bfloat16) for t in kinds[0]] if cast else []
     clients = torch.ones(len(RANKS), dtype=torch.float64)
     settings = (torch.ones(len(RANKS), dtype=torch.bool), clients, clients, RANKS, [2, 8, 25, 64])
@@ -87,6 +89,7 @@ for _name, _dtype in TYPES.items():
 CASES["norms-exact-f32"] = partial(_norms, torch.float32, True)
 CASES["step-f32-cast"] = partial(_step, torch.float32, 0, True)
 CASES["step-f32-odd"] = partial(_step, torch.float32, 1)
+CASES["step-f32-half"] = partial(_step, torch.float32, 0, False, True)
 
 
 def _layer(op: str, dtype: torch.dtype, ranks: list[int], drop: bool, gathered: bool, odd: int = 0, peft: bool = False) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from cases import SHAPES, cases, failures
+from cases import SHAPES, cases, failures, moments
 from lora_cases import LORA_SHAPES, _draw, _rows_of_x, _segment_args, grouped_gram, layer_cases, shrink
 
 from hetlora_kernels.reference import compute_dtype, keep_mask
@@ -143,7 +143,7 @@ def casts(ops: Mapping[str, Callable], dtype: torch.dtype) -> str | None:
 
 
 CHECKS: dict[str, Check] = {"mask": mask, "alone": alone, "poisoned neighbours": poisoned_neighbours, "strided out": strided_out}
-CHECKS |= {"far rows": far_rows, "casts": casts}
+CHECKS |= {"far rows": far_rows, "casts": casts, "moments": moments}
 for _name, _shape in (("covered, aligned x", COVERED), ("covered, aligned output", {**COVERED, "width": 43}), ("base-only rows", LORA_SHAPES["small"])):
     CHECKS |= {f"{_case}, {_name}": partial(failures, _make) for _case, _make in layer_cases(_shape).items()}
 CHECKS |= {f"several splits-{_case}": partial(failures, layer_cases(SPLIT)[_case]) for _case in ("forward-no-bias", "backward-gathered")}

@@ -97,11 +97,12 @@ MUTANTS = {
     "a copy of the moment, not of the factor": Mutant(
         "optim.cu",
         "optim",
-        "start, p, base, module.width);\n        store<ALIGNED>(at[2]",
-        "start, m, base, module.width);\n        store<ALIGNED>(at[2]",
+        "start, p, base, module.width);\n        store<ALIGNED>(mean",
+        "start, m, base, module.width);\n        store<ALIGNED>(mean",
         "checks",
         "casts",
     ),
+    "a moment that steps as it is stored": Mutant("optim.cu", "optim", "client.rate * (m[e] /", "client.rate * (rounded<M>(m[e]) /", "checks", "moments"),
     "the tail one row late": Mutant("optim.cu", "optim", "coefficients && item.row >= item", "coefficients && item.row > item", "small", "sgd-momentum-tail"),
     "a slope of the softcap that is lost where it saturates": Mutant(
         "cross_entropy.cu", "cross_entropy", "4 * e / ((1 + e) * (1 + e))", "e / e * (1 - tanh(inner) * tanh(inner))", "small", "cross_entropy-saturated"

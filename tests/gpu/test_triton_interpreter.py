@@ -43,6 +43,11 @@ def test_every_op_agrees_with_the_float64_reference(dtype: str, cases: tuple[str
 
 
 @pytest.mark.slow
+def test_moments_in_bfloat16_step_as_those_in_float32() -> None:
+    assert [interpret(dtype, "moments")["moments"] for dtype in ("f32", "bf16", "f16", "f64")] == [None] * 4
+
+
+@pytest.mark.slow
 def test_modules_without_columns_or_rows() -> None:
     wrong = {case: what for case, what in interpret("f32", "edge").items() if what}
     assert not wrong

@@ -84,14 +84,20 @@ def samples(name: str, device) -> list[tuple]:
     states = [factors(device, *modules) for _ in range(4)]
     states[3] = [t.square() for t in states[3]]
     copies: list[list[torch.Tensor]] = [[], [t.to(torch.bfloat16) for t in states[0]]]
+    half = [t.to(torch.bfloat16) for t in states[2]]
     if name == "adamw_":
         step = torch.tensor([3, 1], device=device)
-        return [(*states, casts, lr, step, flags, clip, lam, ranks, keep, 0.9, 0.99, 1e-8, 0.1) for clip, lam, ranks, keep in extras for casts in copies]
+        return [
+            (*states[:2], means, states[3], casts, lr, step, flags, clip, lam, ranks, keep, 0.9, 0.99, 1e-8, 0.1)
+            for clip, lam, ranks, keep in extras
+            for casts in copies
+            for means in (states[2], half)
+        ]
     assert name == "sgd_"
     return [
         (*states[:2], buffers, casts, lr, flags, clip, lam, ranks, keep, 0.9 if buffers else 0.0, 0.1)
         for clip, lam, ranks, keep in extras
-        for buffers in ([], states[2])
+        for buffers in ([], states[2], half)
         for casts in copies
     ]
 

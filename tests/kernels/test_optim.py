@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from accuracy import assert_as_exact_as
@@ -173,6 +175,31 @@ def test_learning_rate_may_be_written_between_steps(device):
 
 
 # ---------------------------------------------------------------- in the types people train in
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_moments_in_bfloat16_are_rounded_once_a_step(kind, device):
+    """To the bit a step in float32 whose first moment, or momentum, is rounded after each step; AdamW's second moment stays in float32."""
+    half, wide = (make_bank(torch.float32, device) for _ in range(2))
+    settings = {"lr": LR, "clip_norm": CLIP, "tail_penalty": (LAM, KEEP), "weight_decay": 0.1}
+    make = hk.AdamW if kind == "adamw" else partial(hk.SGD, momentum=0.9)
+    opt, other = make(half, moments_dtype=torch.bfloat16, **settings), make(wide, **settings)
+    first, rounded = (own.exp_avg if kind == "adamw" else own.buffers for own in (opt, other))
+    g = drawn(3)
+    for active in ([True] * 4, [True, False, True, True], [True] * 4):
+        for one, two in zip(half.parameters(), wide.parameters(), strict=True):
+            one.grad = torch.randn(one.shape, generator=g).to(device)
+            two.grad = one.grad.clone()
+        opt.step(active)
+        other.step(active)
+        for moment in rounded:
+            moment.copy_(moment.bfloat16())
+        assert {t.dtype for t in first} == {torch.bfloat16}
+        assert all(same_bits(one.float(), two) for one, two in zip(first, rounded, strict=True))
+        assert all(same_bits(one, two) for one, two in zip(half.parameters(), wide.parameters(), strict=True))
+    if kind == "adamw":
+        assert {t.dtype for t in opt.exp_avg_sq} == {torch.float32}
+        assert all(same_bits(one, two) for one, two in zip(opt.exp_avg_sq, other.exp_avg_sq, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -208,6 +208,10 @@ BAD = [
     (lambda b: hk.AdamW(b, eps=0.0), ValueError, r"^eps, weight_decay: "),
     (lambda b: hk.AdamW(b, weight_decay=-0.1), ValueError, r"^eps, weight_decay: "),
     (lambda b: hk.SGD(b, momentum=1.0), ValueError, r"^momentum, weight_decay: "),
+    (lambda b: hk.SGD(b, momentum=0.96, moments_dtype=torch.bfloat16), ValueError, r"^moments_dtype: expected momentum of at most 0\.95 .* got 0\.96"),
+    (lambda b: hk.AdamW(b, betas=(0.99, 0.999), moments_dtype=torch.bfloat16), ValueError, r"^moments_dtype: expected betas\[0\] of at most 0\.95"),
+    (lambda b: hk.AdamW(b, moments_dtype=torch.float16), ValueError, r"^moments_dtype: expected None or torch\.float32, .* got torch\.float16"),
+    (lambda b: hk.SGD(b.to(dtype=torch.float64), moments_dtype=torch.bfloat16), ValueError, r"^moments_dtype: expected None or torch\.float64, "),
     (lambda b: hk.SGD(b).step(active=[True] * 3), ValueError, r"^active: expected 4 booleans.*\(3,\)"),
     (lambda b: hk.AdamW(b).step(active=torch.ones(4, 1)), ValueError, r"^active: .*\(4, 1\)"),
 ]

@@ -86,7 +86,12 @@ def runs(dtype: torch.dtype, make: Callable[[Tensor], Tensor] = lambda t: t) -> 
     ops.adamw_(params, grads, m, v, [], lr, step, active, clip, lam, ranks, keep, 0.9, 0.99, 1e-8, 0.1)
     out["adamw_"] = [t.clone() for t in params + m + v]
     ops.sgd_(params, grads, m, [], lr, active, clip, lam, ranks, keep, 0.9, 0.1)
-    out["sgd_"] = params + m
+    out["sgd_"] = [t.clone() for t in params + m]
+    if dtype == torch.float32:
+        half = [make(t.to(torch.bfloat16)) for t in m]
+        ops.adamw_(params, grads, half, v, [], lr, step, active, clip, lam, ranks, keep, 0.9, 0.99, 1e-8, 0.1)
+        ops.sgd_(params, grads, half, [], lr, active, clip, lam, ranks, keep, 0.9, 0.1)
+        out["moments in bfloat16"] = params + half
     return out
 
 
@@ -167,6 +172,12 @@ BAD = {
     "gradients of another shape": lambda: ops.sgd_([f(2, 4), f(2, 4)], [f(2, 4), f(2, 3)], [], [], LR, ON, None, None, [2], [], 0.0, 0.0),
     "a small state": lambda: ops.adamw_(
         [f(2, 4), f(2, 4)], [f(2, 4), f(2, 4)], [f(2, 4), f(1, 4)], [f(2, 4), f(2, 4)], [], LR, STEP, ON, None, None, [2], [], 0.9, 0.9, 1e-8, 0.0
+    ),
+    "wide moments": lambda: ops.sgd_(
+        [f(2, 4), f(2, 4)], [f(2, 4), f(2, 4)], [f(2, 4, dtype=torch.float64)] * 2, [], LR, ON, None, None, [2], [], 0.9, 0.0
+    ),
+    "moments of two types": lambda: ops.sgd_(
+        [f(2, 4), f(2, 4)], [f(2, 4), f(2, 4)], [f(2, 4), f(2, 4, dtype=torch.bfloat16)], [], LR, ON, None, None, [2], [], 0.9, 0.0
     ),
     "a learning rate for nobody": lambda: ops.sgd_([f(2, 4), f(2, 4)], [f(2, 4), f(2, 4)], [], [], LR[:0], ON, None, None, [2], [], 0.0, 0.0),
     "codes that are too narrow": lambda: ops.quantize_rows_([torch.zeros(2, 4, dtype=torch.uint8)], [f(2)], [f(2, 9)], 4),
