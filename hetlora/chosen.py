@@ -11,7 +11,7 @@ Fed-PLoRA (arXiv 2602.16936, ICLR 2026), whose one-rank modules are the rows of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import hetlora_kernels as hk
 from hetlora.client import LocalResult, train_client
-from hetlora.cohort import train_cohort
+from hetlora.cohort import groups_of, moved, train_cohort, train_groups
 from hetlora.config import Config
 from hetlora.merge import MergeCall, Merged, row_weights
 from hetlora.ranks import ClientRanks
@@ -58,7 +58,15 @@ def train_chosen(work: Work) -> Trained:
     everyone = range(len(work.clients))
     whole = state.bank.truncate([state.r_max] * len(everyone))
     results: list[LocalResult] = []
-    if cfg.cobatch:
+    if cfg.cobatch and len(groups_of(len(everyone), cfg)) > 1:
+
+        def own_rows(bank: hk.AdapterBank, group: range) -> AbstractContextManager[None]:
+            return only(bank, {name: [rows[k] for k in group] for name, rows in chosen.items()})
+
+        whole = moved(whole, torch.device("cpu"))
+        trained, results = train_groups(work.model, whole, work.clients, cfg, work.number, work.lr, {}, work.progress, own_rows)
+        whole, trained = (moved(bank, state.bank.device) for bank in (whole, trained))
+    elif cfg.cobatch:
         trained = whole.select(everyone)
         with only(trained, chosen):
             results = train_cohort(work.model, trained, work.clients, cfg, work.number, work.lr, {}, work.progress)

@@ -66,10 +66,11 @@ def make_optimizer(bank: hk.AdapterBank, cfg: Config, lr: float, keep: Any, mode
     base = next((p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
     cast = None if bank.device.type == "cpu" else base
     penalty = (cfg.prune_lambda, keep) if cfg.prune_lambda > 0 and keep else None
-    clip = cfg.clip_norm or None
+    moments = None if cfg.moments_dtype == "same" else getattr(torch, cfg.moments_dtype)
+    settings: dict[str, Any] = {"lr": lr, "weight_decay": cfg.weight_decay, "clip_norm": cfg.clip_norm or None, "tail_penalty": penalty, "cast": cast}
     if cfg.optimizer == "adamw":
-        return hk.AdamW(bank, lr=lr, weight_decay=cfg.weight_decay, clip_norm=clip, tail_penalty=penalty, cast=cast)
-    return hk.SGD(bank, lr=lr, weight_decay=cfg.weight_decay, clip_norm=clip, tail_penalty=penalty, momentum=cfg.momentum, cast=cast)
+        return hk.AdamW(bank, moments_dtype=moments, **settings)
+    return hk.SGD(bank, momentum=cfg.momentum, moments_dtype=moments, **settings)
 
 
 def tail_scores(bank: hk.AdapterBank, keep: Any) -> Tensor:

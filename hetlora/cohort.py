@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +79,60 @@ def _backward(model: torch.nn.Module, bank: hk.AdapterBank, work: StepRows, step
             (losses.sum() if scale == 1 else losses.sum() * scale).backward()
         means += losses.detach()
     return means
+
+
+def moved(bank: hk.AdapterBank, device: torch.device) -> hk.AdapterBank:
+    """The bank on that device, itself where it is there; factors that are frozen stay so."""
+    if bank.device == device:
+        return bank
+    copy = bank.to(device)
+    for own, parameter in zip(copy.parameters(), bank.parameters(), strict=True):
+        own.requires_grad_(parameter.requires_grad)
+    return copy
+
+
+def groups_of(clients: int, cfg: Config) -> list[range]:
+    """A round's clients in as few groups of at most cfg.clients_at_once as there must be, of about the same size; one group where that is 0."""
+    most = cfg.clients_at_once or clients
+    count = max(1, -(-clients // most))
+    return [range(i * clients // count, (i + 1) * clients // count) for i in range(count)]
+
+
+def train_groups(
+    model: torch.nn.Module,
+    start: hk.AdapterBank,
+    clients: Sequence[ClientData],
+    cfg: Config,
+    round_number: int,
+    lr: float,
+    keeps: Mapping[str, Sequence[int]],
+    progress: Callable[[int, int], None] | None = None,
+    inside: Callable[[hk.AdapterBank, range], AbstractContextManager[Any]] = lambda bank, group: nullcontext(),
+) -> tuple[hk.AdapterBank, list[LocalResult]]:
+    """Train the clients as cohorts of `groups_of`, one after another; returns the trained bank, where `start` is.
+
+    A group's adapters are brought to the model's device for its turn, with gradients and moments of its clients alone. What a client trains has the bits of a
+    round of its group; it is that of all clients in one batch to rounding.   inside(bank, group): context of a group's training.
+    """
+    device = next(model.parameters()).device
+    groups = groups_of(len(clients), cfg)
+    lengths = [max(len(plan_steps(clients[k], cfg, round_number)) for k in group) for group in groups]
+    trained, results, before = start.select(range(len(clients))), [], 0
+    for group, length in zip(groups, lengths, strict=True):
+        own = moved(trained.select(group), device)
+        keep = {module: [cut[k] for k in group] for module, cut in keeps.items()}
+
+        def step(done: int, _: int, before: int = before) -> None:
+            if progress:
+                progress(before + done, sum(lengths))
+
+        with inside(own, group):
+            results += train_cohort(model, own, [clients[k] for k in group], cfg, round_number, lr, keep, step)
+        for there, here in ((trained.a, own.a), (trained.bt, own.bt)):
+            for name, layout in trained.layouts.items():
+                there[name].detach()[layout.rows(group[0]).start : layout.rows(group[-1]).stop].copy_(here[name].detach())
+        before += length
+    return trained, results
 
 
 def train_one_by_one(

@@ -202,6 +202,12 @@ class Config(BaseModel):
     optimizer: Literal["adamw", "sgd"] = _setting("adamw", "training", "Local optimiser; its state starts fresh each round.")
     weight_decay: float = _setting(0.0, "training", "Decoupled weight decay (adamw) or L2 (sgd).", ge=0)
     momentum: float = _setting(0.0, "training", "Momentum (sgd).", ge=0, lt=1)
+    moments_dtype: Literal["same", "bfloat16"] = _setting(
+        "same",
+        "training",
+        "Data type of AdamW's first moment and of SGD's momentum: that of the adapters, or 'bfloat16' beside adapters in float32, which takes less memory. "
+        "AdamW's second moment keeps the adapters'.",
+    )
     clip_norm: float = _setting(1.0, "training", "Clip each client's gradient norm; 0 = no clip.", ge=0)
     max_tokens_per_step: int = _setting(
         16384,
@@ -219,6 +225,13 @@ class Config(BaseModel):
         False, "training", "Keep the inputs of the model's layers alone and compute each layer again in the backward pass: less memory, a third more time."
     )
     cobatch: bool = _setting(True, "training", "Train all sampled clients in one batch; false = one client at a time.")
+    clients_at_once: int = _setting(
+        0,
+        "training",
+        "With cobatch: train a round's clients in groups of at most this many, whose adapters, gradients and moments alone are on the device; those of the "
+        "others wait in host memory. 0 = all in one, or, with max_tokens_per_step = 'auto', as the memory that is free allows.",
+        ge=0,
+    )
     cuda_graph: bool = _setting(
         False, "training", "With cobatch, on a GPU: record a step in one CUDA graph and replay it for further ones of the same clients; pads to the longest."
     )

@@ -93,14 +93,16 @@ class LocalFleet:
         self.names = list(self.clients)
         self.model, self.model_name = self.federation.model, self.federation.model_name
         self.shapes, self.device = self.federation.shapes, self.federation.device
-        self.step_tokens = 0
+        self.auto: dict[str, int] = {}  # settings that `sized` found
 
     def sized(self, cfg: Config, state: ServerState) -> tuple[Config, list[str]]:
-        """`cfg` with a number for max_tokens_per_step = 'auto', found once, and lines that say how."""
-        if cfg.max_tokens_per_step or self.step_tokens:
-            return cfg.model_copy(update={"max_tokens_per_step": cfg.max_tokens_per_step or self.step_tokens}), []
+        """`cfg` with numbers for max_tokens_per_step = 'auto' and what comes with it, found once, and lines that say how."""
+        if cfg.max_tokens_per_step:
+            return cfg, []
+        if self.auto:
+            return cfg.model_copy(update=self.auto), []
         own, said = with_step_tokens(cfg, self.model, self.shapes, list(state.ranks_start.values()))
-        self.step_tokens = own.max_tokens_per_step
+        self.auto = {"max_tokens_per_step": own.max_tokens_per_step, "clients_at_once": own.clients_at_once}
         return own, said
 
     def describe(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import hetlora_kernels as hk
-from hetlora.cohort import train_cohort, train_one_by_one
+from hetlora.cohort import groups_of, moved, train_cohort, train_groups, train_one_by_one
 from hetlora.config import Config
 from hetlora.low_rank import best_rank
 from hetlora.merge import MergeCall, Merged, row_weights
@@ -227,8 +227,13 @@ def train_fold(work: Work) -> Trained:
     fresh = drawn(cfg, state, work.names, work.number)
     ranks = {name: layout.ranks for name, layout in fresh.layouts.items()}
     everyone = range(fresh.num_clients)
+    in_turn = cfg.cobatch and len(groups_of(len(everyone), cfg)) > 1
     with folded(work.model, down.bank, cfg.scale):
-        if cfg.cobatch:
+        if in_turn:
+            fresh = moved(fresh, torch.device("cpu"))
+            trained, results = train_groups(work.model, fresh, work.clients, cfg, work.number, work.lr, {}, work.progress)
+            fresh, trained = (moved(bank, state.bank.device) for bank in (fresh, trained))
+        elif cfg.cobatch:
             trained = fresh.select(everyone)
             results = train_cohort(work.model, trained, work.clients, cfg, work.number, work.lr, {}, work.progress)
         else:

@@ -124,7 +124,8 @@ class TrainingKind:
 
 
 _OF_ADAPTERS = (
-    *("adapter_dtype", "target_modules", "quantize", "init_adapter", "scale", "scale_rule", "dropout", "ranks", "gamma", "prune_lambda", "prune_scope"),
+    *("adapter_dtype", "moments_dtype", "target_modules", "quantize", "init_adapter", "scale", "scale_rule", "dropout", "ranks"),
+    *("gamma", "prune_lambda", "prune_scope"),
     *("weight_scope", "weight_cap", "clip_update", "clip_median", "shared_rows", "unowned_rows", "merge"),
 )
 
@@ -200,7 +201,7 @@ TRAININGS = {
             refuses=(
                 Refusal(("dtype",), "train = 'full' steps the weights themselves, whose small changes float16 cannot hold; use another dtype", ("float16",)),
                 Refusal(_OF_ADAPTERS, "of adapters, and train = 'full' trains none; leave it out"),
-                Refusal(("cuda_graph",), "records the step of a cohort, and train = 'full' trains one client at a time; leave it out"),
+                Refusal(("cuda_graph", "clients_at_once"), "of the step of a cohort, and train = 'full' trains one client at a time; leave it out"),
                 Refusal(("weights",), "norms of adapters, and train = 'full' trains none; use weights = 'samples' or 'uniform'", ("sparsity",)),
             ),
         ),

@@ -6,7 +6,7 @@ import ctypes
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,11 @@ from hetlora_kernels.peft.losses import CHUNK
 SHARE = 0.9
 """Of the memory that is free: the rest is for what the model of memory leaves out (fragments of the allocator, the libraries' own work space)."""
 
+PAGED = 0.5
+"""Of the memory that there is: where adapters, gradients and moments of a round's clients take more, and the step does not fit, the clients train in groups."""
+
+GIB = 2**30
+
 Shapes = Mapping[str, tuple[int, int]]  # {module: (m, n)}
 
 
@@ -32,7 +37,8 @@ class StepMemory:
     """Bytes of a training step of T tokens: M(T) = W + A + T k + max(T g, c min(T V, C)).
 
     base: W, the weights, once whatever the number of clients.
-    adapters: A = N w_a (1 + 1 + o) for N trained numbers of w_a bytes: the factors, their gradients, o = 2 moments of AdamW (SGD: 1 with momentum, else 0).
+    adapters: A = N (w_a (1 + 1 + o) - h) for N trained numbers of w_a bytes: the factors, their gradients, o = 2 moments of AdamW (SGD: 1 with momentum,
+        else 0). h = 0, or 2 with moments_dtype = 'bfloat16', where the first moment takes 2 bytes and not 4.
     kept: k, what a token leaves for the backward pass. Without checkpointing it is measured, and is a sum over L layers; with it, k = L d w + k / L: the inputs
         of all layers (d numbers of w bytes), and what one layer leaves while it is computed again.
     moved: g, what the backward pass holds of a token besides: gradients of the widest layer and of its inputs.
@@ -67,7 +73,9 @@ def adapter_bytes(shapes: Shapes, total_rank: int, cfg: Config) -> int:
     """A of `StepMemory`: clients of `total_rank` rank rows together in every module."""
     numbers = total_rank * sum(m + n for m, n in shapes.values())
     moments = 2 if cfg.optimizer == "adamw" else int(cfg.momentum > 0)
-    return numbers * getattr(torch, cfg.adapter_dtype).itemsize * (2 + moments)
+    element = getattr(torch, cfg.adapter_dtype).itemsize
+    saved = 0 if cfg.moments_dtype == "same" else element - getattr(torch, cfg.moments_dtype).itemsize
+    return numbers * (element * (2 + moments) - saved)
 
 
 def step_memory(model: nn.Module, shapes: Shapes, total_rank: int, rank: int, cfg: Config, layers: int | None = None) -> StepMemory:
@@ -217,8 +225,30 @@ def give_back_freed_memory() -> None:
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
 
+def _factors(shapes: Shapes, total_rank: int, cfg: Config) -> int:
+    """Bytes of the factors alone."""
+    return total_rank * sum(m + n for m, n in shapes.values()) * int(getattr(torch, cfg.adapter_dtype).itemsize)
+
+
+def _at_once(memory: StepMemory, shapes: Shapes, largest: Sequence[int], free: float, cfg: Config, waiting: int) -> tuple[int, float]:
+    """(how many of a round's clients train at once, the bytes that are left to their step) where cfg.clients_at_once says none.
+
+    All, where a step of them fits, or where their adapters, gradients and moments take at most `PAGED` of what there is and a sequence fits beside; else as
+    many as do.   largest: ranks of the round's clients, falling.   waiting: bytes of a round's rows that lie in `free` besides, for each group but the one.
+    """
+    for count in range(len(largest), 1, -1):
+        own, left = replace(memory, adapters=adapter_bytes(shapes, sum(largest[:count]), cfg)), free - waiting * (count < len(largest))
+        modest = own.adapters <= PAGED * left and own.of(cfg.seq_len) <= own.base + left
+        if modest or own.of(count * cfg.seq_len * cfg.batch_size) <= own.base + left:
+            return count, left
+    return 1, free - waiting * (len(largest) > 1)
+
+
 def with_step_tokens(cfg: Config, model: nn.Module, shapes: Shapes, ranks: Sequence[int]) -> tuple[Config, list[str]]:
-    """`cfg` with max_tokens_per_step as a number, and lines that say how 'auto' came to it.   ranks: of all clients; the largest that make a round count."""
+    """`cfg` with max_tokens_per_step as a number, and lines that say how 'auto' came to it.   ranks: of all clients; the largest that make a round count.
+
+    With it comes clients_at_once, where that is 0 and not all of a round's clients fit.
+    """
     if cfg.max_tokens_per_step:
         return cfg, []
     if cfg.training_kind.no_ranks:
@@ -227,18 +257,33 @@ def with_step_tokens(cfg: Config, model: nn.Module, shapes: Shapes, ranks: Seque
     if device.type == "cpu":
         give_back_freed_memory()
     free, source = free_memory(device)
-    largest = sorted((max(1, rank) for rank in ranks), reverse=True)[: cfg.clients_per_round if cfg.cobatch else 1]
+    sampled = sorted((max(1, rank) for rank in ranks), reverse=True)[: cfg.clients_per_round]
+    largest = sampled[: cfg.clients_at_once or None] if cfg.cobatch else sampled[:1]
     why = f"the probe of two sequences of {cfg.seq_len} tokens found no memory"
     with refusing_without_memory(f"max_tokens_per_step = 'auto': {why}; give a number, or a shorter seq_len"):
         memory = step_memory(model, shapes, sum(largest), max(1, round(sum(largest) / len(largest))), cfg)
+    rows = _factors(shapes, sum(sampled), cfg)  # as received; where clients train in turn they wait in host memory, which is a CPU's own, with those trained
+    here = device.type == "cpu"
+    left, said = SHARE * free - rows, []
+    if len(largest) < len(sampled):
+        left = SHARE * free - 2 * rows * (here or not cfg.cobatch)
+    else:
+        count, left = _at_once(memory, shapes, largest, left, cfg, rows if here else -rows)
+        if count < len(largest):
+            whole, largest = memory.adapters, largest[:count]
+            cfg = cfg.model_copy(update={"clients_at_once": count})
+            memory = replace(memory, adapters=adapter_bytes(shapes, sum(largest), cfg))
+            said.append(
+                f"clients_at_once: {count} of a round's {len(sampled)} (auto), modelled: adapters, gradients and moments of all take {whole / GIB:.2f} GiB, of "
+                f"{count} {memory.adapters / GIB:.2f}; the others' adapters wait in host memory"
+            )
     most = cfg.seq_len * cfg.batch_size * len(largest)
-    fitting = memory.tokens(memory.base + SHARE * free)  # the base is there already
+    fitting = memory.tokens(memory.base + left)  # the base is there already
     tokens = min(max(fitting, cfg.seq_len), most)
-    gib = 2**30
-    line = (
-        f"max_tokens_per_step: {tokens} (auto), modelled: {memory.of(tokens) / gib:.2f} GiB with a base of {memory.base / gib:.2f}, adapters and optimiser of "
-        f"{memory.adapters / gib:.2f} and {memory.kept / 1024:.0f} KiB a token; {free / gib:.2f} GiB are free ({source})"
+    said.append(
+        f"max_tokens_per_step: {tokens} (auto), modelled: {memory.of(tokens) / GIB:.2f} GiB with a base of {memory.base / GIB:.2f}, adapters and optimiser of "
+        f"{memory.adapters / GIB:.2f} and {memory.kept / 1024:.0f} KiB a token; {free / GIB:.2f} GiB are free ({source})"
     )
-    return cfg.model_copy(update={"max_tokens_per_step": tokens}), [line] + (
-        [f"one sequence of {cfg.seq_len} tokens may not fit; give --gradient-checkpointing or a shorter --seq-len"] if fitting < cfg.seq_len else []
-    )
+    if fitting < cfg.seq_len:
+        said.append(f"one sequence of {cfg.seq_len} tokens may not fit; give --gradient-checkpointing or a shorter --seq-len")
+    return cfg.model_copy(update={"max_tokens_per_step": tokens}), said

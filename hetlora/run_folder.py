@@ -172,7 +172,7 @@ def read_config(folder: Path) -> Config:
     return Config.from_file(folder / CONFIG)
 
 
-BITS_ONLY = ("device", "cobatch", "cuda_graph", "max_tokens_per_step", "padding_free", "gradient_checkpointing")
+BITS_ONLY = ("device", "cobatch", "clients_at_once", "cuda_graph", "max_tokens_per_step", "padding_free", "gradient_checkpointing")
 """Settings that change the order of sums and no more: a run may go on with another value, which is said."""
 LENGTH = ("rounds",)
 """Settings with another value of which a run goes on as one that had it from the start, where `course.check_length` allows it."""

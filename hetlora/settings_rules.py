@@ -18,6 +18,9 @@ _OF_ONE_VALUE = {
 }
 """{setting: (another setting, the values of it with which this one is read)}, besides those of the kinds of run."""
 
+SLOWEST_MOMENT = 0.95
+"""`hetlora_kernels.optim.SLOWEST`: settings are checked without torch."""
+
 
 def check(cfg: Any) -> None:
     """`ConfigError` for settings that do not go together: one that would be ignored, or that a kind of run cannot use."""
@@ -47,14 +50,29 @@ def check(cfg: Any) -> None:
         raise ConfigError("scale_rule = 'rslora': a client has one scale, and prune_scope = 'module' gives its modules ranks of their own; leave one out")
     if cfg.warmup_rounds >= cfg.rounds:
         raise ConfigError(f"warmup_rounds: expected fewer than rounds = {cfg.rounds}, got {cfg.warmup_rounds}")
+    if cfg.clients_at_once and not cfg.cobatch:
+        raise ConfigError(f"{_shown(cfg, ['clients_at_once'])}: only for cobatch = True, without which clients train one at a time; leave it out")
     if cfg.cuda_graph and not cfg.cobatch:
         raise ConfigError("cuda_graph = True: only for cobatch = True, as it records the step of a cohort; leave it out")
     if cfg.cuda_graph and cfg.padding_free == "on":
         raise ConfigError("cuda_graph = True: a recorded step has one shape, which padding makes; leave padding_free = 'on' out")
     if cfg.cuda_graph and cfg.gradient_checkpointing:
         raise ConfigError("cuda_graph = True: gradient_checkpointing sets the state of torch's generator, which a recorded step cannot; leave one out")
+    _check_moments(cfg)
     _check_privacy(cfg)
     _check_examples(cfg)
+
+
+def _check_moments(cfg: Any) -> None:
+    if cfg.moments_dtype == "same":
+        return
+    if cfg.adapter_dtype != "float32":
+        raise ConfigError(f"{_shown(cfg, ['moments_dtype'])}: beside adapters in float32, and adapter_dtype = {cfg.adapter_dtype!r}; leave one of them out")
+    if cfg.optimizer == "sgd" and not 0 < cfg.momentum <= SLOWEST_MOMENT:
+        raise ConfigError(
+            f"{_shown(cfg, ['moments_dtype'])}: of SGD's momentum, above 0 and at most {SLOWEST_MOMENT}, as rounding would hold a slower one still, "
+            f"and momentum = {cfg.momentum}; leave one of them out"
+        )
 
 
 def _check_privacy(cfg: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 import hetlora_kernels as hk
 from hetlora import server
 from hetlora.client import LocalResult, prune_decision, tail_scores
-from hetlora.cohort import train_cohort, train_one_by_one
+from hetlora.cohort import groups_of, moved, train_cohort, train_groups, train_one_by_one
 from hetlora.config import Config
 from hetlora.data import ClientData
 from hetlora.ranks import ClientRanks, bank_ranks, tail_start
@@ -112,8 +112,14 @@ def train_adapters(work: Work) -> Trained:
     if "b" not in factors:
         received.freeze_b()
     everyone = range(received.num_clients)
+    in_turn = cfg.cobatch and len(groups_of(len(everyone), cfg)) > 1
+    if in_turn:  # the round's rows wait in host memory
+        received = moved(received, torch.device("cpu"))
     start = _at_own_scale(received, cfg, state.r_max)
-    if cfg.cobatch:
+    if in_turn:
+        trained, results = train_groups(work.model, start, work.clients, cfg, work.number, work.lr, cuts, work.progress)
+        start, trained, received = (moved(bank, state.bank.device) for bank in (start, trained, received))
+    elif cfg.cobatch:
         trained = start.select(everyone)
         results = train_cohort(work.model, trained, work.clients, cfg, work.number, work.lr, cuts, work.progress)
     else:

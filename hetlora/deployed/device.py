@@ -41,7 +41,7 @@ ADVICE = "set gradient-checkpointing, max-tokens-per-step or quantize on this no
 Shapes = Mapping[str, tuple[int, int]]
 
 _OF_THE_RUN = (
-    *("adapter_dtype", "quantize", "seq_len", "batch_size", "max_tokens_per_step", "optimizer", "momentum", "dropout"),
+    *("adapter_dtype", "quantize", "seq_len", "batch_size", "max_tokens_per_step", "optimizer", "momentum", "moments_dtype", "dropout"),
     *("padding_free", "gradient_checkpointing"),
 )
 
