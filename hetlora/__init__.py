@@ -6,11 +6,12 @@ Raises `ImportError` naming the extra to install when a package of the `fed` ext
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hetlora.late_names import late_names
 
 if TYPE_CHECKING:
     from hetlora.config import Config, ConfigError
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Config", "ConfigError", "__version__", "simulate"]
 
-_EXPORTS = {"Config": "hetlora.config", "ConfigError": "hetlora.config", "simulate": "hetlora.loop"}
 _FED_MODULES = ("transformers", "peft", "safetensors", "regex", "pydantic", "yaml", "rich", "click", "matplotlib", "jinja2", "platformdirs")
 if sys.version_info < (3, 11):
     _FED_MODULES += ("tomli",)
@@ -39,12 +39,7 @@ def _started_as_command() -> bool:
     return "hetlora" in sys.orig_argv if program == "-m" else Path(program).stem in ("hetlora", "hetlora-script")
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'hetlora' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_EXPORTS[name]), name)
-    globals()[name] = value
-    return value
+__getattr__ = late_names(__name__, {"Config": "hetlora.config", "ConfigError": "hetlora.config", "simulate": "hetlora.loop"})
 
 
 def __dir__() -> list[str]:

@@ -5,9 +5,9 @@ The names are loaded at first use. `ImportError` names the extra to install wher
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hetlora.late_names import late_names
 
 if TYPE_CHECKING:
     from hetlora.deployed.local import Base, describe_base
@@ -19,20 +19,12 @@ if TYPE_CHECKING:
 __all__ = ["Base", "HetLora", "Waiting", "client_app", "describe_base", "server_app"]
 
 _PLACES = {
-    "Base": "deployed.local",
-    "HetLora": "flower.strategy",
-    "Waiting": "deployed.settings",
-    "client_app": "flower.client",
-    "describe_base": "deployed.local",
-    "server_app": "flower.server",
+    "Base": "hetlora.deployed.local",
+    "HetLora": "hetlora.flower.strategy",
+    "Waiting": "hetlora.deployed.settings",
+    "client_app": "hetlora.flower.client",
+    "describe_base": "hetlora.deployed.local",
+    "server_app": "hetlora.flower.server",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module 'hetlora.flower' has no attribute {name!r}")
-    if importlib.util.find_spec("flwr") is None:
-        raise ImportError("hetlora.flower needs Flower; install it with: pip install '.[flower]'")
-    value = getattr(importlib.import_module(f"hetlora.{_PLACES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = late_names(__name__, _PLACES, ("flwr", "Flower", "flower"))

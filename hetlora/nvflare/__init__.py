@@ -5,9 +5,9 @@ The names are loaded at first use. `ImportError` names the extra to install wher
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hetlora.late_names import late_names
 
 if TYPE_CHECKING:
     from hetlora.nvflare.aggregator import HetLoraAggregator
@@ -16,14 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["HetLora", "HetLoraAggregator", "run_client"]
 
-_PLACES = {"HetLora": "controller", "HetLoraAggregator": "aggregator", "run_client": "client"}
+_PLACES = {"HetLora": "hetlora.nvflare.controller", "HetLoraAggregator": "hetlora.nvflare.aggregator", "run_client": "hetlora.nvflare.client"}
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module 'hetlora.nvflare' has no attribute {name!r}")
-    if importlib.util.find_spec("nvflare") is None:
-        raise ImportError("hetlora.nvflare needs NVFLARE; install it with: pip install '.[nvflare]'")
-    value = getattr(importlib.import_module(f"hetlora.nvflare.{_PLACES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = late_names(__name__, _PLACES, ("nvflare", "NVFLARE", "nvflare"))
