@@ -108,9 +108,9 @@ def opening(cfg: Config, fast: bool = False) -> list[str]:
 
 def _fleet(cfg: Config, federation: Federation) -> str:
     """The ranks that were drawn, in one line."""
-    plan = starting_ranks(cfg, federation.data)
-    ranks = sorted(plan.ranks.values())
-    return f"ranks of the {len(ranks)} devices: {', '.join(map(str, ranks))} (seed {cfg.seed}); the server's adapter has rank {plan.r_max}"
+    starting = starting_ranks(cfg, federation.data)
+    ranks = sorted(starting.ranks.values())
+    return f"ranks of the {len(ranks)} devices: {', '.join(map(str, ranks))} (seed {cfg.seed}); the server's adapter has rank {starting.r_max}"
 
 
 def choose_lambda(cfg: Config, calibration: list[str], federation: Federation, observer: Observer, grid: tuple[float, ...] = LAMBDAS) -> float:
@@ -119,9 +119,10 @@ def choose_lambda(cfg: Config, calibration: list[str], federation: Federation, o
     """
     trial = cfg.model_copy(update={**CALIBRATION, "data": "stdlib:" + ",".join(calibration), "clients_per_round": len(calibration)})
     trial_federation = Federation(federation.model, federation.model_name, federation.shapes, load_data(trial, federation.tokenizer))
-    plan = starting_ranks(cfg, federation.data)
+    starting = starting_ranks(cfg, federation.data)
     steps = max(len(calibration) - 1, 1)
-    ranks = [plan.r_min + round((plan.r_max - plan.r_min) * i / steps) for i in range(len(calibration))]  # spread, so that there are tails to act on
+    # Spread, so that there are tails to act on.
+    ranks = [starting.r_min + round((starting.r_max - starting.r_min) * i / steps) for i in range(len(calibration))]
     trial = trial.model_copy(update={"ranks": ",".join(map(str, ranks))})
     losses = {}
     for value in (0.0, *grid):

@@ -57,9 +57,9 @@ def prepare(cfg: Config, observer: Observer | None = None, make_data: Callable[[
     check_targets(cfg, path)
     tokenizer = load_tokenizer(path, cfg.trust_remote_code)
     data = make_data(tokenizer) if make_data else load_data(cfg, tokenizer)
-    plan = starting_ranks(cfg, data)  # likewise ranks that do not fit the clients
+    starting = starting_ranks(cfg, data)  # likewise ranks that do not fit the clients
     if cfg.init_adapter:
-        init_adapter.check_ranks(init_adapter.read(cfg), cfg, plan.r_max)
+        init_adapter.check_ranks(init_adapter.read(cfg), cfg, starting.r_max)
     check_vocabulary(cfg, data, limits.vocabulary)
     model = load_model(cfg, path)
     if cfg.gradient_checkpointing:

@@ -153,11 +153,11 @@ def _check_resumable(cfg: Config, folder: Path, lock: FolderLock) -> list[str]:
 
 
 def _initial_state(cfg: Config, fleet: Fleet) -> server.ServerState:
-    plan = fleet.starting_ranks(cfg)
-    check_width(plan, fleet.shapes)
-    ranks = {name: dict.fromkeys(fleet.shapes, rank) for name, rank in plan.ranks.items()}
-    bank = server.fresh_bank(fleet.shapes, plan.r_max, cfg, fleet.device)
-    return server.ServerState(bank, ranks, plan.r_min, plan.r_max, ranks_start=plan.ranks)
+    starting = fleet.starting_ranks(cfg)
+    check_width(starting, fleet.shapes)
+    ranks = {name: dict.fromkeys(fleet.shapes, rank) for name, rank in starting.ranks.items()}
+    bank = server.fresh_bank(fleet.shapes, starting.r_max, cfg, fleet.device)
+    return server.ServerState(bank, ranks, starting.r_min, starting.r_max, ranks_start=starting.ranks)
 
 
 def _describe(run: Run) -> dict[str, Any]:

@@ -362,11 +362,11 @@ def _unique(pairs: Sequence[tuple[str, object]], path: Path) -> dict[str, object
 # ---------------------------------------------------------------- ranks of a run
 
 
-def check_width(plan: StartingRanks, shapes: Mapping[str, tuple[int, int]]) -> None:
+def check_width(starting: StartingRanks, shapes: Mapping[str, tuple[int, int]]) -> None:
     """`ConfigError` when the largest rank exceeds the width of a target module: such rank rows could only repeat each other."""
     name, width = min(((name, min(shape)) for name, shape in shapes.items()), key=lambda item: item[1])
-    if plan.r_max > width:
-        raise ConfigError(f"ranks: rank {plan.r_max} is above the width {width} of module {name!r}; lower the largest rank or choose other target modules")
+    if starting.r_max > width:
+        raise ConfigError(f"ranks: rank {starting.r_max} is above the width {width} of module {name!r}; lower the largest rank or choose other target modules")
 
 
 @cache

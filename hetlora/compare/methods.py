@@ -181,14 +181,14 @@ def refuse_private(source: str, given: Mapping[str, Any]) -> None:
         )
 
 
-def method_config(method: Method, common: Config, plan: StartingRanks, **values: Any) -> Config:
+def method_config(method: Method, common: Config, starting: StartingRanks, **values: Any) -> Config:
     """The settings of a run of `method`: the common ones, the method's own, and `values` (seed, output, ...) on top.
 
-    plan: the clients' ranks in the common settings, for the methods in which all clients have one.
+    starting: the clients' ranks in the common settings, for the methods in which all clients have one.
     """
     settings = _without_others(method, common.model_dump())
     if method.ranks != "own":
-        one = {"min": plan.r_min, "mean": round(sum(plan.ranks.values()) / len(plan.ranks)), "max": plan.r_max}
+        one = {"min": starting.r_min, "mean": round(sum(starting.ranks.values()) / len(starting.ranks)), "max": starting.r_max}
         settings["ranks"] = f"fixed:{one[method.ranks]}"
     return Config.create(f"method {method.name}", **{**settings, **method.settings, **values})
 

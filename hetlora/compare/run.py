@@ -260,9 +260,9 @@ def _read_plan(file: Path) -> dict[str, Any]:
 def _cell(method: Method, common: Config, bench: Bench, folder: Path, values: dict[str, str], search: bool) -> Cell:
     value = next(iter(values.values()), "")
     name = f"{run_folder.folder_name(method.name, safe='+=')}{f'-{value}' if value else ''}"  # a search that takes another value leaves the old runs alone
-    plan = starting_ranks(common, bench.data(common))
-    cfg = method_config(method, common, plan, **values, output=str(folder / name / f"seed-{common.seed}"))
-    return Cell(method.name, common.seed, cfg, value, search, plan.ranks)
+    starting = starting_ranks(common, bench.data(common))
+    cfg = method_config(method, common, starting, **values, output=str(folder / name / f"seed-{common.seed}"))
+    return Cell(method.name, common.seed, cfg, value, search, starting.ranks)
 
 
 def _run_cell(cell: Cell, bench: Bench, observer: Observer, done: int, total: int) -> None:
