@@ -73,8 +73,11 @@ def keep_mask(seed: Tensor, row_keys: Tensor, columns: int, p: float) -> Tensor:
     return values[:, :columns] >= dropout_threshold(p)
 
 
-def _drop(x: Tensor, seed: Tensor, row_keys: Tensor, p: float) -> Tensor:
-    kept = keep_mask(seed, row_keys, x.shape[1], p)
+def _drop(x: Tensor, seeds: Tensor | None, row_keys: Tensor, client: int, start: int, p: float) -> Tensor:
+    """What dropout leaves of a client's rows, whose keys begin at `start`; without seeds all."""
+    if seeds is None:
+        return x
+    kept = keep_mask(seeds[client], row_keys[start : start + len(x)], x.shape[1], p)
     return torch.where(kept, x / (1 - dropout_threshold(p) / 65536), 0.0)
 
 
@@ -103,9 +106,7 @@ def shrink(x, rows, scale, seeds, row_keys, index, ranks, starts, lengths, dropo
     out = x.new_zeros(sum(r * n for r, n in zip(ranks, lengths, strict=False)), dtype=operand_dtype(x))
     dtype = compute_dtype(x.dtype)
     for k, row, rank, start, length, flat in _segments(ranks, starts, lengths):
-        own = _take(x, index, start, length, dtype)
-        if seeds is not None:
-            own = _drop(own, seeds[k], row_keys[start : start + length], dropout)
+        own = _drop(_take(x, index, start, length, dtype), seeds, row_keys, k, start, dropout)
         product = own @ rows[row : row + rank].to(out.dtype).to(dtype, copy=True).t() * scale[k]
         out[flat : flat + rank * length] = product.reshape(-1).to(out.dtype)
     return out
@@ -116,8 +117,7 @@ def expand_(out, s, rows, seeds, row_keys, index, ranks, starts, lengths, dropou
     dtype = compute_dtype(s.dtype)
     for k, row, rank, start, length, flat in _segments(ranks, starts, lengths):
         product = s[flat : flat + rank * length].view(length, rank).to(dtype) @ rows[row : row + rank].to(s.dtype).to(dtype)
-        if seeds is not None:
-            product = _drop(product, seeds[k], row_keys[start : start + length], dropout)
+        product = _drop(product, seeds, row_keys, k, start, dropout)
         if index is None:
             target = out[start : start + length]
             target.copy_((target.to(dtype) + product).to(out.dtype))
@@ -131,9 +131,7 @@ def grouped_gram(s, x, seeds, row_keys, index, ranks, starts, lengths, dropout, 
     out = x.new_zeros((sum(ranks), x.shape[1]), dtype=dtype)
     compute = compute_dtype(x.dtype)
     for k, row, rank, start, length, flat in _segments(ranks, starts, lengths):
-        own = _take(x, index, start, length, compute)
-        if seeds is not None:
-            own = _drop(own, seeds[k], row_keys[start : start + length], dropout)
+        own = _drop(_take(x, index, start, length, compute), seeds, row_keys, k, start, dropout)
         out[row : row + rank] = (s[flat : flat + rank * length].view(length, rank).to(compute, copy=True).t() @ own).to(dtype)
     return out
 

@@ -106,20 +106,14 @@ def lora_add(
     return _run(False, x, None, None, base_out, a, bt, layout, seg, scale, dropout if training else 0.0, seeds, transposed, casts)
 
 
-def _cast(x: Tensor, *others: Tensor | None) -> Sequence[Any]:
-    """In the autocast type, unless x is float64 or no float at all."""
-    if x.dtype == torch.float64 or x.dtype not in FLOATS:
-        return x, *others
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return [tensor.to(dtype) if isinstance(tensor, Tensor) else tensor for tensor in (x, *others)]
-
-
 def _run(whole, x, weight, bias, base, a, bt, layout, seg, scale, dropout, seeds, transposed, casts) -> Tensor:
     """The call.   whole: with the base product, of `weight` and `bias`; else beside `base`, the base layer's output."""
     state = None
     try:
         if is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
-            x, weight, bias = _cast(x, weight, bias)
+            if x.dtype in FLOATS and x.dtype != torch.float64:  # which autocast leaves as they are
+                dtype = torch.get_autocast_dtype(x.device.type)
+                x, weight, bias = [tensor.to(dtype) if isinstance(tensor, Tensor) else tensor for tensor in (x, weight, bias)]
             with torch.autocast(x.device.type, enabled=False):
                 return _run(whole, x, weight, bias, base, a, bt, layout, seg, scale, dropout, seeds, transposed, casts)
         if whole and weight.requires_grad and is_grad_enabled():

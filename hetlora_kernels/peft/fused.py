@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -19,13 +20,11 @@ from hetlora_kernels.ops.lora import lora_add, lora_linear
 from hetlora_kernels.peft.batch import Batch, Forms, Rows, left_is_over
 
 BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
-_KEPT_BATCHES = 64
 _LARGEST_DROPOUT = 1 - 2**-16
 _TENSORS = (nn.Parameter, Tensor)
 
 Term = tuple[nn.Linear, nn.Linear, float, float]  # lora_A, lora_B, dropout, scaling
 
-_batches: dict[tuple[int, int], tuple[RankLayout, Segments]] = {}
 _told: set[str] = set()
 
 
@@ -38,14 +37,10 @@ def tell(reason: str) -> None:
 
 def _sole(rank: int, rows: int) -> tuple[RankLayout, Segments]:
     """One client of this rank that owns every row."""
-    if torch.compiler.is_compiling():  # a traced call must not depend on what others left here
-        return RankLayout([rank]), Segments(rows, [0], [rows], None, None)
-    batch = _batches.get((rank, rows))
-    if batch is None:
-        if len(_batches) >= _KEPT_BATCHES:
-            _batches.clear()
-        batch = _batches[rank, rows] = RankLayout([rank]), Segments(rows, [0], [rows], None, None)
-    return batch
+    return RankLayout([rank]), Segments(rows, [0], [rows], None, None)
+
+
+_kept_sole = lru_cache(maxsize=64)(_sole)
 
 
 def _plain(module: nn.Module, cls: type) -> bool:
@@ -168,9 +163,10 @@ class FusedLayer(nn.Module):
                 extra = bias * scaling if extra is None else extra + bias * scaling
         out = self._base(x, extra, args, kwargs)
         rows = x.numel() // x.shape[-1]
+        sole = _sole if torch.compiler.is_compiling() else _kept_sole  # a traced call must not depend on what others left here
         for a, b, p, scaling in terms:
             factor_a, factor_b = _parameter(a, "weight"), _parameter(b, "weight")
-            one = _sole(factor_a.shape[0], rows)
+            one = sole(factor_a.shape[0], rows)
             if isinstance(out, Tensor):
                 out = lora_add(out, x, factor_a, factor_b, *one, scaling, p, transposed=True)
             else:
