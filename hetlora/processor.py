@@ -23,20 +23,43 @@ _SHARED = 0.25  # cores that others use, from which on the machine counts as sha
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
-def _quota() -> float | None:
-    """Cores that a container may use by its quota of CPU time; None where there is no limit."""
+_GROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUPS = Path("/proc/self/cgroup")
+
+
+def _limit(group: Path) -> float | None:
+    """Cores that this group of processes may use; None where it has no limit of its own."""
     try:
-        allowed, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        allowed, period = (group / "cpu.max").read_text(encoding="ascii").split()
     except (OSError, ValueError):
         try:
-            allowed, period = (Path(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us").read_text(encoding="ascii").strip() for name in ("quota", "period"))
+            allowed, period = ((group / f"cpu.cfs_{name}_us").read_text(encoding="ascii").strip() for name in ("quota", "period"))
         except OSError:
             return None
     return None if allowed == "max" or int(allowed) <= 0 else int(allowed) / int(period)
 
 
+def _quota() -> float | None:
+    """Cores that this process may use by quotas of CPU time, the least of all groups that it is in; None where there is no limit.
+
+    A container sees its own group as the root of all. A service or a batch job (systemd, Slurm) on the machine itself is in a group further down.
+    """
+    try:
+        lines = _OWN_GROUPS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    groups = {_GROUPS, _GROUPS / "cpu"}
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        inside = Path(path.lstrip("/"))
+        for root in (_GROUPS / controllers, _GROUPS / "cpu") if controllers else (_GROUPS, _GROUPS / "unified"):
+            groups.update(root / part for part in (inside, *inside.parents))
+    return min((limit for limit in map(_limit, groups) if limit is not None), default=None)
+
+
 def cores() -> int:
-    """Cores this process may use: those it is bound to, and no more than its container's quota of CPU time."""
+    """Cores this process may use: those it is bound to, and no more than the quota of CPU time of its container, service or batch job."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota()
     return bound if quota is None else max(1, min(bound, int(quota + 0.5)))

@@ -49,13 +49,56 @@ def test_what_the_user_chose_stays(fresh, name):
     assert os.environ["OMP_NUM_THREADS"] == "7"
 
 
-@pytest.mark.parametrize(("text", "expected"), [("max 100000\n", 8), ("200000 100000\n", 2), ("150000 100000\n", 2), ("10000 100000\n", 1)])
-def test_the_quota_of_a_container(monkeypatch, tmp_path, text, expected):
-    (tmp_path / "cpu.max").write_text(text)
-    real = processor.Path
-    monkeypatch.setattr(processor, "Path", lambda path: real(str(path).replace("/sys/fs/cgroup", str(tmp_path))))
+@pytest.fixture
+def groups(monkeypatch, tmp_path):
+    """A tree of groups of processes, and a machine of eight cores."""
+    monkeypatch.setattr(processor, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(processor, "_OWN_GROUPS", tmp_path / "own")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+
+    def write(own: str, **files: str) -> None:
+        (tmp_path / "own").write_text(own)
+        for name, text in files.items():
+            path = tmp_path / "groups" / name.replace("__", "/").replace("cpu_", "cpu.")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    return write
+
+
+@pytest.mark.parametrize(("text", "expected"), [("max 100000\n", 8), ("200000 100000\n", 2), ("150000 100000\n", 2), ("10000 100000\n", 1)])
+def test_the_quota_of_a_container(groups, text, expected):
+    """It sees its own group as the root."""
+    groups("0::/\n", cpu_max=text)
     assert processor.cores() == expected
+
+
+def test_the_quota_of_a_service_or_a_batch_job(groups):
+    """Its group, or one around it, has the limit; the root of a machine has none. The least counts."""
+    own = "0::/system.slice/job.scope\n"
+    groups(own, system_slice="")
+    assert processor.cores() == 8
+    groups(own, **{"system.slice__cpu_max": "400000 100000\n"})
+    assert processor.cores() == 4
+    groups(own, **{"system.slice__job.scope__cpu_max": "300000 100000\n"})
+    assert processor.cores() == 3
+    groups("0::/another.slice\n")
+    assert processor.cores() == 8
+
+
+@pytest.mark.parametrize("folder", ["cpu", "cpu,cpuacct"])
+def test_the_quota_of_a_group_of_the_first_version(groups, folder):
+    own = f"{folder}__a__job__cpu_cfs"
+    groups(f"5:memory:/elsewhere\n4:{folder}:/a/job\n0::/\n", **{f"{own}_quota_us": "250000\n", f"{own}_period_us": "100000\n"})
+    assert processor.cores() == 3
+    groups(f"4:{folder}:/\n", **{f"{folder}__cpu_cfs_quota_us": "-1\n", f"{folder}__cpu_cfs_period_us": "100000\n"})
+    assert processor.cores() == 8
+
+
+def test_a_container_that_is_told_its_place_on_the_machine(groups):
+    """Without a namespace of groups the path names folders that the container does not see; its root has the limit."""
+    groups("4:cpu:/docker/0123\n", **{"cpu__cpu_cfs_quota_us": "100000\n", "cpu__cpu_cfs_period_us": "100000\n"})
+    assert processor.cores() == 1
 
 
 def test_use_by_others_is_measured():
