@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateSyntaxError
 from torch import Tensor
 
 from hetlora.config import Config, ConfigError
@@ -36,6 +37,17 @@ class Chat:
         self.counts: Counter[str] = Counter()
         if self.template is None and not getattr(tokenizer, "chat_template", None):
             raise ConfigError(f"messages: the tokenizer of model {cfg.model!r} has no chat template; give --template chatml, or a file in jinja2")
+        self._parse()
+
+    def _parse(self) -> None:
+        """`ConfigError` naming the template where it is no jinja2: no conversation is at fault then."""
+        try:
+            self.tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False, chat_template=self.template)
+        except TemplateSyntaxError as error:
+            whose = f"that of the tokenizer of model {self.cfg.model!r}" if self.template is None else self.cfg.template
+            raise ConfigError(f"template: {whose} is not valid jinja2 (line {error.lineno}: {error.message})") from None
+        except Exception:  # it takes no such conversation, and may take those of the data
+            return
 
     def render(self, messages: Sequence[Message], ask: bool) -> str:
         """The conversation as text.   ask: with what asks for the next answer at its end."""

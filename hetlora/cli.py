@@ -149,8 +149,8 @@ def cli(ctx: click.Context) -> None:
 
 
 @cli.command()
-@click.option("--rounds", type=int, help="Rounds.")
-@click.option("--output", help="Folder of the run; it must not exist.")
+@click.option("--rounds", type=int, help="Rounds. [default: 9; with --fast: 2]")
+@click.option("--output", help="Folder of the comparison; another number is put behind a name that is taken. [default: runs/demo]")
 @click.option("--seed", type=int, help="Seed of everything drawn in the run.")
 @click.option("--gamma", type=float, help="Rank decay of pruning.")
 @click.option("--prune-lambda", type=float, help="Weight of the pruning regulariser; left out, it is chosen by a rule that the demo prints.")

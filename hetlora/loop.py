@@ -107,6 +107,7 @@ def _rounds(cfg: Config, folder: Path, lock: FolderLock, resume: bool, observer:
         said = _check_resumable(cfg, folder, lock)
     else:
         run_folder.refuse_existing(folder, checkpoint.RESUME_INSTEAD)
+        run_folder.refuse_unwritable(folder)
     begun = resume and (folder / run_folder.CHECKPOINT).is_file()
     start = init_adapter.read(cfg) if cfg.init_adapter and not begun else None
     fleet = make()

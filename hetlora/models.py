@@ -341,8 +341,11 @@ def _warn_dropout(model: Any) -> None:
 
 
 def first_line(error: BaseException) -> str:
+    """Of its message; with the lines that follow where the first one announces them."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines if lines[0].endswith(":") else lines[:1])[:300].rstrip()
 
 
 def _advice(path: str) -> str:

@@ -61,12 +61,24 @@ def require_run(folder: Path) -> None:
     """`ConfigError` where `folder` is not that of a run."""
     if not is_run(folder):
         raise ConfigError(f"{folder}: no run there ({CONFIG} is missing); give the folder that 'hetlora run' wrote")
+    found = read_json(folder / CONFIG, [])
+    if isinstance(found, dict) and "model_type" in found and "rounds" not in found:
+        raise ConfigError(f"{folder}: no run there ({CONFIG} is that of a model); give the folder that 'hetlora run' wrote")
 
 
 def refuse_existing(folder: Path, instead: str) -> None:
     """`ConfigError` where `folder` is not free for something new: it must not exist, or be an empty folder.   instead: what to do."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"output: {folder} exists already; {instead}")
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """`ConfigError` where `folder` cannot be made: found before a model is loaded, as far as the nearest folder that is there tells."""
+    there = next((parent for parent in folder.absolute().parents if parent.exists()), None)
+    if there is None or (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        return
+    why = f"{there} may not be written to" if there.is_dir() else f"{there} is no folder"
+    raise ConfigError(f"output: cannot create {folder} ({why}); choose a folder that can be written")
 
 
 # ---------------------------------------------------------------- writing

@@ -17,6 +17,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         values = _parse(path.suffix.lower(), text)
     except Exception as error:  # the three parsers raise unrelated types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if mark := getattr(error, "problem_mark", None):  # of YAML, whose first line says neither what is wrong nor where
+            reason = f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None) or reason}"
         raise ConfigError(f"config file {path}: not valid {path.suffix or 'YAML'} ({reason})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"config file {path}: expected settings as 'name: value', got {type(values).__name__}")

@@ -388,4 +388,6 @@ def clean(text: str) -> str:
 
 def some(names: list[str], count: int = 5) -> str:
     more = f" and {len(names) - count} more" if len(names) > count else ""
+    if not names:
+        return "none at all"
     return ", ".join(repr(clean(name if len(name) <= 200 else f"{name[:100]}...{name[-90:]}")) for name in map(str, names[:count])) + more

@@ -27,9 +27,8 @@ def read_rows(path: Path, wanted: Sequence[str], lists: str | None, numbers: str
 
 def _check_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> None:
     if missing := [name for name in wanted if name not in columns]:
-        raise ConfigError(
-            f"data: file {path}: no column {missing[0]!r}; it has {', '.join(map(repr, columns[:12]))}; set --text-field, --client-field and the like"
-        )
+        there = ", ".join(map(repr, columns[:12])) or "none at all"
+        raise ConfigError(f"data: file {path}: no column {missing[0]!r}; it has {there}; set --text-field, --client-field and the like")
     if twice := [name for name in wanted if list(columns).count(name) > 1]:
         raise ConfigError(f"data: file {path}: the column {twice[0]!r} comes twice; rename one")
 

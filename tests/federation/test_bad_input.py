@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import SIZES, contents, tiny_config, tiny_federation
@@ -54,6 +56,14 @@ def test_an_empty_folder_may_be_used(tmp_path, federation):
 def test_a_folder_that_cannot_be_made(tmp_path, federation):
     (tmp_path / "file").write_text("mine")
     refused(tiny_config(tmp_path / "file" / "run"), federation, "output: cannot create .*; choose a folder that can be written")
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "prepare", lambda *_: pytest.fail("the model was loaded first"))
+    (tmp_path / "file").write_text("mine")
+    refused(tiny_config(tmp_path / "file" / "a" / "run"), None, "output: cannot create .*file is no folder.*; choose a folder that can be written")
+    monkeypatch.setattr("os.access", lambda path, _: Path(path) != tmp_path)  # the superuser may write everywhere
+    refused(tiny_config(tmp_path / "a" / "run"), None, f"output: cannot create .*{tmp_path.name} may not be written to")
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,19 @@ def test_a_folder_without_a_run_is_told_in_one_wording(arguments, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("arguments", [("report", "model"), ("export", "model", "-o", "out"), ("run", "--resume", "--output", "model")])
+def test_the_folder_of_a_model_is_no_run(arguments, tmp_path, monkeypatch):
+    """It has a config.json too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama", "vocab_size": 8}')
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "hetlora: error: model: no run there (config.json is that of a model); give the folder that 'hetlora run' wrote\n",
+    )
+
+
 def test_without_a_command_help_is_shown():
     result = invoke()
     assert result.exit_code == 0 and all(name in result.output for name in ("demo", "run", "report", "export", "info", "tune"))

@@ -246,6 +246,8 @@ def test_sources_that_are_not_there(tmp_path):
     fails(tmp_path / "empty", "no clients")
     (tmp_path / "empty.jsonl").write_text("")
     fails(tmp_path / "empty.jsonl", "no clients")
+    (tmp_path / "keyless.jsonl").write_text("{}")
+    fails(tmp_path / "keyless.jsonl", "no key 'text'; it has none at all;")
     (tmp_path / "blank").mkdir()
     (tmp_path / "blank" / "a.txt").write_text(" \n")
     fails(tmp_path / "blank", "no clients")

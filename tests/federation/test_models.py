@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import types
@@ -189,6 +190,10 @@ def test_folders_that_hold_no_causal_model(tmp_path):
     (tmp_path / "empty").mkdir()
     fails(lambda: load_model(Config(), str(tmp_path / "empty")), "empty", "save_pretrained")
     fails(lambda: load_tokenizer(str(tmp_path / "empty")), "tokenizer", "save_pretrained")
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ConfigError) as error:
+        load_tokenizer(str(tmp_path / "empty"))
+    assert not re.search(r":\)", str(error.value)), "a reason that ends where its list would begin"
     T5Config().save_pretrained(tmp_path / "t5")
     fails(lambda: load_model(Config(), str(tmp_path / "t5")), "not a causal language model")
     bert = tiny("bert", initializer_range=0.5)

@@ -98,6 +98,7 @@ SETTINGS_FILES = {
     "deep.toml": ("a = " + "[" * 5_000, "not valid .toml"),
     "large.yaml": ("#" * (2**18 + 1), "expected at most 262144"),
     "list.yaml": ("- lr\n", "got list"),
+    "flow.yaml": ("lr: 0.1\nranks: [1\nrounds: 3\n", "line 3, column 7: "),
     "code.yaml": ("!!python/object/apply:os.system ['true']\n", "not valid .yaml"),
 }
 
