@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from hetlora.config import Config, ConfigError
 from hetlora.kinds import TRAININGS
@@ -118,13 +119,14 @@ def _settings(run: Run) -> list[dict[str, Any]]:
 
 
 def environment() -> Environment:
-    """jinja2 with the package's templates, the filters `number`, `rank`, `size`, `device` and `whole`, and the functions `change` and `worse`.
+    """jinja2 with the package's templates, the filters `number`, `rank`, `size`, `device`, `whole` and `words`, and the functions `change` and `worse`.
 
-    whole: a unit stays on the line of its number.
+    whole: a unit stays on the line of its number. words: a command breaks between its words alone, for a browser also breaks behind a hyphen.
     """
     made = Environment(loader=PackageLoader("hetlora", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters.update(number=number, rank=rank_text, size=size_text, device=lambda found: device_text(Device(found["rank"], found["seconds"])))
-    made.filters["whole"] = lambda text: text.replace(" %", "\u00a0%").replace(" ±", "\u00a0±")
+    made.filters["whole"] = lambda text: text.replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0")
+    made.filters["words"] = lambda command: Markup(" ").join(Markup('<span class="word">{}</span>').format(word) for word in command.split(" "))
     made.globals.update(change=change_text, worse=got_worse)
     return made
 
