@@ -237,17 +237,17 @@ MERGES = {
             unbounded="",
             needs_uploads="",
         ),
-        MergeKind("svd", "truncate the SVD of the exact sum (FlexLoRA)", "hetlora.merge:merge_svd", refuses=(_TURNED,)),
+        MergeKind("svd", "truncate the SVD of the exact sum (FlexLoRA)", "hetlora.products:merge_svd", refuses=(_TURNED,)),
         MergeKind(
             "owners-svd",
             "truncate the SVD of the sum of each rank row's mean product over its owners (raFLoRA)",
-            "hetlora.merge:merge_owners_svd",
+            "hetlora.products:merge_owners_svd",
             refuses=(_TURNED,),
         ),
         MergeKind(
             "energy",
             "truncate the SVD of the exact sum, in each module at the rank that holds a share of its energy (FLoRIST)",
-            "hetlora.merge:merge_energy",
+            "hetlora.products:merge_energy",
             no_pruning="those whose last rows merge = 'energy' cut never do, as zeros have no norm to fall",
             settings=("energy",),
             refuses=(_TURNED,),
@@ -263,7 +263,7 @@ MERGES = {
         MergeKind(
             "stack",
             "fold the exact sum into the base (for comparisons)",
-            "hetlora.merge:merge_stack",
+            "hetlora.products:merge_stack",
             base="targets",
             keeps_bank=False,
             no_adapter="with merge 'stack' the run folded its updates into the base model, no adapter holds them; export the whole model with --merged DIR",
@@ -272,7 +272,7 @@ MERGES = {
         MergeKind(
             "energy-stack",
             "fold what merge 'energy' keeps of the exact sum into the base, whatever its rank (FLoRIST on the base)",
-            "hetlora.merge:merge_energy_stack",
+            "hetlora.products:merge_energy_stack",
             base="targets",
             keeps_bank=False,
             no_adapter="with merge 'energy-stack' the run folded its updates into the base, no adapter holds them; export the whole model with --merged DIR",
@@ -282,7 +282,7 @@ MERGES = {
         MergeKind(
             "residual",
             "average the factors, put what that leaves of the exact sum into the base (FedEx-LoRA)",
-            "hetlora.merge:merge_residual",
+            "hetlora.products:merge_residual",
             base="targets",
             no_adapter="with merge 'residual' the run folded a part into the base model, no adapter holds it; export the whole model with --merged DIR",
             settings=("shared_rows", "unowned_rows"),

@@ -13,9 +13,7 @@ import hetlora_kernels as hk
 from hetlora import diagnostics, privacy, server_optimizer
 from hetlora.config import Config
 from hetlora.federation import base_weights
-from hetlora.low_rank import best_rank
 from hetlora.server import ServerState, fresh_bank
-from hetlora_kernels.linear import linear_weight
 
 
 @dataclass(frozen=True)
@@ -303,106 +301,3 @@ def merge_delta(call: MergeCall) -> Merged:
 
 def _owned_rows(uploads: hk.AdapterBank) -> int:
     return max(layout.max_rank for layout in uploads.layouts.values())
-
-
-def merge_svd(call: MergeCall) -> Merged:
-    """The best rank-r_max approximation of sum p_k B_k A_k in the Frobenius norm (FlexLoRA, "Recon+SVD"), without forming it."""
-    return Merged(_truncated(call, *_exact_sum(call)))
-
-
-def _exact_sum(call: MergeCall) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
-    """(stacks, weights) of sum p_k B_k A_k in every module, as `low_rank.best_rank` takes them."""
-    uploads = call.uploads
-    weights = [row_weights(uploads, call.weights, module, name) for module, name in enumerate(uploads.shapes)]
-    return [(uploads.bt[name], uploads.a[name]) for name in uploads.shapes], weights
-
-
-def merge_energy(call: MergeCall) -> Merged:
-    """The best rank-q approximation of sum p_k B_k A_k, without forming it; in each module q is the least number of singular values whose squares sum to
-    cfg.energy of those of all, at most r_max (FLoRIST, arXiv 2506.09199). Clients start from the leading rows of it.
-    """
-    return Merged(_truncated(call, *_exact_sum(call), call.cfg.energy))
-
-
-@torch.no_grad()
-def merge_energy_stack(call: MergeCall) -> Merged:
-    """W <- W + s M_q in every target module, M_q as in `merge_energy`, of whatever rank q that takes. Clients download B and A of M_q, q (m + n) numbers."""
-    stacks, weights = _exact_sum(call)
-    widest = max(map(min, call.uploads.shapes.values()))
-    travels = 0
-    for name, (bt, a) in zip(call.uploads.shapes, best_rank(stacks, widest, weights, call.cfg.energy), strict=True):
-        kept = int(bt.any(1).sum())
-        _add_to_base(call, name, bt[:kept], a[:kept], torch.ones(kept, dtype=torch.float64, device=a.device))
-        travels += kept * (bt.shape[1] + a.shape[1]) * a.dtype.itemsize
-    return Merged(None, follow_bytes=travels)
-
-
-def merge_owners_svd(call: MergeCall) -> Merged:
-    """The best rank-r_max approximation of sum_j M_j, without forming it (raFLoRA, arXiv 2602.13486, section 5; RB-LoRA's rule is the same).
-
-    M_j = sum_k p_k B_k[:, j] A_k[j, :] / P_j over the clients that own rank row j, with P_j the sum of their p_k; where nobody owns it, the old bank's piece
-    B[:, j] A[j, :]. An owned row whose owners all have p_k = 0 adds nothing.
-    """
-    bank, uploads = call.bank, call.uploads
-    stacks, weights, kept = [], [], {}
-    for module, (name, layout) in enumerate(uploads.layouts.items()):
-        p = row_weights(uploads, call.weights, module, name)
-        row = torch.cat([torch.arange(rank, device=p.device) for rank in layout.ranks])
-        owned = p.new_zeros(layout.max_rank).index_add(0, row, p)
-        kept[name] = (bank.bt[name].detach()[layout.max_rank :], bank.a[name].detach()[layout.max_rank :])
-        weights.append(torch.cat([p / owned[row].clamp_min(torch.finfo(p.dtype).tiny), p.new_ones(len(kept[name][0]))]))
-        stacks.append((torch.cat([uploads.bt[name].detach(), kept[name][0]]), torch.cat([uploads.a[name].detach(), kept[name][1]])))
-    ranks = {name: [len(bt)] for name, (bt, _) in kept.items()}
-    old = hk.AdapterBank.of(bank.shapes, ranks, {name: a for name, (_, a) in kept.items()}, {name: bt for name, (bt, _) in kept.items()})
-    return Merged(_truncated(call, stacks, weights), added_to=old)
-
-
-@torch.no_grad()
-def _truncated(call: MergeCall, stacks: Sequence[tuple[Tensor, Tensor]], weights: Sequence[Tensor], energy: float = 1.0) -> hk.AdapterBank:
-    """A bank of the best approximations of the weighted sums of `stacks` (`low_rank.best_rank`, `energy` as there).
-
-    Rows past the rank of the sum take the old bank's A with B = 0, which training can revive; zeros in both could not.
-    """
-    merged = call.bank.to()
-    for name, (bt, a) in zip(merged.shapes, best_rank(stacks, call.r_max, weights, energy), strict=True):
-        merged.bt[name].copy_(bt)
-        merged.a[name].copy_(torch.where(bt.any(1, keepdim=True), a, merged.a[name]))
-    return merged
-
-
-@torch.no_grad()
-def merge_stack(call: MergeCall) -> Merged:
-    """W <- W + s * sum p_k B_k A_k in every target module (FLoRA's stacking): exact, and the base model changes. Clients download the stack."""
-    uploads = call.uploads
-    for module, name in enumerate(uploads.shapes):
-        _add_to_base(call, name, uploads.bt[name], uploads.a[name], row_weights(uploads, call.weights, module, name))
-    return Merged(None, follow_bytes=_stack_bytes(uploads))
-
-
-@torch.no_grad()
-def merge_residual(call: MergeCall) -> Merged:
-    """Factors as `merge_factors`, and W <- W + s (sum p_k B_k A_k - B A) with B A of the averaged rows: what the average leaves of the exact sum goes into
-    the base (FedEx-LoRA, arXiv 2410.09432, section 3). B A is of the rows that a client owns; a row that nobody owns is no part of either.
-
-    Clients download the stack of the uploads, of which they make the difference: its rank is at most that of the stack.
-    """
-    uploads, merged = call.uploads, merge_factors(call)
-    assert merged.bank is not None
-    for module, (name, layout) in enumerate(uploads.layouts.items()):
-        p, owned = row_weights(uploads, call.weights, module, name), layout.max_rank
-        bt, a = (
-            torch.cat([rows.detach(), mean.detach()[:owned]])
-            for rows, mean in ((uploads.bt[name], merged.bank.bt[name]), (uploads.a[name], merged.bank.a[name]))
-        )
-        _add_to_base(call, name, bt, a, torch.cat([p, p.new_full((owned,), -1.0)]))
-    return Merged(merged.bank, rows=merged.rows, follow_bytes=_stack_bytes(uploads))
-
-
-def _add_to_base(call: MergeCall, name: str, bt: Tensor, a: Tensor, weights: Tensor) -> None:
-    """W <- W + s sum_j weights_j b_j a_j of one module, for rows [S, m] and [S, n]."""
-    weight = linear_weight(call.model.get_submodule(name))
-    weight.add_((call.cfg.scale_at(call.r_max) * (bt.detach() * weights[:, None].to(bt.dtype)).t() @ a.detach()).to(weight.dtype))
-
-
-def _stack_bytes(uploads: hk.AdapterBank) -> int:
-    return sum(uploads.num_bytes(k) for k in range(uploads.num_clients))

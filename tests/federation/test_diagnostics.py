@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_config, tiny_federation, trained_bank
 
 import hetlora_kernels as hk
-from hetlora import diagnostics, merge
+from hetlora import diagnostics, merge, products
 from hetlora.loop import simulate
 from hetlora.report.page import write_report
 
@@ -80,7 +80,7 @@ def test_merge_error_of_equal_factors_and_of_a_wide_enough_svd_is_zero(tmp_path)
     average = merge.merge_factors(call(one, uploads, even, tiny_config(tmp_path))).bank
     assert diagnostics.merge_error(average, uploads, even) == pytest.approx(0, abs=1e-7)
     uploads = trained_bank(SHAPES, [1, 2], torch.float64, seed=5)
-    merged = merge.merge_svd(call(trained_bank(SHAPES, [4], torch.float64), uploads, even, tiny_config(tmp_path))).bank
+    merged = products.merge_svd(call(trained_bank(SHAPES, [4], torch.float64), uploads, even, tiny_config(tmp_path))).bank
     assert diagnostics.merge_error(merged, uploads, even) == pytest.approx(0, abs=1e-7)
     silent = hk.AdapterBank(SHAPES, [1, 2], dtype=torch.float64)
     assert diagnostics.merge_error(merged, silent, even) is None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import dense, row, same_bits, tiny_config, whole_bank
 
-from hetlora import diagnostics, merge
+from hetlora import diagnostics, merge, products
 from hetlora.merge import MergeCall
 
 SHAPES = {"q": (6, 5), "v": (4, 7)}
@@ -65,7 +65,7 @@ def owners_sum(old, uploads, weights):
 @pytest.mark.parametrize("weights", [WEIGHTS, torch.tensor([[1.0, 1], [0, 0], [0, 0]], dtype=torch.float64)], ids=["all", "owners of weight zero"])
 def test_owners_svd_is_the_best_approximation_of_each_rows_mean_product(tmp_path, rank, ranks, weights):
     old, uploads = whole_bank(SHAPES, [rank], 2), whole_bank(SHAPES, ranks, 1)
-    merged = merge.merge_owners_svd(MergeCall(old, uploads, weights, rank, tiny_config(tmp_path, merge="owners-svd"), torch.nn.Module())).bank
+    merged = products.merge_owners_svd(MergeCall(old, uploads, weights, rank, tiny_config(tmp_path, merge="owners-svd"), torch.nn.Module())).bank
     for name, total in owners_sum(old, uploads, weights).items():
         u, s, vh = torch.linalg.svd(total)
         kept = min(rank, len(s))
@@ -79,7 +79,7 @@ def test_owners_svd_is_the_best_approximation_of_each_rows_mean_product(tmp_path
 def test_owners_svd_of_equal_ranks_is_flexloras(tmp_path, old):
     """Everybody owns every row: the sums are the same, to rounding of p / sum p."""
     uploads = whole_bank(SHAPES, [R] * 3, 3)
-    one, other = (call(function, tmp_path, old, uploads).bank for function in (merge.merge_owners_svd, merge.merge_svd))
+    one, other = (call(function, tmp_path, old, uploads).bank for function in (products.merge_owners_svd, products.merge_svd))
     for name in SHAPES:
         assert float((dense(one, name) - dense(other, name)).norm()) <= 100 * EPS * float(dense(other, name).norm())
 
@@ -87,7 +87,7 @@ def test_owners_svd_of_equal_ranks_is_flexloras(tmp_path, old):
 def test_diagnostics_count_the_rows_that_stay_as_part_of_the_sum(tmp_path, old):
     """Clients that own the same rows: the sum of products is FedAvg's, beside the old rows, and what the error says is truncation: none here."""
     uploads = whole_bank(SHAPES, [2, 2, 2], 3)
-    merged = call(merge.merge_owners_svd, tmp_path, old, uploads)
+    merged = call(products.merge_owners_svd, tmp_path, old, uploads)
     assert diagnostics.merge_error(merged.bank, uploads, WEIGHTS, merged.rows, merged.added_to) < (100 * EPS) ** 0.5  # the root of a difference of squares
     assert diagnostics.merge_error(merged.bank, uploads, WEIGHTS) > 0.1
 
@@ -116,7 +116,7 @@ def florist(uploads, weights, energy, most):
 @pytest.mark.parametrize("rank", [2, 8])
 def test_energy_keeps_the_singular_values_that_hold_it(tmp_path, energy, rank):
     old, uploads = whole_bank(SHAPES, [rank], 2), whole_bank(SHAPES, [min(r, rank) for r in RANKS], 1)
-    merged = merge.merge_energy(MergeCall(old, uploads, WEIGHTS, rank, tiny_config(tmp_path, merge="energy", energy=energy), torch.nn.Module())).bank
+    merged = products.merge_energy(MergeCall(old, uploads, WEIGHTS, rank, tiny_config(tmp_path, merge="energy", energy=energy), torch.nn.Module())).bank
     ranks = []
     for name, (best, kept, s) in florist(uploads, WEIGHTS, energy, rank).items():
         live = merged.bt[name].detach().any(1)
@@ -131,7 +131,7 @@ def test_energy_keeps_the_singular_values_that_hold_it(tmp_path, energy, rank):
 
 
 def test_energy_one_is_flexloras_merge(tmp_path, old, uploads):
-    assert same_bits(*(call(f, tmp_path, old, uploads, merge="energy", energy=1.0).bank for f in (merge.merge_energy, merge.merge_svd)))
+    assert same_bits(*(call(f, tmp_path, old, uploads, merge="energy", energy=1.0).bank for f in (products.merge_energy, products.merge_svd)))
 
 
 @pytest.mark.parametrize("energy", [0.6, 0.9, 1.0])
@@ -142,7 +142,7 @@ def test_energy_on_the_base_adds_it_to_the_weights_and_counts_its_rows(tmp_path,
         setattr(model, name, torch.nn.Linear(n, m, bias=False, dtype=torch.float64))
         torch.nn.init.zeros_(getattr(model, name).weight).requires_grad_(False)
     cfg = tiny_config(tmp_path, merge="energy-stack", energy=energy, scale=0.5)
-    merged = merge.merge_energy_stack(MergeCall(whole_bank(SHAPES, [1], 2), uploads, WEIGHTS, 1, cfg, model))
+    merged = products.merge_energy_stack(MergeCall(whole_bank(SHAPES, [1], 2), uploads, WEIGHTS, 1, cfg, model))
     expected = florist(uploads, WEIGHTS, energy - 100 * EPS, 8)  # of all, rounding may leave a hair
     assert merged.bank is None and merged.follow_bytes == 8 * sum(kept * sum(SHAPES[name]) for name, (_, kept, _) in expected.items())
     for name, (best, kept, s) in expected.items():

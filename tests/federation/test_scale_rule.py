@@ -18,7 +18,8 @@ from hetlora.export import export_adapter
 from hetlora.export_model import export_merged
 from hetlora.kinds import TRAININGS
 from hetlora.loop import simulate
-from hetlora.merge import MergeCall, merge_stack
+from hetlora.merge import MergeCall
+from hetlora.products import merge_stack
 from hetlora.ranks import StartingRanks
 from hetlora.training import Work, train_adapters
 
