@@ -127,22 +127,27 @@ def pick(bank: hk.AdapterBank, chosen: Choice) -> hk.AdapterBank:
 
 @torch.no_grad()
 def merge_chosen(call: MergeCall) -> Merged:
-    """Row j <- sum_k p_k (row j of client k) / P_j over the clients that chose it, P_j the sum of their p_k; a row of P_j = 0 stays as it is."""
+    """Row j <- sum_k p_k (row j of client k) / P_j over the clients that chose it, P_j the sum of their p_k; a row of P_j = 0 stays as it is.
+
+    So it does under a server optimiser, which steps the rows of P_j > 0 alone.
+    """
     uploads, rows = call.uploads, call.rows
     assert rows is not None
     merged = call.bank.to()
     everyone = call.bank.truncate([call.r_max] * uploads.num_clients)  # what each client ended the round with, frozen rows included
+    decided = {}
     for module, (name, layout) in enumerate(uploads.layouts.items()):
         p = row_weights(uploads, call.weights, module, name)
         index = [torch.tensor(own, dtype=torch.int64, device=uploads.device) for own in rows[name]]
         share = p.new_zeros(call.r_max)
         for k, own in enumerate(index):  # client by client: a row comes once in each, so that the order of the sums is fixed
             share[own] += p[layout.rows(k)]
+        decided[name] = share > 0
         for side in ("a", "bt"):
             sent, bank, all_rows = (getattr(source, side)[name].detach() for source in (uploads, merged, everyone))
             total = torch.zeros(bank.shape, dtype=torch.float64, device=bank.device)
             for k, own in enumerate(index):
                 total[own] += p[layout.rows(k), None] * sent[layout.rows(k)].double()
                 all_rows[k * call.r_max + own] = sent[layout.rows(k)]
-            bank[share > 0] = (total / share[:, None])[share > 0].to(bank.dtype)
-    return Merged(merged, ended_with=everyone)
+            bank[decided[name]] = (total / share[:, None])[decided[name]].to(bank.dtype)
+    return Merged(merged, ended_with=everyone, decided=decided)

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 import hetlora_kernels as hk
 from hetlora.cohort import groups_of, moved, train_cohort, train_groups, train_one_by_one
 from hetlora.config import Config
-from hetlora.low_rank import best_rank
 from hetlora.merge import MergeCall, Merged, row_weights
 from hetlora.privacy import Common
 from hetlora.ranks import ClientRanks, bank_ranks
 from hetlora.seeds import torch_generator
 from hetlora.server import ServerState, refused
+from hetlora.server_optimizer import nearest
 from hetlora.training import Trained, Work
 from hetlora_kernels.linear import linear_weight
 from hetlora_kernels.ops.quantize import CODES, code_bytes
@@ -258,13 +258,13 @@ def train_fold(work: Work) -> Trained:
 
 
 def merge_bank(call: MergeCall) -> Merged:
-    """The bank of rank R nearest to B_g A_g + sum_k p_k B_k A_k."""
+    """The bank of rank R nearest to B_g A_g + sum_k p_k B_k A_k, or to what the server's optimiser makes of it. Without one no m x n sum is formed."""
     bank, uploads = call.bank, call.uploads
     stacks, weights = [], []
     for module, name in enumerate(bank.shapes):
         p = row_weights(uploads, call.weights, module, name)
         stacks.append((torch.cat([bank.bt[name].detach(), uploads.bt[name].detach()]), torch.cat([bank.a[name].detach(), uploads.a[name].detach()])))
         weights.append(torch.cat([p.new_ones(len(bank.a[name])), p]))
-    merged = dict(zip(bank.shapes, best_rank(stacks, call.r_max, weights), strict=True))
+    merged = dict(zip(bank.shapes, nearest(call.cfg, call.moments, bank, stacks, weights, call.r_max), strict=True))
     bt, a = ({name: factors[side] for name, factors in merged.items()} for side in (0, 1))
     return Merged(hk.AdapterBank.of(bank.shapes, [call.r_max], a, bt), added_to=bank)

@@ -41,6 +41,9 @@ class MergeKind:
         function of the old bank and of the sum of the clients' updates alone (`privacy.private_upload`).
     needs_uploads: why the server must have each client's upload by itself, so that there is no secure aggregation; '' where sums over the clients do
         (`secure_sum`).
+    steps: what the server's optimiser follows from round to round, number by number: 'factors' of the bank and weights of the base, after the merge; the
+        'product' B A, where the merge makes all rows anew and row j is not what it was; the 'model' W + s B A, where bank and base change together. The
+        last two are steps that the merge takes by itself.
     settings: read by this merge alone, refused with every other.   refuses: settings of others that it cannot use.
     """
 
@@ -53,6 +56,7 @@ class MergeKind:
     no_pruning: str = ""
     unbounded: str = "is no function of the sum of the clients' updates alone, so that one client's influence on it has no proven bound"
     needs_uploads: str = "is made of each client's upload by itself, and the server would see sums alone"
+    steps: Literal["factors", "product", "model"] = "factors"
     settings: tuple[str, ...] = ()
     refuses: tuple[Refusal, ...] = ()
 
@@ -166,7 +170,10 @@ TRAININGS = {
             refuses=(
                 Refusal(_NO_PRUNING, "of self-pruning, and train = 'fold' has no rows that last to prune; leave it out"),
                 Refusal(("merge", "shared_rows", "unowned_rows"), "of other merges, and train = 'fold' has its own; leave it out"),
-                Refusal(("scale_rule",), "train = 'fold' draws A smaller for a client with more rows, which makes steps of one size already; leave it out"),
+                Refusal(
+                    ("scale_rule",),
+                    "train = 'fold' draws A smaller by the root of a client's rows, which is that rule already, up to one constant for all; use scale",
+                ),
             ),
         ),
         TrainingKind(
@@ -180,11 +187,7 @@ TRAININGS = {
             refuses=(
                 Refusal(_NO_PRUNING, "of self-pruning, which drops trailing rows, and train = 'chosen-rows' has none; leave it out"),
                 _OWN_MERGE,
-                Refusal(("scale_rule",), "with train = 'chosen-rows' every client computes with all rows of the bank, at its one scale; leave it out"),
                 Refusal(("weight_decay",), "reaches rows that train = 'chosen-rows' keeps as they are; leave it out", idle=False),
-                Refusal(
-                    ("server_optimizer",), "goes on moving rows that nobody chose, and train = 'chosen-rows' keeps these as they are; leave it out", idle=False
-                ),
                 Refusal(("max_tokens_per_step",), "'auto' (0) does not count the rows that train = 'chosen-rows' holds and keeps; give a number", (0,)),
                 Refusal(("cuda_graph",), "records steps in which all rows move, and train = 'chosen-rows' keeps most as they are; leave it out", (True,)),
             ),
@@ -212,16 +215,6 @@ _UNWEIGHTED = Refusal(
     ("weights",), "this merge counts all clients the same, as weights are what an attacker inflates; use weights = 'uniform'", ("sparsity", "samples")
 )
 
-_TURNED = Refusal(
-    ("server_optimizer",),
-    "follows each number from round to round, and this merge makes all rows anew; leave it out, or take a merge of factors such as merge = 'delta'",
-)
-
-_COMPLETES = Refusal(
-    ("server_optimizer",),
-    "steps the bank and the base apart, and this merge puts into the base just what the average of the bank leaves; leave it out, or take another merge",
-)
-
 _FOLDS = Refusal(("quantize",), "this merge folds updates into the base weights, which a quantised base cannot take; use quantize = 'none'")
 
 _STARTS_FRESH = Refusal(("init_adapter",), "this merge starts every round from a fresh bank; merge the adapter into the model and give that as model")
@@ -237,12 +230,12 @@ MERGES = {
             unbounded="",
             needs_uploads="",
         ),
-        MergeKind("svd", "truncate the SVD of the exact sum (FlexLoRA)", "hetlora.products:merge_svd", refuses=(_TURNED,)),
+        MergeKind("svd", "truncate the SVD of the exact sum (FlexLoRA)", "hetlora.products:merge_svd", steps="product"),
         MergeKind(
             "owners-svd",
             "truncate the SVD of the sum of each rank row's mean product over its owners (raFLoRA)",
             "hetlora.products:merge_owners_svd",
-            refuses=(_TURNED,),
+            steps="product",
         ),
         MergeKind(
             "energy",
@@ -250,7 +243,7 @@ MERGES = {
             "hetlora.products:merge_energy",
             no_pruning="those whose last rows merge = 'energy' cut never do, as zeros have no norm to fall",
             settings=("energy",),
-            refuses=(_TURNED,),
+            steps="product",
         ),
         MergeKind(
             "trimmed",
@@ -286,7 +279,8 @@ MERGES = {
             base="targets",
             no_adapter="with merge 'residual' the run folded a part into the base model, no adapter holds it; export the whole model with --merged DIR",
             settings=("shared_rows", "unowned_rows"),
-            refuses=(_FOLDS, _COMPLETES),
+            steps="model",
+            refuses=(_FOLDS,),
         ),
         MergeKind(
             "one-factor",
@@ -301,7 +295,7 @@ MERGES = {
             "hetlora.fold:merge_bank",
             unbounded="",
             needs_uploads="multiplies each client's B with rows of A of its own, and the server would see sums alone",
-            refuses=(_TURNED,),
+            steps="product",
         ),
         MergeKind("chosen", "the mean of each row over the clients that chose it", "hetlora.chosen:merge_chosen"),
         MergeKind(

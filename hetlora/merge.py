@@ -23,6 +23,7 @@ class MergeCall:
     bank: the server's, of rank `r_max`.   uploads: of the K clients that arrived, weighted like `weights`; an `AdapterBank` where adapters are trained.
     factors: those that were trained and sent, 'a', 'b' or 'ab'.
     rows: {module: of each upload, which rows of the bank its rows are}; None: the leading ones.
+    moments: of the server's optimiser, for a merge that steps by itself (`kinds.MergeKind`), which keeps them up to date.
     """
 
     bank: hk.AdapterBank
@@ -33,6 +34,7 @@ class MergeCall:
     model: torch.nn.Module
     factors: str = "ab"
     rows: Mapping[str, Sequence[Sequence[int]]] | None = None
+    moments: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Merged:
     rows: how many leading rows of the bank the uploads decided; None = all.   added_to: the bank that the uploads were added to, None where they replace it.
     ended_with: all rows that each client ended the round with, where uploads are some of them: what diagnostics compare the bank with; None: the uploads.
     follow_bytes: of what the merge changed in the base model, as it travels: every client downloads it once, when it is here next.
+    decided: {module: mask [R] of the rows that the uploads decided}, where the server's optimiser leaves all others as they are; None: it steps every row.
     """
 
     bank: hk.AdapterBank | None
@@ -49,6 +52,7 @@ class Merged:
     added_to: hk.AdapterBank | None = None
     ended_with: hk.AdapterBank | None = None
     follow_bytes: int = 0
+    decided: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,8 @@ def aggregate(
             uploads = uploads.select(range(uploads.num_clients))  # the caller's are the clients' own adapters
         clips = clip_updates(uploads, received, limits, sizes)
     weights, norms = weighed or client_weights(uploads, samples, cfg, suspects)
-    call = MergeCall(state.bank, uploads, weights, state.r_max, cfg, model, cfg.training_kind.trains(state.round + 1), rows)
-    merged = _with_optimizer(state, call) if cfg.server_optimizer != "none" else cfg.merge_kind.load()(call)
+    call = MergeCall(state.bank, uploads, weights, state.r_max, cfg, model, cfg.training_kind.trains(state.round + 1), rows, state.moments)
+    merged = _merge(call)
     if cfg.merge_kind.base != "none":
         state.stacked_bytes.append(merged.follow_bytes)
     if merged.bank is None:
@@ -128,25 +132,32 @@ def _privately(
 def _merge_one(state: ServerState, one: hk.AdapterBank, cfg: Config, model: torch.nn.Module) -> Merged:
     """The merge of one upload of weight 1, which stands for all of the round, into `state`."""
     weights = torch.ones(1, len(one.shapes), dtype=torch.float64)
-    call = MergeCall(state.bank, one, weights, state.r_max, cfg, model, cfg.training_kind.trains(state.round + 1))
-    merged: Merged = _with_optimizer(state, call) if cfg.server_optimizer != "none" else cfg.merge_kind.load()(call)
+    merged = _merge(MergeCall(state.bank, one, weights, state.r_max, cfg, model, cfg.training_kind.trains(state.round + 1), moments=state.moments))
     assert merged.bank is not None
     state.bank = merged.bank
     return merged
 
 
 @torch.no_grad()
-def _with_optimizer(state: ServerState, call: MergeCall) -> Merged:
-    """The merge, and the server optimiser's step on what it changed: the trained factors of a bank that lasts, and weights of the base."""
+def _merge(call: MergeCall) -> Merged:
+    """The run's merge, and the server optimiser's step on what it changed: the trained factors of a bank that lasts, and weights of the base.
+
+    A merge whose row says so has taken its step on numbers of its own.
+    """
+    kind = call.cfg.merge_kind
+    if call.cfg.server_optimizer == "none" or kind.steps != "factors":
+        merged: Merged = kind.load()(call)
+        return merged
     weights = base_weights(call.cfg, call.model, call.bank.shapes)
     old = {f"base.{name}": weight.detach().clone() for name, weight in weights.items()}
-    merged: Merged = call.cfg.merge_kind.load()(call)
+    merged = kind.load()(call)
     new = {f"base.{name}": weight.detach() for name, weight in weights.items()}
+    sides = [side for side, factor in (("a", "a"), ("bt", "b")) if factor in call.factors]
     if merged.bank is not None:
-        sides = [side for side, factor in (("a.", "a"), ("bt.", "b")) if factor in call.factors]
-        for banks, found in ((call.bank, old), (merged.bank, new)):
-            found |= {f"bank.{key}": rows for key, rows in banks.state_dict().items() if key.startswith(tuple(sides))}
-    server_optimizer.step(call.cfg, state.moments, old, new)
+        for bank, found in ((call.bank, old), (merged.bank, new)):
+            found |= {f"bank.{key}": rows for key, rows in bank.state_dict().items() if key.partition(".")[0] in sides}
+    decided = {f"bank.{side}.{name}": mask for name, mask in (merged.decided or {}).items() for side in sides}
+    server_optimizer.step(call.cfg, call.moments, old, new, decided)
     return merged
 
 

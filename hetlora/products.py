@@ -10,6 +10,7 @@ from torch import Tensor
 import hetlora_kernels as hk
 from hetlora.low_rank import best_rank
 from hetlora.merge import MergeCall, Merged, merge_factors, row_weights
+from hetlora.server_optimizer import kind_of, moved, nearest
 from hetlora_kernels.linear import linear_weight
 
 
@@ -67,12 +68,12 @@ def merge_owners_svd(call: MergeCall) -> Merged:
 
 @torch.no_grad()
 def _truncated(call: MergeCall, stacks: Sequence[tuple[Tensor, Tensor]], weights: Sequence[Tensor], energy: float = 1.0) -> hk.AdapterBank:
-    """A bank of the best approximations of the weighted sums of `stacks` (`low_rank.best_rank`, `energy` as there).
+    """A bank of the best approximations of the weighted sums of `stacks` (`server_optimizer.nearest`, `energy` as there).
 
     Rows past the rank of the sum take the old bank's A with B = 0, which training can revive; zeros in both could not.
     """
     merged = call.bank.to()
-    for name, (bt, a) in zip(merged.shapes, best_rank(stacks, call.r_max, weights, energy), strict=True):
+    for name, (bt, a) in zip(merged.shapes, nearest(call.cfg, call.moments, call.bank, stacks, weights, call.r_max, energy), strict=True):
         merged.bt[name].copy_(bt)
         merged.a[name].copy_(torch.where(bt.any(1, keepdim=True), a, merged.a[name]))
     return merged
@@ -92,6 +93,8 @@ def merge_residual(call: MergeCall) -> Merged:
     """Factors as `merge_factors`, and W <- W + s (sum p_k B_k A_k - B A) with B A of the averaged rows: what the average leaves of the exact sum goes into
     the base (FedEx-LoRA, arXiv 2410.09432, section 3). B A is of the rows that a client owns; a row that nobody owns is no part of either.
 
+    With a server optimiser, W + s B A of the whole bank takes its step, number by number, for the change that the merge by itself would make of it. The
+    factors are those of `merge_factors` all the same, and W takes what they leave of the step.
     Clients download the stack of the uploads, of which they make the difference: its rank is at most that of the stack.
     """
     uploads, merged = call.uploads, merge_factors(call)
@@ -102,14 +105,32 @@ def merge_residual(call: MergeCall) -> Merged:
             torch.cat([rows.detach(), mean.detach()[:owned]])
             for rows, mean in ((uploads.bt[name], merged.bank.bt[name]), (uploads.a[name], merged.bank.a[name]))
         )
-        _add_to_base(call, name, bt, a, torch.cat([p, p.new_full((owned,), -1.0)]))
+        left = torch.cat([p, p.new_full((owned,), -1.0)])
+        if call.cfg.server_optimizer == "none":
+            _add_to_base(call, name, bt, a, left)
+            continue
+        scale = call.cfg.scale_at(call.r_max)
+        gained = scale * (_product(merged.bank, name) - _product(call.bank, name))  # by the factors, of the whole bank
+        change = scale * (bt.double() * left[:, None]).t() @ a.double() + gained
+        kind = kind_of(linear_weight(call.model.get_submodule(name)).dtype)
+        _add(call, name, moved(call.cfg, call.moments, f"model.{name}", change.to(kind)).double() - gained)
     return Merged(merged.bank, rows=merged.rows, follow_bytes=_stack_bytes(uploads))
+
+
+def _product(bank: hk.AdapterBank, name: str) -> Tensor:
+    """B A of a bank of one client, [m, n] float64."""
+    return bank.bt[name].detach().double().t() @ bank.a[name].detach().double()
 
 
 def _add_to_base(call: MergeCall, name: str, bt: Tensor, a: Tensor, weights: Tensor) -> None:
     """W <- W + s sum_j weights_j b_j a_j of one module, for rows [S, m] and [S, n]."""
+    _add(call, name, call.cfg.scale_at(call.r_max) * (bt.detach() * weights[:, None].to(bt.dtype)).t() @ a.detach())
+
+
+def _add(call: MergeCall, name: str, change: Tensor) -> None:
+    """W <- W + change, [m, n], in the weight's own type."""
     weight = linear_weight(call.model.get_submodule(name))
-    weight.add_((call.cfg.scale_at(call.r_max) * (bt.detach() * weights[:, None].to(bt.dtype)).t() @ a.detach()).to(weight.dtype))
+    weight.add_(change.to(weight.dtype))
 
 
 def _stack_bytes(uploads: hk.AdapterBank) -> int:

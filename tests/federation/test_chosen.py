@@ -123,12 +123,10 @@ def test_a_run_learns_and_keeps_whole_adapters_of_clients(tmp_path):
     "setting",
     [
         {"weight_decay": 0.1},
-        {"server_optimizer": "fedavgm"},
         {"max_tokens_per_step": 0},
         {"cuda_graph": True},
         {"prune_lambda": 0.5},
         {"merge": "svd"},
-        {"scale_rule": "rslora"},
     ],
 )
 def test_what_it_cannot_be_is_refused_by_name(tmp_path, setting):

@@ -17,7 +17,7 @@ from hetlora.loop import simulate
 
 NO_PRUNING = {name: value for name, value in COMMON.items() if name not in ("gamma", "prune_lambda")}
 RUNS = {kind: {**COMMON, **own} for kind, own in SETTINGS.items()}
-RUNS |= {"fold": {**NO_PRUNING, "gamma": 0.99, "train": "fold"}}
+RUNS |= {"fold": {**NO_PRUNING, "gamma": 0.99, "train": "fold", "server_optimizer": "fedavgm"}}
 RUNS |= {"alternating": {**NO_PRUNING, "gamma": 0.99, "train": "alternating", "server_optimizer": "fedadam", "server_lr": 0.01}}
 ROUNDS = 8
 

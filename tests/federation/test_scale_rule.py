@@ -165,12 +165,12 @@ def test_a_deployed_run_has_the_bits_of_the_simulated_one(tmp_path):
     assert (tmp_path / "here/adapter/adapter_model.safetensors").read_bytes() == (tmp_path / "there/adapter/adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("settings", [{"train": "fold"}, {"train": "chosen-rows"}, {"train": "full", "ranks": "powerlaw:5:50"}, {"prune_scope": "module"}])
+@pytest.mark.parametrize("settings", [{"train": "fold"}, {"train": "full", "ranks": "powerlaw:5:50"}, {"prune_scope": "module"}])
 def test_where_it_has_no_meaning_it_is_refused_by_name(tmp_path, settings):
     known = {"weights": "samples", "gamma": 0.99}
     with pytest.raises(ConfigError, match="scale_rule = 'rslora'"):
         tiny_config(tmp_path, **known, **settings, scale_rule="rslora")
-    assert {name for name, kind in TRAININGS.items() if "scale_rule" not in kind.unused} == {"adapters", "b-only", "alternating"}
+    assert {name for name, kind in TRAININGS.items() if "scale_rule" not in kind.unused} == {"adapters", "b-only", "alternating", "chosen-rows"}
 
 
 def test_a_comparison_runs_methods_without_it_where_they_refuse_it():
@@ -178,6 +178,6 @@ def test_a_comparison_runs_methods_without_it_where_they_refuse_it():
     taken = {
         name: method_config(METHODS[name], Config(**RS), plan).scale_rule for name in ("hetlora", "homlora-max", "rolora", "fold", "fed-plora", "fedavg-full")
     }
-    assert taken == {**dict.fromkeys(("hetlora", "homlora-max", "rolora"), "rslora"), **dict.fromkeys(("fold", "fed-plora", "fedavg-full"), "constant")}
+    assert taken == {**dict.fromkeys(("hetlora", "homlora-max", "rolora", "fed-plora"), "rslora"), **dict.fromkeys(("fold", "fedavg-full"), "constant")}
     with pytest.raises(ConfigError, match=r"weight_decay = 0\.1: reaches rows"):  # no setting that says nothing: left out, the run would be another
         method_config(METHODS["fed-plora"], Config(weight_decay=0.1), plan)

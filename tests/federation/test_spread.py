@@ -35,7 +35,7 @@ RUNS = {
     "alone": {**HETLORA, "cobatch": False},
     "stack": {**HETLORA, "merge": "stack"},
     "fold": {**COMMON, "gamma": 0.99, "train": "fold", "cobatch": False},
-    "svd": {**HETLORA, "merge": "svd", "keep_best": True, "cobatch": False},
+    "svd": {**HETLORA, "merge": "svd", "keep_best": True, "cobatch": False, "server_optimizer": "fedadam", "server_lr": 0.001},
     "private": {**COMMON, **PRIVATE, "gamma": 0.99, "train": "fold", "cobatch": False},
 }
 
