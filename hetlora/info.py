@@ -14,6 +14,7 @@ import hetlora_kernels
 from hetlora import __version__
 from hetlora.report.text import printable, wrap
 from hetlora_kernels._native import build_info
+from hetlora_kernels._torch import multiplies_fast
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "pydantic", "rich", "click", "matplotlib", "datasets", "bitsandbytes", "flwr")
 
@@ -27,6 +28,8 @@ def _version_of(package: str) -> str:
 
 def _devices() -> list[tuple[str, str]]:
     found = [("cpu", f"{platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")]
+    if slow := [name for name in ("bfloat16", "float16") if not multiplies_fast(getattr(torch, name), "cpu")]:
+        found.append(("", f"no instructions for products of {' and '.join(slow)}: float32 is faster, but for layers with adapters"))
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         found.append((f"cuda:{index}", f"{device.name}, compute capability {device.major}.{device.minor}, {device.total_memory / 2**30:.1f} GiB"))

@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hetlora.config import Config, ConfigError
+from hetlora_kernels._torch import multiplies_fast
 from hetlora_kernels.linear import linear_shape
 from hetlora_kernels.peft.experts import is_stack
 
@@ -41,7 +42,8 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
 def load_model(cfg: Config, path: str) -> Any:
     """The causal language model at `path`: frozen, in eval mode, in `cfg.dtype` on `cfg.device`, `use_cache` off, quantised if asked.
 
-    Warns when the base has dropout of its own: co-batched training keeps it in eval mode, so that dropout is not applied.
+    Warns when the base has dropout of its own: co-batched training keeps it in eval mode, so that dropout is not applied. Warns of a type that torch
+    multiplies slowly on this processor.
     Raises `ConfigError`: no model there, not a causal language model, weights missing from the checkpoint, unusable device or quantisation.
     """
     from transformers import AutoModelForCausalLM
@@ -49,6 +51,12 @@ def load_model(cfg: Config, path: str) -> Any:
     device = resolve_device(cfg.device)
     dtype = getattr(torch, cfg.dtype)
     check_quantization(cfg)
+    if not multiplies_fast(dtype, device.type):
+        warnings.warn(
+            f"dtype {cfg.dtype!r}: this processor has no instructions for it, and torch's products of it take many times those of float32; "
+            "the adapted layers and the losses go round that, the rest of the model does not; use --dtype float32 where memory allows",
+            stacklevel=2,
+        )
     options = _quantization(cfg, device) if cfg.quantize != "none" else {}
     with quiet(path):
         try:

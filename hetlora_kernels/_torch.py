@@ -57,3 +57,11 @@ def in_backward() -> bool:
     """Whether this thread runs a backward pass, as where a checkpoint computes again; without the name: not known, False."""
     task = getattr(torch._C, "_current_graph_task_id", None)
     return task is not None and task() != -1
+
+
+def multiplies_fast(dtype: torch.dtype, device: str) -> bool:
+    """Whether torch has a fast matrix product of this type on that kind of device. On a CPU without instructions for a 16-bit type it has plain loops, many
+    times slower than its float32 product. Without the names: True."""
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    asked = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    return device != "cpu" or asked is None or bool(asked())

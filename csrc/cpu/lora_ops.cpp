@@ -3,8 +3,7 @@
 #include <atomic>
 #include <memory>
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
+#include "base_product.h"
 #include "lora_rounded.h"
 #include "lora_tiles.h"
 
@@ -43,18 +42,20 @@ Tensor grouped_gram_op(const Tensor& s, const Tensor& x_tensor, const MaybeTenso
     return grouped_gram(Plan({seeds, row_keys, index, ranks, starts, lengths, dropout}, x.rows, -1), shrunk(s), x, dtype);
 }
 
-// Which calls go the small way: on so few rows its base product is faster than the framework's, in 16-bit types only with so small a weight
-// (docs/kernels-lora.md), and no client is on the tiles or has its S rounded: its bits are the same in any call. Tests force one way or the other through the
+// Which calls go the small way: on so few rows its base product is faster than the framework's, with a 16-bit weight that the framework multiplies fast only
+// if it is so small (docs/kernels-lora.md), and no client is on the tiles or has its S rounded: its bits are the same in any call. Tests force one way or the other through the
 // op `_lora_way`.
 constexpr int64_t kFewRows = 8, kSmall16BitWeight = int64_t{1} << 18;
 
-enum Way : int64_t { by_size, small, framework };
+enum Way : int64_t { by_size, small, large, large_widened };
 std::atomic<int64_t> forced_way{by_size};
 
 int64_t lora_way(int64_t way) {
-    STD_TORCH_CHECK(way == by_size || way == small || way == framework, "way: expected 0 (by size), 1 (small) or 2 (the framework's), got ", way);
+    STD_TORCH_CHECK(by_size <= way && way <= large_widened, "way: expected 0 (by size), 1 (small), 2 (large) or 3 (large, with 16-bit types widened), got ", way);
     return forced_way.exchange(way);
 }
+
+bool widens(Type type) { return size_of(type) == 2 && (!multiplies_fast(type) || forced_way.load(std::memory_order_relaxed) == large_widened); }
 
 bool goes_small(const Layer& layer) {
     if (layer.rounded || any_on_tiles(layer.plan, layer.x.type)) {
@@ -64,28 +65,11 @@ bool goes_small(const Layer& layer) {
     if (way != by_size) {
         return way == small;
     }
-    const bool wide = size_of(layer.x.type) > 2;
-    return layer.x.rows > 0 && layer.x.rows <= kFewRows && (!layer.weight || wide || layer.x.width * layer.m <= kSmall16BitWeight);
+    const bool any_weight = !layer.weight || size_of(layer.x.type) > 2 || widens(layer.x.type);
+    return layer.x.rows > 0 && layer.x.rows <= kFewRows && (any_weight || layer.x.width * layer.m <= kSmall16BitWeight);
 }
 
 Tensor packed(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
-
-// A matrix over the memory of `tensor`, past the dispatcher.
-Tensor view(const Tensor& tensor, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides) {
-    AtenTensorHandle handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes.data(), strides.data(), 0, &handle));
-    return Tensor(handle);
-}
-
-Tensor as_matrix(const Tensor& dense, int64_t rows, int64_t width) { return dense.dim() == 2 ? dense : view(dense, {rows, width}, {width, 1}); }
-
-// The framework's own product, with the bits of its F.linear and mm: out = left right (+ bias), in memory given. Past the dispatcher: a call of 16 rows of 64
-// columns takes 0.87 to 0.91 of the time that it takes with F.linear and mm called from Python.
-void product(const Tensor& out, const Tensor& left, const Tensor& right, const MaybeTensor& bias) {
-    const AOTITorchError error =
-        bias ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), left.get(), right.get(), 1.0, 1.0) : aoti_torch_cpu_mm_out(out.get(), left.get(), right.get());
-    STD_TORCH_CHECK(error == 0, "hetlora: the base product failed");
-}
 
 // S^T x, the gradient of a factor [S, width]. as_b: in the memory of its transpose, seen as [S, width] or as that.
 Tensor gradient(const Layer& layer, const Plan& plan, const Shrunk& s, const Matrix& x, ScalarType dtype, bool as_b, bool seen_as_bt) {
@@ -113,7 +97,7 @@ std::tuple<Tensor, Tensor> lora_forward(const Tensor& x_given, const MaybeTensor
                                         const Integers& segments, double dropout, bool transposed) {
     const Tensor x = packed(x_given);
     const Layer layer(x, weight, a, bt, scale, seeds, row_keys, index, segments, dropout, transposed);
-    const int64_t rows = layer.x.rows, n = layer.x.width, m = layer.m;
+    const int64_t rows = layer.x.rows, m = layer.m;
     const Integers sizes = sizes_of(x, m);
     STD_TORCH_CHECK(weight.has_value() != base.has_value(), "weight, base: expected one of them");
     STD_TORCH_CHECK(!base || fits(*base, sizes), "base: expected [..., ", m, "] with the leading dimensions of x");
@@ -127,7 +111,7 @@ std::tuple<Tensor, Tensor> lora_forward(const Tensor& x_given, const MaybeTensor
     }
     const Tensor y = !base ? empty(sizes, x.scalar_type()) : base->is_contiguous() ? torch::stable::clone(*base) : torch::stable::contiguous(*base);
     if (weight) {
-        product(as_matrix(y, rows, m), as_matrix(x, rows, n), view(*weight, {n, m}, {weight->stride(1), weight->stride(0)}), bias);
+        base_forward(y, x, *weight, bias, rows, widens(layer.x.type));
     }
     shrink(layer.plan, layer.x, layer.a, layer.scale, const_cast<void*>(s.const_data_ptr()));
     const Plan without = layer.plan.without_dropout();
@@ -161,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& d_y_given, const 
         return {d_x, d_a, d_bt};
     }
     if (need_x && weight) {
-        product(as_matrix(d_x, rows, n), as_matrix(d_y, rows, m), *weight, std::nullopt);
+        base_backward(d_x, d_y, *weight, rows, widens(layer.x.type));
     }
     const Plan without = layer.plan.without_dropout();
     // Uninitialised: a vector would be filled with zeros first.

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, linear
 
+from hetlora_kernels._torch import multiplies_fast
 from hetlora_kernels.ops.cross_entropy import IGNORED, cross_entropy_
 from hetlora_kernels.peft.head import Head
 from hetlora_kernels.peft.ids import KnownClients, client_table
@@ -116,10 +117,10 @@ class _StatesLoss(torch.autograd.Function):
         losses = rows.new_empty(len(rows), dtype=compute_dtype(states.dtype))
         slopes = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         for part in _chunks(rows, weight):
-            logits = linear(rows[part], weight, bias)
+            logits = _linear(rows[part], weight, bias)
             losses[part] = cross_entropy_(logits, labels[part], slopes=slopes is not None, **options)
             if slopes is not None:
-                torch.mm(logits, weight, out=slopes[part])
+                _times(logits, weight, slopes[part])
             del logits  # before the next chunk's are made
         ctx.save_for_backward(states, weight, bias, targets, kept, slopes)
         ctx.options = options
@@ -138,7 +139,7 @@ class _StatesLoss(torch.autograd.Function):
             dtype = grads.dtype
             d_weight, d_bias = torch.zeros(weight.shape, dtype=dtype, device=weight.device), torch.zeros(len(weight), dtype=dtype, device=weight.device)
             for part in _chunks(rows, weight):
-                slope, own = linear(rows[part], weight, bias), rows[part]
+                slope, own = _linear(rows[part], weight, bias), rows[part]
                 if ctx.needs_input_grad[2]:
                     slope = slope.to(dtype)  # for a sum over rows, of slopes that are not rounded
                 cross_entropy_(slope, labels[part], grads[part], **ctx.options)
@@ -146,7 +147,7 @@ class _StatesLoss(torch.autograd.Function):
                     d_bias += slope.sum(0)
                 if kept is None:  # nothing of nobody's rows: 0 times a NaN of theirs is no 0
                     own = own.masked_fill((labels[part] == IGNORED)[:, None], 0.0)
-                d_weight += (slope.to(rows.dtype).t() @ own).to(dtype)
+                d_weight += _product_of_rows(slope.to(rows.dtype), own).to(dtype)
             d_weight = d_weight.to(weight.dtype)
             d_bias = None if bias is None else d_bias.to(bias.dtype)
         return d_states, d_weight, d_bias, None, None, None, None
@@ -155,3 +156,38 @@ class _StatesLoss(torch.autograd.Function):
 def _chunks(rows: Tensor, weight: Tensor) -> Iterator[slice]:
     size = max(1, CHUNK.get(rows.device.type, CHUNK["cuda"]) // len(weight))
     return (slice(start, start + size) for start in range(0, len(rows), size))
+
+
+PART = 1 << 18
+"""Elements of a 16-bit weight that are converted at a time: 1 MiB in float32, which stays in a core's L2 cache until the product has read it."""
+
+
+def _parts(weight: Tensor) -> Iterator[slice]:
+    size = max(1, PART // max(1, weight.shape[1]))
+    return (slice(start, start + size) for start in range(0, len(weight), size))
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """rows weight^T + bias. Where torch multiplies a 16-bit type slowly: in float32, rounded once."""
+    if multiplies_fast(rows.dtype, rows.device.type):
+        return linear(rows, weight, bias)
+    out, wide = rows.new_empty(len(rows), len(weight)), rows.float()
+    for part in _parts(weight):
+        out[:, part] = linear(wide, weight[part].float(), None if bias is None else bias[part].float())
+    return out
+
+
+def _times(left: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out = left weight, in the same way."""
+    if multiplies_fast(left.dtype, left.device.type):
+        torch.mm(left, weight, out=out)
+        return
+    sums = torch.zeros(out.shape)
+    for part in _parts(weight):
+        sums.addmm_(left[:, part].float(), weight[part].float())
+    out.copy_(sums)
+
+
+def _product_of_rows(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right, in the same way."""
+    return left.t() @ right if multiplies_fast(left.dtype, left.device.type) else left.t().float() @ right.float()

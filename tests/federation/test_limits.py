@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from tiny import SIZES, Interrupt, Stop, lines, tiny_clients, tiny_config, tiny_federation, tiny_model
@@ -9,6 +11,7 @@ from transformers import ByT5Tokenizer
 
 import hetlora_kernels as hk
 from hetlora import federation as federation_module
+from hetlora import info, models
 from hetlora.client import LocalResult, train_client
 from hetlora.cohort import train_cohort
 from hetlora.config import Config, ConfigError
@@ -151,3 +154,17 @@ def test_one_client_and_a_cohort_of_one_take_the_same_steps():
     for one, two in zip(*(bank.parameters() for bank in trained), strict=True):
         assert torch.equal(one, two)
     assert results[0].loss_last == pytest.approx(results[1].loss_last, rel=1e-6)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_type_that_the_processor_multiplies_slowly_is_named(fast, tmp_path, monkeypatch):
+    """By a warning before the model is read, and by `hetlora info`."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    for module in (models, info):
+        monkeypatch.setattr(module, "multiplies_fast", lambda dtype, device: fast or dtype != torch.bfloat16)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        models.load_model(tiny_config(tmp_path / "run", dtype="bfloat16"), str(tmp_path / "base"))
+    assert any("dtype 'bfloat16': this processor has no instructions for it" in str(each.message) for each in seen) != fast
+    rows = [text for name, text in info._devices() if "no instructions" in text]
+    assert rows == ([] if fast else ["no instructions for products of bfloat16: float32 is faster, but for layers with adapters"])

@@ -2,7 +2,7 @@
 
 A test that does not ask for `device` has CPU tensors, and runs on the backends that serve those.
 
-Those of the layer run on the CPU kernels twice: as they are, and with every call on the framework's way, for most of theirs are small.
+Those of the layer run on the CPU kernels twice: as they are, and with every call on the large way, for most of theirs are small.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from kernel_cases import FRAMEWORK, going
+from kernel_cases import LARGE, going
 
 import hetlora_kernels as hk
 from hetlora_kernels import _library
@@ -41,7 +41,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     ways: list = backends_for(DEVICE.type if "device" in metafunc.fixturenames else "cpu")
     if "cpu" in ways and metafunc.module.__name__ in OF_THE_LAYER:
-        ways.append(pytest.param("cpu framework's way"))
+        ways.append(pytest.param("cpu large way"))
     metafunc.parametrize("backend", ways, indirect=True)
 
 
@@ -49,7 +49,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The rung forced on every op of the test; 'auto' = the dispatcher's own choice."""
     rung, _, way = request.param.partition(" ")
-    with nullcontext() if rung == "auto" else hk.use_backend(rung), going(FRAMEWORK) if way else nullcontext():
+    with nullcontext() if rung == "auto" else hk.use_backend(rung), going(LARGE) if way else nullcontext():
         yield rung
 
 

@@ -250,7 +250,7 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
 # ---------------------------------------------------------------- the two ways of the CPU library
 
 
-BY_SIZE, SMALL, FRAMEWORK = range(3)  # csrc/cpu/lora_ops.cpp
+BY_SIZE, SMALL, LARGE, WIDENED = range(4)  # csrc/cpu/lora_ops.cpp
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accuracy import Estimate, assert_exact, cat
 from fuzz_draws import Draw, repeat, shares
-from kernel_cases import BY_SIZE, FRAMEWORK, SMALL, estimated, going, guarded, leaf_tensors, make_layer, results, rounded, same_bits
+from kernel_cases import BY_SIZE, LARGE, SMALL, WIDENED, estimated, going, guarded, leaf_tensors, make_layer, results, rounded, same_bits
 from test_aggregate import estimated_sum
 from test_norms import estimated_gram, estimated_root, result_type
 from test_quantize import LIMIT, oracle, unpacked
@@ -160,7 +160,7 @@ def layers(draw: Draw) -> int:
     added.pop("d_bias", None)
     for transposed in (False, True):
         leaves = leaf_tensors(layer, dtype, factor_dtype, "cpu")
-        with going(draw.choice([BY_SIZE, SMALL, FRAMEWORK])):
+        with going(draw.choice([BY_SIZE, SMALL, LARGE, WIDENED])):
             assert_exact(called(draw, layer, leaves, transposed), whole)
         leaves = leaf_tensors(layer, dtype, factor_dtype, "cpu")
         assert_exact(called(draw, layer, leaves, transposed, base), added)
@@ -192,7 +192,7 @@ def others_alone(draw: Draw) -> int:
     ranks, dtype = [draw.rank() for _ in range(3)], draw.dtype()
     ids = [draw.randrange(3) for _ in range(draw.randrange(2, 12))]
     layer = rounded(make_layer(ranks, ids, draw.width(), draw.width(), seed=draw.randrange(2**20)), dtype)
-    bad, way = draw.randrange(3), draw.choice([BY_SIZE, SMALL, FRAMEWORK])
+    bad, way = draw.randrange(3), draw.choice([BY_SIZE, SMALL, LARGE, WIDENED])
     found = []
     for value in (None, draw.choice([float("nan"), float("inf"), -float("inf")])):
         if value is not None:

@@ -59,6 +59,9 @@ def test_losses_and_gradients_are_those_from_logits(chunk, counted, options, par
             assert off <= 64 * torch.finfo(torch.float64).eps * size, "sums of at most 37 in another order"
 
 
+HALVES = (torch.bfloat16, torch.float16)
+
+
 def test_gradcheck(chunk, counted):
     states, weight, bias, labels, ids = case(sequences=2, length=4)
     leaves = [tensor.requires_grad_() for tensor in (states, weight, bias)]
@@ -69,9 +72,14 @@ def test_gradcheck(chunk, counted):
     assert torch.autograd.gradcheck(loss, leaves)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_errors_are_no_larger_than_those_from_logits(dtype):
-    """A client for each word: 1280 losses and rows of gradients of the states, 12,000 of the weight, against float64 of the same numbers."""
+@pytest.mark.parametrize(("dtype", "widened"), [(torch.float32, False), *((dtype, widened) for dtype in HALVES for widened in (False, True))])
+def test_errors_are_no_larger_than_those_from_logits(dtype, widened, monkeypatch):
+    """A client for each word: 1280 losses and rows of gradients of the states, 12,000 of the weight, against float64 of the same numbers.
+
+    widened: as on a processor where torch multiplies the type slowly, in parts of 100 words.
+    """
+    monkeypatch.setattr(losses, "multiplies_fast", lambda kind, _: kind != dtype or not widened)
+    monkeypatch.setattr(losses, "PART", 6400)
     errors: dict[str, list[list[torch.Tensor]]] = {"states": [[], [], []], "logits": [[], [], []]}
     for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
