@@ -23,7 +23,7 @@ Tensor view(const Tensor& tensor, std::array<int64_t, 2> sizes, std::array<int64
 
 Tensor as_matrix(const Tensor& dense, int64_t rows, int64_t width) { return dense.dim() == 2 ? dense : view(dense, {rows, width}, {width, 1}); }
 
-Tensor turned(const Tensor& matrix) { return view(matrix, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)}); }
+Tensor transposed(const Tensor& matrix) { return view(matrix, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)}); }
 
 // out = left right (+ added, a matrix or a row of one)
 void product(const Tensor& out, const Tensor& left, const Tensor& right, const MaybeTensor& added) {
@@ -80,7 +80,7 @@ void widened_product_of_rows(const Matrix& out, const Matrix& left, const Matrix
         for (int64_t first = 0; first < memory.rows; first += height) {
             const int64_t count = std::min(height, memory.rows - first);
             const Tensor sums = empty({rows, count}, ScalarType::Float);
-            product(sums, own, turned(widened(part_of(memory, first, count, 0, columns))), widened_bias(bias, first, count));
+            product(sums, own, transposed(widened(part_of(memory, first, count, 0, columns))), widened_bias(bias, first, count));
             narrowed(part_of(out, row, rows, first, count), sums);
         }
     }
@@ -104,9 +104,9 @@ void widened_product_of_columns(const Matrix& out, const Matrix& left, const Mat
 
 // out = left weight^T (by_rows) or left weight. The weight is read as it lies: of its transpose in memory the other product is made.
 void widened_product(const Tensor& out, const Tensor& left, const Tensor& weight, const MaybeTensor& bias, bool by_rows) {
-    const bool turns = is_transposed(weight);
-    const Matrix to = Matrix::flat("out", out), from = Matrix::flat("left", left), memory("weight", weight, turns);
-    by_rows != turns ? widened_product_of_rows(to, from, memory, bias) : widened_product_of_columns(to, from, memory, bias);
+    const bool lies_transposed = is_transposed(weight);
+    const Matrix to = Matrix::flat("out", out), from = Matrix::flat("left", left), memory("weight", weight, lies_transposed);
+    by_rows != lies_transposed ? widened_product_of_rows(to, from, memory, bias) : widened_product_of_columns(to, from, memory, bias);
 }
 
 bool says_so(const char* op) {
@@ -125,7 +125,7 @@ void base_forward(const Tensor& y, const Tensor& x, const Tensor& weight, const 
     if (widened && y.numel() > 0 && x.numel() > 0) {
         widened_product(y, x, weight, bias, true);
     } else {
-        product(as_matrix(y, rows, weight.size(0)), as_matrix(x, rows, weight.size(1)), turned(weight), bias);
+        product(as_matrix(y, rows, weight.size(0)), as_matrix(x, rows, weight.size(1)), transposed(weight), bias);
     }
 }
 

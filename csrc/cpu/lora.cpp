@@ -16,30 +16,30 @@ namespace hetlora {
 constexpr int64_t kRows = 24, kColumns = 512, kChunk = 64, kSpan = 64;
 
 Layer::Layer(const Tensor& x_tensor, const MaybeTensor& weight, const Tensor& a_tensor, const Tensor& bt_tensor, const Tensor& scales, const MaybeTensor& seeds,
-             const MaybeTensor& row_keys, const MaybeTensor& index, const Integers& segments, double dropout, bool as_b)
+             const MaybeTensor& row_keys, const MaybeTensor& index, const Integers& segments, double dropout, bool transposed)
     : x(Matrix::flat("x", x_tensor)),
       a("a", a_tensor),
-      transposed(as_b || is_transposed(bt_tensor)),
-      bt("bt", bt_tensor, transposed && !as_b),
+      lies_transposed(transposed || is_transposed(bt_tensor)),
+      bt("bt", bt_tensor, lies_transposed && !transposed),
       total(a.rows),
-      m(transposed ? bt.rows : bt.width),
+      m(lies_transposed ? bt.rows : bt.width),
       given(segments_of(seeds, row_keys, index, segments, dropout)),
       scale(numbers("scale", scales, static_cast<int64_t>(given.ranks.size))),
-      plan(given, x.rows, total),
+      walk(given, x.rows, total),
       weight(weight) {
     STD_TORCH_CHECK(segments[0] == (x.width == 0 ? 0 : x.rows), "segments: expected the ", x.rows, " rows of x, got ", segments[0]);
     STD_TORCH_CHECK(a_tensor.dim() == 2 && a.width == x.width, "a: expected a width of ", x.width, ", got ", a.width);
-    STD_TORCH_CHECK(bt_tensor.dim() == 2 && (transposed ? bt.width : bt.rows) == total, "bt: expected ", total, " rank rows");
+    STD_TORCH_CHECK(bt_tensor.dim() == 2 && (lies_transposed ? bt.width : bt.rows) == total, "bt: expected ", total, " rank rows");
     STD_TORCH_CHECK(
         !weight || (weight->is_cpu() && weight->dim() == 2 && weight->size(0) == m && weight->size(1) == x.width && type_of("weight", *weight) == x.type),
         "weight: expected [", m, ", ", x.width, "] of the type of x");
-    for (const Segment& segment : plan.segments) {
+    for (const Segment& segment : walk.segments) {
         longest = std::max(longest, segment.length);
         widest = std::max(widest, segment.rank);
     }
     const bool may_round = rounds(x.type, a.type, bt.type);
     int64_t of_rounded = 0;
-    for (const Segment& segment : plan.segments) {
+    for (const Segment& segment : walk.segments) {
         of_rounded += is_rounded(may_round, segment.rank) ? segment.rank : 0;
     }
     rounded = of_rounded > 0;
@@ -47,7 +47,7 @@ Layer::Layer(const Tensor& x_tensor, const MaybeTensor& weight, const Tensor& a_
 }
 
 Tensor Layer::rank_rows() const {
-    if (!transposed) {
+    if (!lies_transposed) {
         return bt.tensor();
     }
     const Tensor out = empty({total, m}, bt.tensor().scalar_type());
@@ -55,7 +55,7 @@ Tensor Layer::rank_rows() const {
     return out;
 }
 
-const int64_t* Plan::integers(const char* name, const MaybeTensor& tensor, int64_t at_least, MaybeTensor* held) {
+const int64_t* RowWalk::integers(const char* name, const MaybeTensor& tensor, int64_t at_least, MaybeTensor* held) {
     if (!tensor.has_value()) {
         return nullptr;
     }
@@ -65,7 +65,7 @@ const int64_t* Plan::integers(const char* name, const MaybeTensor& tensor, int64
     return static_cast<const int64_t*>((*held)->const_data_ptr());
 }
 
-Plan::Plan(const Segments& given, int64_t rows, int64_t factor_rows) : Walk(given, rows), dropout_(dropout_of(given)) {
+RowWalk::RowWalk(const Segments& given, int64_t rows, int64_t factor_rows) : Walk(given, rows), dropout_(dropout_of(given)) {
     STD_TORCH_CHECK(factor_rows < 0 || rank_rows == factor_rows, "ranks: expected a sum of ", factor_rows, " (the rows of the factor), got ", rank_rows);
     index_ = integers("index", given.index, last, &index_held_);
     for (int64_t i = 0; index_ && i < given.index->numel(); ++i) {
@@ -86,10 +86,10 @@ struct Block {
 
 // Of the clients whose products are not made `elsewhere(rank)`.
 template <class Elsewhere>
-std::vector<Block> row_blocks(const Plan& plan, const Elsewhere& elsewhere) {
+std::vector<Block> row_blocks(const RowWalk& walk, const Elsewhere& elsewhere) {
     std::vector<Block> out;
-    out.reserve(static_cast<size_t>(plan.active_rows / kRows) + plan.segments.size());
-    for (const Segment& segment : plan.segments) {
+    out.reserve(static_cast<size_t>(walk.active_rows / kRows) + walk.segments.size());
+    for (const Segment& segment : walk.segments) {
         for (int64_t t = elsewhere(segment.rank) ? segment.length : 0; t < segment.length; t += kRows) {
             out.push_back({&segment, t, std::min(kRows, segment.length - t)});
         }
@@ -98,35 +98,35 @@ std::vector<Block> row_blocks(const Plan& plan, const Elsewhere& elsewhere) {
 }
 
 template <class E>
-void shrink_as(const Plan& plan, const Matrix& x, const Matrix& factor, const std::vector<double>& scale, E* out) {
-    const std::vector<Block> blocks = row_blocks(plan, [&](int64_t rank) { return on_tiles(x.type, rank) || by_pairs(x.type, factor.type, rank); });
+void shrink_as(const RowWalk& walk, const Matrix& x, const Matrix& factor, const std::vector<double>& scale, E* out) {
+    const std::vector<Block> blocks = row_blocks(walk, [&](int64_t rank) { return on_tiles(x.type, rank) || by_pairs(x.type, factor.type, rank); });
     if (blocks.empty()) {
         return;
     }
     const Operand<E> rows(factor.type, factor.data, factor.rows * factor.width);
-    const int64_t count = static_cast<int64_t>(blocks.size()), n = x.width, parts = part_count(count, plan.active_rows * n * size_of(x.type));
-    const bool moves = x.type != type_for<E>() || plan.gathers() || plan.drops();
+    const int64_t count = static_cast<int64_t>(blocks.size()), n = x.width, parts = part_count(count, walk.active_rows * n * size_of(x.type));
+    const bool moves = x.type != type_for<E>() || walk.gathers() || walk.drops();
     std::vector<E> panels(static_cast<size_t>(moves ? parts * kRows * n : 0));
     for_tasks(parts, count, [&](int64_t part, int64_t b) {
         const auto [segment, t, height] = blocks[b];
         const int64_t rank = segment->rank;
         int64_t ld = 0;
-        const E* own = panel<E>(plan, x, *segment, t, height, 0, n, panels.data() + (moves ? part * kRows * n : 0), &ld);
+        const E* own = panel<E>(walk, x, *segment, t, height, 0, n, panels.data() + (moves ? part * kRows * n : 0), &ld);
         E* to = out + segment->flat + t * rank;
         lora_kernels<E>().dots(own, ld, height, rows + segment->row * n, n, rank, n, static_cast<E>(scale[segment->client]), to, rank);
     });
 }
 
 template <class E>
-void expand_as(const Plan& plan, const Matrix& out, Type s_type, const void* s, const Matrix& factor, bool rounded) {
-    const std::vector<Block> blocks = row_blocks(plan, [&](int64_t rank) { return on_tiles(out.type, rank) || is_rounded(rounded, rank); });
+void expand_as(const RowWalk& walk, const Matrix& out, Type s_type, const void* s, const Matrix& factor, bool rounded) {
+    const std::vector<Block> blocks = row_blocks(walk, [&](int64_t rank) { return on_tiles(out.type, rank) || is_rounded(rounded, rank); });
     if (blocks.empty()) {
         return;
     }
-    const Operand<E> rows(factor.type, factor.data, factor.rows * factor.width), shrunk(s_type, s, plan.flat);
+    const Operand<E> rows(factor.type, factor.data, factor.rows * factor.width), shrunk(s_type, s, walk.flat);
     const LoraKernels<E>& kernels = lora_kernels<E>();
-    const int64_t count = static_cast<int64_t>(blocks.size()), m = out.width, parts = part_count(count, 2 * plan.active_rows * m * size_of(out.type));
-    const bool direct = out.type == type_for<E>() && !plan.gathers() && !plan.drops();
+    const int64_t count = static_cast<int64_t>(blocks.size()), m = out.width, parts = part_count(count, 2 * walk.active_rows * m * size_of(out.type));
+    const bool direct = out.type == type_for<E>() && !walk.gathers() && !walk.drops();
     std::vector<E> products(static_cast<size_t>(direct ? 0 : parts * kRows * kColumns));
     for_tasks(parts, count, [&](int64_t part, int64_t b) {
         const auto [segment, t, height] = blocks[b];
@@ -143,26 +143,26 @@ void expand_as(const Plan& plan, const Matrix& out, Type s_type, const void* s, 
             kernels.outer(left, rank, 1, rows + (segment->row * m + c), m, rank, height, width, product, kColumns, false);
             for (int64_t i = 0; i < height; ++i) {
                 E* own = product + i * kColumns;
-                if (plan.drops()) {
-                    kernels.drop(plan.drop_row(*segment, t + i, c), own, width, static_cast<E>(plan.inverse()), own);
+                if (walk.drops()) {
+                    kernels.drop(walk.drop_row(*segment, t + i, c), own, width, static_cast<E>(walk.inverse()), own);
                 }
-                add_block(out.type, out.at(plan.source(*segment, t + i) * m + c), own, width);
+                add_block(out.type, out.at(walk.source(*segment, t + i) * m + c), own, width);
             }
         }
     });
 }
 
 template <class E>
-void gram_as(const Plan& plan, const Matrix& x, Type s_type, const void* s, Type out_type, void* out, int64_t total, bool rounded) {
-    const Operand<E> shrunk(s_type, s, plan.flat);
-    const int64_t width = x.width, segments = static_cast<int64_t>(plan.segments.size());
-    const int64_t parts = part_count(std::max<int64_t>(1, segments * (width / kSpan)), plan.active_rows * width * size_of(x.type));
+void gram_as(const RowWalk& walk, const Matrix& x, Type s_type, const void* s, Type out_type, void* out, int64_t total, bool rounded) {
+    const Operand<E> shrunk(s_type, s, walk.flat);
+    const int64_t width = x.width, segments = static_cast<int64_t>(walk.segments.size());
+    const int64_t parts = part_count(std::max<int64_t>(1, segments * (width / kSpan)), walk.active_rows * width * size_of(x.type));
     const int64_t span = std::max<int64_t>(kSpan, (width + parts * kSpan - 1) / (parts * kSpan) * kSpan), spans = width == 0 ? 0 : (width + span - 1) / span;
-    const bool moves = x.type != type_for<E>() || plan.gathers() || plan.drops(), convert = out_type != type_for<E>();
+    const bool moves = x.type != type_for<E>() || walk.gathers() || walk.drops(), convert = out_type != type_for<E>();
     std::vector<E> panels(static_cast<size_t>(moves ? parts * kChunk * kColumns : 0)), sums(static_cast<size_t>(convert ? total * width : 0));
     E* result = convert ? sums.data() : static_cast<E*>(out);
     for_tasks(parts, segments * spans, [&](int64_t part, int64_t task) {
-        const Segment& segment = plan.segments[task / spans];
+        const Segment& segment = walk.segments[task / spans];
         if (on_tiles(x.type, segment.rank) || is_rounded(rounded, segment.rank)) {
             return;
         }
@@ -172,15 +172,15 @@ void gram_as(const Plan& plan, const Matrix& x, Type s_type, const void* s, Type
             for (int64_t c = first; c < end; c += kColumns) {
                 const int64_t columns = std::min(kColumns, end - c);
                 int64_t ld = 0;
-                const E* own = panel<E>(plan, x, segment, t, depth, c, columns, panels.data() + (moves ? part * kChunk * kColumns : 0), &ld);
+                const E* own = panel<E>(walk, x, segment, t, depth, c, columns, panels.data() + (moves ? part * kChunk * kColumns : 0), &ld);
                 lora_kernels<E>().outer(shrunk + (segment.flat + t * rank), 1, rank, own, ld, depth, rank, columns, result + segment.row * width + c, width,
                                         t > 0);
             }
         }
     });
     if constexpr (sizeof(E) == 4) {
-        if (any_on_tiles(plan, x.type)) {
-            gram_on_tiles(plan, x, shrunk + 0, result);
+        if (any_on_tiles(walk, x.type)) {
+            gram_on_tiles(walk, x, shrunk + 0, result);
         }
     }
     if (convert) {
@@ -190,38 +190,38 @@ void gram_as(const Plan& plan, const Matrix& x, Type s_type, const void* s, Type
 
 }  // namespace
 
-void shrink(const Plan& plan, const Matrix& x, const Matrix& rows, const std::vector<double>& scale, void* out, bool rounded) {
+void shrink(const RowWalk& walk, const Matrix& x, const Matrix& rows, const std::vector<double>& scale, void* out, bool rounded) {
     STD_TORCH_CHECK(rows.width == x.width, "rows: expected a width of ", x.width, ", got ", rows.width);
-    x.type == Type::f64 ? shrink_as(plan, x, rows, scale, static_cast<double*>(out)) : shrink_as(plan, x, rows, scale, static_cast<float*>(out));
-    if (any_on_tiles(plan, x.type)) {
-        shrink_on_tiles(plan, x, rows, scale, static_cast<float*>(out));
+    x.type == Type::f64 ? shrink_as(walk, x, rows, scale, static_cast<double*>(out)) : shrink_as(walk, x, rows, scale, static_cast<float*>(out));
+    if (any_on_tiles(walk, x.type)) {
+        shrink_on_tiles(walk, x, rows, scale, static_cast<float*>(out));
     }
-    if (any_by_pairs(plan, x.type, rows.type)) {
-        shrink_by_pairs(plan, x, rows, scale, static_cast<float*>(out), rounded ? kRoundedRank : INT64_MAX);
+    if (any_by_pairs(walk, x.type, rows.type)) {
+        shrink_by_pairs(walk, x, rows, scale, static_cast<float*>(out), rounded ? kRoundedRank : INT64_MAX);
     }
 }
 
-void expand(const Plan& plan, const Matrix& out, const Shrunk& s, const Matrix& rows, bool rounded) {
+void expand(const RowWalk& walk, const Matrix& out, const Shrunk& s, const Matrix& rows, bool rounded) {
     STD_TORCH_CHECK(rows.width == out.width, "rows: expected a width of ", out.width, ", got ", rows.width);
-    STD_TORCH_CHECK(s.count == plan.flat, "s: expected ", plan.flat, " elements, got ", s.count);
-    s.type == Type::f64 ? expand_as<double>(plan, out, s.type, s.data, rows, rounded) : expand_as<float>(plan, out, s.type, s.data, rows, rounded);
-    if (any_on_tiles(plan, out.type)) {
-        expand_on_tiles(plan, out, s.type, s.data, rows);
+    STD_TORCH_CHECK(s.count == walk.flat, "s: expected ", walk.flat, " elements, got ", s.count);
+    s.type == Type::f64 ? expand_as<double>(walk, out, s.type, s.data, rows, rounded) : expand_as<float>(walk, out, s.type, s.data, rows, rounded);
+    if (any_on_tiles(walk, out.type)) {
+        expand_on_tiles(walk, out, s.type, s.data, rows);
     }
 }
 
-Tensor grouped_gram(const Plan& plan, const Shrunk& s, const Matrix& x, ScalarType dtype, bool rounded) {
-    STD_TORCH_CHECK(s.count == plan.flat, "s: expected ", plan.flat, " elements, got ", s.count);
+Tensor grouped_gram(const RowWalk& walk, const Shrunk& s, const Matrix& x, ScalarType dtype, bool rounded) {
+    STD_TORCH_CHECK(s.count == walk.flat, "s: expected ", walk.flat, " elements, got ", s.count);
     STD_TORCH_CHECK((s.type == Type::f64) == (x.type == Type::f64), "s: expected float64 exactly where x is");
-    const int64_t total = plan.rank_rows;
+    const int64_t total = walk.rank_rows;
     const Tensor out = empty({total, x.width}, dtype);
     const Type out_type = type_of("dtype", out);
     void* data = const_cast<void*>(out.const_data_ptr());
-    if (plan.active_ranks != total) {
+    if (walk.active_ranks != total) {
         std::memset(data, 0, static_cast<size_t>(total * x.width * size_of(out_type)));
     }
-    s.type == Type::f64 ? gram_as<double>(plan, x, s.type, s.data, out_type, data, total, rounded)
-                        : gram_as<float>(plan, x, s.type, s.data, out_type, data, total, rounded);
+    s.type == Type::f64 ? gram_as<double>(walk, x, s.type, s.data, out_type, data, total, rounded)
+                        : gram_as<float>(walk, x, s.type, s.data, out_type, data, total, rounded);
     return out;
 }
 

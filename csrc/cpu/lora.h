@@ -10,10 +10,10 @@
 
 namespace hetlora {
 
-// `Segments` against x with `rows` rows and packed factors with `factor_rows`; -1: not known.
-class Plan : public Walk {
+// The walk of a call on x with `rows` rows and packed factors with `factor_rows` (-1: not known), with what a row of it needs: its place, its dropout.
+class RowWalk : public Walk {
   public:
-    Plan(const Segments& given, int64_t rows, int64_t factor_rows);
+    RowWalk(const Segments& given, int64_t rows, int64_t factor_rows);
 
     // Row of x that holds row t of a segment.
     int64_t source(const Segment& segment, int64_t t) const { return index_ ? index_[segment.start + t] : segment.start + t; }
@@ -23,8 +23,8 @@ class Plan : public Walk {
         return {static_cast<uint64_t>(seeds_[segment.client]), static_cast<uint64_t>(keys_[segment.start + t]), column, dropout_.threshold};
     }
     double inverse() const { return dropout_.inverse; }
-    Plan without_dropout() const {
-        Plan out(*this);
+    RowWalk without_dropout() const {
+        RowWalk out(*this);
         out.seeds_ = nullptr;
         return out;
     }
@@ -42,24 +42,24 @@ constexpr Type type_for() {
     return sizeof(E) == 8 ? Type::f64 : Type::f32;
 }
 
-// Rows [t, t + rows) of a segment, columns [column, column + columns), as E with the dropout of `plan` applied: where they lie, or in `room`.
+// Rows [t, t + rows) of a segment, columns [column, column + columns), as E with the dropout of `walk` applied: where they lie, or in `room`.
 template <class E>
-const E* panel(const Plan& plan, const Matrix& x, const Segment& segment, int64_t t, int64_t rows, int64_t column, int64_t columns, E* room, int64_t* ld) {
+const E* panel(const RowWalk& walk, const Matrix& x, const Segment& segment, int64_t t, int64_t rows, int64_t column, int64_t columns, E* room, int64_t* ld) {
     const bool direct = x.type == type_for<E>();
-    if (direct && !plan.gathers() && !plan.drops()) {
+    if (direct && !walk.gathers() && !walk.drops()) {
         *ld = x.width;
         return reinterpret_cast<const E*>(x.at((segment.start + t) * x.width + column));
     }
     *ld = columns;
     for (int64_t i = 0; i < rows; ++i) {
-        const char* from = x.at(plan.source(segment, t + i) * x.width + column);
+        const char* from = x.at(walk.source(segment, t + i) * x.width + column);
         E* to = room + i * columns;
-        if (!direct || !plan.drops()) {
+        if (!direct || !walk.drops()) {
             load_block(x.type, from, to, columns);
         }
-        if (plan.drops()) {
-            lora_kernels<E>().drop(plan.drop_row(segment, t + i, column), direct ? reinterpret_cast<const E*>(from) : to, columns,
-                                   static_cast<E>(plan.inverse()), to);
+        if (walk.drops()) {
+            lora_kernels<E>().drop(walk.drop_row(segment, t + i, column), direct ? reinterpret_cast<const E*>(from) : to, columns,
+                                   static_cast<E>(walk.inverse()), to);
         }
     }
     return room;
@@ -95,18 +95,18 @@ struct Shrunk {
 // A call of `lora_forward` or `lora_backward`. What is unsafe is refused here; Python explains it (`_explain` in ops/lora.py).
 struct Layer {
     Layer(const Tensor& x_tensor, const MaybeTensor& weight, const Tensor& a_tensor, const Tensor& bt_tensor, const Tensor& scales, const MaybeTensor& seeds,
-          const MaybeTensor& row_keys, const MaybeTensor& index, const Integers& segments, double dropout, bool as_b);
+          const MaybeTensor& row_keys, const MaybeTensor& index, const Integers& segments, double dropout, bool transposed);
 
     // bt [S, m], dense.
     Tensor rank_rows() const;
 
     Matrix x, a;
-    bool transposed;  // bt lies in memory as [m, S], as PEFT keeps its lora_B
-    Matrix bt;        // as it lies
+    bool lies_transposed;  // bt has the memory of a B [m, S], as PEFT keeps its lora_B: it is `transposed`, or a view of such a one
+    Matrix bt;             // as it lies
     int64_t total, m;
     Segments given;
     std::vector<double> scale;
-    Plan plan;
+    RowWalk walk;
     const MaybeTensor& weight;
     int64_t longest = 0, widest = 0;  // rows and ranks of a client
     bool rounded = false, others = true;  // some clients' S is rounded (lora_rounded.h); some rank rows are of others, or of none
@@ -119,10 +119,10 @@ void small_backward(const Layer& layer, const Matrix& d_y, const Shrunk& s, cons
 // Type of S beside an x of `type`: that of the arithmetic.
 inline Type shrunk_type(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }
 
-// scale [K] -> S in `shrunk_type`, plan.flat elements at `out`.
+// scale [K] -> S in `shrunk_type`, walk.flat elements at `out`.
 // rounded: without the clients whose S is rounded (lora_rounded.h), whose part of the result is left as it is.
-void shrink(const Plan& plan, const Matrix& x, const Matrix& rows, const std::vector<double>& scale, void* out, bool rounded = false);
-void expand(const Plan& plan, const Matrix& out, const Shrunk& s, const Matrix& rows, bool rounded = false);
-Tensor grouped_gram(const Plan& plan, const Shrunk& s, const Matrix& x, ScalarType dtype, bool rounded = false);
+void shrink(const RowWalk& walk, const Matrix& x, const Matrix& rows, const std::vector<double>& scale, void* out, bool rounded = false);
+void expand(const RowWalk& walk, const Matrix& out, const Shrunk& s, const Matrix& rows, bool rounded = false);
+Tensor grouped_gram(const RowWalk& walk, const Shrunk& s, const Matrix& x, ScalarType dtype, bool rounded = false);
 
 }  // namespace hetlora

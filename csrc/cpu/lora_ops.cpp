@@ -15,16 +15,16 @@ Shrunk shrunk(const Tensor& s) {
     return {type_of("s", s), s.const_data_ptr(), s.numel()};
 }
 
-Tensor empty_s(const Matrix& x, const Plan& plan) { return empty({plan.flat}, x.type == Type::f64 ? ScalarType::Double : ScalarType::Float); }
+Tensor empty_s(const Matrix& x, const RowWalk& walk) { return empty({walk.flat}, x.type == Type::f64 ? ScalarType::Double : ScalarType::Float); }
 
 std::vector<double> scales(const Tensor& scale, const Integers& ranks) { return numbers("scale", scale, static_cast<int64_t>(ranks.size())); }
 
 Tensor shrink_op(const Tensor& x_tensor, const Tensor& rows_tensor, const Tensor& scale, const MaybeTensor& seeds, const MaybeTensor& row_keys,
                  const MaybeTensor& index, const Integers& ranks, const Integers& starts, const Integers& lengths, double dropout) {
     const Matrix x("x", x_tensor), rows("rows", rows_tensor);
-    const Plan plan({seeds, row_keys, index, ranks, starts, lengths, dropout}, x.rows, rows.rows);
-    const Tensor s = empty_s(x, plan);
-    shrink(plan, x, rows, scales(scale, ranks), const_cast<void*>(s.const_data_ptr()));
+    const RowWalk walk({seeds, row_keys, index, ranks, starts, lengths, dropout}, x.rows, rows.rows);
+    const Tensor s = empty_s(x, walk);
+    shrink(walk, x, rows, scales(scale, ranks), const_cast<void*>(s.const_data_ptr()));
     return s;
 }
 
@@ -32,14 +32,14 @@ void expand_op(Tensor out_tensor, const Tensor& s, const Tensor& rows_tensor, co
                const Integers& ranks, const Integers& starts, const Integers& lengths, double dropout) {
     Matrix out("out", out_tensor);
     const Matrix rows("rows", rows_tensor);
-    expand(Plan({seeds, row_keys, index, ranks, starts, lengths, dropout}, out.rows, rows.rows), out, shrunk(s), rows);
+    expand(RowWalk({seeds, row_keys, index, ranks, starts, lengths, dropout}, out.rows, rows.rows), out, shrunk(s), rows);
     out.write_back();
 }
 
 Tensor grouped_gram_op(const Tensor& s, const Tensor& x_tensor, const MaybeTensor& seeds, const MaybeTensor& row_keys, const MaybeTensor& index,
                        const Integers& ranks, const Integers& starts, const Integers& lengths, double dropout, ScalarType dtype) {
     const Matrix x("x", x_tensor);
-    return grouped_gram(Plan({seeds, row_keys, index, ranks, starts, lengths, dropout}, x.rows, -1), shrunk(s), x, dtype);
+    return grouped_gram(RowWalk({seeds, row_keys, index, ranks, starts, lengths, dropout}, x.rows, -1), shrunk(s), x, dtype);
 }
 
 // Which calls go the small way: on so few rows its base product is faster than the framework's, with a 16-bit weight that the framework multiplies fast only
@@ -51,14 +51,15 @@ enum Way : int64_t { by_size, small, large, large_widened };
 std::atomic<int64_t> forced_way{by_size};
 
 int64_t lora_way(int64_t way) {
-    STD_TORCH_CHECK(by_size <= way && way <= large_widened, "way: expected 0 (by size), 1 (small), 2 (large) or 3 (large, with 16-bit types widened), got ", way);
+    STD_TORCH_CHECK(by_size <= way && way <= large_widened, "way: expected 0 (by size), 1 (small), 2 (large) or 3 (large, with 16-bit types widened), got ",
+                    way);
     return forced_way.exchange(way);
 }
 
 bool widens(Type type) { return size_of(type) == 2 && (!multiplies_fast(type) || forced_way.load(std::memory_order_relaxed) == large_widened); }
 
 bool goes_small(const Layer& layer) {
-    if (layer.rounded || any_on_tiles(layer.plan, layer.x.type)) {
+    if (layer.rounded || any_on_tiles(layer.walk, layer.x.type)) {
         return false;
     }
     const int64_t way = forced_way.load(std::memory_order_relaxed);
@@ -71,15 +72,15 @@ bool goes_small(const Layer& layer) {
 
 Tensor packed(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
-// S^T x, the gradient of a factor [S, width]. as_b: in the memory of its transpose, seen as [S, width] or as that.
-Tensor gradient(const Layer& layer, const Plan& plan, const Shrunk& s, const Matrix& x, ScalarType dtype, bool as_b, bool seen_as_bt) {
-    const Tensor rank_rows = layer.others ? grouped_gram(plan, s, x, dtype, layer.rounded) : empty({as_b ? 0 : layer.total, x.width}, dtype);
-    const Tensor out = !as_b ? rank_rows : seen_as_bt ? empty({layer.total, x.width}, dtype, true) : empty({x.width, layer.total}, dtype);
-    if (as_b && layer.others) {
+// S^T x, the gradient of a factor [S, width]. lies_transposed: in the memory of its transpose; transposed: in its shape too.
+Tensor gradient(const Layer& layer, const RowWalk& walk, const Shrunk& s, const Matrix& x, ScalarType dtype, bool lies_transposed, bool transposed) {
+    const Tensor rank_rows = layer.others ? grouped_gram(walk, s, x, dtype, layer.rounded) : empty({lies_transposed ? 0 : layer.total, x.width}, dtype);
+    const Tensor out = !lies_transposed ? rank_rows : transposed ? empty({x.width, layer.total}, dtype) : empty({layer.total, x.width}, dtype, true);
+    if (lies_transposed && layer.others) {
         transpose_block(size_of(type_of("dtype", out)), rank_rows.const_data_ptr(), layer.total, x.width, const_cast<void*>(out.const_data_ptr()));
     }
     if (layer.rounded) {
-        gram_rounded(plan, x, static_cast<const float*>(s.data), as_b, out);
+        gram_rounded(walk, x, static_cast<const float*>(s.data), lies_transposed, out);
     }
     return out;
 }
@@ -102,7 +103,7 @@ std::tuple<Tensor, Tensor> lora_forward(const Tensor& x_given, const MaybeTensor
     STD_TORCH_CHECK(weight.has_value() != base.has_value(), "weight, base: expected one of them");
     STD_TORCH_CHECK(!base || fits(*base, sizes), "base: expected [..., ", m, "] with the leading dimensions of x");
     STD_TORCH_CHECK(!bias || (fits(*bias, {m}) && type_of("bias", *bias) == layer.x.type), "bias: expected [", m, "] of the type of x");
-    const Tensor s = empty_s(layer.x, layer.plan);
+    const Tensor s = empty_s(layer.x, layer.walk);
     if ((!base || type_of("base", *base) == layer.x.type) && goes_small(layer)) {
         const Tensor y = empty(sizes, x.scalar_type());
         const std::optional<Matrix> given = base ? std::optional(Matrix::flat("base", *base)) : std::nullopt;
@@ -113,13 +114,13 @@ std::tuple<Tensor, Tensor> lora_forward(const Tensor& x_given, const MaybeTensor
     if (weight) {
         base_forward(y, x, *weight, bias, rows, widens(layer.x.type));
     }
-    shrink(layer.plan, layer.x, layer.a, layer.scale, const_cast<void*>(s.const_data_ptr()));
-    const Plan without = layer.plan.without_dropout();
+    shrink(layer.walk, layer.x, layer.a, layer.scale, const_cast<void*>(s.const_data_ptr()));
+    const RowWalk without = layer.walk.without_dropout();
     if (layer.others) {
         expand(without, Matrix::flat("y", y), shrunk(s), Matrix("bt", layer.rank_rows()), layer.rounded);
     }
     if (layer.rounded) {
-        expand_rounded(without, Matrix::flat("y", y), static_cast<const float*>(s.const_data_ptr()), layer.bt, layer.transposed);
+        expand_rounded(without, Matrix::flat("y", y), static_cast<const float*>(s.const_data_ptr()), layer.bt, layer.lies_transposed);
     }
     return {y, s};
 }
@@ -135,39 +136,39 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& d_y_given, const 
     STD_TORCH_CHECK(d_out.rows == rows && d_out.width == m, "d_y: expected [", rows, ", ", m, "]");
     const Shrunk own_s = shrunk(s);
     const Type s_type = shrunk_type(layer.x.type);
-    STD_TORCH_CHECK(own_s.count == layer.plan.flat && own_s.type == s_type, "s: expected ", layer.plan.flat, " elements of the type of the arithmetic");
+    STD_TORCH_CHECK(own_s.count == layer.walk.flat && own_s.type == s_type, "s: expected ", layer.walk.flat, " elements of the type of the arithmetic");
     const Integers sizes = need_x ? sizes_of(x, n) : Integers{0};
     const Tensor d_x = need_x && !weight ? torch::stable::new_zeros(x, sizes) : empty(sizes, x.scalar_type());
     if (goes_small(layer)) {
         const Tensor d_a = need_a ? empty({layer.total, n}, a_type) : empty({0}, a_type);
-        const Tensor d_bt = need_bt ? empty({bt.size(0), bt.size(1)}, bt_type, layer.transposed && !transposed) : empty({0}, bt_type);
+        const Tensor d_bt = need_bt ? empty({bt.size(0), bt.size(1)}, bt_type, layer.lies_transposed && !transposed) : empty({0}, bt_type);
         small_backward(layer, d_out, own_s, need_x ? &d_x : nullptr, need_a ? &d_a : nullptr, need_bt ? &d_bt : nullptr);
         return {d_x, d_a, d_bt};
     }
     if (need_x && weight) {
         base_backward(d_x, d_y, *weight, rows, widens(layer.x.type));
     }
-    const Plan without = layer.plan.without_dropout();
+    const RowWalk without = layer.walk.without_dropout();
     // Uninitialised: a vector would be filled with zeros first.
-    const std::unique_ptr<char[]> room(need_x || need_a ? new char[static_cast<size_t>(layer.plan.flat * size_of(s_type))] : nullptr);
-    const Shrunk d_s{s_type, room.get(), layer.plan.flat};
-    const bool by_b = layer.rounded && layer.transposed;  // dS of clients whose S is rounded from B as it lies
-    if (room && (layer.others || !by_b)) {
-        shrink(without, d_out, Matrix("bt", layer.rank_rows()), layer.scale, room.get(), by_b);
+    const std::unique_ptr<char[]> room(need_x || need_a ? new char[static_cast<size_t>(layer.walk.flat * size_of(s_type))] : nullptr);
+    const Shrunk d_s{s_type, room.get(), layer.walk.flat};
+    const bool from_b = layer.rounded && layer.lies_transposed;  // dS of clients whose S is rounded from B as it lies
+    if (room && (layer.others || !from_b)) {
+        shrink(without, d_out, Matrix("bt", layer.rank_rows()), layer.scale, room.get(), from_b);
     }
-    if (room && by_b) {
+    if (room && from_b) {
         shrink_rounded(without, d_out, layer.bt, layer.scale, reinterpret_cast<float*>(room.get()));
     }
     if (need_x) {
         if (layer.others) {
-            expand(layer.plan, Matrix::flat("d_x", d_x), d_s, layer.a, layer.rounded);
+            expand(layer.walk, Matrix::flat("d_x", d_x), d_s, layer.a, layer.rounded);
         }
         if (layer.rounded) {
-            expand_rounded(layer.plan, Matrix::flat("d_x", d_x), static_cast<const float*>(d_s.data), layer.a, false);
+            expand_rounded(layer.walk, Matrix::flat("d_x", d_x), static_cast<const float*>(d_s.data), layer.a, false);
         }
     }
-    return {d_x, need_a ? gradient(layer, layer.plan, d_s, layer.x, a_type, false, false) : empty({0}, a_type),
-            need_bt ? gradient(layer, without, own_s, d_out, bt_type, layer.transposed, !transposed) : empty({0}, bt_type)};
+    return {d_x, need_a ? gradient(layer, layer.walk, d_s, layer.x, a_type, false, false) : empty({0}, a_type),
+            need_bt ? gradient(layer, without, own_s, d_out, bt_type, layer.lies_transposed, transposed) : empty({0}, bt_type)};
 }
 
 }  // namespace

@@ -127,27 +127,27 @@ bool by_pairs(Type rows, Type factor, int64_t rank) {
     return usable && rows == Type::bf16 && factor == Type::bf16 && rank >= kPairedRank && !on_tiles(rows, rank);
 }
 
-void shrink_by_pairs(const Plan& plan, const Matrix& x, const Matrix& factor, const std::vector<double>& scale, float* out, int64_t below) {
+void shrink_by_pairs(const RowWalk& walk, const Matrix& x, const Matrix& factor, const std::vector<double>& scale, float* out, int64_t below) {
     std::vector<Block> blocks;
-    for (const Segment& segment : plan.segments) {
+    for (const Segment& segment : walk.segments) {
         for (int64_t t = segment.rank < below && by_pairs(x.type, factor.type, segment.rank) ? 0 : segment.length; t < segment.length; t += kRows) {
             blocks.push_back({&segment, t});
         }
     }
-    const int64_t count = static_cast<int64_t>(blocks.size()), n = x.width, parts = part_count(count, plan.active_rows * n * size_of(x.type));
-    const bool moves = plan.gathers() || plan.drops();
+    const int64_t count = static_cast<int64_t>(blocks.size()), n = x.width, parts = part_count(count, walk.active_rows * n * size_of(x.type));
+    const bool moves = walk.gathers() || walk.drops();
     std::vector<uint16_t> room(static_cast<size_t>(moves ? parts * kRows * n : 0));
-    const float inverse = plan.drops() ? static_cast<float>(plan.inverse()) : 1;
+    const float inverse = walk.drops() ? static_cast<float>(walk.inverse()) : 1;
     for_tasks(parts, count, [&](int64_t part, int64_t b) {
         const auto [segment, t] = blocks[b];
         const int64_t rank = segment->rank, height = std::min(kRows, segment->length - t);
-        const auto at = [&](int64_t i) { return reinterpret_cast<const uint16_t*>(x.at(plan.source(*segment, t + i) * n)); };
+        const auto at = [&](int64_t i) { return reinterpret_cast<const uint16_t*>(x.at(walk.source(*segment, t + i) * n)); };
         const uint16_t* own = at(0);
         if (moves) {
             uint16_t* to = room.data() + part * kRows * n;
             own = to;
             for (int64_t i = 0; i < height; ++i, to += n) {
-                plan.drops() ? mask_row(plan.drop_row(*segment, t + i, 0), at(i), n, to) : static_cast<void>(std::copy_n(at(i), n, to));
+                walk.drops() ? mask_row(walk.drop_row(*segment, t + i, 0), at(i), n, to) : static_cast<void>(std::copy_n(at(i), n, to));
             }
         }
         pair_dots(own, height, reinterpret_cast<const uint16_t*>(factor.at(segment->row * n)), rank, n, static_cast<float>(scale[segment->client]), inverse,
@@ -159,7 +159,7 @@ void shrink_by_pairs(const Plan& plan, const Matrix& x, const Matrix& factor, co
 
 void mask_row(const DropRow&, const uint16_t*, int64_t, uint16_t*) {}
 bool by_pairs(Type, Type, int64_t) { return false; }
-void shrink_by_pairs(const Plan&, const Matrix&, const Matrix&, const std::vector<double>&, float*, int64_t) {}
+void shrink_by_pairs(const RowWalk&, const Matrix&, const Matrix&, const std::vector<double>&, float*, int64_t) {}
 
 #endif
 

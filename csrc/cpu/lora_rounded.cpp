@@ -80,7 +80,7 @@ HETLORA_AVX512 void pair_rank_rows(const uint16_t* from, int64_t ld, int64_t ran
 }
 
 // A strip of a factor that lies column by column: to[j * kStrip + c] = (from[c * ld + 2 j], from[c * ld + 2 j + 1]), with zeros beside the numbers that are.
-void turn_rows(const uint16_t* from, int64_t ld, int64_t width, int64_t rank, uint32_t* room, uint32_t* to) {
+void pair_transposed(const uint16_t* from, int64_t ld, int64_t width, int64_t rank, uint32_t* room, uint32_t* to) {
     const int64_t pairs = (rank + 1) / 2;
     if (ld == rank && rank % 2 == 0 && width >= kStrip) {
         transpose_block(4, from, kStrip, pairs, to);
@@ -165,9 +165,9 @@ struct Work {
     int64_t room = 0;
 };
 
-std::vector<Segment> rounded_segments(const Plan& plan) {
+std::vector<Segment> rounded_segments(const RowWalk& walk) {
     std::vector<Segment> out;
-    std::copy_if(plan.segments.begin(), plan.segments.end(), std::back_inserter(out), [](const Segment& segment) { return is_rounded(true, segment.rank); });
+    std::copy_if(walk.segments.begin(), walk.segments.end(), std::back_inserter(out), [](const Segment& segment) { return is_rounded(true, segment.rank); });
     return out;
 }
 
@@ -176,9 +176,9 @@ int64_t halves(int64_t n) { return (n + 1) / 2; }
 }  // namespace
 
 // B's rows are paired once; a task is kRows rows of d_y where they lie, multiplied by a strip of ranks in parts of kChunk columns.
-void shrink_rounded(const Plan& plan, const Matrix& d_y, const Matrix& b, const std::vector<double>& scale, float* out) {
-    const std::vector<Segment> segments = rounded_segments(plan);
-    const int64_t m = d_y.width, depth = halves(m), bytes = plan.active_rows * m * size_of(d_y.type);
+void shrink_rounded(const RowWalk& walk, const Matrix& d_y, const Matrix& b, const std::vector<double>& scale, float* out) {
+    const std::vector<Segment> segments = rounded_segments(walk);
+    const int64_t m = d_y.width, depth = halves(m), bytes = walk.active_rows * m * size_of(d_y.type);
     const auto size = [&](const Segment& segment) { return (segment.rank + kStrip - 1) / kStrip * kStrip * depth; };
     const Work packing(segments, kStrip, [](const Segment& segment) { return segment.rank; }, size);
     const Aligned<uint32_t> right(packing.room);
@@ -191,20 +191,20 @@ void shrink_rounded(const Plan& plan, const Matrix& d_y, const Matrix& b, const 
         }
     });
     const Work blocks(segments, kRows, [](const Segment& segment) { return segment.length; }, size);
-    const bool moves = plan.gathers() || m % 2 == 1;
+    const bool moves = walk.gathers() || m % 2 == 1;
     const int64_t parts = part_count(blocks.count(), bytes), left_size = moves ? kRows * 2 * depth : 0, block_size = kRows * kStrip;
     const Aligned<uint16_t> lefts(parts * left_size);
     const Aligned<float> sums(parts * block_size);
     for_tasks(parts, blocks.count(), [&](int64_t part, int64_t task) {
         const auto [segment, t, place] = blocks.pieces[static_cast<size_t>(task)];
         const int64_t rank = segment->rank, height = std::min(kRows, segment->length - t);
-        const uint16_t* left = numbers(d_y, plan.source(*segment, t) * m);
+        const uint16_t* left = numbers(d_y, walk.source(*segment, t) * m);
         if (moves) {
             uint16_t* to = lefts.data() + part * left_size;
             left = to;
             for (int64_t i = 0; i < height; ++i, to += 2 * depth) {
                 to[2 * depth - 1] = 0;
-                std::copy_n(numbers(d_y, plan.source(*segment, t + i) * m), m, to);
+                std::copy_n(numbers(d_y, walk.source(*segment, t + i) * m), m, to);
             }
         }
         float* block = sums.data() + part * block_size;
@@ -221,9 +221,9 @@ void shrink_rounded(const Plan& plan, const Matrix& d_y, const Matrix& b, const 
 }
 
 // A task is kPacked columns of one client: its part of the factor is paired, and multiplied by the client's rows, kRows at a time.
-void expand_rounded(const Plan& plan, const Matrix& out, const float* s, const Matrix& factor, bool as_b) {
-    const std::vector<Segment> segments = rounded_segments(plan);
-    const int64_t m = out.width, bytes = 2 * plan.active_rows * m * size_of(out.type);
+void expand_rounded(const RowWalk& walk, const Matrix& out, const float* s, const Matrix& factor, bool lies_transposed) {
+    const std::vector<Segment> segments = rounded_segments(walk);
+    const int64_t m = out.width, bytes = 2 * walk.active_rows * m * size_of(out.type);
     const auto size = [](const Segment& segment) { return segment.length * halves(segment.rank); };
     const Work rows(segments, kRows, [](const Segment& segment) { return segment.length; }, size);
     const Aligned<uint32_t> left(rows.room);
@@ -247,9 +247,9 @@ void expand_rounded(const Plan& plan, const Matrix& out, const float* s, const M
         const auto [segment, c, place] = columns.pieces[static_cast<size_t>(task)];
         const int64_t rank = segment->rank, depth = halves(rank), width = std::min(kPacked, m - c);
         uint32_t *right = rights.data() + part * (right_size + copy_size), *copy = right + right_size;
-        if (as_b) {
+        if (lies_transposed) {
             for (int64_t i = 0; i < width; i += kStrip) {
-                turn_rows(numbers(factor, (c + i) * factor.width + segment->row), factor.width, width - i, rank, copy, right + i * depth);
+                pair_transposed(numbers(factor, (c + i) * factor.width + segment->row), factor.width, width - i, rank, copy, right + i * depth);
             }
         } else {
             pair_rank_rows(numbers(factor, segment->row * m + c), m, rank, width, right);
@@ -265,19 +265,19 @@ void expand_rounded(const Plan& plan, const Matrix& out, const float* s, const M
             }
             for (int64_t i = 0; i < height; ++i) {
                 float* own = product + i * ld;
-                if (plan.drops()) {
-                    lora_kernels<float>().drop(plan.drop_row(*segment, t + i, c), own, width, static_cast<float>(plan.inverse()), own);
+                if (walk.drops()) {
+                    lora_kernels<float>().drop(walk.drop_row(*segment, t + i, c), own, width, static_cast<float>(walk.inverse()), own);
                 }
-                add_block(out.type, out.at(plan.source(*segment, t + i) * m + c), own, width);
+                add_block(out.type, out.at(walk.source(*segment, t + i) * m + c), own, width);
             }
         }
     });
 }
 
 // S is paired by rows once; a task is a strip of columns of one client, whose rows are paired too, and kBlock ranks after another.
-void gram_rounded(const Plan& plan, const Matrix& x, const float* s, bool as_b, const Tensor& out_tensor) {
-    const std::vector<Segment> segments = rounded_segments(plan);
-    const int64_t n = x.width, bytes = plan.active_rows * n * size_of(x.type);
+void gram_rounded(const RowWalk& walk, const Matrix& x, const float* s, bool lies_transposed, const Tensor& out_tensor) {
+    const std::vector<Segment> segments = rounded_segments(walk);
+    const int64_t n = x.width, bytes = walk.active_rows * n * size_of(x.type);
     // An odd number of cache lines from one pair of rows to the next: a column of them does not fall into a few sets of the cache.
     const auto stride = [](const Segment& segment) { return (segment.rank + kStrip - 1) / kStrip * kStrip + 16; };
     const auto size = [&](const Segment& segment) { return halves(segment.length) * stride(segment); };
@@ -302,7 +302,7 @@ void gram_rounded(const Plan& plan, const Matrix& x, const float* s, bool as_b, 
     const Aligned<uint32_t> rights(parts * right_size);
     const Aligned<float> blocks(parts * 5 * block_size);  // sums, and twice of any type
     const Type type = type_of("out", out_tensor);
-    const float inverse = plan.drops() ? static_cast<float>(plan.inverse()) : 1;
+    const float inverse = walk.drops() ? static_cast<float>(walk.inverse()) : 1;
     auto* out = static_cast<char*>(const_cast<void*>(out_tensor.const_data_ptr()));
     for_tasks(parts, strips.count(), [&](int64_t part, int64_t task) {
         const auto [segment, c, place] = strips.pieces[static_cast<size_t>(task)];
@@ -311,31 +311,31 @@ void gram_rounded(const Plan& plan, const Matrix& x, const float* s, bool as_b, 
         for (int64_t t = 0; t < segment->length; t += 2) {
             uint16_t room[2 * kStrip];
             const auto row = [&, segment = segment, c = c](int64_t of, uint16_t* kept) -> const uint16_t* {
-                const uint16_t* from = numbers(x, plan.source(*segment, of) * n + c);
-                if (!plan.drops()) {
+                const uint16_t* from = numbers(x, walk.source(*segment, of) * n + c);
+                if (!walk.drops()) {
                     return from;
                 }
-                mask_row(plan.drop_row(*segment, of, c), from, width, kept);
+                mask_row(walk.drop_row(*segment, of, c), from, width, kept);
                 return kept;
             };
             pair_rows(row(t, room), t + 1 < segment->length ? row(t + 1, room + kStrip) : nullptr, width, right + t / 2 * kStrip);
         }
         float* block = blocks.data() + part * 5 * block_size;
-        char *stored = reinterpret_cast<char*>(block + block_size), *turned = reinterpret_cast<char*>(block + 3 * block_size);
+        char *stored = reinterpret_cast<char*>(block + block_size), *by_columns = reinterpret_cast<char*>(block + 3 * block_size);
         for (int64_t i = 0; i < segment->rank; i += kBlock) {
             const int64_t height = std::min(kBlock, segment->rank - i), step = size_of(type);
             for (int64_t t = 0; t < segment->length; t += kChunk) {
                 outer_pairs(left.data() + place + t / 2 * stride(*segment) + i, 1, stride(*segment), right + t / 2 * kStrip,
                             halves(std::min(kChunk, segment->length - t)), height, block, kStrip, t > 0);
             }
-            if (plan.drops()) {
+            if (walk.drops()) {
                 scaled(block, height * kStrip, inverse, block);
             }
             store_block(type, stored, block, height * kStrip);
-            if (as_b) {
-                transpose_block(step, stored, height, kStrip, turned);
+            if (lies_transposed) {
+                transpose_block(step, stored, height, kStrip, by_columns);
                 for (int64_t j = 0; j < width; ++j) {
-                    std::copy_n(turned + j * height * step, height * step, out + ((c + j) * plan.rank_rows + segment->row + i) * step);
+                    std::copy_n(by_columns + j * height * step, height * step, out + ((c + j) * walk.rank_rows + segment->row + i) * step);
                 }
             } else {
                 for (int64_t j = 0; j < height; ++j) {
@@ -348,9 +348,9 @@ void gram_rounded(const Plan& plan, const Matrix& x, const float* s, bool as_b, 
 
 #else
 
-void shrink_rounded(const Plan&, const Matrix&, const Matrix&, const std::vector<double>&, float*) {}
-void expand_rounded(const Plan&, const Matrix&, const float*, const Matrix&, bool) {}
-void gram_rounded(const Plan&, const Matrix&, const float*, bool, const Tensor&) {}
+void shrink_rounded(const RowWalk&, const Matrix&, const Matrix&, const std::vector<double>&, float*) {}
+void expand_rounded(const RowWalk&, const Matrix&, const float*, const Matrix&, bool) {}
+void gram_rounded(const RowWalk&, const Matrix&, const float*, bool, const Tensor&) {}
 
 #endif
 

@@ -16,10 +16,10 @@ inline bool rounds(Type rows, Type a, Type bt) { return by_pairs(rows, a, kRound
 // Whether this client is one, in a call that `rounds`.
 inline bool is_rounded(bool rounded, int64_t rank) { return rounded && rank >= kRoundedRank; }
 
-// shrink of d_y, expand_ and grouped_gram for these clients; the others are left as they are. b is B as PEFT keeps it, [m, S]; with `as_b` the factor, or its
-// gradient `out`, lies so in memory.
-void shrink_rounded(const Plan& plan, const Matrix& d_y, const Matrix& b, const std::vector<double>& scale, float* out);
-void expand_rounded(const Plan& plan, const Matrix& out, const float* s, const Matrix& factor, bool as_b);
-void gram_rounded(const Plan& plan, const Matrix& x, const float* s, bool as_b, const Tensor& out);
+// shrink of d_y, expand_ and grouped_gram for these clients; the others are left as they are. b is B as PEFT keeps it, [m, S]; with `lies_transposed` the
+// factor, or its gradient `out`, lies so in memory.
+void shrink_rounded(const RowWalk& walk, const Matrix& d_y, const Matrix& b, const std::vector<double>& scale, float* out);
+void expand_rounded(const RowWalk& walk, const Matrix& out, const float* s, const Matrix& factor, bool lies_transposed);
+void gram_rounded(const RowWalk& walk, const Matrix& x, const float* s, bool lies_transposed, const Tensor& out);
 
 }  // namespace hetlora

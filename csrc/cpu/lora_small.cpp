@@ -109,25 +109,25 @@ void base_gradient(const E* d_y, int64_t rows, const Matrix& weight, E* out) {
 
 // The rows of a segment: where they lie, or gathered in `room`.
 template <class E>
-const E* own_rows(const Plan& plan, const Segment& segment, const E* from, int64_t width, E* room) {
-    if (!plan.gathers()) {
+const E* own_rows(const RowWalk& walk, const Segment& segment, const E* from, int64_t width, E* room) {
+    if (!walk.gathers()) {
         return from + segment.start * width;
     }
     for (int64_t t = 0; t < segment.length; ++t) {
-        std::copy_n(from + plan.source(segment, t) * width, width, room + t * width);
+        std::copy_n(from + walk.source(segment, t) * width, width, room + t * width);
     }
     return room;
 }
 
 // The same with dropout.
 template <class E>
-const E* dropped_rows(const Plan& plan, const Segment& segment, const E* from, int64_t width, E* room) {
-    if (!plan.drops()) {
-        return own_rows(plan, segment, from, width, room);
+const E* dropped_rows(const RowWalk& walk, const Segment& segment, const E* from, int64_t width, E* room) {
+    if (!walk.drops()) {
+        return own_rows(walk, segment, from, width, room);
     }
     for (int64_t t = 0; t < segment.length; ++t) {
-        const E* own = from + plan.source(segment, t) * width;
-        lora_kernels<E>().drop(plan.drop_row(segment, t, 0), own, width, static_cast<E>(plan.inverse()), room + t * width);
+        const E* own = from + walk.source(segment, t) * width;
+        lora_kernels<E>().drop(walk.drop_row(segment, t, 0), own, width, static_cast<E>(walk.inverse()), room + t * width);
     }
     return room;
 }
@@ -141,19 +141,19 @@ const E* shrunk(const Layer& layer, const Segment& segment, const E* rows, const
 }
 
 // S of the clients whose S is made of pairs, in `room`; the others' is left as it is.
-void shrink_pairs(const Plan& plan, const Matrix& x, const Matrix& factor, const std::vector<double>& scale, float* room) {
-    if (any_by_pairs(plan, x.type, factor.type)) {
-        shrink_by_pairs(plan, x, factor, scale, room);
+void shrink_pairs(const RowWalk& walk, const Matrix& x, const Matrix& factor, const std::vector<double>& scale, float* room) {
+    if (any_by_pairs(walk, x.type, factor.type)) {
+        shrink_by_pairs(walk, x, factor, scale, room);
     }
 }
-void shrink_pairs(const Plan&, const Matrix&, const Matrix&, const std::vector<double>&, double*) {}
+void shrink_pairs(const RowWalk&, const Matrix&, const Matrix&, const std::vector<double>&, double*) {}
 
 // out += S F for one client, dropped as x was where `drops`.
 template <class E>
-void expand(const Plan& plan, const Segment& segment, const E* s, const E* factor, int64_t width, bool drops, E* room, E* out) {
+void expand(const RowWalk& walk, const Segment& segment, const E* s, const E* factor, int64_t width, bool drops, E* room, E* out) {
     const LoraKernels<E>& kernels = lora_kernels<E>();
     const E* own = factor + segment.row * width;
-    if (!drops && !plan.gathers()) {
+    if (!drops && !walk.gathers()) {
         kernels.outer(s, segment.rank, 1, own, width, segment.rank, segment.length, width, out + segment.start * width, width, true);
         return;
     }
@@ -161,9 +161,9 @@ void expand(const Plan& plan, const Segment& segment, const E* s, const E* facto
     for (int64_t t = 0; t < segment.length; ++t) {
         E* product = room + t * width;
         if (drops) {
-            kernels.drop(plan.drop_row(segment, t, 0), product, width, static_cast<E>(plan.inverse()), product);
+            kernels.drop(walk.drop_row(segment, t, 0), product, width, static_cast<E>(walk.inverse()), product);
         }
-        add_block(type_for<E>(), out + plan.source(segment, t) * width, product, width);
+        add_block(type_for<E>(), out + walk.source(segment, t) * width, product, width);
     }
 }
 
@@ -187,14 +187,14 @@ void forward(const Layer& layer, const Matrix* base, const MaybeTensor& bias, co
         }
     }
     E* shrunk_rows = static_cast<E*>(const_cast<void*>(s_tensor.const_data_ptr()));
-    shrink_pairs(layer.plan, layer.x, layer.a, layer.scale, shrunk_rows);
+    shrink_pairs(layer.walk, layer.x, layer.a, layer.scale, shrunk_rows);
     std::vector<E> room(static_cast<size_t>(layer.longest * std::max(n, m)));
-    for (const Segment& segment : layer.plan.segments) {
+    for (const Segment& segment : layer.walk.segments) {
         const E* s = shrunk_rows + segment.flat;
         if (!by_pairs(layer.x.type, layer.a.type, segment.rank)) {
-            shrunk(layer, segment, dropped_rows(layer.plan, segment, x + 0, n, room.data()), a + 0, n, shrunk_rows + segment.flat);
+            shrunk(layer, segment, dropped_rows(layer.walk, segment, x + 0, n, room.data()), a + 0, n, shrunk_rows + segment.flat);
         }
-        expand(layer.plan, segment, s, bt + 0, m, false, room.data(), out + 0);
+        expand(layer.walk, segment, s, bt + 0, m, false, room.data(), out + 0);
     }
     out.store();
 }
@@ -203,13 +203,13 @@ template <class E>
 void backward(const Layer& layer, const Matrix& d_y_matrix, const Shrunk& s_given, const Tensor* d_x_tensor, const Tensor* d_a_tensor,
               const Tensor* d_bt_tensor) {
     const int64_t n = layer.x.width, m = layer.m, rows = layer.x.rows, total = layer.total;
-    const Plan& plan = layer.plan;
+    const RowWalk& walk = layer.walk;
     const Tensor factor = layer.rank_rows();
     const Operand<E> x(layer.x.type, layer.x.data, rows * n), a(layer.a.type, layer.a.data, total * n);
     const Operand<E> bt(layer.bt.type, factor.const_data_ptr(), total * m);
     const Operand<E> d_y(d_y_matrix.type, d_y_matrix.data, rows * m), s(s_given.type, s_given.data, s_given.count);
     int64_t filled = 0;
-    for (const Segment& segment : plan.segments) {
+    for (const Segment& segment : walk.segments) {
         filled += segment.rank;
     }
     std::optional<Result<E>> d_x, d_a, d_bt;
@@ -226,19 +226,19 @@ void backward(const Layer& layer, const Matrix& d_y_matrix, const Shrunk& s_give
         d_bt.emplace(*d_bt_tensor, filled != total);
     }
     const LoraKernels<E>& kernels = lora_kernels<E>();
-    const bool paired = (d_x || d_a) && any_by_pairs(plan, d_y_matrix.type, layer.bt.type);
-    std::vector<E> d_s_pairs(static_cast<size_t>(paired ? plan.flat : 0));
+    const bool paired = (d_x || d_a) && any_by_pairs(walk, d_y_matrix.type, layer.bt.type);
+    std::vector<E> d_s_pairs(static_cast<size_t>(paired ? walk.flat : 0));
     if (paired) {
-        shrink_pairs(plan.without_dropout(), d_y_matrix, Matrix("bt", factor), layer.scale, d_s_pairs.data());
+        shrink_pairs(walk.without_dropout(), d_y_matrix, Matrix("bt", factor), layer.scale, d_s_pairs.data());
     }
     std::vector<E> room(static_cast<size_t>(layer.longest * (2 * std::max(n, m) + layer.widest)));
     E *x_room = room.data(), *y_room = x_room + layer.longest * std::max(n, m), *s_room = y_room + layer.longest * std::max(n, m);
-    for (const Segment& segment : plan.segments) {
+    for (const Segment& segment : walk.segments) {
         const int64_t rank = segment.rank, length = segment.length;
-        const E* own_y = own_rows(plan, segment, d_y + 0, m, y_room);
+        const E* own_y = own_rows(walk, segment, d_y + 0, m, y_room);
         if (d_bt) {
             const E* own_s = s + segment.flat;
-            if (layer.transposed) {
+            if (layer.lies_transposed) {
                 kernels.outer(own_y, 1, m, own_s, rank, length, m, rank, *d_bt + segment.row, total, false);
             } else {
                 kernels.outer(own_s, 1, rank, own_y, m, length, rank, m, *d_bt + segment.row * m, m, false);
@@ -248,10 +248,10 @@ void backward(const Layer& layer, const Matrix& d_y_matrix, const Shrunk& s_give
             const bool own_pairs = by_pairs(d_y_matrix.type, layer.bt.type, rank);
             const E* d_s = own_pairs ? d_s_pairs.data() + segment.flat : shrunk(layer, segment, own_y, bt + 0, m, s_room);
             if (d_a) {
-                kernels.outer(d_s, 1, rank, dropped_rows(plan, segment, x + 0, n, x_room), n, length, rank, n, *d_a + segment.row * n, n, false);
+                kernels.outer(d_s, 1, rank, dropped_rows(walk, segment, x + 0, n, x_room), n, length, rank, n, *d_a + segment.row * n, n, false);
             }
             if (d_x) {
-                expand(plan, segment, d_s, a + 0, n, plan.drops(), x_room, *d_x + 0);
+                expand(walk, segment, d_s, a + 0, n, walk.drops(), x_room, *d_x + 0);
             }
         }
     }

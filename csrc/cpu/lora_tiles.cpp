@@ -20,12 +20,12 @@ namespace {
 constexpr int64_t kColumns = 512;  // columns of a product made beside the result
 
 // Row t of a segment from `column` on: where it lies, or what dropout leaves of it, not scaled, in `room`.
-HETLORA_AMX const uint16_t* own_row(const Plan& plan, const Matrix& x, const Segment& segment, int64_t t, int64_t column, int64_t columns, uint16_t* room) {
-    const auto* from = reinterpret_cast<const uint16_t*>(x.at(plan.source(segment, t) * x.width + column));
-    if (!plan.drops()) {
+HETLORA_AMX const uint16_t* own_row(const RowWalk& walk, const Matrix& x, const Segment& segment, int64_t t, int64_t column, int64_t columns, uint16_t* room) {
+    const auto* from = reinterpret_cast<const uint16_t*>(x.at(walk.source(segment, t) * x.width + column));
+    if (!walk.drops()) {
         return from;
     }
-    const DropRow row = plan.drop_row(segment, t, column);
+    const DropRow row = walk.drop_row(segment, t, column);
     const __m512i threshold = _mm512_set1_epi16(static_cast<short>(row.threshold));
     for (int64_t c = 0; c < columns; c += 64) {
         const uint64_t keep = philox_keep_avx512(row.seed, row.key, static_cast<uint32_t>((column + c) / 8), threshold);
@@ -38,9 +38,9 @@ HETLORA_AMX const uint16_t* own_row(const Plan& plan, const Matrix& x, const Seg
     return room;
 }
 
-std::vector<Segment> tiled(const Plan& plan) {
+std::vector<Segment> tiled(const RowWalk& walk) {
     std::vector<Segment> out;
-    for (const Segment& segment : plan.segments) {
+    for (const Segment& segment : walk.segments) {
         if (segment.rank >= kTiledRank) {
             out.push_back(segment);
         }
@@ -83,10 +83,10 @@ class Numbers {
     const char* data_;
 };
 
-int64_t workers(const Plan& plan, size_t tasks, int64_t width) { return part_count(static_cast<int64_t>(tasks), 2 * plan.active_rows * width); }
+int64_t workers(const RowWalk& walk, size_t tasks, int64_t width) { return part_count(static_cast<int64_t>(tasks), 2 * walk.active_rows * width); }
 
 // The sums over rows [begin, begin + kPart) of each segment that has such, added to those before: what of S is packed stays in L2.
-void gram_of_rows(const Plan& plan, const std::vector<Segment>& all, const Matrix& x, const float* s, int64_t begin, float* out) {
+void gram_of_rows(const RowWalk& walk, const std::vector<Segment>& all, const Matrix& x, const float* s, int64_t begin, float* out) {
     std::vector<Segment> segments;
     std::copy_if(all.begin(), all.end(), std::back_inserter(segments), [&](const Segment& segment) { return segment.length > begin; });
     const int64_t n = x.width;
@@ -101,7 +101,7 @@ void gram_of_rows(const Plan& plan, const std::vector<Segment>& all, const Matri
     const Room packed(size);
     const auto place = [&](const Segment* segment) { return packed.data() + places[static_cast<size_t>(segment - segments.data())]; };
     const std::vector<Work> ranks = pieces(segments, kBlock, [](const Segment& segment) { return segment.rank; });
-    for_tasks(workers(plan, ranks.size(), n), static_cast<int64_t>(ranks.size()), [&](int64_t, int64_t task) {
+    for_tasks(workers(walk, ranks.size(), n), static_cast<int64_t>(ranks.size()), [&](int64_t, int64_t task) {
         const auto [segment, first] = ranks[task];
         const int64_t rank = segment->rank, length = std::min(kPart, segment->length - begin), width = std::min(kBlock, rank - first);
         const Packed left(rank, length, 3);
@@ -117,7 +117,7 @@ void gram_of_rows(const Plan& plan, const std::vector<Segment>& all, const Matri
     });
     constexpr int64_t kStrip = 64;  // columns of one block of draws
     const std::vector<Work> strips = pieces(segments, kStrip, [&](const Segment&) { return n; });
-    const int64_t parts = workers(plan, strips.size(), n), right_size = Packed(kStrip, longest, 1).size;
+    const int64_t parts = workers(walk, strips.size(), n), right_size = Packed(kStrip, longest, 1).size;
     const Room rows(parts * (right_size + 2 * kStrip));
     for_tasks(parts, static_cast<int64_t>(strips.size()), [&](int64_t part, int64_t task) {
         const auto [segment, first] = strips[task];
@@ -125,11 +125,11 @@ void gram_of_rows(const Plan& plan, const std::vector<Segment>& all, const Matri
         const Packed left(rank, length, 3), right(kStrip, length, 1);
         uint16_t *own = rows.data() + part * (right_size + 2 * kStrip), *room = own + right_size;
         for (int64_t t = 0; t < length; t += 2) {
-            const uint16_t* even = own_row(plan, x, *segment, begin + t, first, width, room);
-            pack_pair(right, own, t / 2, even, t + 1 < length ? own_row(plan, x, *segment, begin + t + 1, first, width, room + kStrip) : nullptr, width);
+            const uint16_t* even = own_row(walk, x, *segment, begin + t, first, width, room);
+            pack_pair(right, own, t / 2, even, t + 1 < length ? own_row(walk, x, *segment, begin + t + 1, first, width, room + kStrip) : nullptr, width);
         }
         clear_pairs(right, own, (length + 1) / 2, width);
-        const float inverse = plan.drops() ? static_cast<float>(plan.inverse()) : 1;
+        const float inverse = walk.drops() ? static_cast<float>(walk.inverse()) : 1;
         const Tiles tiles;
         alignas(64) float sums[kBlock * kBlock];
         for (int64_t i = 0; i < rank; i += kBlock) {
@@ -153,8 +153,8 @@ bool on_tiles(Type rows, int64_t rank) {
     return rows == Type::bf16 && rank >= kTiledRank && usable;
 }
 
-void shrink_on_tiles(const Plan& plan, const Matrix& x, const Matrix& factor, const std::vector<double>& scale, float* out) {
-    const std::vector<Segment> segments = tiled(plan);
+void shrink_on_tiles(const RowWalk& walk, const Matrix& x, const Matrix& factor, const std::vector<double>& scale, float* out) {
+    const std::vector<Segment> segments = tiled(walk);
     const int64_t n = x.width;
     const Numbers numbers(factor.type, factor.data, factor.rows * n);
     const Packed right(0, n, numbers.parts), left(kBlock, n, 1);
@@ -167,7 +167,7 @@ void shrink_on_tiles(const Plan& plan, const Matrix& x, const Matrix& factor, co
     const Room packed(size);
     const auto place = [&](const Segment* segment) { return packed.data() + places[static_cast<size_t>(segment - segments.data())]; };
     const std::vector<Work> columns = pieces(segments, kBlock, [](const Segment& segment) { return segment.rank; });
-    for_tasks(workers(plan, columns.size(), n), static_cast<int64_t>(columns.size()), [&](int64_t, int64_t task) {
+    for_tasks(workers(walk, columns.size(), n), static_cast<int64_t>(columns.size()), [&](int64_t, int64_t task) {
         const auto [segment, first] = columns[task];
         const int64_t end = std::min(segment->rank, first + kBlock);
         for (int64_t j = first; j < end; ++j) {
@@ -179,17 +179,17 @@ void shrink_on_tiles(const Plan& plan, const Matrix& x, const Matrix& factor, co
         }
     });
     const std::vector<Work> blocks = pieces(segments, kBlock, [](const Segment& segment) { return segment.length; });
-    const int64_t parts = workers(plan, blocks.size(), n), row_size = up(n, 64);
+    const int64_t parts = workers(walk, blocks.size(), n), row_size = up(n, 64);
     const Room rows(parts * (left.size + row_size));
     for_tasks(parts, static_cast<int64_t>(blocks.size()), [&](int64_t part, int64_t task) {
         const auto [segment, first] = blocks[task];
         const int64_t height = std::min(kBlock, segment->length - first), rank = segment->rank;
         uint16_t *own = rows.data() + part * (left.size + row_size), *row = own + left.size;
         for (int64_t t = 0; t < height; ++t) {
-            pack_row(left, own, t, own_row(plan, x, *segment, first + t, 0, n, row), n);
+            pack_row(left, own, t, own_row(walk, x, *segment, first + t, 0, n, row), n);
         }
         clear_rows(left, own, height);
-        const float factor_of = static_cast<float>(scale[segment->client]), inverse = plan.drops() ? static_cast<float>(plan.inverse()) : 1;
+        const float factor_of = static_cast<float>(scale[segment->client]), inverse = walk.drops() ? static_cast<float>(walk.inverse()) : 1;
         const Tiles tiles;
         alignas(64) float sums[kBlock * kBlock];
         for (int64_t j = 0; j < rank; j += kBlock) {
@@ -205,11 +205,11 @@ void shrink_on_tiles(const Plan& plan, const Matrix& x, const Matrix& factor, co
     });
 }
 
-void expand_on_tiles(const Plan& plan, const Matrix& out, Type s_type, const void* s_data, const Matrix& factor) {
-    const std::vector<Segment> segments = tiled(plan);
+void expand_on_tiles(const RowWalk& walk, const Matrix& out, Type s_type, const void* s_data, const Matrix& factor) {
+    const std::vector<Segment> segments = tiled(walk);
     const int64_t m = out.width;
     const Numbers numbers(factor.type, factor.data, factor.rows * m);
-    const Operand<float> s(s_type, s_data, plan.flat);
+    const Operand<float> s(s_type, s_data, walk.flat);
     Integers places;
     int64_t size = 0, widest = 0;
     for (const Segment& segment : segments) {
@@ -221,7 +221,7 @@ void expand_on_tiles(const Plan& plan, const Matrix& out, Type s_type, const voi
     const auto place = [&](const Segment* segment) { return packed.data() + places[static_cast<size_t>(segment - segments.data())]; };
     constexpr int64_t kStrip = 128;
     const std::vector<Work> strips = pieces(segments, kStrip, [&](const Segment&) { return m; });
-    for_tasks(workers(plan, strips.size(), m), static_cast<int64_t>(strips.size()), [&](int64_t, int64_t task) {
+    for_tasks(workers(walk, strips.size(), m), static_cast<int64_t>(strips.size()), [&](int64_t, int64_t task) {
         const auto [segment, first] = strips[task];
         const int64_t rank = segment->rank, width = std::min(kStrip, m - first);
         const Packed right(m, rank, numbers.parts);
@@ -233,7 +233,7 @@ void expand_on_tiles(const Plan& plan, const Matrix& out, Type s_type, const voi
         clear_pairs(right, own, (rank + 1) / 2, width);
     });
     const std::vector<Work> blocks = pieces(segments, kBlock, [](const Segment& segment) { return segment.length; });
-    const int64_t parts = workers(plan, blocks.size(), m), left_size = Packed(kBlock, widest, 3).size, product_size = 2 * kBlock * kColumns;
+    const int64_t parts = workers(walk, blocks.size(), m), left_size = Packed(kBlock, widest, 3).size, product_size = 2 * kBlock * kColumns;
     const Room rows(parts * (left_size + product_size));
     for_tasks(parts, static_cast<int64_t>(blocks.size()), [&](int64_t part, int64_t task) {
         const auto [segment, first] = blocks[task];
@@ -257,32 +257,32 @@ void expand_on_tiles(const Plan& plan, const Matrix& out, Type s_type, const voi
             }
             for (int64_t t = 0; t < height; ++t) {
                 float* row = product + t * kColumns;
-                if (plan.drops()) {
-                    lora_kernels<float>().drop(plan.drop_row(*segment, first + t, c), row, width, static_cast<float>(plan.inverse()), row);
+                if (walk.drops()) {
+                    lora_kernels<float>().drop(walk.drop_row(*segment, first + t, c), row, width, static_cast<float>(walk.inverse()), row);
                 }
-                add_block(out.type, out.at(plan.source(*segment, first + t) * m + c), row, width);
+                add_block(out.type, out.at(walk.source(*segment, first + t) * m + c), row, width);
             }
         }
     });
 }
 
-void gram_on_tiles(const Plan& plan, const Matrix& x, const float* s, float* out) {
-    const std::vector<Segment> segments = tiled(plan);
+void gram_on_tiles(const RowWalk& walk, const Matrix& x, const float* s, float* out) {
+    const std::vector<Segment> segments = tiled(walk);
     int64_t longest = 0;
     for (const Segment& segment : segments) {
         longest = std::max(longest, segment.length);
     }
     for (int64_t t = 0; t < longest; t += kPart) {
-        gram_of_rows(plan, segments, x, s, t, out);
+        gram_of_rows(walk, segments, x, s, t, out);
     }
 }
 
 #else
 
 bool on_tiles(Type, int64_t) { return false; }
-void shrink_on_tiles(const Plan&, const Matrix&, const Matrix&, const std::vector<double>&, float*) {}
-void expand_on_tiles(const Plan&, const Matrix&, Type, const void*, const Matrix&) {}
-void gram_on_tiles(const Plan&, const Matrix&, const float*, float*) {}
+void shrink_on_tiles(const RowWalk&, const Matrix&, const Matrix&, const std::vector<double>&, float*) {}
+void expand_on_tiles(const RowWalk&, const Matrix&, Type, const void*, const Matrix&) {}
+void gram_on_tiles(const RowWalk&, const Matrix&, const float*, float*) {}
 
 #endif
 

@@ -20,8 +20,8 @@ namespace hetlora {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Uninitialised, on the CPU; `transposed`: a matrix that lies column by column. Not through the dispatcher, as torch::stable::new_empty goes: 1 us less.
-inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, bool transposed = false) {
+// Uninitialised, on the CPU; `lies_transposed`: a matrix that lies column by column. Not through the dispatcher, as torch::stable::new_empty goes: 1 us less.
+inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, bool lies_transposed = false) {
     std::array<int64_t, 64> strides;
     STD_TORCH_CHECK(sizes.size() <= strides.size(), "hetlora: expected at most 64 dimensions, got ", sizes.size());
     int64_t stride = 1;
@@ -29,7 +29,7 @@ inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType d
         strides[i] = stride;
         stride *= std::max<int64_t>(1, sizes[i]);
     }
-    if (transposed) {
+    if (lies_transposed) {
         strides[0] = 1;
         strides[1] = std::max<int64_t>(1, sizes[0]);
     }
@@ -61,11 +61,11 @@ inline Tensor dense(const char* name, const Tensor& tensor) {
 // A dense [rows, width] matrix. `write_back` ends an op that wrote to a tensor which was not contiguous.
 class Matrix {
   public:
-    // as_it_lies: that of a matrix which is the transpose of a dense one (`is_transposed`), in memory [width, rows].
-    Matrix(const char* name, const Tensor& tensor, bool as_it_lies = false) : Matrix(name, tensor, as_it_lies ? tensor : dense(name, tensor)) {
+    // lies_transposed: that of a matrix which is the transpose of a dense one (`is_transposed`), in memory [width, rows].
+    Matrix(const char* name, const Tensor& tensor, bool lies_transposed = false) : Matrix(name, tensor, lies_transposed ? tensor : dense(name, tensor)) {
         STD_TORCH_CHECK(tensor.dim() >= 2, name, ": expected 2 dimensions, got ", tensor.dim());
         rows = tensor.size(tensor.dim() - 2);
-        if (as_it_lies) {
+        if (lies_transposed) {
             std::swap(rows, width);
         }
     }

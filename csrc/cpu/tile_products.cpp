@@ -30,7 +30,7 @@ HETLORA_AMX HETLORA_INLINE void split(__m512 value, __m512i (&parts)[3]) {
     parts[2] = _mm512_castps_si512(_mm512_sub_ps(rest, _mm512_castsi512_ps(parts[1])));
 }
 
-// The tile's 16 x 16 pairs turned: between the left's form [row][pair of addends] and the right's [pair of addends][column].
+// The tile's 16 x 16 pairs, transposed: between the left's form [row][pair of addends] and the right's [pair of addends][column].
 HETLORA_AMX void turn(uint16_t* tile) {
     auto* pairs = reinterpret_cast<uint32_t*>(tile);
     __m512i rows[16], other[16];

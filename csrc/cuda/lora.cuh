@@ -86,11 +86,11 @@ __device__ __forceinline__ void drop_unit(T* tile, int pitch, int row, int colum
 // `rows` rank rows from `first` of the client, `units` times eight columns from `left`; zero past its rank and past the width.
 template <class T>
 __device__ __forceinline__ void copy_factor(T* tile, int pitch, const LoraCall& call, const LoraClient& client, int first, int rows, int left, int units) {
-    const bool turned = call.factor_column != 1;  // a transposed view: its neighbours in memory are rank rows
+    const bool lies_transposed = call.factor_column != 1;  // a transposed view: its neighbours in memory are rank rows
     const T* factor = static_cast<const T*>(call.factor) + (client.row + first) * call.factor_row + left * call.factor_column;
 #pragma unroll 1
     for (int at = threadIdx.x; at < rows * units; at += LORA_THREADS) {
-        const int row = turned ? at % rows : at / units, column = (turned ? at / rows : at % units) * DRAWS;
+        const int row = lies_transposed ? at % rows : at / units, column = (lies_transposed ? at / rows : at % units) * DRAWS;
         const int valid = first + row < client.rank ? call.width - left - column : 0;
         copy_unit(tile, pitch, row, column, factor + row * call.factor_row + column * call.factor_column, call.factor_column, valid, call.factor_aligned);
     }
