@@ -34,7 +34,7 @@ def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCau
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=64,
-        # Eager attention has its softmax in float32, whatever the model's type: in which order a row is added depends on its padding and on the processor's vectors.
+        # Eager attention has its softmax in float32, whatever the model's type. The order in which it adds a row depends on padding and on the processor.
         attn_implementation="sdpa" if dtype == torch.float64 else "eager",
     )
     return LlamaForCausalLM(config).to(dtype).requires_grad_(False).eval()
