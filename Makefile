@@ -8,6 +8,8 @@
 #   make nvflare                    NVFLARE into the environment, and its tests: a run in its simulator among them
 #   make wheels                     the source archive and a wheel for this processor, repaired and checked, in dist/ (Linux); HETLORA_CUDA=1 WHEELS=dist/cuda: with
 #                                   the CUDA library
+#   make aarch64                    the CPU library cross-compiled for aarch64, an eighth of its kernel tests under qemu (x86-64 with Debian's packages g++-aarch64-linux-gnu
+#                                   and qemu-user-static, which it does not install; it fetches about 200 MB into build/aarch64)
 #   make site                       the pages of docs/ as a site, in build/site; a link that leads nowhere is an error
 #   make lint | venv | clean        the checks alone | the virtual environment alone | remove everything made here, .venv included
 #
@@ -40,7 +42,7 @@ CHOICE := $(foreach word,$(TORCH) $(TRITON),'$(word)')
 # Its name carries the choice of Python and torch, so that asking for another one makes the environment anew rather than being ignored.
 BASE := .venv/.base-$(shell printf '%s\n' '$(PYTHON)' $(CHOICE) | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test test-fast matrix gates nvflare site wheels linux lint venv clean
+.PHONY: demo test test-fast matrix gates nvflare aarch64 site wheels linux lint venv clean
 .DELETE_ON_ERROR:
 
 demo: venv
@@ -66,6 +68,9 @@ nvflare: venv
 
 test-fast: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+aarch64: venv
+	.ci/try-aarch64
 
 site: venv
 	$(BIN)/mkdocs build --strict

@@ -175,6 +175,27 @@ def test_what_is_tried_is_one_wheel(given: list[str], why: str) -> None:
     assert (done.returncode, done.stderr) == (2, f".ci/try-wheel: {why}; usage: .ci/try-wheel WHEEL torch==VERSION ... [-- arguments of pytest]\n")
 
 
+CROSS = "g++-aarch64-linux-gnu qemu-user-static"
+
+
+@pytest.mark.parametrize(
+    ("machine", "why"),
+    [
+        ("aarch64", "needs Linux on x86-64, this is Linux aarch64; on aarch64 run make test"),
+        ("x86_64", f"not installed: {CROSS}; as root: apt-get install --no-install-recommends {CROSS}"),
+    ],
+)
+def test_what_another_processor_needs_is_named(machine: str, why: str, tmp_path: Path) -> None:
+    """Nothing is fetched or installed before."""
+    for name, text in {"uname": f"#!/bin/sh\necho Linux {machine}\n", "apt-get": "#!/bin/sh\nexit 9\n", "dpkg-deb": "#!/bin/sh\nexit 9\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    for name in ("bash", "sh", "dirname"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    done = subprocess.run([".ci/try-aarch64"], cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, f".ci/try-aarch64: {why}\n")
+
+
 def test_build_needs_no_torch() -> None:
     system = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]
     assert all(line.startswith("setuptools") for line in system["requires"])
