@@ -55,6 +55,7 @@ def started(tmp_path: Path, **settings):
 def test_the_bank_computes_what_peft_computes(tmp_path, settings):
     """Losses of the tiny model in float64, by the bank and by PEFT's own forward."""
     theirs = peft_adapter(tmp_path / "adapter", **settings).double().eval()
+    theirs.get_base_model().set_attn_implementation("sdpa")  # as in `tiny_model` of float64
     bank, _, said = started(tmp_path, adapter_dtype="float64")
     own = tiny_federation(SIZES, dtype=torch.float64)
     sequence = own.data.clients[0].test[0]
