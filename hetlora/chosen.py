@@ -65,7 +65,6 @@ def train_chosen(work: Work) -> Trained:
 
         whole = moved(whole, torch.device("cpu"))
         trained, results = train_groups(work.model, whole, work.clients, cfg, work.number, work.lr, {}, work.progress, own_rows)
-        whole, trained = (moved(bank, state.bank.device) for bank in (whole, trained))
     elif cfg.cobatch:
         trained = whole.select(everyone)
         with only(trained, chosen):
@@ -81,7 +80,8 @@ def train_chosen(work: Work) -> Trained:
     dropped = refused(trained)
     arrived = [k for k in everyone if k not in dropped]
     sent = {name: [rows[k] for k in arrived] for name, rows in chosen.items()}
-    uploads = pick(trained.select(arrived), sent)
+    adapters = trained.select(arrived)
+    uploads, had = (moved(pick(bank, sent), state.bank.device) for bank in (adapters, whole.select(arrived)))
     numbers = [sum(len(chosen[name][k]) * (m + n) for name, (m, n) in shapes.items()) for k in everyone]
     return Trained(
         results,
@@ -89,11 +89,11 @@ def train_chosen(work: Work) -> Trained:
         ranks=work.ranks,
         tails=[(0.0, 0.0)] * len(results),
         uploads=uploads,
-        received=pick(whole.select(arrived), sent),
+        received=had,
         bytes_down=[whole.num_bytes(k) for k in everyone],
         bytes_up=[uploads.num_bytes(i) for i in range(len(arrived))],
         parameters=sum(numbers),
-        adapters=trained.select(arrived),
+        adapters=moved(adapters, state.bank.device),
         rows=sent,
     )
 

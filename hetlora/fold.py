@@ -232,7 +232,6 @@ def train_fold(work: Work) -> Trained:
         if in_turn:
             fresh = moved(fresh, torch.device("cpu"))
             trained, results = train_groups(work.model, fresh, work.clients, cfg, work.number, work.lr, {}, work.progress)
-            fresh, trained = (moved(bank, state.bank.device) for bank in (fresh, trained))
         elif cfg.cobatch:
             trained = fresh.select(everyone)
             results = train_cohort(work.model, trained, work.clients, cfg, work.number, work.lr, {}, work.progress)
@@ -242,14 +241,14 @@ def train_fold(work: Work) -> Trained:
     dropped = refused(sent)
     arrived = [k for k in everyone if k not in dropped]
     numbers = [sum(ranks[name][k] * m for name, (m, _) in shapes.items()) for k in everyone]
-    uploads = sent.select(arrived)
+    uploads, had = (moved(bank.select(arrived), state.bank.device) for bank in (sent, fresh))
     return Trained(
         results,
         dropped,
         ranks=work.ranks,
         tails=[(0.0, 0.0)] * len(results),
         uploads=uploads,
-        received=fresh.select(arrived),
+        received=had,
         bytes_down=[down.num_bytes] * len(results),
         bytes_up=[numbers[k] * fresh.dtype.itemsize for k in arrived],
         parameters=sum(numbers),

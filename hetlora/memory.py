@@ -267,7 +267,7 @@ def with_step_tokens(cfg: Config, model: nn.Module, shapes: Shapes, ranks: Seque
     left, said = SHARE * free - rows, []
     if len(largest) < len(sampled):
         left = SHARE * free - 2 * rows * (here or not cfg.cobatch)
-    else:
+    elif not cfg.clients_at_once:
         count, left = _at_once(memory, shapes, largest, left, cfg, rows if here else -rows)
         if count < len(largest):
             whole, largest = memory.adapters, largest[:count]

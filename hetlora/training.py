@@ -118,7 +118,6 @@ def train_adapters(work: Work) -> Trained:
     start = _at_own_scale(received, cfg, state.r_max)
     if in_turn:
         trained, results = train_groups(work.model, start, work.clients, cfg, work.number, work.lr, cuts, work.progress)
-        start, trained, received = (moved(bank, state.bank.device) for bank in (start, trained, received))
     elif cfg.cobatch:
         trained = start.select(everyone)
         results = train_cohort(work.model, trained, work.clients, cfg, work.number, work.lr, cuts, work.progress)
@@ -136,7 +135,8 @@ def train_adapters(work: Work) -> Trained:
         tails = [(float(old.sum()), float(new.sum())) for old, new in zip(before, after, strict=True)]
     arrived = [k for k in everyone if k not in dropped]
     left = bank_ranks([ranks[k] for k in arrived], modules)
-    uploads = trained.select(arrived).prune(left)
+    # Where clients trained in turn, no more than what they send and what they had of it is ever on the device.
+    uploads, had = (moved(bank.select(arrived).prune(left), state.bank.device) for bank in (trained, received))
     down = [state.missed_bytes(name) for name in work.names]
     if cfg.merge_kind.keeps_bank:
         lacks = [kind.changed(state.seen.get(name, 0), work.number) for name in work.names]
@@ -149,7 +149,7 @@ def train_adapters(work: Work) -> Trained:
         ranks,
         tails,
         uploads,
-        received.select(arrived).prune(left),
+        had,
         down,
         [uploads.num_bytes(i, factors) for i in range(len(arrived))],
         sum(received.num_bytes(k, factors) for k in everyone) // received.dtype.itemsize,

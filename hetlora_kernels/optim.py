@@ -208,6 +208,8 @@ class SGD(_BankOptimizer):
         super().__init__(bank, lr, clip_norm, tail_penalty, cast, (moments_dtype, "momentum", momentum))
         if not 0 <= momentum < 1 or weight_decay < 0:
             raise ValueError(f"momentum, weight_decay: expected momentum in [0, 1) and weight_decay >= 0, got {momentum}, {weight_decay}")
+        if moments_dtype is not None and not momentum:
+            raise ValueError(f"moments_dtype: of momentum, and there is none; leave it out, or give momentum > 0; got {moments_dtype}")
         self.momentum, self.weight_decay = momentum, weight_decay
         self.buffers = self._state_like_params(self._moments_dtype) if momentum else []
 

@@ -69,11 +69,13 @@ void narrowed(const Part& part, const Tensor& from) {
     for_rows(part, [&](int64_t row) { store_block(part.type, part.row(row), sums + row * part.width, part.width); });
 }
 
+// width: of the widest matrix that is held as float32 for them.
 int64_t rows_at_a_time(int64_t width) { return std::max(kFewestRows, kRowsPart / width); }
 
 // out [rows, R] = left [rows, C] memory [R, C]^T (+ bias [R])
 void widened_product_of_rows(const Matrix& out, const Matrix& left, const Matrix& memory, const MaybeTensor& bias) {
-    const int64_t columns = memory.width, height = std::max<int64_t>(1, kWeightPart / columns), step = rows_at_a_time(columns);
+    const int64_t columns = memory.width, height = std::min(std::max<int64_t>(1, kWeightPart / columns), memory.rows);
+    const int64_t step = rows_at_a_time(std::max(columns, height));
     for (int64_t row = 0; row < left.rows; row += step) {
         const int64_t rows = std::min(step, left.rows - row);
         const Tensor own = widened(part_of(left, row, rows, 0, columns));
@@ -88,7 +90,8 @@ void widened_product_of_rows(const Matrix& out, const Matrix& left, const Matrix
 
 // out [rows, C] = left [rows, R] memory [R, C] (+ bias [C])
 void widened_product_of_columns(const Matrix& out, const Matrix& left, const Matrix& memory, const MaybeTensor& bias) {
-    const int64_t columns = memory.width, height = std::max<int64_t>(1, kWeightPart / columns), step = rows_at_a_time(columns);
+    const int64_t columns = memory.width, height = std::min(std::max<int64_t>(1, kWeightPart / columns), memory.rows);
+    const int64_t step = rows_at_a_time(std::max(columns, height));
     const MaybeTensor shift = widened_bias(bias, 0, columns);
     for (int64_t row = 0; row < left.rows; row += step) {
         const int64_t rows = std::min(step, left.rows - row);
@@ -109,9 +112,10 @@ void widened_product(const Tensor& out, const Tensor& left, const Tensor& weight
     by_rows != lies_transposed ? widened_product_of_rows(to, from, memory, bias) : widened_product_of_columns(to, from, memory, bias);
 }
 
+// Without the op, as in a torch without oneDNN: yes, as `_torch.multiplies_fast` has it.
 bool says_so(const char* op) {
     std::array<StableIValue, 1> stack{};
-    return aoti_torch_call_dispatcher(op, "", stack.data()) == 0 && torch::stable::detail::to<bool>(stack[0]);
+    return aoti_torch_call_dispatcher(op, "", stack.data()) != 0 || torch::stable::detail::to<bool>(stack[0]);
 }
 
 }  // namespace

@@ -57,6 +57,8 @@ def server_settings(run_config: Mapping[str, Any]) -> tuple[Config, Waiting]:
     cfg = Config.create("run config", **_of_a_method(values))
     if cfg.cuda_graph:
         raise ConfigError("run config: cuda_graph = True: records the step of a cohort, and deployed clients train one at a time; leave it out")
+    if cfg.clients_at_once:
+        raise ConfigError(f"run config: clients_at_once = {cfg.clients_at_once}: of a cohort, and deployed clients train one at a time; leave it out")
     return cfg, Waiting(**waiting)
 
 

@@ -129,28 +129,34 @@ class _StatesLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        states, weight, bias, targets, kept, slopes = ctx.saved_tensors
-        rows, labels, grads = (states, targets, grad) if kept is None else (states[kept], targets[kept], grad[kept])
-        d_states = d_weight = d_bias = None
-        if slopes is not None:
-            d_states = (slopes * grads[:, None]).to(states.dtype)  # the product in the losses' type
-            d_states = d_states if kept is None else torch.zeros_like(states).index_copy_(0, kept, d_states)
-        if any(ctx.needs_input_grad[1:3]):
-            dtype = grads.dtype
-            d_weight, d_bias = torch.zeros(weight.shape, dtype=dtype, device=weight.device), torch.zeros(len(weight), dtype=dtype, device=weight.device)
-            for part in _chunks(rows, weight):
-                slope, own = _linear(rows[part], weight, bias), rows[part]
-                if ctx.needs_input_grad[2]:
-                    slope = slope.to(dtype)  # for a sum over rows, of slopes that are not rounded
-                cross_entropy_(slope, labels[part], grads[part], **ctx.options)
-                if ctx.needs_input_grad[2]:
-                    d_bias += slope.sum(0)
-                if kept is None:  # nothing of nobody's rows: 0 times a NaN of theirs is no 0
-                    own = own.masked_fill((labels[part] == IGNORED)[:, None], 0.0)
-                d_weight += _product_of_rows(slope.to(rows.dtype), own).to(dtype)
-            d_weight = d_weight.to(weight.dtype)
-            d_bias = None if bias is None else d_bias.to(bias.dtype)
-        return d_states, d_weight, d_bias, None, None, None, None
+        with torch.autocast(grad.device.type, enabled=False):  # as forward: it may be on where backward is called
+            return (*_gradients(ctx, grad), None, None, None, None)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Of the states, the weight and the bias; None where none is asked for."""
+    states, weight, bias, targets, kept, slopes = ctx.saved_tensors
+    rows, labels, grads = (states, targets, grad) if kept is None else (states[kept], targets[kept], grad[kept])
+    d_states = d_weight = d_bias = None
+    if slopes is not None:
+        d_states = (slopes * grads[:, None]).to(states.dtype)  # the product in the losses' type
+        d_states = d_states if kept is None else torch.zeros_like(states).index_copy_(0, kept, d_states)
+    if any(ctx.needs_input_grad[1:3]):
+        dtype = grads.dtype
+        d_weight, d_bias = torch.zeros(weight.shape, dtype=dtype, device=weight.device), torch.zeros(len(weight), dtype=dtype, device=weight.device)
+        for part in _chunks(rows, weight):
+            slope, own = _linear(rows[part], weight, bias), rows[part]
+            if ctx.needs_input_grad[2]:
+                slope = slope.to(dtype)  # for a sum over rows, of slopes that are not rounded
+            cross_entropy_(slope, labels[part], grads[part], **ctx.options)
+            if ctx.needs_input_grad[2]:
+                d_bias += slope.sum(0)
+            if kept is None:  # nothing of nobody's rows: 0 times a NaN of theirs is no 0
+                own = own.masked_fill((labels[part] == IGNORED)[:, None], 0.0)
+            d_weight += _product_of_rows(slope.to(rows.dtype), own).to(dtype)
+        d_weight = d_weight.to(weight.dtype)
+        d_bias = None if bias is None else d_bias.to(bias.dtype)
+    return d_states, d_weight, d_bias
 
 
 def _chunks(rows: Tensor, weight: Tensor) -> Iterator[slice]:
@@ -182,7 +188,7 @@ def _times(left: Tensor, weight: Tensor, out: Tensor) -> None:
     if multiplies_fast(left.dtype, left.device.type):
         torch.mm(left, weight, out=out)
         return
-    sums = torch.zeros(out.shape)
+    sums = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
     for part in _parts(weight):
         sums.addmm_(left[:, part].float(), weight[part].float())
     out.copy_(sums)

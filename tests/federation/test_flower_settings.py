@@ -64,6 +64,9 @@ def test_the_server_reads_its_waiting_beside_the_settings():
     for wrong, text in WRONG_WAITING:
         with pytest.raises(ConfigError, match=text):
             server_settings(wrong)
+    for cohort in ({"cuda-graph": True}, {"clients-at-once": 2}):
+        with pytest.raises(ConfigError, match=r"run config: c.* = (True|2): .* deployed clients train one at a time; leave it out"):
+            server_settings(cohort)
     with pytest.raises(ConfigError, match="unknown setting 'min_client'"):
         server_settings({"min-client": 3})
 

@@ -208,6 +208,7 @@ BAD = [
     (lambda b: hk.AdamW(b, eps=0.0), ValueError, r"^eps, weight_decay: "),
     (lambda b: hk.AdamW(b, weight_decay=-0.1), ValueError, r"^eps, weight_decay: "),
     (lambda b: hk.SGD(b, momentum=1.0), ValueError, r"^momentum, weight_decay: "),
+    (lambda b: hk.SGD(b, moments_dtype=torch.bfloat16), ValueError, r"^moments_dtype: of momentum, and there is none; .* got torch\.bfloat16"),
     (lambda b: hk.SGD(b, momentum=0.96, moments_dtype=torch.bfloat16), ValueError, r"^moments_dtype: expected momentum of at most 0\.95 .* got 0\.96"),
     (lambda b: hk.AdamW(b, betas=(0.99, 0.999), moments_dtype=torch.bfloat16), ValueError, r"^moments_dtype: expected betas\[0\] of at most 0\.95"),
     (lambda b: hk.AdamW(b, moments_dtype=torch.float16), ValueError, r"^moments_dtype: expected None or torch\.float32, .* got torch\.float16"),

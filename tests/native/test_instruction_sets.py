@@ -19,6 +19,7 @@ from hetlora_kernels import _library
 ROOT = Path(__file__).parents[2]
 KERNELS = (
     "accuracy",
+    "base_product",
     "lora",
     "lora_calls",
     "lora_rounded",
@@ -38,6 +39,8 @@ KERNELS = (
     "cross_entropy",
 )
 FILES = [*(f"tests/kernels/test_{name}.py" for name in KERNELS), *(f"tests/peft/test_{name}.py" for name in ("training", "fuse", "mixed"))]
+# What a round computes in float64, against other ways to compute it.
+ROUNDS = [f"tests/federation/test_{name}.py" for name in ("cohort", "packing", "scale_rule", "init_adapter", "round", "fold", "merge", "recorded", "evaluate")]
 LEFT_OUT = "not compile and not compiles and not trainer"  # no numbers of their own
 
 Settings = dict[str, str]
@@ -80,6 +83,18 @@ def run(settings: Settings, *command: str) -> subprocess.CompletedProcess:
 def test_the_numeric_tests_pass_with(name, share):
     settings = SETTINGS[name] | {"HETLORA_TEST_SHARE": share}
     done = run(settings, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", f"not reference and {LEFT_OUT}", *FILES)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [pytest.param("everything avx2", "0/4", id="everything avx2, a quarter")]
+    + [pytest.param(name, "0/1", id=name, marks=pytest.mark.matrix) for name in ("everything base", "everything avx2")],
+)
+def test_rounds_agree_with(name, share):
+    """The model's own arithmetic has the library's order of sums, in vectors of 16, 8 and 4 numbers."""
+    done = run(SETTINGS[name] | {"HETLORA_TEST_SHARE": share}, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *ROUNDS)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 
 

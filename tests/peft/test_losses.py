@@ -373,3 +373,24 @@ def test_a_mixed_batch_gives_each_client_the_gradients_of_its_logits_loss():
 
     for own, other in zip(gradients(True), gradients(False), strict=True):
         assert bool(other.any()) and float((own - other).norm()) <= 1e3 * torch.finfo(torch.float64).eps * float(other.norm())
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_widened_products_know_nothing_of_the_default_type_or_of_autocast(kind, monkeypatch):
+    """The same bits with another default type, and with a backward pass that is called inside autocast."""
+    monkeypatch.setattr(losses, "multiplies_fast", lambda *_: False)
+    generator = torch.Generator().manual_seed(0)
+    states, weight = torch.randn(2, 9, 64, generator=generator).bfloat16(), torch.randn(301, 64, generator=generator).bfloat16()
+    labels, outcomes = torch.randint(0, 301, (2, 9), generator=generator), []
+    for changed in (False, True):
+        leaves = [states.clone().requires_grad_(), weight.clone().requires_grad_()]
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(kind if changed else before)
+        try:
+            loss = client_losses(leaves[0], labels, [0, 1], 2, head=Head(leaves[1])).sum()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=changed):
+                loss.backward()
+        finally:
+            torch.set_default_dtype(before)
+        outcomes.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(own, other) for own, other in zip(*outcomes, strict=True))
