@@ -159,7 +159,7 @@ class Config(BaseModel):
     server_lr: float = _setting(0.0, "federation", "Learning rate of the server's optimiser; 0 = 1 for 'fedavgm', 0.01 for 'fedadam'.", ge=0)
     server_momentum: float = _setting(0.9, "federation", "Momentum of 'fedavgm', beta1 of 'fedadam'.", ge=0, lt=1)
     server_beta2: float = _setting(0.99, "federation", "Decay of the squared changes, with 'fedadam'.", ge=0, lt=1)
-    server_tau: float = _setting(1e-3, "federation", "What 'fedadam' adds to the root of the squared changes.", gt=0)
+    server_tau: float = _setting(1e-3, "federation", "What 'fedadam' adds to the root of the squared changes.", ge=1e-15)
 
     # privacy
     dp_clipping_norm: float = _setting(

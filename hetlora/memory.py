@@ -18,6 +18,7 @@ from hetlora.client import token_losses
 from hetlora.config import Config, ConfigError
 from hetlora.models import checkpoint_layers
 from hetlora.seeds import probe_generator
+from hetlora.server_optimizer import moment_bytes
 from hetlora_kernels.peft import attach, client_segments, detach
 from hetlora_kernels.peft.losses import CHUNK
 
@@ -264,9 +265,10 @@ def with_step_tokens(cfg: Config, model: nn.Module, shapes: Shapes, ranks: Seque
         memory = step_memory(model, shapes, sum(largest), max(1, round(sum(largest) / len(largest))), cfg)
     rows = _factors(shapes, sum(sampled), cfg)  # as received; where clients train in turn they wait in host memory, which is a CPU's own, with those trained
     here = device.type == "cpu"
-    left, said = SHARE * free - rows, []
+    server = moment_bytes(cfg, shapes, max(ranks, default=0))  # of its optimiser, which are not made yet
+    left, said = SHARE * free - server - rows, []
     if len(largest) < len(sampled):
-        left = SHARE * free - 2 * rows * (here or not cfg.cobatch)
+        left = SHARE * free - server - 2 * rows * (here or not cfg.cobatch)
     elif not cfg.clients_at_once:
         count, left = _at_once(memory, shapes, largest, left, cfg, rows if here else -rows)
         if count < len(largest):

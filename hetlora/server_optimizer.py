@@ -7,6 +7,7 @@ all rows are made anew (`nearest`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from hetlora.low_rank import best_rank
 LEARNING_RATE = {"fedavgm": 1.0, "fedadam": 0.01}
 """Where `server_lr` is 0. FedAdam's steps have the size of its rate, whatever the change's."""
 
-Rows = Tensor | slice
-ALL = slice(None)
+Rows = Tensor | EllipsisType
+ALL = ...  # of a scalar too
 
 
 @torch.no_grad()
@@ -43,6 +44,13 @@ def moved(cfg: Config, moments: dict[str, Tensor], name: str, change: Tensor, ro
     momentum[rows] = m.mul_(beta).add_(change, alpha=1 - beta)
     squares[rows] = v.mul_(cfg.server_beta2).addcmul_(change, change, value=1 - cfg.server_beta2)
     return lr * m / (v.sqrt() + cfg.server_tau)
+
+
+def moment_bytes(cfg: Config, shapes: Mapping[str, tuple[int, int]], r_max: int) -> int:
+    """What the moments of a float32 bank and base take on the server, from the first round's merge on."""
+    kept = {"none": 0, "fedavgm": 1, "fedadam": 2}[cfg.server_optimizer]
+    whole = cfg.merge_kind.steps != "factors" or cfg.merge_kind.base != "none"
+    return 4 * kept * sum(m * n if whole else r_max * (m + n) for m, n in shapes.values())
 
 
 def kind_of(dtype: torch.dtype) -> torch.dtype:

@@ -13,12 +13,12 @@ from hetlora.errors import nearest
 from hetlora.kinds import TRAININGS, own_settings
 from hetlora.ranks import StartingRanks
 
-OWNED = (
-    *("train", "merge", "weights", "weight_scope", "weight_cap", "prune_scope"),
-    *("server_optimizer", "server_lr", "server_momentum", "server_beta2", "server_tau"),
-    *own_settings(),
-)
-"""Settings that say which method a run is: a comparison takes them from its methods, never from its common settings."""
+_OF_ANY_METHOD = ("server_optimizer", "server_lr", "server_momentum", "server_beta2", "server_tau")
+OWNED = (*("train", "merge", "weights", "weight_scope", "weight_cap", "prune_scope"), *_OF_ANY_METHOD, *own_settings())
+"""Settings that say which method a run is: a comparison takes them from its methods, never from its common settings.
+
+A run by itself has those of the server's optimiser beside any method, as options of it.
+"""
 
 ALONE = {
     "init_adapter": "some methods have no bank that could start from an adapter; merge it into the model and give that as --model",
@@ -210,7 +210,7 @@ def method_settings(name: str, common: Mapping[str, Any]) -> dict[str, Any]:
 def default_method(given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """(`given` with the row of `DEFAULT_METHOD` under it, what was chosen in words); `given` as it is where one of its settings tells another method."""
     kind = TRAININGS[METHODS[DEFAULT_METHOD].settings["train"]]
-    telling = [name for name in given if name in (*OWNED, *kind.unused) and name not in ("weights", *kind.settings)]
+    telling = [name for name in given if name in (*OWNED, *kind.unused) and name not in ("weights", *_OF_ANY_METHOD, *kind.settings)]
     if telling:
         return dict(given), f"as {', '.join(telling)} and the defaults of the other settings say (no --method given)"
     return {**METHODS[DEFAULT_METHOD].settings, **given}, f"{DEFAULT_METHOD}, the default; --method hetlora is the published one"
@@ -227,4 +227,4 @@ def _without_others(method: Method, settings: Mapping[str, Any]) -> dict[str, An
     """`settings` without those that say which method a run is, or that say nothing about this one."""
     train = method.settings.get("train", Config.model_fields["train"].default)
     unused = TRAININGS[train].unused if train in TRAININGS else ()  # an unknown kind is refused later
-    return {name: value for name, value in settings.items() if name not in (*OWNED, *unused)}
+    return {name: value for name, value in settings.items() if name in _OF_ANY_METHOD or name not in (*OWNED, *unused)}

@@ -79,5 +79,7 @@ def test_a_run_is_the_method_that_hetlora_run_would_take():
         server_settings({"method": "hetlora", "merge": "svd"})
     with pytest.raises(ConfigError, match="method = 'fold' has other values of weights"):
         server_settings({"method": "fold", "weights": "uniform"})
+    stepped = server_settings({"method": "fold", "server-optimizer": "fedavgm"})[0], server_settings({"server-optimizer": "fedavgm"})[0]
+    assert [(cfg.train, cfg.server_optimizer) for cfg in stepped] == [("fold", "fedavgm")] * 2, "an option of any method says nothing about which"
     private = server_settings({"method": "fold", "weights": "uniform", "dp-clipping-norm": 0.5, "dp-noise-multiplier": 1.0})[0]
     assert (private.train, private.weights, private.cobatch) == ("fold", "uniform", False), "differential privacy takes equal weights and clients alone"

@@ -67,6 +67,26 @@ def test_the_rate_has_a_default_for_each(tmp_path):
         assert moved[0] == moved[1] > 0
 
 
+@pytest.mark.parametrize("name", ["fedavgm", "fedadam"])
+def test_a_weight_that_is_one_number_steps_as_it_would_among_others(tmp_path, name):
+    """As a model's own scalar does in full fine-tuning."""
+    cfg, found = tiny_config(tmp_path, server_optimizer=name, server_lr=0.5), {}
+    for shape in ((), (1,)):
+        moments: dict[str, torch.Tensor] = {}
+        for value in (2.0, 2.5, 1.0):
+            new = {"w": torch.full(shape, value)}
+            server_optimizer.step(cfg, moments, {"w": torch.full(shape, 1.5)}, new)
+        found[shape] = [new["w"].reshape(1), *(kept.reshape(1) for kept in moments.values())]
+    assert all(torch.equal(one, other) for one, other in zip(*found.values(), strict=True)) and found[()][0] != 1.0
+
+
+@pytest.mark.parametrize(("settings", "numbers"), [({}, 5 * (6 + 4)), ({"merge": "svd"}, 6 * 4), ({"merge": "stack"}, 6 * 4), ({"merge": "residual"}, 6 * 4)])
+def test_what_moments_take_is_what_is_kept(tmp_path, settings, numbers):
+    shapes = {"one": (6, 4)}
+    sizes = [server_optimizer.moment_bytes(tiny_config(tmp_path, server_optimizer=name, **settings), shapes, 5) for name in ("none", "fedavgm", "fedadam")]
+    assert sizes == [0, 4 * numbers, 8 * numbers]
+
+
 def test_moments_of_bfloat16_factors_are_float32(tmp_path):
     cfg, moments = tiny_config(tmp_path, **SETTINGS["fedadam"]), {}
     new = {"x": torch.ones(2, dtype=torch.bfloat16)}
