@@ -115,7 +115,7 @@ void widened_product(const Tensor& out, const Tensor& left, const Tensor& weight
 // Without the op, as in a torch without oneDNN: yes, as `_torch.multiplies_fast` has it.
 bool says_so(const char* op) {
     std::array<StableIValue, 1> stack{};
-    return aoti_torch_call_dispatcher(op, "", stack.data()) != 0 || torch::stable::detail::to<bool>(stack[0]);
+    return torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION) != 0 || torch::stable::detail::to<bool>(stack[0]);
 }
 
 }  // namespace
