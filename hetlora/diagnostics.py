@@ -47,6 +47,7 @@ def merge_error(
     """||sum_k p_k B_k A_k - B A||_F / ||sum_k p_k B_k A_k||_F over all modules; B A: of the leading `rows` of `merged`, all by default.
 
     added_to: a bank whose B A is part of the sum, where the merge adds the uploads to it. What the error says then is what truncation lost.
+    With a server optimiser the error holds the optimiser's step as well: it is how far the bank is from the uploads' own sum.
 
     For merge = 'factors' this is the cross-term error: (sum p B)(sum p A) is not sum p B A. There `rows` leaves out the rows that no upload owns,
     which the merge does not write. weights: p [K, modules].

@@ -63,5 +63,7 @@ def multiplies_fast(dtype: torch.dtype, device: str) -> bool:
     """Whether torch has a fast matrix product of this type on that kind of device. On a CPU without instructions for a 16-bit type it has plain loops, many
     times slower than its float32 product. Without the names: True."""
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    if name is None or device != "cpu":
+        return True
     asked = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
-    return device != "cpu" or asked is None or bool(asked())
+    return asked is None or bool(asked())

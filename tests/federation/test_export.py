@@ -129,7 +129,8 @@ def test_rank_of_an_untrained_client_from_the_summary(run, tmp_path):
     next(c for c in summary["clients"] if c["name"] == "email")["rank_end"] = 2
     (run / "summary.json").write_text(json.dumps(summary))
     with pytest.warns(UserWarning, match="rank 2"):
-        export_adapter(run, tmp_path / "out", client="email")
+        out = export_adapter(run, tmp_path / "out", client="email")
+    assert {len(a) for a, _ in read_factors(out).values()} == {2}
 
 
 @pytest.mark.parametrize(
