@@ -185,6 +185,11 @@ def test_clients_train_in_turn_where_their_adapters_would_take_the_memory(tmp_pa
     assert sizes.of(tokens) - sizes.base - all_of + largest <= left, "what is left to tokens"
     assert found(1000)[:2] == (1, 16)
     assert found(plenty - 200, clients_at_once=5)[0] == 5, "as asked for"
+    assert found(plenty - 200, clients_at_once=6)[0] == 6, "all of them too"
+    for name, kept in (("fedavgm", 1), ("fedadam", 2)):  # moments of the server, which are made after the first round
+        moments = 4 * kept * 8 * numbers / 0.9
+        assert found(plenty + moments, server_optimizer=name)[:2] == found(plenty)[:2], name
+        assert found(plenty - 200 + moments, server_optimizer=name)[0] == few, name
     assert found(plenty - 200, cobatch=False)[0] == 0
 
 
