@@ -7,7 +7,7 @@ from typing import Any
 
 Record = Mapping[str, Any]
 Key = tuple[str, str, int, str, int]  # operation, shape, clients, type, threads
-FLOORS = ("copy", "read", "frozen layer", "frozen base")  # yardsticks that nobody could use instead
+FLOORS = ("copy", "read", "frozen layer", "frozen base", "frozen head")  # yardsticks that nobody could use instead
 Ceilings = dict[tuple[str, str, int], float]
 
 

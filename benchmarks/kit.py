@@ -23,14 +23,14 @@ import torch
 
 from hetlora_kernels import _library
 
-from . import clocks, compare, figures, lora, run, static
+from . import clocks, compare, figures, lora, losses, run, static
 
 NEEDS = {"peft": ("peft", "transformers"), "round": ("peft", "transformers", "pydantic")}  # packages, beside torch
-ONE_RUNG = ("peft", "round")
+ONE_RUNG = ("loss", "peft", "round")
 WAY_OUT = "pip install 'hetlora[bench]'"
 QUICK_SECONDS = 110.0
-DEFAULT = ("server", "lora", "peft", "round")
-QUICK = ("lora", "server", "peft")
+DEFAULT = ("server", "lora", "loss", "peft", "round")
+QUICK = ("lora", "server", "loss", "peft")
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,13 +108,15 @@ def chosen_suites(options: argparse.Namespace, device: torch.device) -> tuple[li
     for name in options.suite or (QUICK if options.quick else DEFAULT):
         missing = [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
         if options.rungs and name in ONE_RUNG:
-            why.append(f"{name}: --rungs: a whole model is measured on the rung in use")
+            why.append(f"{name}: --rungs: it is measured on the rung in use")
         elif missing:
             why.append(f"{name}: not installed: {', '.join(missing)} ({WAY_OUT})")
         else:
             found.append(name)
     if "lora" in found and importlib.util.find_spec("peft") is None:
         why.append(f"lora: its rows of stock PEFT, not installed: peft ({WAY_OUT})")
+    if "loss" in found and device.type == "cuda" and (lacking := losses.why_no_liger(device)):
+        why.append(f"loss: its row of Liger: {lacking}")
     if "lora" in found:
         dtypes = (torch.float32, torch.bfloat16) if device.type == "cpu" else (torch.bfloat16,)
         why += [f"lora: its rows of grouped products: {reason}" for dtype in dtypes if (reason := lora.no_grouped_mm(device, dtype))]
@@ -141,6 +143,7 @@ def names_of(plan: argparse.Namespace, suites: list[str], device: torch.device) 
     every = argparse.Namespace(**{**vars(plan), "only": None})
     found = [case[0] for case in run.SUITES["server"].wanted(every, device)] if "server" in suites else []
     found += ["lora_linear", "smallest call"] if "lora" in suites else []
+    found += ["loss"] if "loss" in suites else []
     found += ["layer", *run.SUITES["peft"].MODELS] if "peft" in suites else []
     return [f"'{name}'" if " " in name else name for name in dict.fromkeys(found + ["round"] * ("round" in suites))]
 

@@ -1,10 +1,13 @@
-"""What a loss takes from hidden states and from logits: `python -m benchmarks.losses`; what its op takes on a chunk of logits: `... --chunk`.
+"""The loss suite, and what a loss takes in memory and time: `python -m benchmarks.losses`; what its op takes on a chunk of logits: `... --chunk`.
 
 One batch of eight clients, the losses and the gradient of the hidden states. Both forms give the same losses and gradients to rounding, which is checked before
 anything is measured. Memory: what a process of its own takes at most beyond its start. Time: of the thread's processor, paired rounds in turn, one thread.
 
 With `--device cuda` both forms and Liger's fused linear cross-entropy, of the package liger-kernel, are timed on the GPU. Liger's kernels are Triton's: on a
 CPU a line says that it is not measured. (Not tried on a GPU; Triton's interpreter tests that Liger gives the same gradient.)
+
+The suite (`cases`, `measure`) times hetlora's two forms, PyTorch's cross_entropy of float32 logits, as transformers has it, and on a GPU Liger's, against the
+floor: the head's two products with nothing between them.
 
 The op: losses of a chunk of 2^24 logits and the slopes that replace them, against PyTorch's in-place operations (the reference), its `cross_entropy` with the
 backward pass, and the floor, a product with one in place that reads and writes as many bytes.
@@ -19,10 +22,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from hetlora_kernels import reference
 from hetlora_kernels.ops.cross_entropy import cross_entropy_
@@ -30,13 +36,22 @@ from hetlora_kernels.peft import Head, client_losses
 from hetlora_kernels.peft.losses import CHUNK
 
 from .figures import seconds
+from .server import WrongResultError
+from .shapes import chosen
 from .timing import interleaved, peak_extra_bytes, peak_extra_mib
 
 FORMS = ("logits", "states")
-LIGER = "Liger"
+LIGER, STOCK = "Liger", "torch"
 CLIENTS = 8
 CPU = torch.device("cpu")
 Step = Callable[[str], tuple[torch.Tensor, torch.Tensor]]
+
+# The suite: words, columns, tokens of all clients
+MODELS = {"SmolLM2-135M": (49152, 576), "Qwen2.5-1.5B": (151936, 1536), "Llama-3.1-8B": (128256, 4096)}
+CPU_LOADS, GPU_LOADS = [("SmolLM2-135M", 2048), ("Qwen2.5-1.5B", 256)], [(name, 2048) for name in MODELS]
+SHORT = {"cpu": [("SmolLM2-135M", 256)], "cuda": [("Llama-3.1-8B", 2048)]}
+YARDSTICK = "frozen head"
+NAMES = {"states": "hetlora from states", "logits": "hetlora from logits", STOCK: "torch cross_entropy", LIGER: LIGER}
 
 
 def why_no_liger(device: torch.device) -> str:
@@ -56,8 +71,14 @@ def by_liger(states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -
     return (total / (states.shape[1] - 1)).reshape(1)
 
 
+def by_torch(states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[1], as `by_liger`."""
+    logits = F.linear(states, weight)[:, :-1].float()
+    return (F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / (states.shape[1] - 1)).reshape(1)
+
+
 def steps(words: int, columns: int, tokens: int, dtype: torch.dtype, device: torch.device = CPU) -> Step:
-    """form -> losses [8] (of Liger [1], their sum) and the gradient of the states, from the same numbers at every call."""
+    """form -> losses [8] (of Liger and torch [1], their sum) and the gradient of the states, from the same numbers at every call."""
     draw = torch.Generator().manual_seed(0)
     weight = (torch.randn(words, columns, generator=draw) / columns**0.5).to(dtype)
     states = torch.randn(CLIENTS, tokens // CLIENTS, columns, generator=draw).to(dtype)
@@ -68,8 +89,8 @@ def steps(words: int, columns: int, tokens: int, dtype: torch.dtype, device: tor
         leaf, head = states.clone().requires_grad_(), Head(weight)
         own = {"labels": labels, "ids": range(CLIENTS), "num_clients": CLIENTS}
         # The logits have no name here: a program that keeps them keeps them through the backward pass too.
-        if form == LIGER:
-            losses = by_liger(leaf, weight, labels)
+        if form in (LIGER, STOCK):
+            losses = (by_liger if form == LIGER else by_torch)(leaf, weight, labels)
         else:
             losses = client_losses(leaf, head=head, **own) if form == "states" else client_losses(head.logits(leaf), **own)
         losses.sum().backward()
@@ -88,7 +109,63 @@ def check(step: Step, words: int, dtype: torch.dtype, forms: tuple[str, ...] = F
         for one, two in ((losses if own.shape == losses.shape else losses.sum(0, keepdim=True), own), (slopes, other)):
             off = float((one - two).norm() / one.norm())
             if not off <= bound:
-                raise SystemExit(f"{dtype}: the forms {forms[0]} and {form} differ by {off:.1e}; nothing is measured")
+                raise WrongResultError(f"{dtype}: the forms {forms[0]} and {form} differ by {off:.1e}; nothing is measured")
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    words: int
+    columns: int
+    tokens: int
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> str:
+        return f"{self.model}, {self.words} words, T={self.tokens}"
+
+
+def wanted(options: Any, device: torch.device) -> list[Case]:
+    """Where float32 logits and what PyTorch makes of them do not fit in the limit, with fewer tokens."""
+    loads = SHORT[device.type] if options.short else GPU_LOADS if device.type == "cuda" else CPU_LOADS
+    sizes = [("tiny", 64, 8, 64)] if options.quick else [(name, *MODELS[name], tokens) for name, tokens in loads]
+    found = []
+    for name, words, columns, tokens in sizes:
+        while 16 * tokens * words > options.memory_gb * 1e9 and tokens > 8 * CLIENTS:
+            tokens //= 2
+        for dtype in (torch.float32, torch.bfloat16) if device.type == "cpu" else (torch.bfloat16,):
+            if chosen(options, "loss", name, f"T={tokens}", str(dtype).removeprefix("torch.")):
+                found.append(Case(name, words, columns, tokens, dtype))
+    return found
+
+
+def cases(options: Any, device: torch.device) -> Iterator[Case]:
+    return iter(wanted(options, device))
+
+
+def products(case: Case, device: torch.device) -> Callable[[], object]:
+    """The floor: logits of the states, and the states' gradient of slopes that are there."""
+    draw = torch.Generator().manual_seed(0)
+    states, weight = (torch.randn(rows, case.columns, generator=draw).to(device, case.dtype) for rows in (case.tokens, case.words))
+    logits, slopes = torch.empty(case.tokens, case.words, dtype=case.dtype, device=device), torch.empty_like(states)
+    return lambda: (torch.mm(states, weight.t(), out=logits), torch.mm(logits, weight, out=slopes))
+
+
+def measure(case: Case, options: Any, device: torch.device, threads: int) -> list[dict[str, Any]]:
+    """One record for each form and the floor; bytes: the head and the states, once forward and once backward."""
+    torch.set_num_threads(threads)
+    step = steps(case.words, case.columns, case.tokens, case.dtype, device)
+    forms = {form: name for form, name in NAMES.items() if form != LIGER or not why_no_liger(device)}
+    check(step, case.words, case.dtype, tuple(forms))
+    runs: dict[str, Callable[[], object]] = {YARDSTICK: products(case, device)} | {name: partial(step, form) for form, name in forms.items()}
+    size = 2 * case.columns * (case.words + case.tokens) * case.dtype.itemsize
+    records = []
+    for name, timing in interleaved(runs, YARDSTICK, device, options.seconds).items():
+        record = {"op": "loss", "shape": case.shape, "clients": CLIENTS, "dtype": str(case.dtype).removeprefix("torch."), "threads": threads}
+        record |= {"provider": name, "yardstick": YARDSTICK, "bytes": size, "flops": 4 * case.tokens * case.words * case.columns, "rounds": timing.rounds}
+        record |= {"median_s": timing.median, "p20_s": timing.p20, "p80_s": timing.p80, "gb_per_s": size / timing.median / 1e9, "ratio": timing.ratio}
+        records.append({**record, "note": "", "peak_extra_bytes": peak_extra_bytes(runs[name], device)})
+    return records
 
 
 def on_device(device: torch.device, chosen: argparse.Namespace, names: list[str], budget: float = 10.0) -> None:
@@ -225,4 +302,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except WrongResultError as error:
+        raise SystemExit(str(error)) from None

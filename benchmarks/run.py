@@ -21,9 +21,9 @@ import torch
 import hetlora_kernels as hk
 from hetlora_kernels import _library, _native
 
-from . import ceilings, lora, peft_suite, rounds, saved, server
+from . import ceilings, lora, losses, peft_suite, rounds, saved, server
 
-SUITES: dict[str, Any] = {"ceilings": ceilings, "server": server, "lora": lora, "peft": peft_suite, "round": rounds}
+SUITES: dict[str, Any] = {"ceilings": ceilings, "server": server, "lora": lora, "loss": losses, "peft": peft_suite, "round": rounds}
 Record = dict[str, Any]
 Refuse = Callable[[str, str, Exception], None]  # suite, the last case that was measured, what was raised
 LINE = "{op:32s} {shape:34.34s} K={clients:<5d}{dtype:9s} t={threads} {provider:26s} {median_s:10.5f} s {gb_per_s:7.1f} GB/s {ratio:6.2f} x {yardstick}"

@@ -236,7 +236,7 @@ def test_losses_are_measured_after_they_agree(monkeypatch, capsys):
         assert re.fullmatch(r"\| float32 \| \d+ MiB \| \d+ MiB \| \d+ ms \| \d+ ms \| [\d.]+ \([-\d.]+ to [\d.]+\) \|", row)
         real = bench_losses.client_losses
         monkeypatch.setattr(bench_losses, "client_losses", lambda *given, head=None, **own: real(*given, head=head, **own) * (1.01 if head else 1))
-        with pytest.raises(SystemExit, match=r"torch.float32: the forms logits and states differ by 1.0e-02; nothing is measured"):
+        with pytest.raises(bench_losses.WrongResultError, match=r"torch.float32: the forms logits and states differ by 1.0e-02; nothing is measured"):
             bench_losses.main()
     finally:
         torch.set_num_threads(before)

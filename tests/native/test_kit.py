@@ -74,7 +74,7 @@ def test_rungs_are_measured_one_by_one_and_no_other(tmp_path, monkeypatch, capsy
     assert {r["provider"] for r in rows if r["op"] == "gram"} == {"read", "torch loop", *(f"hetlora {rung}" for rung in present)}
     own = {r["provider"] for r in rows if r["suite"] == "lora" and r["provider"].startswith("hetlora")}
     assert own == {f"hetlora {rung}" for rung in present} and not [r for r in rows if r["suite"] == "peft"]
-    assert "left out  peft: --rungs: a whole model is measured on the rung in use" in capsys.readouterr().out
+    assert "left out  peft: --rungs: it is measured on the rung in use" in capsys.readouterr().out
 
 
 def test_a_rung_that_is_not_there_is_refused(monkeypatch, capsys):
@@ -179,7 +179,7 @@ def test_without_peft_its_rows_are_left_out_and_said(tmp_path, monkeypatch, caps
     ("given", "said"),
     [
         (["--frob"], "unrecognized arguments: --frob"),
-        (["--only", "gram", "frob"], "--only frob: no case of server, lora, peft, round has this name; there are aggregate, truncate,"),
+        (["--only", "gram", "frob"], "--only frob: no case of server, lora, loss, peft, round has this name; there are aggregate, truncate,"),
         (["--budget", "0"], "--budget: expected seconds above 0, got 0"),
         (["--threads", "0"], "--threads: expected numbers from 1, got 0"),
         (["--json", "no/such/folder/a.json"], "--json no/such/folder/a.json: expected a file in a folder that exists"),

@@ -1,7 +1,8 @@
-"""Other ways that are measured beside hetlora: grouped products of the layer, Liger's loss; and the roofline drawn of the rows."""
+"""Other ways that are measured beside hetlora: grouped products of the layer, the loss suite, Liger's loss; and the roofline drawn of the rows."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hetlora_kernels.benchmarks import figures, kit, lora, roofline
+from hetlora_kernels.benchmarks import figures, kit, lora, losses, roofline, saved
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -68,6 +69,33 @@ def test_the_roof_is_the_lower_of_copy_and_product():
     ((place, roof),) = roofline.roofs(figures.by_case(rows), figures.ceilings(rows)).items()
     assert place == ("float32", 1) and (roof.own, roof.others) == ([(4.0, 8.0)], [(4.0, 4.0)])
     assert (roof.at(1.0), roof.at(3.0), roof.at(100.0)) == (10.0, 30.0, 30.0)
+
+
+def test_the_loss_suite_times_forms_that_agree_against_the_products_alone(tmp_path, monkeypatch, capsys):
+    arguments = ["--tiny", "--device", "cpu", "--threads", "1", "--suite", "loss", "--only", "float32", "--json", str(tmp_path / "a.json")]
+    assert kit.main(arguments) == 0
+    rows = [r for r in saved.read(tmp_path / "a.json")["results"] if r["suite"] == "loss"]
+    assert [r["provider"] for r in rows] == ["frozen head", "hetlora from states", "hetlora from logits", "torch cross_entropy"]
+    assert {(r["op"], r["dtype"], r["clients"], r["flops"], r["bytes"]) for r in rows} == {("loss", "float32", 8, 4 * 64 * 64 * 8, 2 * 8 * (64 + 64) * 4)}
+    out = capsys.readouterr().out
+    assert "% over the frozen head" in out and "x the time of hetlora from states" in out
+    assert {*figures.alternatives({r["provider"]: r for r in rows})} == {"torch cross_entropy"}
+    real = losses.by_torch
+    monkeypatch.setattr(losses, "by_torch", lambda *given: 1.01 * real(*given))
+    assert kit.main(arguments) == 1
+    assert "NOT MEASURED loss, after none: WrongResultError: torch.float32: the forms states and torch differ by 1.0e-02" in capsys.readouterr().err
+
+
+def test_a_loss_is_measured_with_as_many_tokens_as_fit():
+    """PyTorch holds float32 logits, their softmax and their gradient, and the logits of the type itself: 16 bytes for each."""
+    options = argparse.Namespace(quick=False, short=False, only=None, memory_gb=1.0)
+    assert [(case.model, case.tokens) for case in losses.wanted(options, CPU)][::2] == [("SmolLM2-135M", 1024), ("Qwen2.5-1.5B", 256)]
+    options.memory_gb = 8.0
+    assert [(case.model, case.tokens) for case in losses.wanted(options, torch.device("cuda"))] == [
+        ("SmolLM2-135M", 2048),
+        ("Qwen2.5-1.5B", 2048),
+        ("Llama-3.1-8B", 2048),
+    ]
 
 
 LIGER = """
