@@ -46,7 +46,7 @@ def client_losses(
     z_loss: c >= 0, adds c logsumexp(z)^2 to a token's loss (PaLM, arXiv 2204.02311).
 
     Differentiable, once. Losses are in float32 (float64 for float64). A non-finite loss of one client does not touch another's. Raises ValueError for shapes
-    and values that do not fit.
+    and values that do not fit, TypeError for a head that is no `Head`.
 
     >>> import torch
     >>> from hetlora_kernels.peft import Head, client_losses
@@ -65,6 +65,8 @@ def client_losses(
         raise ValueError(f"label_smoothing: expected a number from 0 to below 1, got {label_smoothing!r}")
     if not 0 <= z_loss < float("inf"):
         raise ValueError(f"z_loss: expected a finite number >= 0, got {z_loss!r}")
+    if head is not None and not isinstance(head, Head):
+        raise TypeError(f"head: expected a Head, got {type(head).__name__}; Head(linear.weight, linear.bias) makes one, hidden_states(model) a model's own")
     name, last = ("logits", "vocab") if head is None else ("states", "d")
     if states.dim() != 3 or tuple(labels.shape) != tuple(states.shape[:2]):
         raise ValueError(f"labels: expected shape {tuple(states.shape[:2])} as {name} [batch, seq, {last}], got {tuple(labels.shape)}")
