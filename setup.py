@@ -64,7 +64,7 @@ class Torch:
 
 
 @dataclass
-class Plan:
+class BuildChoice:
     """What is built, or why not; written to `_build_info.json`."""
 
     torch: Torch | None
@@ -213,36 +213,36 @@ def job_count() -> int:
     return max(1, min(int(asked or processors), processors, free_memory() // JOB_BYTES))
 
 
-def make_plan() -> Plan:
+def choose_build() -> BuildChoice:
     """Decide from the machine and the environment; `SystemExit` with one line when something asked for cannot be."""
     wish = os.environ.get("HETLORA_CUDA", "auto").strip() or "auto"
     if wish not in ("auto", "0", "1"):
         raise SystemExit(f"HETLORA_CUDA: expected auto, 0 or 1, got {wish!r}")
     torch, why = find_torch()
-    plan = Plan(torch, find_compiler(), cuda_required=wish == "1")
+    choice = BuildChoice(torch, find_compiler(), cuda_required=wish == "1")
     if not sys.platform.startswith("linux"):
         why = f"compiled kernels are built on Linux only, this is {sys.platform}"
-    elif torch and not plan.compiler:
+    elif torch and not choice.compiler:
         why = "no C++ compiler was found (g++ or clang++; or set CXX)"
-    plan.why_no_cpu = plan.why_no_cuda = why
+    choice.why_no_cpu = choice.why_no_cuda = why
     if not why:
-        plan.why_no_cuda = why_no_cuda(plan, wish)
-    if plan.cuda_required and plan.why_no_cuda:
-        raise SystemExit(f"HETLORA_CUDA=1: {plan.why_no_cuda}")
-    if not plan.why_no_cuda:
-        assert plan.nvcc is not None
-        plan.archs = choose_archs(plan.nvcc)
+        choice.why_no_cuda = why_no_cuda(choice, wish)
+    if choice.cuda_required and choice.why_no_cuda:
+        raise SystemExit(f"HETLORA_CUDA=1: {choice.why_no_cuda}")
+    if not choice.why_no_cuda:
+        assert choice.nvcc is not None
+        choice.archs = choose_archs(choice.nvcc)
     job_count()  # refuses a MAX_JOBS that means nothing
-    return plan
+    return choice
 
 
-def why_no_cuda(plan: Plan, wish: str) -> str:
+def why_no_cuda(choice: BuildChoice, wish: str) -> str:
     if wish == "0":
         return "turned off by HETLORA_CUDA=0"
-    if wish == "auto" and plan.torch and not plan.torch.cuda:
-        return f"torch {plan.torch.version} has no CUDA (HETLORA_CUDA=1 builds it all the same)"
-    plan.nvcc = find_nvcc()
-    if plan.nvcc is None:
+    if wish == "auto" and choice.torch and not choice.torch.cuda:
+        return f"torch {choice.torch.version} has no CUDA (HETLORA_CUDA=1 builds it all the same)"
+    choice.nvcc = find_nvcc()
+    if choice.nvcc is None:
         return "no nvcc was found (install the CUDA toolkit or set CUDA_HOME)"
     return "" if list((ROOT / "csrc" / "cuda").glob("*.cu")) else "this source tree has no CUDA kernels"
 
@@ -258,7 +258,7 @@ def run(command: list[str]) -> None:
 class BuildKernels(build_ext):
     """Calls the compilers itself: torch's own extension builder refuses CUDA with a torch built without it."""
 
-    plan: Plan
+    choice: BuildChoice
 
     def get_outputs(self) -> list[str]:
         return [str(path) for path in sorted(self.folder().glob("_C_*.so"))] + [str(self.folder() / "_build_info.json")]
@@ -270,15 +270,15 @@ class BuildKernels(build_ext):
         return ROOT / PACKAGE if self.inplace or self.editable_mode else Path(self.build_lib) / PACKAGE
 
     def run(self) -> None:
-        plan, folder = self.plan, self.folder()
+        choice, folder = self.choice, self.folder()
         forget_old_build(folder)
-        if plan.nvcc and not plan.why_no_cuda:
-            plan.archs = choose_archs(plan.nvcc, in_place=bool(self.inplace or self.editable_mode))
-        if not plan.why_no_cpu:
-            plan.why_no_cpu = self.attempt(self.build_cpu, folder / "_C_cpu.so", required=False)
-        if not plan.why_no_cuda:
-            plan.why_no_cuda = self.attempt(self.build_cuda, folder / "_C_cuda.so", required=plan.cuda_required)
-        write_record(plan, folder)
+        if choice.nvcc and not choice.why_no_cuda:
+            choice.archs = choose_archs(choice.nvcc, in_place=bool(self.inplace or self.editable_mode))
+        if not choice.why_no_cpu:
+            choice.why_no_cpu = self.attempt(self.build_cpu, folder / "_C_cpu.so", required=False)
+        if not choice.why_no_cuda:
+            choice.why_no_cuda = self.attempt(self.build_cuda, folder / "_C_cuda.so", required=choice.cuda_required)
+        write_record(choice, folder)
 
     def attempt(self, step: Any, target: Path, required: bool) -> str:
         try:
@@ -299,21 +299,21 @@ class BuildKernels(build_ext):
         return [str(path) for path in objects]
 
     def cxx(self) -> list[str]:
-        assert self.plan.torch is not None and self.plan.compiler is not None
-        return [self.plan.compiler, *CXX_FLAGS, *contraction_flags(self.plan.compiler), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        assert self.choice.torch is not None and self.choice.compiler is not None
+        return [self.choice.compiler, *CXX_FLAGS, *contraction_flags(self.choice.compiler), *shlex.split(os.environ.get("CXXFLAGS", ""))]
 
     def build_cpu(self, target: Path) -> None:
-        torch = self.plan.torch
+        torch = self.choice.torch
         assert torch is not None
         sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
         objects = self.compile([([*self.cxx(), *torch.compile_flags, "-c"], source) for source in sources])
         run([*self.cxx(), "-shared", *objects, "-o", str(target), *torch.link_flags])
 
     def build_cuda(self, target: Path) -> None:
-        torch, nvcc = self.plan.torch, self.plan.nvcc
+        torch, nvcc = self.choice.torch, self.choice.nvcc
         assert torch is not None and nvcc is not None
-        codes = [flag for code in self.plan.archs for flag in ("-gencode", f"arch={code.replace('sm_', 'compute_')},code={code}")]
-        host = ["-ccbin", str(self.plan.compiler), "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        codes = [flag for code in self.choice.archs for flag in ("-gencode", f"arch={code.replace('sm_', 'compute_')},code={code}")]
+        host = ["-ccbin", str(self.choice.compiler), "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         folder = ROOT / "csrc" / "cuda"
         device = [str(nvcc), "-O3", "-std=c++17", *host, *codes, f"-I{folder}", "-Xptxas", "-v", "--threads", "2", "-c"]
         # The bindings through nvcc too, for its include path: the nvcc found may be a wrapper that lies outside its toolkit.
@@ -328,14 +328,14 @@ class BuildKernels(build_ext):
 class BuildPython(build_py):
     """Writes the record where no kernel is built, in which case `build_ext` does not run."""
 
-    plan: Plan
+    choice: BuildChoice
 
     def run(self) -> None:
         super().run()
-        if self.plan.why_no_cpu and self.plan.why_no_cuda and not self.distribution.ext_modules:
+        if self.choice.why_no_cpu and self.choice.why_no_cuda and not self.distribution.ext_modules:
             folder = ROOT / PACKAGE if self.editable_mode else Path(self.build_lib) / PACKAGE
             forget_old_build(folder)
-            write_record(self.plan, folder)
+            write_record(self.choice, folder)
 
 
 def forget_old_build(folder: Path) -> None:
@@ -345,16 +345,16 @@ def forget_old_build(folder: Path) -> None:
         old.unlink()
 
 
-def write_record(plan: Plan, folder: Path) -> None:
-    record = plan.record()
+def write_record(choice: BuildChoice, folder: Path) -> None:
+    record = choice.record()
     (folder / "_build_info.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     for name in ("cpu", "cuda"):
         print(f"hetlora: {name} kernels {'built' if record[name]['built'] else 'not built: ' + record[name]['reason']}")
 
 
 def main() -> None:
-    plan = BuildKernels.plan = BuildPython.plan = make_plan()
-    nothing = plan.why_no_cpu and plan.why_no_cuda
+    choice = BuildKernels.choice = BuildPython.choice = choose_build()
+    nothing = choice.why_no_cpu and choice.why_no_cuda
     setup(
         # The source list is for setuptools only, which asks for one; an empty module list makes a pure-Python wheel.
         ext_modules=[] if nothing else [Extension(f"{PACKAGE}._C_cpu", [])],

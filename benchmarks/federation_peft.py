@@ -21,7 +21,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
 from hetlora.batches import collate
-from hetlora.client import plan_steps
+from hetlora.client import step_batches
 from hetlora.config import Config
 from hetlora.data import ClientData
 from hetlora.deployed.local import base_model, own_text
@@ -58,7 +58,7 @@ def train_round(cfg: Config, data: ClientData, start: Mapping[str, Tensor], numb
         for name, parameter in own.items():
             parameter.copy_(start[name])
     optimizer = torch.optim.AdamW(own.values(), lr=cfg.lr, weight_decay=0.0)
-    for batch in plan_steps(data, cfg, number):
+    for batch in step_batches(data, cfg, number):
         ids, labels = collate([data.train[i] for i in batch], next(model.parameters()).device)
         optimizer.zero_grad()
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]

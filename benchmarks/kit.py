@@ -138,9 +138,9 @@ def progress(total: int) -> Iterator[Any]:
         yield lambda what: bar.update(task, advance=1, description=what)
 
 
-def names_of(plan: argparse.Namespace, suites: list[str], device: torch.device) -> list[str]:
+def names_of(chosen: argparse.Namespace, suites: list[str], device: torch.device) -> list[str]:
     """Operations that `--only` may name."""
-    every = argparse.Namespace(**{**vars(plan), "only": None})
+    every = argparse.Namespace(**{**vars(chosen), "only": None})
     found = [case[0] for case in run.SUITES["server"].wanted(every, device)] if "server" in suites else []
     found += ["lora_linear", "smallest call"] if "lora" in suites else []
     found += ["loss"] if "loss" in suites else []
@@ -155,14 +155,14 @@ def measure(options: argparse.Namespace, command: str) -> int:
     counts = options.threads or ([1] if device.type == "cuda" else [every] if options.quick or options.tiny else sorted({1, every}))
     suites, why = chosen_suites(options, device)
     setting = {"only": options.only, "rungs": options.rungs, "memory_gb": free_gb(device), "seconds": 0.02 if options.tiny else 1.2 if options.quick else 4.0}
-    plan = argparse.Namespace(quick=options.tiny, short=options.quick and not options.tiny, **setting)
-    numbers = {name: len(run.SUITES[name].wanted(plan, device)) for name in suites}
+    chosen = argparse.Namespace(quick=options.tiny, short=options.quick and not options.tiny, **setting)
+    numbers = {name: len(run.SUITES[name].wanted(chosen, device)) for name in suites}
     if not suites:
         raise ValueError(f"nothing to measure: {'; '.join(why)}")
     for name in options.only or []:
-        one = argparse.Namespace(**{**vars(plan), "only": [name]})
+        one = argparse.Namespace(**{**vars(chosen), "only": [name]})
         if not any(run.SUITES[suite].wanted(one, device) for suite in suites):
-            raise ValueError(f"--only {name}: no case of {', '.join(suites)} has this name; there are {', '.join([*names_of(plan, suites, device), *why])}")
+            raise ValueError(f"--only {name}: no case of {', '.join(suites)} has this name; there are {', '.join([*names_of(chosen, suites, device), *why])}")
     result = run.opening("kit", command, device)
     result |= {"measurement": not options.tiny, "left_out": why, "refused": []} | ({"clocks": how} if how else {})
     print("\n".join(describe(result, counts)), flush=True)
@@ -184,13 +184,13 @@ def measure(options: argparse.Namespace, command: str) -> int:
     budget = options.budget or (QUICK_SECONDS if options.quick else float("inf"))
     end = time.monotonic() + budget
     names = ["ceilings", *(name for name in suites if numbers[name])]
-    total = len(counts) * (len(run.SUITES["ceilings"].wanted(plan, device)) + sum(numbers.values()))
+    total = len(counts) * (len(run.SUITES["ceilings"].wanted(chosen, device)) + sum(numbers.values()))
     with progress(total) as advance:
         for place, name in enumerate(names):
             print(f"\n{name}", flush=True)
             minutes = max(0.0, end - time.monotonic()) / (len(names) - place) / 60  # an equal part of what is left
             case: list[dict[str, Any]] = []
-            for one in run.measured(name, plan, device, counts, minutes, refuse):
+            for one in run.measured(name, chosen, device, counts, minutes, refuse):
                 if isinstance(one, str):
                     why.append(f"{name}: {one}")
                     continue

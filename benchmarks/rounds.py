@@ -95,9 +95,9 @@ class Federation:
 
     def steps(self, k: int) -> list[list[Tensor]]:
         """The sequences of each of client k's steps."""
-        from hetlora.client import plan_steps
+        from hetlora.client import step_batches
 
-        return [[self.clients[k].train[i] for i in batch] for batch in plan_steps(self.clients[k], self.cfg, 1)]
+        return [[self.clients[k].train[i] for i in batch] for batch in step_batches(self.clients[k], self.cfg, 1)]
 
     def twin(self) -> nn.Module:
         """The base with modules of its own around the same weights."""

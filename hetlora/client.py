@@ -36,7 +36,7 @@ class LocalResult:
     loss_last: float
 
 
-def plan_steps(data: ClientData, cfg: Config, round_number: int) -> list[list[int]]:
+def step_batches(data: ClientData, cfg: Config, round_number: int) -> list[list[int]]:
     """Indices into `data.train` for each local step of the round: shuffled passes, cut into batches; a small client repeats its data.
 
     cfg.local_steps batches, or cfg.local_epochs full passes where that is given. A batch never holds a sequence twice.
@@ -46,12 +46,12 @@ def plan_steps(data: ClientData, cfg: Config, round_number: int) -> list[list[in
     shuffle = host_generator(cfg.seed, "batches", round_number, data.name)
     per_pass = math.ceil(count / size)
     steps = per_pass * cfg.local_epochs or cfg.local_steps
-    plan: list[list[int]] = []
-    while len(plan) < steps:
+    drawn: list[list[int]] = []
+    while len(drawn) < steps:
         order = list(range(count))
         shuffle.shuffle(order)
-        plan += [order[i : i + size] for i in range(0, count, size)]
-    return plan[:steps]
+        drawn += [order[i : i + size] for i in range(0, count, size)]
+    return drawn[:steps]
 
 
 def dropout_seed(name: str, cfg: Config, round_number: int) -> int:
@@ -143,10 +143,10 @@ def local_steps(
     segments(batch, step): context of one forward and backward over a batch of the step.   trained: what `optimizer` steps, for the
     loss scaling of a float16 base.
     """
-    plan, way = plan_steps(data, cfg, round_number), way_of(model, cfg)
+    drawn, way = step_batches(data, cfg, round_number), way_of(model, cfg)
     losses, tokens = [], 0
     scaling = LossScale(model)
-    for step, batch in enumerate(plan):
+    for step, batch in enumerate(drawn):
         sequences = [data.train[i] for i in batch]
         count = sum(map(predicted, sequences))
         tokens += sum(len(s) for s in sequences)
@@ -162,7 +162,7 @@ def local_steps(
 
         losses.append(float(scaling.gradients(backward, trained, optimizer.zero_grad)))
         optimizer.step()
-    return LocalResult(len(plan), sum(len(b) for b in plan), tokens, losses[0], losses[-1])
+    return LocalResult(len(drawn), sum(len(b) for b in drawn), tokens, losses[0], losses[-1])
 
 
 def train_client(model: torch.nn.Module, bank: hk.AdapterBank, data: ClientData, cfg: Config, round_number: int, lr: float, keep: Any) -> LocalResult:

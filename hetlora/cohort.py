@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hetlora_kernels as hk
 from hetlora.batches import batches
-from hetlora.client import LocalResult, dropout_seed, make_optimizer, plan_steps, token_losses, train_client, training_scale
+from hetlora.client import LocalResult, dropout_seed, make_optimizer, step_batches, token_losses, train_client, training_scale
 from hetlora.config import Config
 from hetlora.data import ClientData
 from hetlora.loss_scale import LossScale
@@ -39,16 +39,16 @@ def train_cohort(
     Batches above cfg.max_tokens_per_step are split: gradients add up to the same sums. keep: {module: first tail row per client}.
     With cfg.cuda_graph steps that repeat clients are recorded (`RecordedSteps`).   record: as in `StepGraph`, for tests without a device.
     """
-    plans = [plan_steps(data, cfg, round_number) for data in clients]
+    drawn = [step_batches(data, cfg, round_number) for data in clients]
     seeds = torch.tensor([dropout_seed(data.name, cfg, round_number) for data in clients], dtype=torch.int64)
     optimizer = make_optimizer(bank, cfg, lr, keep, model)
-    steps = max(len(plan) for plan in plans)
+    steps = max(len(own) for own in drawn)
     means: list[Tensor] = []  # [K] per step, fetched once at the end so that a step waits for nothing
     scaling, trained = LossScale(model), list(bank.parameters())
     way_of(model, cfg)  # before a bank is attached
     attach(model, bank, scale=training_scale(bank, cfg), dropout=cfg.dropout)
     try:
-        work = [step_rows(clients, plans, step) for step in range(steps)]
+        work = [step_rows(clients, drawn, step) for step in range(steps)]
         recorded = RecordedSteps(model, bank, optimizer, work, seeds, cfg, record) if cfg.cuda_graph else None
         for step in range(steps):
             losses = None if recorded is None else recorded.run(work[step], step)
@@ -62,8 +62,8 @@ def train_cohort(
         detach(model)
     history = torch.stack(means).tolist()
     return [
-        LocalResult(len(plan), sum(map(len, plan)), sum(len(data.train[i]) for batch in plan for i in batch), history[0][k], history[len(plan) - 1][k])
-        for k, (plan, data) in enumerate(zip(plans, clients, strict=True))
+        LocalResult(len(own), sum(map(len, own)), sum(len(data.train[i]) for batch in own for i in batch), history[0][k], history[len(own) - 1][k])
+        for k, (own, data) in enumerate(zip(drawn, clients, strict=True))
     ]
 
 
@@ -116,7 +116,7 @@ def train_groups(
     """
     device = next(model.parameters()).device
     groups = groups_of(len(clients), cfg)
-    lengths = [max(len(plan_steps(clients[k], cfg, round_number)) for k in group) for group in groups]
+    lengths = [max(len(step_batches(clients[k], cfg, round_number)) for k in group) for group in groups]
     trained, results, before = start.select(range(len(clients))), [], 0
     for group, length in zip(groups, lengths, strict=True):
         own = moved(trained.select(group), device)

@@ -44,12 +44,14 @@ class MergeKind:
     steps: what the server's optimiser follows from round to round, number by number: 'factors' of the bank and weights of the base, after the merge; the
         'product' B A, where the merge makes all rows anew and row j is not what it was; the 'model' W + s B A, where bank and base change together. The
         last two are steps that the merge takes by itself.
+    changes: what is merged are the changes of the rows, which the old rows get added; else the rows themselves.
     settings: read by this merge alone, refused with every other.   refuses: settings of others that it cannot use.
     """
 
     name: str
     text: str
     function: str
+    changes: bool = False
     base: Literal["none", "targets", "all"] = "none"
     keeps_bank: bool = True
     no_adapter: str = ""
@@ -227,6 +229,7 @@ MERGES = {
             "delta",
             "average the factors' changes; a row that a client does not own counts as unchanged",
             "hetlora.merge:merge_delta",
+            changes=True,
             unbounded="",
             needs_uploads="",
         ),

@@ -36,12 +36,12 @@ class StepRows:
         return tuple((k, position) for k, position, _ in self.rows)
 
 
-def step_rows(clients: Sequence[ClientData], plans: Sequence[list[list[int]]], step: int) -> StepRows:
+def step_rows(clients: Sequence[ClientData], drawn: Sequence[list[list[int]]], step: int) -> StepRows:
     """The sequences of every client that still has this step to do."""
-    rows, counts, active = [], [1] * len(clients), [step < len(plan) for plan in plans]
-    for k, (data, plan) in enumerate(zip(clients, plans, strict=True)):
+    rows, counts, active = [], [1] * len(clients), [step < len(own_batches) for own_batches in drawn]
+    for k, (data, own_batches) in enumerate(zip(clients, drawn, strict=True)):
         if active[k]:
-            own = [data.train[i] for i in plan[step]]
+            own = [data.train[i] for i in own_batches[step]]
             rows += [(k, position, sequence) for position, sequence in enumerate(own)]
             counts[k] = sum(map(predicted, own))
     return StepRows(rows, counts, active)

@@ -106,7 +106,7 @@ def contribution(cfg: Config, uploads: hk.AdapterBank, received: hk.AdapterBank,
         parts.append(weight)
         for new, old in ((uploads.a[name], received.a[name]), (uploads.bt[name], received.bt[name])):
             x = new.detach()[:own].double().cpu()  # [own, width]
-            if cfg.merge_kind.name == "delta":
+            if cfg.merge_kind.changes:
                 x = x - old.detach()[:own].double().cpu()
             padded = x.new_zeros(rows[module], x.shape[1])
             padded[:own] = float(weight) * point.step * x
@@ -148,7 +148,7 @@ def mean(
         divisor = by_row if cfg.shared_rows == "owners" else point.decode(weight).expand(left, 1)
         for side, part in sums.items():
             old = getattr(bank, side)[name].detach()[:left].double().cpu()
-            start = old if cfg.merge_kind.name == "delta" else torch.zeros_like(old)
+            start = old if cfg.merge_kind.changes else torch.zeros_like(old)
             own_mean = point.decode(part[:left]) / divisor
             found = torch.where(divisor > 0, start + own_mean, old)
             rounding = max(rounding, _rounding(point.step, owners.sum(1, keepdim=True), divisor, own_mean))

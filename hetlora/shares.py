@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import hetlora_kernels as hk
-from hetlora.client import plan_steps
+from hetlora.client import step_batches
 from hetlora.config import Config, ConfigError
 from hetlora.fleet import LocalFleet, Progress
 from hetlora.group import Group
@@ -43,7 +43,7 @@ def shared_out(local: LocalFleet, cfg: Config, state: ServerState, names: Sequen
     costs = []
     for name in names:
         data = local.clients[name]
-        tokens = sum(len(data.train[i]) for batch in plan_steps(data, cfg, number) for i in batch)
+        tokens = sum(len(data.train[i]) for batch in step_batches(data, cfg, number) for i in batch)
         costs.append(tokens * (4 * base + 6 * widths * mean_rank(state.ranks[name])))
     return Shares(list(names), deal(costs, processes), number, lr)
 

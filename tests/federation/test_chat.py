@@ -20,7 +20,7 @@ import hetlora_kernels as hk
 from hetlora import Config, ConfigError
 from hetlora.batches import collate
 from hetlora.chat import CHATML, Chat, packed
-from hetlora.client import local_steps, plan_steps
+from hetlora.client import local_steps, step_batches
 from hetlora.data import load_data, predicted, token_ids
 from hetlora.evaluate import evaluate_bank
 from hetlora.loop import simulate
@@ -215,7 +215,7 @@ def test_losses_are_those_of_the_responses_alone(tmp_path):
 
     federation.model.requires_grad_(True)
     result = local_steps(federation.model, client, cfg, 1, Nothing(), torch.device("cpu"), lambda *_: contextlib.nullcontext())
-    first = [client.train[i] for i in plan_steps(client, cfg, 1)[0]]
+    first = [client.train[i] for i in step_batches(client, cfg, 1)[0]]
     assert result.loss_first == pytest.approx(expected(first)[0], rel=1e-5)
     federation.model.requires_grad_(False)
     found = evaluate_bank(federation.model, hk.AdapterBank(federation.shapes, [4]), client.test, cfg.scale, 4096)  # B = 0

@@ -11,7 +11,7 @@ from tiny import tiny_clients, tiny_config, tiny_federation, tiny_model, trained
 
 import hetlora_kernels as hk
 from hetlora.batches import micro_batches
-from hetlora.client import dropout_seed, plan_steps, train_client
+from hetlora.client import dropout_seed, step_batches, train_client
 from hetlora.cohort import train_cohort, train_one_by_one
 from hetlora.federation import starting_ranks
 from hetlora.loop import simulate
@@ -68,7 +68,7 @@ def plain_client(model, start, k, data, cfg, keep, number=1, lr=LR):
         return hook
 
     hooks = [model.get_submodule(name).register_forward_hook(add_lora(name, i)) for i, name in enumerate(start.shapes)]
-    for step, batch in enumerate(plan_steps(data, cfg, number)):
+    for step, batch in enumerate(step_batches(data, cfg, number)):
         optimizer.zero_grad()
         losses = []
         for sequence, i in enumerate(batch):
@@ -259,14 +259,14 @@ def test_model_is_given_back_as_it_came(tmp_path):
 def test_plan_covers_each_pass_and_depends_on_client_and_round_only(tmp_path):
     cfg = settings(tmp_path, local_epochs=3, batch_size=5)
     one, other = tiny_clients([12, 12])
-    plan = plan_steps(one, cfg, 1)
+    plan = step_batches(one, cfg, 1)
     assert [len(batch) for batch in plan] == [5, 5, 2] * 3
     for start in (0, 3, 6):
         assert sorted(i for batch in plan[start : start + 3] for i in batch) == list(range(12))
-    assert plan == plan_steps(one, cfg, 1) == plan_steps(one, settings(tmp_path, local_epochs=3, batch_size=5, lr=0.5), 1)
-    assert plan != plan_steps(one, cfg, 2) and plan != plan_steps(other, cfg, 1)
-    assert plan != plan_steps(one, settings(tmp_path, local_epochs=3, batch_size=5, seed=1), 1)
-    steps = plan_steps(tiny_clients([2])[0], settings(tmp_path, local_epochs=0, local_steps=4, batch_size=5), 1)
+    assert plan == step_batches(one, cfg, 1) == step_batches(one, settings(tmp_path, local_epochs=3, batch_size=5, lr=0.5), 1)
+    assert plan != step_batches(one, cfg, 2) and plan != step_batches(other, cfg, 1)
+    assert plan != step_batches(one, settings(tmp_path, local_epochs=3, batch_size=5, seed=1), 1)
+    steps = step_batches(tiny_clients([2])[0], settings(tmp_path, local_epochs=0, local_steps=4, batch_size=5), 1)
     assert [sorted(batch) for batch in steps] == [[0, 1]] * 4, "a small client repeats its data, and a batch holds nothing twice"
 
 

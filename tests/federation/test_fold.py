@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import hetlora_kernels as hk
 from hetlora import fold
 from hetlora.checkpoint import load_checkpoint
-from hetlora.client import plan_steps
+from hetlora.client import step_batches
 from hetlora.compare.methods import METHODS
 from hetlora.config import ConfigError
 from hetlora.evaluate import evaluate_bank, pool_text
@@ -280,7 +280,7 @@ def test_clients_begin_where_the_downloaded_bank_stands(tmp_path, cobatch):
     bank, clients = fold.download(first.bank, "4bit").bank, {client.name: client for client in federation.data.clients}
     for line in both.history[2]["clients"]:
         data = clients[line["name"]]
-        batch = [data.train[i] for i in plan_steps(data, cfg, 2)[0]]
+        batch = [data.train[i] for i in step_batches(data, cfg, 2)[0]]
         under, base = (evaluate_bank(federation.model, own, batch, cfg.scale, 4096)["loss"] for own in (bank, bank.prune([0])))
         assert abs(line["loss_first"] - under) < 1e-9 < 1e-4 < abs(base - under)
 

@@ -8,7 +8,7 @@ from tiny import SIZES, Interrupt, Stop, lines, tiny_clients, tiny_config, tiny_
 
 from hetlora import checkpoint, full_finetuning, server
 from hetlora.batches import collate
-from hetlora.client import plan_steps
+from hetlora.client import step_batches
 from hetlora.config import ConfigError
 from hetlora.export import export_adapter
 from hetlora.loop import simulate
@@ -36,7 +36,7 @@ def by_hand(client, cfg, number: int = 1) -> dict[str, torch.Tensor]:
     model = tiny_model().requires_grad_(True)
     make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[cfg.optimizer]
     optimizer = make(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, **({"momentum": cfg.momentum} if cfg.momentum else {}))
-    for batch in plan_steps(client, cfg, number):
+    for batch in step_batches(client, cfg, number):
         ids, labels = collate([client.train[i] for i in batch], torch.device("cpu"))
         optimizer.zero_grad()
         model(input_ids=ids, labels=labels).loss.backward()

@@ -16,7 +16,7 @@ from tiny import tiny_clients, tiny_config, tiny_federation, tiny_model, trained
 from hetlora import full_finetuning, packing
 from hetlora.batches import Batch, Way, batches, fill_rows
 from hetlora.cli import cli
-from hetlora.client import plan_steps, token_losses
+from hetlora.client import step_batches, token_losses
 from hetlora.cohort import train_one_by_one
 from hetlora.config import ConfigError
 from hetlora.loop import simulate
@@ -93,8 +93,8 @@ def test_packed_padded_alone_and_plain_pytorch_agree(tmp_path, change):
     cfg = settings(tmp_path, padding_free="on", **change)
     model, start, clients, keep = setting(cfg, torch.float64)
     clients = [replace(data, train=[s[: 3 + (5 * i + k) % 8] for i, s in enumerate(data.train)]) for k, data in enumerate(clients)]
-    plans = [plan_steps(data, cfg, 1) for data in clients]
-    work = step_rows(clients, plans, 0)
+    drawn = [step_batches(data, cfg, 1) for data in clients]
+    work = step_rows(clients, drawn, 0)
     parts = list(batches(work.rows, cfg.max_tokens_per_step, CPU, way_of(model, cfg)))
     assert any(part.positions is not None and bool(((part.positions == 0).sum(1) > 1).any()) for part in parts), "or nothing is packed here"
     together = cohort(model, start, clients, cfg, keep)

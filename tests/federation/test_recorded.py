@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
 import hetlora_kernels as hk
-from hetlora.client import make_optimizer, plan_steps
+from hetlora.client import make_optimizer, step_batches
 from hetlora.cohort import train_cohort
 from hetlora.config import Config
 from hetlora.data import ClientData
@@ -155,8 +155,8 @@ def test_a_step_copies_nothing_and_reads_nothing_back(tmp_path, monkeypatch, rul
     cfg, clients, model = settings(tmp_path, optimizer=rule), of_one_length([4, 4, 4]), tiny_model()
     bank = trained_bank(target_shapes(model, "attention"), RANKS)
     optimizer = make_optimizer(bank, cfg, LR, {name: [1, 3, 2] for name in bank.shapes}, model)
-    plans = [plan_steps(data, cfg, 1) for data in clients]
-    work = [step_rows(clients, plans, step) for step in range(7)]
+    drawn = [step_batches(data, cfg, 1) for data in clients]
+    work = [step_rows(clients, drawn, step) for step in range(7)]
     attach(model, bank, dropout=cfg.dropout)
     RecordedSteps(model, bank, optimizer, work, torch.arange(3), cfg, Graph(model)).run(work[0], 0)  # shows which rows go where, with values
     model.to("meta")
@@ -185,7 +185,7 @@ def test_the_memory_that_a_recorded_step_reads_stays_where_it_is(tmp_path):
     cfg, clients, model = settings(tmp_path), of_one_length([4, 4, 4]), tiny_model()
     bank = trained_bank(target_shapes(model, "attention"), RANKS)
     optimizer = make_optimizer(bank, cfg, LR, {}, model)
-    work = [step_rows(clients, [plan_steps(data, cfg, 1) for data in clients], step) for step in range(7)]
+    work = [step_rows(clients, [step_batches(data, cfg, 1) for data in clients], step) for step in range(7)]
     attach(model, bank, dropout=cfg.dropout)
     steps = RecordedSteps(model, bank, optimizer, work, torch.arange(3), cfg, Graph(model))
 

@@ -70,34 +70,34 @@ def test_without_torch_nothing_is_compiled_and_the_reason_says_what_to_do(build,
     monkeypatch.setenv("HETLORA_CUDA", wish)
     if wish == "1":
         with pytest.raises(SystemExit, match="HETLORA_CUDA=1: torch was not installed"):
-            build.make_plan()
+            build.choose_build()
         return
-    record = build.make_plan().record()
+    record = build.choose_build().record()
     assert not record["cpu"]["built"] and "install torch, then hetlora again" in record["cpu"]["reason"]
 
 
 def test_a_torch_without_the_stable_interface_is_refused(build, monkeypatch, tmp_path):
     only_torch_at(build, monkeypatch, make_torch(tmp_path, "2.9.1"))
-    assert build.make_plan().why_no_cpu == "compiled kernels need torch 2.10 or newer, this is torch 2.9.1"
+    assert build.choose_build().why_no_cpu == "compiled kernels need torch 2.10 or newer, this is torch 2.9.1"
 
 
 def test_cuda_is_built_by_itself_only_for_a_torch_that_has_it(build, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_HOME", str(make_nvcc(tmp_path / "toolkit")))
     only_torch_at(build, monkeypatch, make_torch(tmp_path / "with", "2.13.0+cu130", "13.0"))
     monkeypatch.setattr(build, "ROOT", tmp_path)
-    assert "no CUDA kernels" in build.make_plan().why_no_cuda  # this tree has none
+    assert "no CUDA kernels" in build.choose_build().why_no_cuda  # this tree has none
     (tmp_path / "csrc" / "cuda").mkdir(parents=True)
     (tmp_path / "csrc" / "cuda" / "a.cu").touch()
-    plan = build.make_plan()
-    assert plan.why_no_cuda == "" and plan.archs == ["sm_80", "sm_86", "sm_90", "compute_90"]
-    assert plan.record()["cuda"] == {"built": True, "reason": "", "nvcc": "13.0", "archs": plan.archs}
+    choice = build.choose_build()
+    assert choice.why_no_cuda == "" and choice.archs == ["sm_80", "sm_86", "sm_90", "compute_90"]
+    assert choice.record()["cuda"] == {"built": True, "reason": "", "nvcc": "13.0", "archs": choice.archs}
     monkeypatch.setenv("HETLORA_CUDA", "0")
-    assert build.make_plan().why_no_cuda == "turned off by HETLORA_CUDA=0"
+    assert build.choose_build().why_no_cuda == "turned off by HETLORA_CUDA=0"
     monkeypatch.setenv("HETLORA_CUDA", "auto")
     only_torch_at(build, monkeypatch, make_torch(tmp_path / "without", "2.13.0+cpu"))
-    assert "has no CUDA" in build.make_plan().why_no_cuda
+    assert "has no CUDA" in build.choose_build().why_no_cuda
     monkeypatch.setenv("HETLORA_CUDA", "1")
-    assert build.make_plan().why_no_cuda == ""
+    assert build.choose_build().why_no_cuda == ""
 
 
 def test_cuda_required_without_nvcc_fails_in_one_line(build, monkeypatch, tmp_path):
@@ -105,13 +105,13 @@ def test_cuda_required_without_nvcc_fails_in_one_line(build, monkeypatch, tmp_pa
     monkeypatch.setenv("HETLORA_CUDA", "1")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
     with pytest.raises(SystemExit, match=r"^HETLORA_CUDA=1: no nvcc was found \(install the CUDA toolkit or set CUDA_HOME\)$"):
-        build.make_plan()
+        build.choose_build()
 
 
 def test_wishes_that_mean_nothing_are_refused(build, monkeypatch, tmp_path):
     monkeypatch.setenv("HETLORA_CUDA", "yes")
     with pytest.raises(SystemExit, match="expected auto, 0 or 1, got 'yes'"):
-        build.make_plan()
+        build.choose_build()
     nvcc = make_nvcc(tmp_path) / "bin" / "nvcc"
     for archs, message in (("hopper", "got 'hopper'"), ("5.2", "nothing to build for in '5.2'")):
         monkeypatch.setenv("HETLORA_CUDA_ARCHS", archs)
