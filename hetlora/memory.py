@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import hetlora_kernels as hk
 from hetlora.client import token_losses
@@ -114,31 +115,33 @@ def _linears(model: nn.Module) -> list[tuple[str, int]]:
     return [(name, int(module.out_features)) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
+def _no_backward(saved: object) -> Tensor:
+    raise RuntimeError("the probe of a step's memory keeps nothing that a backward pass could use")
+
+
 def _kept(model: nn.Module, shapes: Shapes, rank: int, cfg: Config) -> float:
     """Bytes that autograd keeps of a token: of two sequences less those of one, so that what is no token's falls out."""
     device = next(model.parameters()).device
     draw = probe_generator()
     bank = hk.AdapterBank(dict(shapes), [rank], dtype=getattr(torch, cfg.adapter_dtype), device=device, generator=draw)
     words = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-    held = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), *bank.parameters())}
+    own = {StorageWeakRef(tensor.untyped_storage()) for tensor in (*model.parameters(), *model.buffers(), *bank.parameters())}
     attach(model, bank, dropout=cfg.dropout)
     try:
         sizes = []
         for rows in (1, 2):
             ids = torch.randint(words, (rows, cfg.seq_len), generator=draw).to(device)
-            seen: dict[int, int] = {}
+            seen: dict[StorageWeakRef, int] = dict.fromkeys(own, 0)  # none comes twice: what such a reference stands for keeps its address
 
-            def note(tensor: Tensor, seen: dict[int, int] = seen) -> Tensor:
+            def note(tensor: Tensor, seen: dict[StorageWeakRef, int] = seen) -> None:
                 storage = tensor.untyped_storage()
-                if storage.data_ptr() not in held:
-                    seen[storage.data_ptr()] = storage.nbytes()
-                return tensor
+                seen.setdefault(StorageWeakRef(storage), storage.nbytes())
 
             owner = torch.zeros(rows, dtype=torch.int64)
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), client_segments(model, owner, seeds=torch.zeros(1, dtype=torch.int64)):
-                losses = token_losses(model, ids, ids, owner, 1)  # holds the graph, so that no address comes twice
-                sizes.append(sum(seen.values()))
-                losses.sum().backward()  # which lets go of what is kept
+            # What a layer leaves is counted and let go: the probe takes the memory of a forward pass without gradients.
+            with torch.autograd.graph.saved_tensors_hooks(note, _no_backward), client_segments(model, owner, seeds=torch.zeros(1, dtype=torch.int64)):
+                token_losses(model, ids, ids, owner, 1)
+            sizes.append(sum(seen.values()))
     finally:
         detach(model)
     return (sizes[1] - sizes[0]) / cfg.seq_len

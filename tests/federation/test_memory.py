@@ -6,6 +6,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from tiny import lines, same_bits, tiny_config, tiny_federation, tiny_model
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import hetlora_kernels as hk
 from benchmarks import memory as bench_memory
@@ -17,6 +18,7 @@ from hetlora.loop import simulate
 from hetlora.memory import StepMemory, adapter_bytes, free_memory, step_memory, with_step_tokens
 from hetlora.models import target_shapes
 from hetlora.observer import Observer
+from hetlora_kernels.peft import attach
 
 
 @pytest.mark.slow
@@ -67,6 +69,39 @@ def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer(tmp_path):
     four = step_memory(model, shapes, 8, 4, tiny_config(tmp_path, seq_len=16), layers=4)
     assert four.kept == 2 * plain.kept
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_probe_counts_what_a_step_keeps_and_keeps_none_of_it(tmp_path, monkeypatch):
+    """Its number is that of two graphs that are held whole, and what the first layer left is gone when the last one ends."""
+    model, cfg = tiny_model(), tiny_config(tmp_path, seq_len=16)
+    shapes, probed, held = target_shapes(model, "attention"), memory.token_losses, []
+    act = next(module for name, module in model.named_modules() if name.endswith("act_fn") or name.endswith(".act"))
+    seen, alive = [], []
+
+    def look(model, *arguments):
+        hook = act.register_forward_hook(lambda module, inputs, output: seen.append(StorageWeakRef(output.untyped_storage())))
+        try:
+            losses = probed(model, *arguments)
+        finally:
+            hook.remove()
+        alive.append(not seen[-1].expired())
+        return losses
+
+    monkeypatch.setattr(memory, "token_losses", look)
+    found = step_memory(model, shapes, 8, 4, cfg).kept
+    assert len(seen) == 2 and alive == [False, False]
+
+    bank = hk.AdapterBank(shapes, [4])
+    own = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers(), *bank.parameters())}
+    attach(model, bank)
+    for rows in (1, 2):
+        ids, kept = torch.ones(rows, 16, dtype=torch.int64), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor, kept=kept: kept.append(tensor) or tensor, lambda tensor: tensor):
+            losses = probed(model, ids, ids, torch.zeros(rows, dtype=torch.int64), 1)
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+        held.append(sum(size for at, size in storages.items() if at not in own))
+        assert losses.requires_grad
+    assert found == (held[1] - held[0]) / 16 > 0
 
 
 def test_free_memory_is_the_least_of_what_the_system_and_the_container_leave(tmp_path, monkeypatch):
