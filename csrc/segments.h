@@ -28,7 +28,8 @@ struct Segments {
     double dropout;
 };
 
-// The same, from the rows of x, K ranks, K first rows and K numbers of rows in one list: each list costs 0.4 us on the way through the dispatcher.
+// The same arguments from one list: the number of rows of x, then K ranks, K first rows and K numbers of rows. One list instead of three saves 0.4 us a list in
+// the dispatcher.
 inline Segments segments_of(const MaybeTensor& seeds, const MaybeTensor& row_keys, const MaybeTensor& index, const Integers& all, double dropout) {
     STD_TORCH_CHECK(all.size() % 3 == 1, "segments: expected the rows of x and three integers for each client, got ", all.size());
     const size_t clients = all.size() / 3;

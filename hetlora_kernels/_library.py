@@ -19,7 +19,7 @@ from hetlora_kernels import _native, reference
 from hetlora_kernels._torch import entry_of, has_kernel, when_cuda_starts
 
 _SEGMENT_ARGS = "Tensor? seeds, Tensor? row_keys, Tensor? index, int[] ranks, int[] starts, int[] lengths, float dropout"
-# segments: the rows of x, then ranks, starts and lengths of the K clients; transposed: bt is B [m, S], as PEFT keeps its lora_B.
+# segments: one list of 1 + 3 K integers: the number of rows of x, K ranks, K starts, K lengths. transposed: bt is B [m, S], as PEFT keeps its lora_B.
 _LAYER_ARGS = "Tensor scale, Tensor? seeds, Tensor? row_keys, Tensor? index, int[] segments, float dropout, bool transposed"
 _STEP_ARGS = "Tensor lr, {step}Tensor active, Tensor? clip, Tensor? lam, int[] ranks, int[] keep"
 

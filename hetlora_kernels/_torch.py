@@ -9,7 +9,8 @@ import torch
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable:
-    """`function.apply` past its wrapper in Python, which serves torch.func and costs 4 us a call, a tenth of a small layer; without that name: the wrapper."""
+    """`function.apply` without its wrapper in Python. The wrapper serves torch.func and costs 4 us a call, a tenth of a small layer. Where this torch lacks the
+    name, the wrapper is taken."""
     return getattr(super(torch.autograd.Function, function), "apply", function.apply)
 
 
@@ -42,7 +43,8 @@ def has_kernel(op: str, key: str) -> bool:
 
 
 def unsafe_view(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """`tensor.view(shape)` that is no view to autograd, which forbids in-place changes of a view that a Function returns; without the op: a copy."""
+    """`tensor.view(shape)`, but no view to autograd. Autograd forbids in-place changes of a view that a Function returns. Where this torch lacks the op, it is
+    a copy."""
     view = getattr(torch.ops.aten, "_unsafe_view", None)
     return tensor.reshape(shape).clone() if view is None else view(tensor, shape)
 

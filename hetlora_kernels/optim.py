@@ -34,8 +34,9 @@ class _BankOptimizer:
     tail_penalty: (lam, keep): adds the gradient of lam_k * sum over modules of ||B[:, q:]||_F ||A[q:, :]||_F, q = keep[k], to that of the loss,
     before clipping and moments: equal to autograd of loss + penalty, with the zero sub-gradient at a zero norm (HETLORA section 3.2).
     lam: a number or [K]; keep: K integers, or {module: K integers}.
-    cast: None, or the 16-bit type of the base: every step also writes the factors in it, for attached layers on a GPU, which without this cast float32 factors
-    in every forward and backward pass. Factors must not be written through `.data` then, which autograd does not see. Layers on a CPU do not use it.
+    cast: None, or the 16-bit type of the base. With a type every step also writes the factors in it, for attached layers on a GPU. Without it these layers cast
+    float32 factors in every forward and backward pass. Factors must not be written through `.data` then, which autograd does not see. Layers on a CPU do not
+    use it.
     moments_dtype: None keeps moments in the factors' type. torch.bfloat16, for factors in float32, keeps AdamW's first moment and SGD's momentum in it,
     rounded to nearest once a step, and takes beta1 or momentum up to 0.95. AdamW's second moment stays in float32: in bfloat16 its changes of one
     thousandth (beta2 = 0.999) would be rounded away.
@@ -87,7 +88,8 @@ class _BankOptimizer:
         return [torch.zeros_like(p, dtype=dtype, requires_grad=False) for p in self._params]
 
     def _active(self, active: Sequence[bool] | Tensor | None) -> Tensor:
-        """[K] on the bank's device. A step does not wait for it: a mask that is there, or all true, is not copied; another goes up from pinned memory."""
+        """[K] on the bank's device. A step does not wait for the mask. A mask on the device, and one that is all true, is not copied. Any other goes up from
+        pinned memory."""
         if active is None:
             return self._everyone
         mask = active.bool() if isinstance(active, Tensor) else torch.tensor(active, dtype=torch.bool, device="cpu")

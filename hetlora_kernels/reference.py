@@ -61,8 +61,8 @@ def dropout_threshold(p: float) -> int:
 def keep_mask(seed: Tensor, row_keys: Tensor, columns: int, p: float) -> Tensor:
     """Boolean [rows, columns], True where an element is kept.
 
-    Key = the 64 bits of `seed`; counter = (row key low, row key high, column // 8, 0); 16-bit value j of the 128 output bits, low half of
-    each word first, belongs to column 8 c + j; an element is dropped when its value < round(65536 p).
+    The key is the 64 bits of `seed`. The counter is (row key low, row key high, c, 0) with c = column // 8. Its 128 output bits are eight 16-bit values, low
+    half of each word first. Value j belongs to column 8 c + j. An element is dropped when its value < round(65536 p).
     """
     blocks = (columns + 7) // 8
     column = torch.arange(blocks, device=row_keys.device, dtype=torch.int64)[None, :]

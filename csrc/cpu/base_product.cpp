@@ -2,8 +2,9 @@
 // Python.
 //
 // 16-bit types are multiplied fast where the processor has instructions for them (bfloat16: AVX-512; float16: AVX512-FP16), which oneDNN uses. Elsewhere the
-// framework has plain loops: 1 to 9 GFLOP/s with AVX2, where its float32 product has 60. There both operands are converted to float32, the weight a part at a
-// time that stays in L2 until the product has read it, and the sum is rounded once. Bytes beside the framework's: x and y once more as float32, the part of W from L2.
+// framework has plain loops: 1 to 9 GFLOP/s with AVX2, where its float32 product has 60. There both operands are converted to float32. The weight is converted
+// a part at a time, and the part stays in L2 until the product has read it. The sum is rounded once. Bytes beside the framework's: x and y once more as
+// float32, and the part of W from L2.
 #include "base_product.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>

@@ -9,7 +9,8 @@ namespace hetlora {
 bool multiplies_fast(Type type);
 
 // y [rows, m] = x [rows, n] weight [m, n]^T (+ bias [m]), in memory given. x and y are dense, of any leading shape; weight has any strides.
-// widened: 16-bit operands are converted to float32, a part at a time, and multiplied as such; else the product has the bits of the framework's F.linear.
+// widened: 16-bit operands are converted to float32, a part at a time, and multiplied in float32. Not widened: the product has the bits of the framework's
+// F.linear.
 void base_forward(const Tensor& y, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, int64_t rows, bool widened);
 
 // d_x [rows, n] = d_y [rows, m] weight. widened: as above; else with the bits of the framework's mm.

@@ -1,8 +1,8 @@
 // cross_entropy_: losses of rows of logits, whose slopes take the logits' place.
 //
-// A task is one row. Its logits come from memory once, in blocks of 1024: their largest, then exponentials and their sum while they are in L1, relative to the
-// largest so far. Exponentials stay in L2 as numbers of the arithmetic, in the logits' place or, of 16-bit logits and under a softcap, in a row beside them. Then
-// each becomes a slope, by a factor of its block. Bytes: the logits read once, the slopes written once.
+// A task is one row. Its logits come from memory once, in blocks of 1024. While a block is in L1 its largest logit is found, then the exponentials relative to
+// the largest so far, and their sum. Exponentials stay in L2 in the type of the arithmetic. They take the logits' place. With 16-bit logits or a softcap they
+// stand in a row beside the logits. Then each becomes a slope, by a factor of its block. Bytes: the logits read once, the slopes written once.
 //
 // What is one number for a row is kept in double, so that logits of 1e4 lose nothing in their loss. Probabilities below 2^-126 are zero.
 #include <algorithm>
@@ -188,7 +188,8 @@ HETLORA_INLINE void exponentials_of(const E* z, int64_t n, E top, E* e, double* 
     *sum_z += tail_z + static_cast<double>(n) * top;
 }
 
-// kept: a row of exponentials, which is the row of logits itself where these are not needed again; tops: a number for each block of it.
+// kept: the row of exponentials, null where no slopes are wanted. It is the row of logits itself where the logits are not needed again. tops: one number for
+// each block of `kept`, the largest logit it is relative to.
 template <class E, int W, bool Capped, class T>
 HETLORA_INLINE double row_loss(T* row, int64_t words, int64_t label, const double* weight, const Form& form, E* kept, double* tops) {
     typedef Lanes<E, W> V;

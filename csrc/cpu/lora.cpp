@@ -1,10 +1,10 @@
 // shrink, expand_, grouped_gram: the products of the multi-rank LoRA layer, client by client.
 //
 // shrink, S_k = scale_k drop(x_k) A_k^T: a task is kRows rows of one client; A_k stays in L2 while x passes once.
-// expand_, out_k += S_k B_k: the same rows; out is read and written once. With dropout (the way of dx), or where out is no float, the product of kRows rows
-// and kColumns columns is made beside it and added converted.
-// grouped_gram, S_k^T drop(x_k): a task owns a span of columns of one client's result and walks its rows in chunks of kChunk, whose sums are made in
-// registers and added to the result in order: no planes, no atomics. Its span depends on the number of threads, an element's sum does not.
+// expand_, out_k += S_k B_k: the same rows; out is read and written once. Three cases make the product of kRows rows and kColumns columns in a buffer first,
+// and then add it to out: dropout (as in the pass of dx), rows gathered through an index, and an out that is not in the type of the arithmetic.
+// grouped_gram, S_k^T drop(x_k): a task owns a span of columns of one client's result. It walks the client's rows in chunks of kChunk. A chunk's sums are made
+// in registers and added to the result in order, so there are no planes and no atomics. Its span depends on the number of threads, an element's sum does not.
 // Dropout is regenerated while a panel is made. bfloat16 and float16 are converted panel by panel, which the products repay from rank 4 on.
 // Bytes: x, S and the factors once each, the result once (out: twice). Against the framework's GEMMs at rank 16 these win by what they do not write: no
 // drop(x), no mask, no scaled or converted copy.

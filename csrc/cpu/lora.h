@@ -1,7 +1,7 @@
 // What the LoRA ops share: the arguments of a call checked for memory safety, and panels of rows in the type of the arithmetic.
 //
-// A call goes one of two ways. The framework's way is its own base product beside the kernels of lora.cpp (lora_ops.cpp). The small way does everything in
-// one pass (lora_small.cpp); up to eight rows it is the faster one.
+// A call goes one of two ways. lora_ops.cpp chooses. The large way is the base product of base_product.cpp beside the kernels of lora.cpp. The small way does
+// everything in one pass (lora_small.cpp). Up to eight rows it is the faster one.
 #pragma once
 
 #include "../segments.h"
@@ -112,7 +112,7 @@ struct Layer {
     bool rounded = false, others = true;  // some clients' S is rounded (lora_rounded.h); some rank rows are of others, or of none
 };
 
-// The small way. `base`: what y starts from instead of x W^T; y, s and the gradients are filled; null: not wanted.
+// The small way. `base`: y starts from it instead of from x W^T. y, s and the gradients are filled. A null gradient is not wanted.
 void small_forward(const Layer& layer, const Matrix* base, const MaybeTensor& bias, const Tensor& y, const Tensor& s);
 void small_backward(const Layer& layer, const Matrix& d_y, const Shrunk& s, const Tensor* d_x, const Tensor* d_a, const Tensor* d_bt);
 
@@ -120,7 +120,7 @@ void small_backward(const Layer& layer, const Matrix& d_y, const Shrunk& s, cons
 inline Type shrunk_type(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }
 
 // scale [K] -> S in `shrunk_type`, walk.flat elements at `out`.
-// rounded: without the clients whose S is rounded (lora_rounded.h), whose part of the result is left as it is.
+// rounded: clients whose S is rounded are skipped (lora_rounded.h makes theirs). Their part of the result stays as it is.
 void shrink(const RowWalk& walk, const Matrix& x, const Matrix& rows, const std::vector<double>& scale, void* out, bool rounded = false);
 void expand(const RowWalk& walk, const Matrix& out, const Shrunk& s, const Matrix& rows, bool rounded = false);
 Tensor grouped_gram(const RowWalk& walk, const Shrunk& s, const Matrix& x, ScalarType dtype, bool rounded = false);

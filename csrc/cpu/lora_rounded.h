@@ -1,5 +1,5 @@
-// Products of bfloat16 clients of still larger rank: S and dS are rounded to bfloat16 where they are multiplied, as PEFT rounds them, and every product is one of
-// pairs (AVX512-BF16).
+// Products of bfloat16 clients of rank kRoundedRank and more. S and dS are rounded to bfloat16 where they are multiplied, as PEFT rounds them. Every product is
+// one of pairs (AVX512-BF16).
 #pragma once
 
 #include "lora_pairs.h"
@@ -16,8 +16,8 @@ inline bool rounds(Type rows, Type a, Type bt) { return by_pairs(rows, a, kRound
 // Whether this client is one, in a call that `rounds`.
 inline bool is_rounded(bool rounded, int64_t rank) { return rounded && rank >= kRoundedRank; }
 
-// shrink of d_y, expand_ and grouped_gram for these clients; the others are left as they are. b is B as PEFT keeps it, [m, S]; with `lies_transposed` the
-// factor, or its gradient `out`, lies so in memory.
+// shrink of d_y, expand_ and grouped_gram for the rounded clients. Results of other clients stay as they are. b is B as PEFT keeps it, [m, S].
+// `lies_transposed`: the memory of `factor`, or of its gradient `out`, is that of its transpose.
 void shrink_rounded(const RowWalk& walk, const Matrix& d_y, const Matrix& b, const std::vector<double>& scale, float* out);
 void expand_rounded(const RowWalk& walk, const Matrix& out, const float* s, const Matrix& factor, bool lies_transposed);
 void gram_rounded(const RowWalk& walk, const Matrix& x, const float* s, bool lies_transposed, const Tensor& out);

@@ -1,10 +1,10 @@
 // The small way of a call: base product and all in one pass. Up to eight rows the framework's products and the way to and from them cost more than the
 // arithmetic.
 //
-// base, x W^T: a task is 16 rows of W, its dot products with every row of x. d_y W: a task is so many columns that its part of the result stays in L1, to
-// which eight rows of W at a time are added, as eight streams from memory. Long sums are made in parts, added in order (`kSumOfRows`, `kChain`). What LoRA
-// adds has the sums of lora.cpp in their order, so a client's gradients have the same bits either way. Bytes: W once a pass, in its own type; everything else
-// stays in L1 or L2.
+// base, x W^T: a task is 16 rows of W, its dot products with every row of x. d_y W: a task is so many columns that its part of the result stays in L1. It adds
+// eight rows of W at a time to that part. They come from memory as eight streams. Long sums are made in parts, added in order (`kSumOfRows`, `kChain`). The
+// LoRA term has the sums of lora.cpp, in the same order. So a client's gradients have the same bits in both ways. Bytes: W once a pass, in its own type;
+// everything else stays in L1 or L2.
 #include "lora_pairs.h"
 
 namespace hetlora {

@@ -1,4 +1,4 @@
-// What the bindings, <op>.cpp, share: checks that memory safety needs, contiguous copies, and one op's launches on the caller's stream.
+// What the bindings (the .cpp files of csrc/cuda) share: checks that memory safety needs, contiguous copies, and one op's launches on the caller's stream.
 // PyTorch's stable ABI, target 2.10: one library for every later release. Meaning is checked in hetlora_kernels/ops.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>

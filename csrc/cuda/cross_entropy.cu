@@ -1,8 +1,9 @@
 // Losses of rows of logits, whose slopes take the logits' place.
 //
-// A block owns a row. Each thread runs through its columns once with the largest so far and the sum of exponentials relative to it; a warp merges those of its
-// lanes by halves, then every thread those of the warps in order. In a second pass each thread makes the slopes of the columns that it read. Bytes: the row in
-// and out, and once more in, from L2 where the rows in flight fit. What a thread adds it adds in a fixed order, so a row has the same bits in any chunk.
+// A block owns a row. Each thread runs through its columns once. It keeps the largest logit so far, and the sum of exponentials relative to it. A warp merges
+// the pairs of its lanes by halves. Then every thread merges the pairs of the warps, in order. In a second pass each thread makes the slopes of the columns
+// that it read. Bytes: the row in and out, and once more in, from L2 where the rows in flight fit. What a thread adds it adds in a fixed order, so a row has
+// the same bits in any chunk.
 #include <cmath>
 
 #include "dispatch.cuh"

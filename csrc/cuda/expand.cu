@@ -1,5 +1,5 @@
-// expand: out_k = before + S_k B_k, where `before` is out itself, a base layer's output, or the bias (nothing, for dx) in a layer that starts from its LoRA
-// term; with the dropout mask and 1 / (1 - p) on the product in the way of dx.
+// expand: out_k = before + S_k B_k. `before` is one of three: out itself, a base layer's output, or the bias in a layer that starts from its LoRA term (for dx:
+// nothing). In the pass of dx the product has the dropout mask and 1 / (1 - p).
 //
 // One block owns 64 rows of one client and 64 to 256 columns, 64 at a time. S passes through two stages of 64 ranks (32 in float32, 16 in float64) by cp.async;
 // where these hold all of a client's ranks they are filled once for all columns. B_k has two stages of its own, the next on its way during a product, in steps

@@ -1,8 +1,9 @@
 // One tile of one client's Gram matrix: where it is, where its sums go. What gram.cu (plain products) and gram_mma.cuh (tensor cores) share.
 //
-// A client of rank r has ceil(r / widest) tiles along a side, all as wide as its rank needs: a multiple of `unit`, which is what the products come in. Tiles
-// on or above the diagonal are made, and of those on it the elements on or above it; they are mirrored when stored, so a matrix equals its transpose bit for
-// bit. A module wider than GRAM_SPLIT columns is cut, each part goes to a plane of its own (grid z), and a second launch adds the planes in order.
+// A client of rank r has ceil(r / widest) tiles along a side. All are as wide as its rank needs, rounded up to `unit`, the size in which products come. Only
+// tiles on or above the diagonal are made, and in a tile on the diagonal only the elements on or above it. Each is mirrored when it is stored. So a matrix
+// equals its transpose bit for bit. A module wider than GRAM_SPLIT columns is cut, each part goes to a plane of its own (grid z), and a second launch adds the
+// planes in order.
 // Layout: offsets [K + 1], tiles before each client [K + 1], result offsets [K], plane offsets [K].
 #pragma once
 #include "common.cuh"

@@ -1,9 +1,10 @@
 // Gram matrices of 16-bit rows on tensor cores: exact products, float32 sums.
 //
-// A block is four warps that take turns at 32 columns; each warp makes the whole tile over its columns, and the four are added in a fixed order. In a Gram
-// matrix both operands of m16n8k16 are the same rows, and the order of k is free: what a lane loads, 16 bytes of each of 16 rows, is its part of both, of
-// two slices. So rows go from memory to registers once, without shared memory and without a barrier; twelve warps of a multiprocessor have 24 to 48 KB of them
-// on their way, of which 9 would do on an H100. A band is 16 rows; a tile on the diagonal has up to four, and all ten pairs of them in registers.
+// A block is four warps that take turns at 32 columns. Each warp makes the whole tile over its columns. The four tiles are added in a fixed order. In a Gram
+// matrix both operands of m16n8k16 are the same rows, and the order of k is free. So one load of a lane, 16 bytes of each of 16 rows, is its part of both
+// operands, for two slices of k. So rows go from memory to registers once, without shared memory and without a barrier; twelve warps of a multiprocessor have
+// 24 to 48 KB of them on their way, of which 9 would do on an H100. A band is 16 rows; a tile on the diagonal has up to four, and all ten pairs of them in
+// registers.
 #pragma once
 #include <mma.cuh>
 

@@ -74,8 +74,8 @@ void check_layer(const Tensor& x, const MaybeTensor& weight, const Tensor& a, co
     STD_TORCH_CHECK(rows == (x.size(1) ? x.size(0) : 0), "segments: expected the ", x.size(0), " rows of x, got ", rows);
 }
 
-// Where every row has a LoRA term the layer starts from it, bias + S B, and the base product adds itself: its epilogue reads what expand wrote while other
-// tiles are multiplied. Otherwise expand adds to the base product. A given base is read once, or copied where some row has no client.
+// Where every row has a LoRA term, expand writes bias + S B first, and the base product accumulates on it. The product's epilogue reads what expand wrote while
+// other tiles are multiplied. Otherwise expand adds to the base product. A given base is read once, or copied where some row has no client.
 std::tuple<Tensor, Tensor> lora_forward(const Tensor& x_in, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& base, const Tensor& a,
                                         const Tensor& bt_in, const Tensor& scale, const MaybeTensor& seeds, const MaybeTensor& row_keys,
                                         const MaybeTensor& index, const Integers& all, double dropout, bool transposed) {

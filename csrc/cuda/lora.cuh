@@ -1,7 +1,7 @@
 // What shrink, expand and grouped Gram share: tiles in shared memory and how they are filled, a warp's product of two of them, the client of a block.
 //
-// A block is 4 warps, each with 16 rows of the block's 64 x N result; lane l holds, of every 8 columns, rows l / 4 and l / 4 + 8 and columns 2 (l % 4) and
-// the next, which is where mma.sync m16n8k16 puts them. 16-bit types multiply on tensor cores with float32 sums. float32 and float64 use the same layout with
+// A block is 4 warps, and each has 16 rows of the block's 64 x N result. Of every 8 columns lane l holds rows l / 4 and l / 4 + 8, and columns 2 (l % 4) and
+// the next one. mma.sync m16n8k16 puts them there. 16-bit types multiply on tensor cores with float32 sums. float32 and float64 use the same layout with
 // plain FMA, a lane making its own four sums from shared memory: exact, no TF32. A stage is 128 bytes deep in k for every type.
 #pragma once
 #include <mma.cuh>
@@ -175,8 +175,8 @@ struct Operand {
     int pitch;
 };
 
-// c [16, columns] += a [16 rows from `row`, depth] b [columns, depth]^T; columns and depth are multiples of 16, at most 8 TILES and DEPTH. Columns outside, so
-// that however few they are, the loads of a whole stage are in flight together; each sum is in the order of k.
+// c [16, columns] += a [16 rows from `row`, depth] b [columns, depth]^T; columns and depth are multiples of 16, at most 8 TILES and DEPTH. The loop over
+// columns is the outer one, so that the loads of a whole stage are in flight together even for few columns. Each sum is in the order of k.
 template <bool A_T, bool B_T, int TILES, class T, class Acc>
 __device__ __forceinline__ void multiply(Acc (&c)[TILES][4], Operand<T, A_T> a, int row, Operand<T, B_T> b, int columns, int depth) {
     const int lane = lane_id(), low = lane % 8, middle = lane / 8 % 2 * 8, high = lane / 16 * 8;

@@ -69,7 +69,7 @@ class Layer : Walk {
         }
     }
 
-    // S [flat] of x in x's type. `then`: columns of the expand that follows, which may be left to add the planes of partial sums; 0: none follows.
+    // S [flat] of x in x's type. `then`: columns of the expand that follows. That expand may be left to add the planes of partial sums. 0: no expand follows.
     Shrunk shrink(const Rows& x, const Tensor& factor, const Tensor& scale, bool drop, int64_t then) const {
         STD_TORCH_CHECK(x.rows() == x_rows_, "x: expected ", x_rows_, " rows, got ", x.rows());
         LoraCall call = with_dropout(drop);
@@ -103,7 +103,8 @@ class Layer : Walk {
         return out;
     }
 
-    // out = before + S factor on the rows of clients; before: out, a matrix like it, or one row for all (a bias), in out's type; zero without one.
+    // out = before + S factor, on the rows of clients. `before` is out itself, a matrix of its shape, or one row for all rows (a bias), in out's type. Without
+    // `before` the sum starts from zero.
     // Writes S, too, where shrink has left it in planes.
     void expand(const Rows& out, const Shrunk& shrunk, const Tensor& factor, bool drop, const MaybeTensor& before) const {
         const Tensor& s = shrunk.s;
@@ -236,7 +237,8 @@ class Layer : Walk {
         return rows;
     }
 
-    // The copy of S with a pitch, where some rank's rows would not start at multiples of 16 bytes: one that shrink is about to write, or that of an S there is.
+    // The copy of S whose rows start at multiples of 16 bytes. It is made only where some rank's rows would not. `filled`: S is there already and is copied
+    // now. Otherwise shrink will write both.
     void add_wide(LoraCall& call, const Tensor& s, bool filled) const {
         const Type type = type_of(s);
         const int unit = static_cast<int>(16 / hetlora::size_of(type));
@@ -259,8 +261,9 @@ class Layer : Walk {
         return columns;
     }
 
-    // Whether expand adds the planes: S has to fit into its two stages. Each of its blocks reads those of its rows. Where these are no more bytes than the
-    // block writes, they cost nothing that a launch would not; nor where they are few in all. By whom they are added changes no bit.
+    // Whether expand adds the planes: S has to fit into its two stages. Each block of expand reads the planes of its own rows. That costs no more than a launch
+    // of its own in two cases: a block reads no more bytes of planes than it writes of the result, or the planes are at most EXPAND_PLANES bytes in all. Who
+    // adds the planes changes no bit.
     bool expand_adds(Type type, const LoraCall& call, int64_t width) const {
         const int size = static_cast<int>(hetlora::size_of(type)), columns = columns_of_a_block(width);
         if (width == 0 || rank_ > 2 * hetlora::LORA_DEPTH / size) return false;

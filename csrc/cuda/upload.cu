@@ -1,5 +1,5 @@
-// A table travels to the device as kernel arguments: they are copied when the kernel is launched or captured, so that the call never waits, needs no pinned
-// host memory that has to outlive it, and replays from a CUDA graph. A copy from pageable host memory would be captured as a pointer to a dead vector.
+// A table travels to the device as kernel arguments. Arguments are copied when the kernel is launched or captured. So the call never waits, it needs no pinned
+// host memory that outlives it, and a CUDA graph replays it. A copy from pageable host memory would be captured as a pointer to a dead vector.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>

@@ -158,7 +158,8 @@ class Batch:
         self.repeated = repeated
 
     def to_follow(self) -> bool:
-        """Whether a layer's order is still to be learnt; no reason are layers that many calls passed by, nor, after a first call, batches of one client."""
+        """Whether a layer's order is still to be learnt. Layers that many calls passed by do not count. After a first call a batch of one client does not count
+        either."""
         known = [own[self.training] for own in (self.forms or {}).values()]
         if self.of_one_client and self.seeds is None and any(set(own) - {MISSED} for own in known):
             return False

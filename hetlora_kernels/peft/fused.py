@@ -1,7 +1,7 @@
 """The fused forward of a PEFT LoRA layer: base product and adapters in one op. `fuse` puts `FusedLayer` in front of the layer's class.
 
-What is asked at every call: is the layer disabled, merged, inside `client_segments`, given `adapter_names`; are the modules it stands for plain (a hook or a
-patched forward must run). All of it reads attributes; rank layouts and segments are made once and shared by the layers.
+Every call asks two things. Is the layer disabled, merged, inside `client_segments` or given `adapter_names`? Are the modules that it stands for plain? A hook
+or a patched forward must run. All of it reads attributes; rank layouts and segments are made once and shared by the layers.
 """
 
 from __future__ import annotations

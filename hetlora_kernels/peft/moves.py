@@ -23,8 +23,9 @@ def _given(args: Any, kwargs: Any, name: str, at: int, default: Any = None) -> A
 
 
 def _of_first(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """A rule (owners of the first argument, func, out, args, kwargs). Where the first is nobody's, another argument is somebody's, or no rule were asked:
-    it is a pattern for the shape (`expand_as`, ...), or decides what is taken of the first, and nothing says for whom."""
+    """A rule (owners of the first argument, func, out, args, kwargs). A rule is asked only where some argument is somebody's. So where the first is nobody's,
+    another argument is. In functions named `..._as` that one only gives the shape, and the result is nobody's. Otherwise it decides what is taken of the first,
+    nothing says for whom, and the result is `LOST`."""
 
     def whole(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Any:
         own = look(_given(args, kwargs, "input", 0))

@@ -40,7 +40,8 @@ class Training:
         self.others = [(p, p.grad, _version(p.grad)) for p in model.parameters() if p.requires_grad] if new else []
 
     def tell(self, ran: set[str]) -> None:
-        """The block is over. ran: layers that computed in it; those of a graph do not say that they did, but for their gradient."""
+        """The block is over. ran: layers that computed in it. Layers inside a compiled graph are not in `ran`. They are counted where their factor got a
+        gradient."""
         found = [(who, layer, _changed(factor, grad, version)) for who, layer, factor, grad, version in self.factors]
         factors = [(who, layer, changed) for who, layer, changed in found if changed or layer in ran]
         if not any(changed for _, _, changed in factors) and not any(_changed(*other) for other in self.others):
