@@ -125,7 +125,12 @@ class Config(BaseModel):
         "devices measure, in a Flower deployment).",
     )
     gamma: float = _setting(0.99, "federation", "Rank decay: a pruning client keeps max(r_min, floor(gamma * r)) rows; 1 = no pruning.", gt=0, le=1)
-    prune_lambda: float = _setting(1e-3, "federation", "Weight of the pruning regulariser ||B[:, q:]|| * ||A[q:, :]||.", ge=0)
+    prune_lambda: float = _setting(
+        1e-3,
+        "federation",
+        "Weight of the pruning regulariser ||B[:, q:]|| * ||A[q:, :]||. At the default nobody pruned in two studies (docs/results.md).",
+        ge=0,
+    )
     prune_scope: Literal["client", "module"] = _setting("client", "federation", "One rank per client (tail summed over modules), or one per client and module.")
     weights: Literal["sparsity", "uniform", "samples"] = _setting("sparsity", "federation", "Aggregation weights: ||B_k A_k||, equal, or number of sequences.")
     weight_scope: Literal["module", "client"] = _setting("module", "federation", "Scope of ||B_k A_k||: one weight per client and module, or one per client.")

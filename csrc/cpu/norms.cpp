@@ -23,8 +23,8 @@ int64_t panel_columns(int64_t width) {
     return std::min(kPanel, ((width + parts - 1) / parts + lanes - 1) / lanes * lanes);
 }
 
-// Products of the panels of `matrix`, its rows from `first` on, in type T. A row is read where it lies. It is first copied into `panel` (rank x kPanel
-// elements) with `convert`, and where the columns are no multiple of the vectors.
+// Products of the panels of `matrix`, its rows from `first` on, in type T. Rows are read where they lie. With `convert`, and where a panel's columns are no
+// multiple of `lanes`, they are first written into `panel`, which holds rank x kPanel elements.
 template <class T, class Kernel>
 void for_panels(const Matrix& matrix, int64_t first, int64_t rank, int64_t lanes, bool convert, T* panel, const Kernel& kernel) {
     const int64_t width = matrix.width, step = panel_columns(width);
