@@ -1,10 +1,15 @@
-"""`hetlora bench compare A.json B.json`: time in B over time in A, row by row. Other devices, versions or load are said first."""
+"""`hetlora bench compare A.json B.json`: time in B over time in A, row by row. Other devices, versions or load are said first.
+
+`hetlora bench compare B.json --base REV`: A is that file as git's revision REV has it.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,16 +108,35 @@ def percent(text: str) -> float:
 
 def arguments(argv: list[str], prog: str, parser_class: type[argparse.ArgumentParser]) -> argparse.Namespace:
     parser = parser_class(prog=prog, description=__doc__)
-    parser.add_argument("a", type=Path, metavar="A.json", help="what is compared with: before, or another machine")
-    parser.add_argument("b", type=Path, metavar="B.json")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json", help="A, what is compared with: before, or another machine; then B")
+    parser.add_argument("--base", metavar="REV", help="B alone is named, and A is that file in this revision of git")
     limit = "exit status 1 where a row of hetlora takes longer in B by more than this, or where B says NOT MEASURED"
     parser.add_argument("--fail-above", type=percent, metavar="5%", help=limit)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if len(options.files) != (1 if options.base else 2):
+        raise ValueError(f"expected {'one file with --base' if options.base else 'two files, or one with --base REV'}, got {len(options.files)}")
+    return options
+
+
+def committed(path: Path, revision: str) -> dict[str, Any]:
+    """The file's figures as that revision of its repository has them."""
+    try:
+        done = subprocess.run(["git", "show", f"{revision}:./{path.name}"], cwd=path.parent, capture_output=True, check=False)
+    except FileNotFoundError:
+        raise ValueError(f"--base {revision}: git was not found" if path.parent.is_dir() else f"{path}: no such file or directory") from None
+    if done.returncode:
+        raise ValueError(f"--base {revision}: git says of {path}: {done.stderr.decode(errors='replace').strip().splitlines()[0]}")
+    with tempfile.TemporaryDirectory() as folder:
+        held = Path(folder) / f"{path.name} of {revision.replace('/', '-')}"
+        held.write_bytes(done.stdout)
+        return read(held)
 
 
 def main(options: argparse.Namespace) -> int:
-    a, b = read(options.a), read(options.b)
-    for letter, path, data in (("A", options.a, a), ("B", options.b, b)):
+    path_b = options.files[-1]
+    path_a = f"{path_b} of {options.base}" if options.base else options.files[0]
+    a, b = committed(path_b, options.base) if options.base else read(path_a), read(path_b)
+    for letter, path, data in (("A", path_a, a), ("B", path_b, b)):
         print(f"{letter}  {path}: {data['device'].get('gpu') or data['device'].get('cpu')}; {data.get('date', 'no date')}; {data.get('command', 'no command')}")
     differing = differences(a, b)
     print("\n".join(f"differs: {text}" for text in differing) or "same device, versions and rungs")
@@ -124,7 +148,7 @@ def main(options: argparse.Namespace) -> int:
     left, right = ({(figures.key(r), r["provider"]): r for r in data["results"]} for data in (a, b))
     both = [name for name in left if name in right]
     if not both:
-        raise ValueError(f"{options.a} and {options.b} have no row in common; measure both with the same options")
+        raise ValueError(f"{path_a} and {path_b} have no row in common; measure both with the same options")
     print(f"\n{'B / A':>7s}  {'A':>9s} {'B':>9s}  row")
     worse = []
     for name in both:
