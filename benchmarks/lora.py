@@ -1,8 +1,8 @@
 """The lora suite: forward + backward of one multi-rank LoRA linear, against the frozen layer alone in the same round (ratio - 1 = overhead of LoRA).
 
 Providers: this project on every rung of the device; stock PEFT, one client after another, and compiled at a few shapes; hand-written addmm per client;
-batched and grouped GEMMs over factors filled up with zero rows to one rank; without zero rows, one grouped GEMM for each rank. The smallest call, four rows of
-64 columns, shows what a call costs before it computes anything.
+LoRAFusion's scheme; batched and grouped GEMMs over factors filled up with zero rows to one rank; without zero rows, one grouped GEMM for each rank. The smallest
+call, four rows of 64 columns, shows what a call costs before it computes anything.
 Adapters are float32, the base and its input `dtype`, as PEFT has them; every provider is checked at p = 0 against the reference before it is timed.
 """
 
@@ -41,7 +41,7 @@ SHORT = {  # one shape, by rank and by clients; none that is compiled
     "cuda": ([(4096, 4096)], [(2048, [4]), (2048, [16]), (2048, [64]), (2048, [16] * 4), (2048, [16] * 8), (2048, [4, 8, 16, 32])]),
 }
 COMPILED = [(576, 576), (1536, 576), (4096, 4096)]  # one client, 1024 or 8192 rows; float32 on a CPU: compiling takes longer than all else
-YARDSTICK, RIVAL = "frozen layer", "PEFT one by one"
+YARDSTICK, RIVAL, LORAFUSION = "frozen layer", "PEFT one by one", "LoRAFusion's scheme, torch"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
@@ -149,6 +149,53 @@ def addmm(p: Problem) -> tuple[Callable[[], object], Results]:
     return run, lambda: tuple(torch.cat([t.grad for t in own]) for own in (xs, factors, others))
 
 
+class SplitAtS(torch.autograd.Function):
+    """LoRAFusion's scheme (Zhu et al., EuroSys 2026) in x
+
+    One base product for all clients. dropout and S = X~ A^T; Y += S B^T in place of a sum of two Ys; dS and dB from one dY; dX += dropout(dS A) likewise.
+    Its kernels, which are Triton's, take each of these in one pass of a tile; PyTorch cannot.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, p: float, rows: int, *factors: Tensor) -> Tensor:
+        kept, mask = torch.native_dropout(x, p, True) if p else (x, None)
+        y, half = F.linear(x, weight), len(factors) // 2
+        casts = [factor.to(x.dtype) for factor in factors]
+        shrunk = [part @ a.t() for part, a in zip(kept.split(rows), casts[:half], strict=True)]
+        for part, s, bt in zip(y.split(rows), shrunk, casts[half:], strict=True):
+            part.addmm_(s, bt)
+        ctx.save_for_backward(kept, weight, mask, *casts, *shrunk)
+        ctx.p, ctx.rows, ctx.half, ctx.dtypes = p, rows, half, [factor.dtype for factor in factors]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        kept, weight, mask, *rest = ctx.saved_tensors
+        a, bt, shrunk = (rest[at * ctx.half : (at + 1) * ctx.half] for at in range(3))
+        d_ys = d_y.split(ctx.rows)
+        d_s = [part @ own.t() for part, own in zip(d_ys, bt, strict=True)]
+        d_bt = [s.t() @ part for s, part in zip(shrunk, d_ys, strict=True)]
+        d_a = [own.t() @ part for own, part in zip(d_s, kept.split(ctx.rows), strict=True)]
+        d_x = d_y @ weight
+        for at, (part, own, factor) in enumerate(zip(d_x.split(ctx.rows), d_s, a, strict=True)):
+            if mask is None:
+                part.addmm_(own, factor)
+            else:
+                part.addcmul_(own @ factor, mask.split(ctx.rows)[at], value=1 / (1 - ctx.p))
+        return d_x, None, None, None, *(grad.to(dtype) for grad, dtype in zip((*d_a, *d_bt), ctx.dtypes, strict=True))
+
+
+def lorafusion(p: Problem) -> tuple[Callable[[], object], Results]:
+    x, factors, others = p.x.detach().clone().requires_grad_(), p.of_each(p.a), p.of_each(p.bt)
+
+    def run() -> None:
+        for leaf in (x, *factors, *others):
+            leaf.grad = None
+        SplitAtS.apply(x, p.weight, p.p, p.tokens // p.clients, *factors, *others).backward(p.d_y)
+
+    return run, lambda: (x.grad, torch.cat([t.grad for t in factors]), torch.cat([t.grad for t in others]))
+
+
 def padded(p: Problem) -> tuple[Callable[[], object], Results]:
     def stacked(factor: Tensor) -> Tensor:
         return torch.stack([F.pad(own, (0, 0, 0, max(p.ranks) - own.shape[0])) for own in factor.detach().split(p.ranks)]).requires_grad_()
@@ -222,7 +269,7 @@ def providers(p: Problem, rungs: Sequence[str] | None = None) -> dict[str, Provi
     own: dict[str, Provider] = {f"hetlora {rung}": partial(ours, rung=rung) for rung in rungs or (*present, "reference")}
     stock = importlib.util.find_spec("peft") is not None
     own |= {RIVAL: peft} if stock else {}
-    own |= {"torch addmm one by one": addmm, "torch padded bmm": padded}
+    own |= {"torch addmm one by one": addmm, LORAFUSION: lorafusion, "torch padded bmm": padded}
     if p.clients > 1 and (p.n * p.dtype.itemsize) % 16 == (p.m * p.dtype.itemsize) % 16 == 0 and not no_grouped_mm(p.device, p.dtype):
         own["torch padded grouped_mm"] = grouped
         own |= {"torch grouped_mm by rank": partial(grouped, by_rank=True)} if len(set(p.ranks)) > 1 else {}

@@ -19,14 +19,14 @@ from hetlora.report.drawing import BLUE, GREEN, GREY, ORANGE, VERMILION, Picture
 from hetlora.report.page import environment, picture_data
 from hetlora.run_folder import write_atomic
 
-from . import compare, figures, roofline
+from . import compare, figures, lora, roofline
 
 Cases = dict[figures.Key, dict[str, figures.Record]]
 Group = tuple[str, str]  # operation, type
 MARK = '<meta name="generator" content="hetlora bench">'
 LAYER = re.compile(r"(?P<layer>\S+) T=(?P<rows>\d+) r=(?P<rank>\d+)$")  # the clients of a curve have one rank
 LOOKS = {"PEFT one by one": (ORANGE, "s"), "torch addmm one by one": (GREEN, "^"), "torch padded bmm": (GREY, "d")}
-LOOKS |= {"torch padded grouped_mm": ("#CC79A7", "x"), "torch grouped_mm by rank": ("#882255", "+")}
+LOOKS |= {lora.LORAFUSION: ("#222222", "*"), "torch padded grouped_mm": ("#CC79A7", "x"), "torch grouped_mm by rank": ("#882255", "+")}
 OWN_LOOKS = ((BLUE, "o"), (VERMILION, "v"), ("#56B4E9", "P"))
 
 

@@ -40,6 +40,23 @@ def test_grouped_products_give_the_gradients_of_the_reference(dtype, monkeypatch
         lora.check(p)
 
 
+@pytest.mark.parametrize("ranks", [[4], [4, 1, 7, 4]])
+def test_lorafusions_scheme_with_dropout_has_the_gradients_of_its_own_mask(ranks, monkeypatch):
+    """`check` compares it without dropout; with dropout autograd does, on the mask that the scheme drew."""
+    p = lora.Problem(40, 24, 20, ranks, torch.float32, CPU, p=0.3)
+    masks, real = [], torch.native_dropout
+    monkeypatch.setattr(torch, "native_dropout", lambda *given: masks.append(real(*given)) or masks[-1])
+    run, results = lora.lorafusion(p)
+    run()
+    ((_, mask),) = masks
+    x, a, bt = (t.detach().double().requires_grad_() for t in (p.x, p.a, p.bt))
+    kept = (x * mask / 0.7).chunk(len(ranks))
+    terms = [part @ own.t() @ other for part, own, other in zip(kept, a.split(ranks), bt.split(ranks), strict=True)]
+    (x @ p.weight.double().t() + torch.cat(terms)).backward(p.d_y.double())
+    for found, true in zip(results(), (x.grad, a.grad, bt.grad), strict=True):
+        assert float((found - true).norm() / true.norm()) < 1e-6
+
+
 def test_the_products_by_rank_have_no_zero_rows_beyond_whole_16_bytes(monkeypatch):
     seen, real = [], functional.grouped_mm
     monkeypatch.setattr(lora.F, "grouped_mm", lambda left, right, **own: seen.append(tuple(right.shape)) or real(left, right, **own))
