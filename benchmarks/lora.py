@@ -1,8 +1,8 @@
 """The lora suite: forward + backward of one multi-rank LoRA linear, against the frozen layer alone in the same round (ratio - 1 = overhead of LoRA).
 
 Providers: this project on every rung of the device; stock PEFT, one client after another, and compiled at a few shapes; hand-written addmm per client;
-LoRAFusion's scheme; batched and grouped GEMMs over factors filled up with zero rows to one rank; without zero rows, one grouped GEMM for each rank. The smallest
-call, four rows of 64 columns, shows what a call costs before it computes anything.
+LoRAFusion's scheme; batched and grouped GEMMs over factors filled up with zero rows to one rank; without zero rows, one grouped GEMM for each rank. The
+smallest call, four rows of 64 columns, shows what a call costs before it computes anything.
 Adapters are float32, the base and its input `dtype`, as PEFT has them; every provider is checked at p = 0 against the reference before it is timed.
 """
 
@@ -36,9 +36,15 @@ GPU_SHAPES = [*SMOLLM2_135M, *QWEN25_15B, *LLAMA_8B, (2048, 2048), (8192, 8192)]
 CPU_LOADS = [(4, [4]), (256, [16]), (1024, [16]), (4096, [16]), (1024, [16] * 4), (1024, [16] * 8), (1024, [4, 8, 16, 32, 64, 4, 8, 16])]
 GPU_LOADS = [(2048, [16]), (8192, [16]), (8192, [64]), (2048, power_law_ranks(8)), (8192, [4, 8, 16, 32]), (16384, power_law_ranks(32))]
 SMALLEST = (64, 64), (4, [4])  # a shape and its load
-SHORT = {  # one shape, by rank and by clients; none that is compiled
-    "cpu": ([(576, 1536)], [(1024, [4]), (1024, [16]), (1024, [64]), (1024, [16] * 4), (1024, [16] * 8), (1024, [4, 8, 16, 32, 64, 4, 8, 16])]),
-    "cuda": ([(4096, 4096)], [(2048, [4]), (2048, [16]), (2048, [64]), (2048, [16] * 4), (2048, [16] * 8), (2048, [4, 8, 16, 32])]),
+SHORT = {  # one shape, by rank, by clients and by tokens of each; none that is compiled
+    "cpu": (
+        [(576, 1536)],
+        [*((1024, [rank]) for rank in (4, 16, 64)), *((rows, [16] * 4) for rows in (1024, 256, 2048)), (1024, [16] * 8), (1024, [4, 8, 16, 32, 64, 4, 8, 16])],
+    ),
+    "cuda": (
+        [(4096, 4096)],
+        [*((2048, [rank]) for rank in (4, 16, 64)), *((rows, [16] * 4) for rows in (2048, 512, 8192)), (2048, [16] * 8), (2048, [4, 8, 16, 32])],
+    ),
 }
 COMPILED = [(576, 576), (1536, 576), (4096, 4096)]  # one client, 1024 or 8192 rows; float32 on a CPU: compiling takes longer than all else
 YARDSTICK, RIVAL, LORAFUSION = "frozen layer", "PEFT one by one", "LoRAFusion's scheme, torch"

@@ -1,4 +1,5 @@
-"""`hetlora bench report FILE.json`: one self-contained page and its pictures: shares of the ceilings, other ways, roofline, curves by rank and clients."""
+"""`hetlora bench report FILE.json`: one self-contained page and its pictures: shares of the ceilings, other ways, roofline, memory, and curves by rank, clients
+and tokens."""
 
 from __future__ import annotations
 
@@ -107,11 +108,50 @@ def told(found: dict[Group, list[float]], text: Callable[[float], str]) -> str:
     return "; ".join(f"{op}, {dtype}: {text(statistics.median(values))}" for (op, dtype), values in found.items())
 
 
-Curve = dict[str, dict[int, float]]  # provider -> rank or clients -> time over the frozen layer
+Memory = dict[Group, tuple[float, dict[str, float]]]  # MiB of this project, and of other ways
 
 
-def curves(cases: Cases) -> dict[Group, tuple[str, Curve, Curve]]:
-    """{(operation, type): (where, by rank for one client, by clients of one rank)}: of the layer, rows and threads that have the most points."""
+def memory(cases: Cases) -> Memory:
+    """Of each operation and type the case in which a way takes the most; what takes less than a MiB in every way is left out."""
+    found: Memory = {}
+    for (op, _, _, dtype, _), case in cases.items():
+        ours = figures.own(case)
+        others = {name: case[name]["peak_extra_bytes"] / 2**20 for name in figures.alternatives(case) if case[name].get("peak_extra_bytes") is not None}
+        if ours is None or ours.get("peak_extra_bytes") is None or not others:
+            continue
+        own = ours["peak_extra_bytes"] / 2**20
+        before = found.get((op, dtype), (0.0, {"": 1.0}))
+        if max(own, *others.values()) > max(before[0], *before[1].values()):
+            found[op, dtype] = own, others
+    return found
+
+
+def draw_memory(found: Memory, figure: Figure) -> tuple[str, str, str]:
+    axes = figure.subplots()
+    rows_of(axes, figure, {group: [] for group in found})
+    most = max(max(own, *others.values()) for own, others in found.values())
+    for place, (own, others) in enumerate(found.values()):
+        axes.barh(place, own, 0.66, color=BLUE, label="hetlora" if place == 0 else None)
+        names = ("the other way that takes least", "that takes most") if place == 0 else (None, None)
+        for value, colour, mark, name in zip((min(others.values()), max(others.values())), (ORANGE, GREY), "sd", names, strict=True):
+            axes.plot(value, place, linestyle="", marker=mark, color=colour, label=name)
+        axes.annotate(f"{own:.3g}", (max(own, *others.values()), place), (6, 0), textcoords="offset points", va="center", fontsize=7.5)
+    axes.set_xlim(0, 1.15 * most)
+    axes.set_xlabel("MiB")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=1 if is_narrow(figure) else 3, frameon=False)
+    caption = "How far memory rises above what is held before the call, as the system or the device tells it; the number is hetlora's. Of each operation the "
+    caption += "case in which a way takes the most. Operations that take less than a MiB in every way are not shown."
+    text = "; ".join(f"{op}, {dtype}: {own:.3g} MiB, other ways {min(o.values()):.3g} to {max(o.values()):.3g}" for (op, dtype), (own, o) in found.items())
+    return "Memory of a call", caption, f"Bars of memory. {text}"
+
+
+Curve = dict[str, dict[int, float]]  # provider -> rank, clients or tokens -> time over the frozen layer
+
+
+def curves(cases: Cases) -> dict[Group, tuple[str, dict[str, Curve]]]:
+    """{(operation, type): (where, {by what: curve})}: by rank for one client, by clients of one rank, of the layer, rows and threads that have the most points;
+    by tokens of each client, of the number of clients and rank that have the most numbers of rows there. A curve has two points at least.
+    """
     by_place: dict[Group, dict[tuple[str, int, int], list[tuple[int, int, Mapping[str, figures.Record]]]]] = {}
     for (op, shape, clients, dtype, threads), case in cases.items():
         match = LAYER.match(shape)
@@ -125,10 +165,19 @@ def curves(cases: Cases) -> dict[Group, tuple[str, Curve, Curve]]:
         ranks = [rank for rank, clients, _ in points if clients > 1]
         common = statistics.mode(ranks) if ranks else None
         many = [(clients, case) for rank, clients, case in points if common is not None and rank == common]
-        lines = (curve(single), curve(many))
         of_rank = "" if common is None else f", clients of rank {common}"
-        if any(len(next(iter(line.values()), {})) > 1 for line in lines):
-            found[group] = (f"{layer}, {rows} rows, {threads} thread{'s' * (threads > 1)}; ranks at one client{of_rank}", *lines)
+        by_load: dict[tuple[int, int], list[tuple[int, Mapping[str, figures.Record]]]] = {}
+        for (other, all_rows, _), own in places.items():
+            if other == layer:
+                for rank, clients, case in own:
+                    by_load.setdefault((clients, rank), []).append((all_rows // clients, case))
+        (clients, rank), by_tokens = max(by_load.items(), key=lambda pair: (len(pair[1]), pair[0][0]))
+        of_load = f"; tokens of {clients} client{'s' * (clients > 1)} of rank {rank}"
+        lines = {"rank of the one client": curve(single), "clients": curve(many), "tokens of each client": curve(by_tokens)}
+        shown = {label: line for label, line in lines.items() if len(next(iter(line.values()), {})) > 1}
+        if shown:
+            of_load = of_load if "tokens of each client" in shown else ""
+            found[group] = (f"{layer}, {rows} rows, {threads} thread{'s' * (threads > 1)}; ranks at one client{of_rank}{of_load}", shown)
     return found
 
 
@@ -141,9 +190,8 @@ def curve(points: list[tuple[int, Mapping[str, figures.Record]]]) -> Curve:
     return lines
 
 
-def draw_curves(group: Group, where: str, by_rank: Curve, by_clients: Curve, figure: Figure) -> tuple[str, str, str]:
-    shown = [(label, lines) for label, lines in (("rank of the one client", by_rank), ("clients", by_clients)) if len(next(iter(lines.values()), {})) > 1]
-    for axes, (label, lines) in zip(panels(figure, len(shown)), shown, strict=True):
+def draw_curves(group: Group, where: str, shown: dict[str, Curve], figure: Figure) -> tuple[str, str, str]:
+    for axes, (label, lines) in zip(panels(figure, len(shown)), shown.items(), strict=True):
         ticks = sorted({at for line in lines.values() for at in line})
         for place, (name, line) in enumerate(sorted(lines.items(), key=lambda pair: not pair[0].startswith("hetlora"))):
             colour, mark = LOOKS.get(name, OWN_LOOKS[place % len(OWN_LOOKS)])
@@ -157,7 +205,7 @@ def draw_curves(group: Group, where: str, by_rank: Curve, by_clients: Curve, fig
         axes.set_ylabel("time / frozen layer")
     figure.axes[0].legend(fontsize=8)
     op, dtype = group
-    title = f"{op}, {dtype}: by rank and by clients"
+    title = f"{op}, {dtype}: by rank, clients and tokens" if len(shown) == 3 else f"{op}, {dtype}: by {' and by '.join(label.split()[0] for label in shown)}"
     caption = f"Forward and backward over the frozen layer's time in the same rounds (grey line: 1, no cost at all). {where}."
     return title, caption, f"Curves of {title}. {where}."
 
@@ -171,9 +219,11 @@ def draw_all(data: Mapping[str, Any]) -> dict[str, Picture]:
         pictures["ratios"] = render(partial(draw_ratios, ratios))
     if roofs := roofline.roofs(cases, best):
         pictures["roofline"] = render(partial(roofline.draw, roofs))
-    for group, (where, by_rank, by_clients) in curves(cases).items():
+    for group, (where, lines) in curves(cases).items():
         name = re.sub(r"[^\w.]+", "-", f"curves {group[0]} {group[1]}").strip("-")
-        pictures[name] = render(partial(draw_curves, group, where, by_rank, by_clients))
+        pictures[name] = render(partial(draw_curves, group, where, lines))
+    if held := memory(cases):
+        pictures["memory"] = render(partial(draw_memory, held))
     return pictures
 
 

@@ -73,7 +73,7 @@ def draw(found: Mapping[Place, Roof], figure: Figure) -> tuple[str, str, str]:
         said.append(f"{dtype}, {threads} thread{'s' * (threads > 1)}: hetlora at {100 * shares[0]:.0f} to {100 * shares[-1]:.0f} % of the ceiling")
     lines, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(lines, labels, fontsize=8, loc="outside lower center", ncols=1 if is_narrow(figure) else 3, frameon=False)
-    caption = "Each point is a case of the layer, forward and backward: the operations of its products over its bytes (inputs, outputs, weight, once each). "
-    caption += "Left of the dotted line copying bounds it, right of it multiplying. Both ceilings are the best that this run measured, so what lies in the "
-    caption += "cache may be above the slope."
-    return "Roofline of the layer", caption, "Roofline. " + "; ".join(said)
+    caption = "Each point is a case of the layer or the loss, forward and backward: the operations of its products over its bytes (inputs, "
+    caption += "outputs, weight, once each). Left of the dotted line copying bounds it, right of it multiplying. Both ceilings are "
+    caption += "the best that this run measured, so what lies in the cache may be above the slope."
+    return "Roofline of the layer and the loss", caption, "Roofline. " + "; ".join(said)

@@ -272,7 +272,7 @@ def test_compare_with_a_revision_of_git(tmp_path, monkeypatch, capsys):
 
 
 def layer_record(rank, clients, provider, ratio):
-    of = {"op": "lora_linear p=0.1", "shape": f"8->4 T=64 r={rank}", "clients": clients, "rounds": 3, "note": "", "gb_per_s": 1.0}
+    of = {"op": "lora_linear p=0.1", "shape": f"8->4 T=64 r={rank}", "clients": clients, "rounds": 3, "note": "", "gb_per_s": 1.0, "peak_extra_bytes": 2e6}
     return {**record("", provider, ratio, p20_s=ratio * 0.9, p80_s=ratio * 1.1), **of, "flops": 2e12}
 
 
@@ -286,8 +286,8 @@ def test_a_report_is_one_page_with_pictures_of_what_the_file_has(tmp_path, capsy
     file = written(tmp_path / "a.json", rows, refused=["<b>gram</b> is wrong"], load_average={"before": 3.0, "after": 3.0}, date="measured 2026-01-02")
     out = tmp_path / "pages"
     assert kit.main(["report", file, "-o", str(out)]) == 0
-    assert capsys.readouterr().out == f"report: {out / 'a.html'} (4 pictures)\n"
-    names = {"a.html", "a-shares.png", "a-ratios.png", "a-roofline.png", "a-curves-lora_linear-p-0.1-float32.png"}
+    assert capsys.readouterr().out == f"report: {out / 'a.html'} (5 pictures)\n"
+    names = {"a.html", "a-shares.png", "a-ratios.png", "a-roofline.png", "a-memory.png", "a-curves-lora_linear-p-0.1-float32.png"}
     assert {path.name for path in out.iterdir()} == names and all(path.read_bytes().startswith(b"\x89PNG") for path in out.glob("*.png"))
     text = (out / "a.html").read_text(encoding="utf-8")
     assert "<h1>hetlora on a processor</h1>" in text and "measured 2026-01-02" in text and "Other work was running on the machine" in text
@@ -305,10 +305,27 @@ def test_curves_are_of_one_layer_by_rank_and_by_clients():
 
     points = ((4, 1, 2.0), (16, 1, 3.0), (16, 4, 4.0), (16, 8, 5.0), (64, 4, 9.0), ("4..64", 8, 9.0))
     rows = [layer_record(*of, name, 1.0 if name in figures.FLOORS else ratio) for *of, ratio in points for name in ("frozen layer", "hetlora cpu")]
-    ((group, (where, by_rank, by_clients)),) = page.curves(figures.by_case(rows)).items()
+    ((group, (where, lines)),) = page.curves(figures.by_case(rows)).items()
     assert group == ("lora_linear p=0.1", "float32") and where == "8->4, 64 rows, 1 thread; ranks at one client, clients of rank 16"
-    assert by_rank == {"hetlora cpu": {4: 2.0, 16: 3.0}} and by_clients == {"hetlora cpu": {1: 3.0, 4: 4.0, 8: 5.0}}
+    by_rank, by_clients = {"hetlora cpu": {4: 2.0, 16: 3.0}}, {"hetlora cpu": {1: 3.0, 4: 4.0, 8: 5.0}}
+    assert lines == {"rank of the one client": by_rank, "clients": by_clients}
+    more = [{**row, "shape": f"8->4 T=256 r={row['shape'].split('=')[-1]}", "ratio": row["ratio"] / 2} for row in rows[2:6]]
+    ((_, (where, lines)),) = page.curves(figures.by_case(rows + more)).items()
+    assert lines == {"rank of the one client": by_rank, "clients": by_clients, "tokens of each client": {"hetlora cpu": {16: 4.0, 64: 2.0}}}
+    assert where.endswith("; tokens of 4 clients of rank 16")
     assert page.curves(figures.by_case(rows[:2])) == {}, "one point is no curve"
+
+
+def test_memory_is_that_of_the_case_that_takes_most():
+    from hetlora_kernels.benchmarks import page
+
+    def case(shape, **mib):
+        names = {"own": "hetlora cpu", "reference": "hetlora reference", "floor": "frozen layer"}
+        return [record("x", names.get(name, name), 1.0, shape=shape, peak_extra_bytes=None if value is None else value * 2**20) for name, value in mib.items()]
+
+    rows = [*case("s", own=1, PEFT=9, bmm=2, reference=50, floor=60), *case("t", own=2, PEFT=8, bmm=None), *case("u", own=3, PEFT=None)]
+    assert page.memory(figures.by_case(rows)) == {("x", "float32"): (1.0, {"PEFT": 9.0, "bmm": 2.0})}
+    assert page.memory(figures.by_case(case("s", own=0.5, PEFT=0.9))) == {}
 
 
 def test_a_jetson_says_its_board_release_and_power_mode(tmp_path, monkeypatch):
@@ -333,5 +350,5 @@ def test_a_quick_run_compiles_nothing(device):
     """Compiling one layer takes longer than the whole of it may."""
     plan = argparse.Namespace(quick=False, short=True, only=None)
     cases = [arguments for arguments, op in lora.wanted(plan, torch.device(device)) if op.startswith("lora_linear")]
-    assert len({(tokens, tuple(ranks)) for _, _, tokens, ranks, *_ in cases}) == 6
+    assert len({(tokens, tuple(ranks)) for _, _, tokens, ranks, *_ in cases}) == 8
     assert not [(n, m) for n, m, tokens, ranks, *_ in cases if (n, m) in lora.COMPILED and tokens in (1024, 8192) and ranks == [16]]
