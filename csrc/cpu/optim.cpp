@@ -41,7 +41,9 @@ HETLORA_INLINE void adamw_elements(T* __restrict p, const T* __restrict g, M* __
         const Sum square = widen<Sum>(v[i]) * c.beta2 + grad * grad * c.one_minus_beta2;
         narrow(mean, m + i);
         narrow(square, v + i);
-        narrow(value * c.decay - c.rate * (mean / (std::sqrt(square) * c.denominator + c.eps)), p + i);
+        // The subtrahend ends in a division. Were it a product too, either could be contracted to an FMA, and GCC takes one in NEON's vectors and the other in
+        // the rest of the loop: an element's bits would depend on its place.
+        narrow(value * c.decay - c.rate * mean / (std::sqrt(square) * c.denominator + c.eps), p + i);
     }
 }
 
