@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hetlora_kernels._torch import multiplies_fast
+
 from .server import TOLERANCE, WrongResultError
 from .timing import interleaved
 
@@ -46,7 +48,8 @@ def cases(options: Any, device: torch.device) -> list[Case]:
     moved = 1 << 20 if options.quick else COPY_BYTES
     sizes = (64,) if options.quick else SIZES[device.type][:2] if options.short else SIZES[device.type]
     found = [Case("copy", moved, dtype) for dtype in types] + [Case("read", moved, torch.float32)]
-    found += [Case("product", size, dtype) for dtype in types for size in sizes]
+    # In a quick run one size is enough of a type without instructions, whose products take some fifty times as long.
+    found += [Case("product", size, dtype) for dtype in types for size in (sizes if not options.short or multiplies_fast(dtype, device.type) else sizes[:1])]
     return found + ([Case("launch", 1, torch.float32)] if device.type == "cuda" else [])
 
 
@@ -80,7 +83,7 @@ def measure(case: Case, options: Any, device: torch.device, threads: int) -> lis
     error = float((own - true).norm() / true.norm().clamp_min(1e-30))
     if not error <= TOLERANCE[case.dtype]:
         raise WrongResultError(f"torch: {case.op} of {case.shape}, {case.dtype} is off by {error:.2e}; nothing is timed")
-    # A type without instructions: its product takes some fifty times as long as float32's, and nine of them a quick run's whole time.
+    # What takes so long is measured in few rounds.
     slow = once > options.seconds / 4
     timing = interleaved({"torch": work}, "torch", device, options.seconds / 4, least_rounds=3 if slow else 7, known={"torch": once} if slow else None)["torch"]
     record = {"op": case.op, "shape": case.shape, "clients": 1, "dtype": str(case.dtype).removeprefix("torch."), "threads": threads}

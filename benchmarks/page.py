@@ -128,18 +128,17 @@ def memory(cases: Cases) -> Memory:
 
 def draw_memory(found: Memory, figure: Figure) -> tuple[str, str, str]:
     axes = figure.subplots()
-    rows_of(axes, figure, {group: [] for group in found})
+    rows_of(axes, figure, {(op, f"{dtype}: {own:.3g} MiB"): [] for (op, dtype), (own, _) in found.items()})
     most = max(max(own, *others.values()) for own, others in found.values())
     for place, (own, others) in enumerate(found.values()):
         axes.barh(place, own, 0.66, color=BLUE, label="hetlora" if place == 0 else None)
         names = ("the other way that takes least", "that takes most") if place == 0 else (None, None)
         for value, colour, mark, name in zip((min(others.values()), max(others.values())), (ORANGE, GREY), "sd", names, strict=True):
             axes.plot(value, place, linestyle="", marker=mark, color=colour, label=name)
-        axes.annotate(f"{own:.3g}", (max(own, *others.values()), place), (6, 0), textcoords="offset points", va="center", fontsize=7.5)
-    axes.set_xlim(0, 1.15 * most)
+    axes.set_xlim(0, 1.05 * most)
     axes.set_xlabel("MiB")
     figure.legend(fontsize=8, loc="outside lower center", ncols=1 if is_narrow(figure) else 3, frameon=False)
-    caption = "How far memory rises above what is held before the call, as the system or the device tells it; the number is hetlora's. Of each operation the "
+    caption = "How far memory rises above what is held before the call, as the system or the device tells it; the numbers are hetlora's. Of each operation the "
     caption += "case in which a way takes the most. Operations that take less than a MiB in every way are not shown."
     text = "; ".join(f"{op}, {dtype}: {own:.3g} MiB, other ways {min(o.values()):.3g} to {max(o.values()):.3g}" for (op, dtype), (own, o) in found.items())
     return "Memory of a call", caption, f"Bars of memory. {text}"

@@ -140,6 +140,14 @@ def test_a_wrong_copy_is_no_ceiling(monkeypatch):
         ceilings.measure(case, None, CPU, 1)
 
 
+def test_a_quick_run_multiplies_one_size_of_a_type_without_instructions(monkeypatch):
+    monkeypatch.setattr(ceilings, "multiplies_fast", lambda dtype, device: dtype == torch.float32)
+    for short, sizes in ((True, [512]), (False, [512, 1024, 2048])):
+        found = ceilings.cases(argparse.Namespace(quick=False, short=short), CPU)
+        assert [case.size for case in found if case.op == "product" and case.dtype == torch.bfloat16] == sizes
+        assert len([case for case in found if case.op == "product" and case.dtype == torch.float32]) == (2 if short else 3)
+
+
 def record(op, provider, seconds, **more):
     head = {"op": op, "shape": "s", "clients": 1, "dtype": "float32", "threads": 1, "yardstick": "frozen layer", "bytes": 8e9, "flops": 4e12}
     return {**head, "provider": provider, "median_s": seconds, "ratio": seconds, **more}
