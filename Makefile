@@ -9,7 +9,8 @@
 #   make wheels                     the source archive and a wheel for this processor, repaired and checked, in dist/ (Linux); HETLORA_CUDA=1 WHEELS=dist/cuda: with
 #                                   the CUDA library
 #   make aarch64                    the CPU library cross-compiled for aarch64, an eighth of its kernel tests under qemu (x86-64 with Debian's packages g++-aarch64-linux-gnu
-#                                   and qemu-user-static, which it does not install; it fetches about 200 MB into build/aarch64)
+#                                   and qemu-user-static, which it does not install; it fetches about 200 MB into build/aarch64; half an hour on two busy cores);
+#                                   HETLORA_CUDA=1: the CUDA library too, with this machine's nvcc
 #   make site                       the pages of docs/ as a site, in build/site; a link that leads nowhere is an error
 #   make lint | venv | clean        the checks alone | the virtual environment alone | remove everything made here, .venv included
 #
