@@ -105,11 +105,17 @@ def samples(name: str, device) -> list[tuple]:
 @pytest.mark.parametrize("backend", ["auto"], indirect=True)
 @pytest.mark.parametrize("name", _library.SCHEMAS)
 def test_opcheck(name, device):
-    """Schema (what is mutated, what is aliased), shape function and tracing of every op, as the dispatcher runs it; a graph's own overloads too."""
+    """Schema (what is mutated, what is aliased), shape function and tracing of every op, as the dispatcher runs it; a graph's own overloads too.
+
+    Of the layer's samples a third: each pair of a kind of base, a way in which the factor lies, and segments. Their values are compared below, all of them.
+    """
     packet = getattr(torch.ops.hetlora, name)
     overloads = [getattr(packet, overload) for overload in packet.overloads()]
     assert len(overloads) == (2 if name in _library.LAYER else 1)
+    kinds = {"lora_forward": 4, "lora_backward": 3}.get(name)
     for position, arguments in enumerate(samples(name, device)):
+        if kinds and (position % kinds + position // kinds % 3 + position // kinds // 3) % 3:
+            continue
         for overload in overloads[: 1 if position % 7 else None]:  # the second differs in its schema alone
             torch.library.opcheck(overload, arguments)
 
