@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks import compare, plots, providers, run, saved, server, steps, tables, timing
+from benchmarks import compiled as bench_compiled
 from benchmarks import losses as bench_losses
 from benchmarks import packing as bench_packing
 from benchmarks.shapes import power_law_ranks
@@ -276,3 +277,19 @@ def test_packing_is_measured_after_the_ways_agree(monkeypatch, capsys):
             bench_packing.main()
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_compiled_step_is_timed_after_its_gradients_agree(monkeypatch):
+    shape = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    monkeypatch.setitem(bench_compiled.MODELS, "small", shape)
+    monkeypatch.setattr(bench_compiled, "LAYERS", 1)
+    limit = torch._dynamo.config.recompile_limit
+    try:
+        row = bench_compiled.measure("small", 2, 8, 2, "aot_eager")
+        assert re.fullmatch(r"\| small \| 2 x 8 \| \d+ ms \| \d+ ms \| [\d.]+ \([\d.]+ to [\d.]+\) \| \d+ s \| (\d+|never) \|", row), row
+        monkeypatch.setattr(bench_compiled, "compiled", lambda cohort, backend: (1.0, cohort.step() * 1.01))
+        with pytest.raises(SystemExit, match=r"compiled: gradients differ by 1.0e-02; nothing is measured"):
+            bench_compiled.measure("small", 2, 8, 2, "aot_eager")
+    finally:
+        torch._dynamo.reset()
+        torch._dynamo.config.recompile_limit = limit
