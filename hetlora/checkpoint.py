@@ -35,6 +35,7 @@ from hetlora.run_folder import (
     BEST,
     CHECKPOINT,
     CONFIG,
+    CONTINUED,
     SUMMARY,
     VERSIONS,
     WEIGHTS_FILE,
@@ -47,7 +48,7 @@ from hetlora.run_folder import (
 )
 from hetlora.text_files import parse_json, read_text
 
-RESUME_INSTEAD = "choose another folder, or continue that run with --resume"
+RESUME_INSTEAD = "choose another folder, or continue that run with --resume (in Python: resume=True)"
 STATE = ("round", "ranks", "r_min", "r_max", "ranks_start", "rounds_trained", "perplexity_before", "seen", "stacked_bytes")
 """Of `ServerState`, besides the bank."""
 
@@ -145,6 +146,14 @@ def set_rounds(run: Path, rounds: int) -> None:
     if saved.rounds != rounds:
         (run / SUMMARY).unlink(missing_ok=True)
         write_atomic(run / CONFIG, saved.model_copy(update={"rounds": rounds}).to_json())
+
+
+def note_continued(run: Path, after: int, rounds: int) -> None:
+    """versions.json says that this process goes on with the run after round `after`, to `rounds` of them: an entry for each time, for the reader of a report."""
+    saved, _ = saved_versions(run)
+    before = saved.get(CONTINUED)
+    entries = [*(before if isinstance(before, list) else []), {**origin(), "after": after, "rounds": rounds}]
+    write_atomic(run / VERSIONS, json.dumps({**saved, CONTINUED: entries}, indent=2) + "\n")
 
 
 def _clean_stagings(run: Path) -> None:

@@ -33,6 +33,7 @@ from hetlora.config import Config, ConfigError
 from hetlora.text_files import parse_json, read_bytes, read_text
 
 CONFIG, VERSIONS, ROUNDS, SUMMARY = "config.json", "versions.json", "rounds.jsonl", "summary.json"
+CONTINUED = "continued"  # in versions.json: when, by what command, after which round and to how many the run went on
 OPENED = "opened.json"  # the newest round whose masked sum may have been opened
 CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
 ADAPTER, CLIENTS = "adapter", "clients"
@@ -317,6 +318,14 @@ class Run:
     def trained(self) -> list[dict[str, Any]]:
         """The rounds with training: all but round 0."""
         return [record for record in self.records if record["round"] > 0]
+
+    @property
+    def continued(self) -> list[dict[str, Any]]:
+        """`started`, `command`, `after` and `rounds` of each time that the run was continued, as `checkpoint.note_continued` writes them; others are left out."""
+        there = self.versions.get(CONTINUED)
+        kinds = {"started": str, "command": str, "after": int, "rounds": int}
+        entries = [entry for entry in there if isinstance(entry, dict)] if isinstance(there, list) else []
+        return [entry for entry in entries if all(isinstance(entry.get(name), kind) for name, kind in kinds.items())]
 
     @property
     def complete(self) -> bool:

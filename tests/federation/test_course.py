@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from hetlora.config import Config, ConfigError
 from hetlora.fleet import LocalFleet
 from hetlora.loop import simulate
 from hetlora.observer import Observer
+from hetlora.report.page import write_report
 from hetlora.report.verdict import run_sentence
 from hetlora.run_folder import read_config, read_run
 
@@ -73,6 +75,29 @@ def test_a_longer_run_that_is_stopped_goes_on_without_rounds_being_given_again(t
     cfg = cli.saved_settings(None, {"output": str(tmp_path / "run")})
     longer = simulate(cfg, resume=True, federation=tiny_federation(SIZES), quiet=True)
     assert_same_run(longer, run(tmp_path / "whole", rounds=3)[0])
+
+
+def test_the_report_shows_each_time_that_a_run_was_continued(tmp_path, monkeypatch):
+    def continued() -> list[dict]:
+        return read_run(tmp_path / "run").continued
+
+    run(tmp_path / "run", rounds=1)
+    assert continued() == [] and "Continued" not in write_report(tmp_path / "run").read_text(encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["hetlora", "run", "--resume", "--rounds", "3"])
+    with pytest.raises(Stop):
+        run(tmp_path / "run", resume=True, observer=Interrupt("round_end", 1), rounds=3)
+    monkeypatch.setattr("sys.argv", ["hetlora", "run", "--resume"])
+    for _ in range(2):  # a finished run is looked at, not continued
+        run(tmp_path / "run", resume=True, rounds=3)
+    commands = ["hetlora run --resume --rounds 3", "hetlora run --resume"]
+    assert [(time["command"], time["after"], time["rounds"]) for time in continued()] == [(commands[0], 1, 3), (commands[1], 2, 3)]
+    page = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    for time in continued():
+        assert f"Continued {time['started']} after round {time['after']}, to 3 rounds, by" in page
+    assert '<span class="word">--rounds</span>' in page and "<th>continued</th>" not in page
+    damaged = {**read_run(tmp_path / "run").versions, "continued": [3, {"started": "now"}]}
+    (tmp_path / "run" / "versions.json").write_text(json.dumps(damaged))
+    assert continued() == []
 
 
 def test_the_command_line_takes_another_number_of_rounds_and_no_other_setting(tmp_path):
