@@ -254,18 +254,17 @@ def export(run_dir: str, rank: int | None, client: str | None, out_dir: str | No
         raise click.UsageError("export: expected -o DIR for the adapter or --merged DIR for the whole model, got neither")
     if dtype is not None and merged_dir is None:
         raise click.UsageError("--dtype: of the weights that --merged DIR writes; an adapter keeps its own type")
+    if out_dir is not None:  # first, as it takes less: a run without an adapter is refused before a model is written
+        exports = _loaded("hetlora.export")
+        folder = exports.export_adapter(run_dir, out_dir, rank=rank, client=client)
+        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        ranks = {saved["r"], *saved["rank_pattern"].values()}
+        shown = f"rank {saved['r']}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}, by module"
+        say(f"adapter: {folder} ({shown})")
+        if base := exports.base_model_of(run_dir):
+            say(f"base model: {base}")
     if merged_dir is not None:
         say(f"merged model: {_loaded('hetlora.export_model').export_merged(run_dir, merged_dir, rank=rank, client=client, dtype=dtype)}")
-    if out_dir is None:
-        return
-    exports = _loaded("hetlora.export")
-    folder = exports.export_adapter(run_dir, out_dir, rank=rank, client=client)
-    saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    ranks = {saved["r"], *saved["rank_pattern"].values()}
-    shown = f"rank {saved['r']}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}, by module"
-    say(f"adapter: {folder} ({shown})")
-    if base := exports.base_model_of(run_dir):
-        say(f"base model: {base}")
 
 
 @cli.command()

@@ -192,6 +192,13 @@ def test_the_command_line_writes_both(tmp_path, run):
         assert reason in CliRunner().invoke(cli, ["export", str(run), *wrong]).output
 
 
+def test_a_run_without_an_adapter_is_refused_before_its_model_is_written(tmp_path, base):
+    finished(tmp_path / "run", base, merge="stack", rounds=1)
+    done = CliRunner().invoke(cli, ["export", str(tmp_path / "run"), "-o", str(tmp_path / "adapter"), "--merged", str(tmp_path / "merged")])
+    assert done.exit_code == 2 and "no adapter holds them" in done.output
+    assert not (tmp_path / "merged").exists() and not (tmp_path / "adapter").exists()
+
+
 # ---------------------------------------------------------------- the card
 
 
