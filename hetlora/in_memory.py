@@ -17,16 +17,18 @@ from hetlora.sources import IN_MEMORY, Corpus, rows_in_memory
 _OF_A_MODEL = ("dtype", "device", "quantize", "trust_remote_code")
 
 
-def settings_of(cfg: Config, model: Any, data: Any) -> Config:
+def settings_of(cfg: Config, model: Any, tokenizer: Any, data: Any) -> Config:
     """`cfg` with what the objects say: the settings `data`, and `model`, `dtype` and `device`, for the run folder.
 
-    `ConfigError` where `cfg` itself says otherwise about a model that is given.
+    `ConfigError` where `cfg` itself says otherwise about a model that is given, and for objects that are none.
     """
+    if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "eos_token_id")):
+        raise ConfigError(f"tokenizer: expected one of transformers, as AutoTokenizer.from_pretrained gives it, got {tokenizer!r:.60}")
     update: dict[str, Any] = {} if data is None else {"data": IN_MEMORY}
     if model is not None:
         weight = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
         if weight is None or not hasattr(model, "config"):
-            raise ConfigError(f"model: expected a causal language model of transformers, got {type(model).__name__}")
+            raise ConfigError(f"model: expected a causal language model of transformers, got {type(model).__name__}; a path is cfg.model")
         if hasattr(model, "peft_config"):
             raise ConfigError("model: it carries adapters of PEFT; give its base model (model.unload()), and an adapter as init_adapter")
         found = {"dtype": str(model.dtype).removeprefix("torch."), "device": str(weight.device)}
@@ -68,6 +70,8 @@ def _data(cfg: Config, tokenizer: Any, data: Any) -> FederatedData:
         return data
     if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
         raise ConfigError(f"data: expected {{client: texts}}, rows as of a JSONL file, or FederatedData, got {type(data).__name__}; a path is cfg.data")
+    if type(data).__module__.partition(".")[0] == "pandas" and hasattr(data, "columns"):
+        data = data.to_dict("records")  # a frame; to iterate over it would give the names of its columns
     return split_corpus(cfg, tokenizer, _mapping(cfg, data) if isinstance(data, Mapping) else rows_in_memory(data, cfg))
 
 
@@ -77,7 +81,12 @@ def _mapping(cfg: Config, data: Mapping[Any, Any]) -> Corpus:
         raise ConfigError("data: prompts and conversations are given as rows, [{'client': ..., 'messages': [...]}, ...]")
     corpus = Corpus(IN_MEMORY)
     for name, texts in data.items():
-        if not isinstance(name, str) or isinstance(texts, (str, bytes)) or not all(isinstance(text, str) for text in texts):
+        if not isinstance(name, str):
+            raise ConfigError(f"data: expected the name of a client, a text, got {name!r:.60}")
+        if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
             raise ConfigError(f"data: expected texts in a list for each client, got {type(texts).__name__} for {name!r:.60}")
+        texts = list(texts)
+        if odd := [text for text in texts if not isinstance(text, str)]:
+            raise ConfigError(f"data: expected texts in a list for each client, got {odd[0]!r:.40} among those of {name!r:.60}")
         corpus.add(name, [text for text in texts if text.strip()])
     return corpus

@@ -115,10 +115,11 @@ def fill(bank: hk.AdapterBank, start: Start, cfg: Config) -> str:
     """
     what = f"init_adapter {cfg.init_adapter!r}"
     check_ranks(start, cfg, len(next(bank.parameters())))
+    made = f" (made for {start.base})" if start.base else ""
     if unknown := [name for name in start.factors if name not in bank.shapes]:
         raise ConfigError(
-            f"{what}: it adapts {unknown[0]}{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''}, which target_modules = {cfg.target_modules!r} does "
-            "not choose in this model; choose the adapter's modules"
+            f"{what}{made}: it adapts {unknown[0]}{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''}, which target_modules = {cfg.target_modules!r} does "
+            "not choose in this model; choose the adapter's modules, or an adapter made for this model"
         )
     for name, (a, b) in start.factors.items():
         m, n = bank.shapes[name]
@@ -131,5 +132,4 @@ def fill(bank: hk.AdapterBank, start: Start, cfg: Config) -> str:
         if not bool(bank.a[name].isfinite().all() and bank.bt[name].isfinite().all()):
             raise ConfigError(f"{what}: {name}: its numbers are too large for adapter_dtype = {cfg.adapter_dtype!r}")
     fresh = len(bank.shapes) - len(start.factors)
-    made = f" (made for {start.base})" if start.base else ""
     return f"starting from the adapter in {start.folder}{made}, rank {start.rank}" + (f"; {fresh} modules that it does not adapt start afresh" if fresh else "")

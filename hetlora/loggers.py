@@ -52,12 +52,16 @@ class TensorBoardLogger(Observer):
     def finish(self, summary: dict[str, Any]) -> None:
         self._writer.close()
 
+    def stopped(self, error: BaseException) -> None:
+        self._writer.close()
+
 
 class WandbLogger(Observer):
     """A run of Weights & Biases.   settings: of `wandb.init`, such as project or mode='offline'. Raises `ConfigError` where the package wandb is missing."""
 
     def __init__(self, **settings: Any) -> None:
         self._wandb, self._settings = _package("wandb", "wandb"), settings
+        self._run: Any = None
 
     def start(self, cfg: Config, info: dict[str, Any]) -> None:
         self._run = self._wandb.init(config=cfg.model_dump(), **self._settings)
@@ -66,7 +70,16 @@ class WandbLogger(Observer):
         self._run.log(dict(figures(record)), step=record["round"])
 
     def finish(self, summary: dict[str, Any]) -> None:
-        self._run.finish()
+        self._end(0)
+
+    def stopped(self, error: BaseException) -> None:
+        """Its run counts as failed. Left open, the next `wandb.init` of the program would write to it."""
+        self._end(1)
+
+    def _end(self, exit_code: int) -> None:
+        run, self._run = self._run, None
+        if run is not None:
+            run.finish(exit_code=exit_code)
 
 
 class MLflowLogger(Observer):
@@ -74,19 +87,42 @@ class MLflowLogger(Observer):
 
     def __init__(self, **settings: Any) -> None:
         self._mlflow, self._settings = _package("mlflow", "mlflow"), settings
+        self._open = False
 
     def start(self, cfg: Config, info: dict[str, Any]) -> None:
         self._mlflow.start_run(**self._settings)
+        self._open = True
         self._mlflow.log_params(cfg.model_dump())
 
     def round_end(self, record: dict[str, Any]) -> None:
         self._mlflow.log_metrics(dict(figures(record)), step=record["round"])
 
     def finish(self, summary: dict[str, Any]) -> None:
-        self._mlflow.end_run()
+        self._end("FINISHED")
+
+    def stopped(self, error: BaseException) -> None:
+        """Its run counts as failed, or killed where somebody interrupted it. Left open, MLflow would refuse the next one."""
+        self._end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+
+    def _end(self, status: str) -> None:
+        if self._open:
+            self._open = False
+            self._mlflow.end_run(status)
 
 
-_EVENTS = ("message", "pretrain", "work", "start", "round_start", "local_step", "evaluate", "round_end", "cell", "finish")
+def check_told(observer: Any, loggers: Any, on_round_end: Any) -> None:
+    """`ConfigError` where an argument of `simulate` cannot be told a run's events: found before the run folder is made."""
+    if observer is not None and not isinstance(observer, Observer):
+        raise ConfigError(f"observer: expected a hetlora.observer.Observer, got {observer!r:.60}")
+    if not isinstance(loggers, (list, tuple)):
+        raise ConfigError(f"loggers: expected a list of observers, got {loggers!r:.60}; write loggers=[...]")
+    if odd := [one for one in loggers if not isinstance(one, Observer)]:
+        raise ConfigError(f"loggers: expected observers, such as TensorBoardLogger('logs'), got {odd[0]!r:.60}")
+    if on_round_end is not None and not callable(on_round_end):
+        raise ConfigError(f"on_round_end: expected a function of a round's record, got {on_round_end!r:.60}")
+
+
+_EVENTS = ("message", "pretrain", "work", "start", "round_start", "local_step", "evaluate", "round_end", "cell", "finish", "stopped")
 
 
 class Observers(Observer):

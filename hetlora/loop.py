@@ -15,7 +15,7 @@ from hetlora.config import Config, ConfigError
 from hetlora.federation import Federation, prepare
 from hetlora.fleet import Fleet, LocalFleet
 from hetlora.lock import FolderLock
-from hetlora.loggers import Observers
+from hetlora.loggers import Observers, check_told
 from hetlora.merge import aggregate
 from hetlora.models import no_mask_advised
 from hetlora.observer import Observer
@@ -50,7 +50,7 @@ def simulate(
     with it becomes the run that would have had them from the start.
     observer: receives progress; left out, it is shown on stderr or in the notebook, unless quiet.
     model, tokenizer, data: objects in place of what cfg.model and cfg.data name. data: {client: texts}, or rows as of a JSONL file (dicts; a `datasets.Dataset`
-    does), or `data.FederatedData`. The model is frozen and put in eval mode; its type and device are the run's.
+    or a frame of pandas does), or `data.FederatedData`. The model is frozen and put in eval mode; its type and device are the run's.
     federation: model and data loaded before by `prepare`, to share them between runs.
     on_round_end: called with each round's record (a line of rounds.jsonl).   loggers: further observers, such as those of `hetlora.loggers`.
 
@@ -68,11 +68,14 @@ def simulate(
     >>> result.ranks, result.bank.ranks, len(result.history)
     ({'GREEK': 4, 'HEBREW': 8}, (8,), 2)
     """
+    if not isinstance(cfg, Config):
+        raise ConfigError(f"cfg: expected a hetlora.Config, got {type(cfg).__name__}; write hetlora.Config(rounds=20, ...)")
+    check_told(observer, loggers, on_round_end)
     shown = nullcontext(observer or Observer()) if observer or quiet else ConsoleObserver(make_console(stderr=True))
     given = model is not None or tokenizer is not None or data is not None
     if given and federation:
         raise ConfigError("federation: holds a model, a tokenizer and data already; leave out model, tokenizer and data")
-    cfg = in_memory.settings_of(cfg, model, data) if given else cfg
+    cfg = in_memory.settings_of(cfg, model, tokenizer, data) if given else cfg
     folder = Path(cfg.output)
 
     def fleet() -> LocalFleet:
@@ -83,7 +86,11 @@ def simulate(
 
     with shown as first, no_mask_advised():
         told = Observers([first, *loggers], on_round_end)
-        return run_rounds(cfg, fleet, resume=resume, observer=told)
+        try:
+            return run_rounds(cfg, fleet, resume=resume, observer=told)
+        except BaseException as error:
+            told.stopped(error)
+            raise
 
 
 def run_rounds(cfg: Config, fleet: Callable[[], Fleet], *, resume: bool = False, observer: Observer | None = None) -> Result:
@@ -130,6 +137,8 @@ def _rounds(cfg: Config, folder: Path, lock: FolderLock, resume: bool, observer:
         observer.message(f"clients_per_round = {cfg.clients_per_round}: there are {len(fleet.names)} clients, all of them take part in every round")
     if resume:
         run.history = restore(run)
+        if not (folder / run_folder.SUMMARY).is_file():
+            checkpoint.note_continued(folder, state.round, cfg.rounds)
     if not run.history:
         _before_training(run)
     for number in range(state.round + 1, cfg.rounds + 1):

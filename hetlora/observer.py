@@ -9,7 +9,7 @@ from hetlora.config import Config
 
 class Observer:
     """Receives the events of a run, in this order: messages and pre-training, `start`, then per round
-    `round_start`, `local_step`..., `evaluate`..., `round_end`, and at last `finish`.
+    `round_start`, `local_step`..., `evaluate`..., `round_end`, and at last `finish`, or `stopped` where the run did not come to its end.
 
     Subclass and override what you need. Exceptions from an observer stop the run; `resume=True` continues it.
     """
@@ -43,3 +43,6 @@ class Observer:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """The run is complete; `summary` is the content of summary.json."""
+
+    def stopped(self, error: BaseException) -> None:
+        """`simulate` ends by `error`, at any time before `finish` returned: what was opened for the run can be closed."""

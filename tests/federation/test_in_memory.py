@@ -40,7 +40,22 @@ def from_files(tmp_path):
     return tmp_path / "files"
 
 
-@pytest.mark.parametrize("data", [TEXTS, ROWS, (row for row in ROWS)], ids=["texts", "rows", "generator"])
+class Frame:
+    """What a frame of pandas does here: iterated, it gives the names of its columns."""
+
+    columns = ("client", "text")
+
+    def __iter__(self):
+        return iter(self.columns)
+
+    def to_dict(self, orient):
+        return {"records": ROWS}[orient]
+
+
+Frame.__module__ = "pandas.core.frame"
+
+
+@pytest.mark.parametrize("data", [TEXTS, ROWS, (row for row in ROWS), Frame()], ids=["texts", "rows", "generator", "frame"])
 def test_objects_give_the_run_that_files_give(tmp_path, from_files, data):
     result = simulate(config(tmp_path / "run"), model=byte_model(), tokenizer=TOKENIZER, data=data, quiet=True)
     assert lines(tmp_path / "run") == lines(from_files)
@@ -99,6 +114,10 @@ def test_the_type_of_the_model_is_that_of_the_run(tmp_path):
         ({"prompt_field": "ask"}, {}, "data: prompts and conversations are given as rows"),
         ({}, {"tokenizer": None}, "tokenizer: the model that is given does not say where its own is"),
         ({}, {"model": "demo"}, "model: expected a causal language model of transformers, got str"),
+        ({}, {"tokenizer": "folder"}, "tokenizer: expected one of transformers, as AutoTokenizer.from_pretrained gives it, got 'folder'"),
+        ({}, {"data": {"ann": [*TEXTS["ann"], 3]}}, "data: expected texts in a list for each client, got 3 among those of 'ann'"),
+        ({}, {"data": {"ann": 3}}, "data: expected texts in a list for each client, got int for 'ann'"),
+        ({}, {"data": {3: ["text"]}}, "data: expected the name of a client, a text, got 3"),
         ({}, {"model": torch.nn.Linear(2, 2)}, "model: expected a causal language model of transformers, got Linear"),
         ({}, {"data": "texts"}, "data: expected {client: texts}, rows as of a JSONL file, or FederatedData, got str; a path is cfg.data"),
         ({}, {"data": {"ann": "text"}}, "data: expected texts in a list for each client, got str for 'ann'"),

@@ -151,6 +151,7 @@ def spoil(folder: Path, kind: str) -> None:
         elif kind == "nan":
             tensors[key][0, 0] = float("nan")
         elif kind == "other module":
+            config.write_text(json.dumps({**settings, "base_model_name_or_path": "another/model"}))
             for end in ("lora_A", "lora_B"):
                 tensors[key.replace("q_proj", "elsewhere").replace("lora_A", end)] = tensors.pop(key.replace("lora_A", end))
         elif kind == "width":
@@ -176,7 +177,7 @@ def spoil(folder: Path, kind: str) -> None:
         ("one half", r"'base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight' is none"),
         ("more", "'base_model.model.lm_head.weight' is none"),
         ("nan", "layers.1.self_attn.q_proj: holds numbers that are not finite"),
-        ("other module", r"it adapts model.layers.1.self_attn.elsewhere, which target_modules = 'attention' does not choose"),
+        ("other module", r"\(made for another/model\): it adapts .*elsewhere, which target_modules = 'attention' does not choose .* an adapter made for this model"),
         ("width", "layers.1.self_attn.q_proj: made for a layer of 17 inputs and 16 outputs, this model's has 16 and 16"),
         ("whole numbers", r"expected A \[r, n\] and B \[m, r\] of floating-point numbers"),
     ],

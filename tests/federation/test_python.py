@@ -31,6 +31,11 @@ def test_a_config_made_in_python_raises_one_line(settings, message):
     assert str(caught.value) == message
 
 
+def test_settings_that_are_no_config_are_one_line():
+    with pytest.raises(ConfigError, match=r"cfg: expected a hetlora.Config, got dict; write hetlora.Config\(rounds=20, ...\)"):
+        hetlora.simulate({"rounds": 3})
+
+
 def test_a_source_is_named_once():
     with pytest.raises(ConfigError) as caught:
         Config.create("my file", lr=-1)
@@ -121,6 +126,46 @@ def test_loggers_say_each_round_to_their_package(tmp_path, monkeypatch, name):
     assert [step for _, step in rounds] == [0, 1, 2] and calls[0][2].get("project", calls[0][2].get("run_name")) == "p"
     assert rounds[2][0]["perplexity/clients"] == result.history[2]["evaluation"]["client_text"]["perplexity"]
     assert calls[-1][0] in ("finish", "end_run")
+
+
+@pytest.mark.parametrize(("error", "status"), [(RuntimeError("enough"), "FAILED"), (KeyboardInterrupt(), "KILLED")], ids=["error", "interrupt"])
+def test_a_run_that_stops_closes_its_loggers_once(tmp_path, monkeypatch, error, status):
+    """Left open, MLflow refuses the next run of a notebook, and W&B writes its rounds to the one that failed."""
+    calls = []
+    closed = types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda **given: calls.append(given))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: closed))
+    mlflow = types.SimpleNamespace(start_run=lambda **_: None, log_params=lambda _: None, log_metrics=lambda *_, **__: None, end_run=calls.append)
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    both = [loggers.WandbLogger(), loggers.MLflowLogger()]
+
+    def stop(record):
+        if record["round"] == 1:
+            raise error
+
+    with pytest.raises(type(error)):
+        run(tmp_path / "a", quiet=True, loggers=both, on_round_end=stop)
+    assert calls == [{"exit_code": 1}, status]
+    run(tmp_path / "a", quiet=True, loggers=both, resume=True)
+    assert calls[2:] == [{"exit_code": 0}, "FINISHED"], "the same loggers serve again"
+    with pytest.raises(ConfigError, match="exists already"):
+        run(tmp_path / "a", quiet=True, loggers=both)
+    assert len(calls) == 4, "nothing was open"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"loggers": Observer()}, r"loggers: expected a list of observers, got <hetlora.*; write loggers=\[...\]"),
+        ({"loggers": ["tensorboard"]}, r"loggers: expected observers, such as TensorBoardLogger\('logs'\), got 'tensorboard'"),
+        ({"on_round_end": 3}, "on_round_end: expected a function of a round's record, got 3"),
+        ({"observer": print}, r"observer: expected a hetlora.observer.Observer, got <built-in function print>"),
+    ],
+    ids=["one", "name", "number", "function"],
+)
+def test_what_cannot_be_told_is_one_line_before_the_folder_is_made(tmp_path, given, message):
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path / "a", **given)
+    assert not (tmp_path / "a").exists()
 
 
 def test_tensorboard_reads_what_was_logged(tmp_path):
