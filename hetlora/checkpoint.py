@@ -149,7 +149,7 @@ def set_rounds(run: Path, rounds: int) -> None:
 
 
 def note_continued(run: Path, after: int, rounds: int) -> None:
-    """versions.json says that this process goes on with the run after round `after`, to `rounds` of them: an entry for each time, for the reader of a report."""
+    """versions.json says that this process goes on with the run after round `after`, to `rounds` of them: one entry a time, for the reader of a report."""
     saved, _ = saved_versions(run)
     before = saved.get(CONTINUED)
     entries = [*(before if isinstance(before, list) else []), {**origin(), "after": after, "rounds": rounds}]

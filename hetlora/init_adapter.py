@@ -117,9 +117,10 @@ def fill(bank: hk.AdapterBank, start: Start, cfg: Config) -> str:
     check_ranks(start, cfg, len(next(bank.parameters())))
     made = f" (made for {start.base})" if start.base else ""
     if unknown := [name for name in start.factors if name not in bank.shapes]:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise ConfigError(
-            f"{what}{made}: it adapts {unknown[0]}{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''}, which target_modules = {cfg.target_modules!r} does "
-            "not choose in this model; choose the adapter's modules, or an adapter made for this model"
+            f"{what}{made}: it adapts {unknown[0]}{more}, which target_modules = {cfg.target_modules!r} does not choose in this model; "
+            "choose the adapter's modules, or an adapter made for this model"
         )
     for name, (a, b) in start.factors.items():
         m, n = bank.shapes[name]

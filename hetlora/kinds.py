@@ -207,7 +207,7 @@ TRAININGS = {
                 Refusal(("dtype",), "train = 'full' steps the weights themselves, whose small changes float16 cannot hold; use another dtype", ("float16",)),
                 Refusal(_OF_ADAPTERS, "of adapters, and train = 'full' trains none; leave it out"),
                 Refusal(("cuda_graph", "clients_at_once"), "of the step of a cohort, and train = 'full' trains one client at a time; leave it out"),
-                Refusal(("weights",), "norms of adapters, and train = 'full' trains none; use weights = 'samples' or 'uniform', or --method fedavg-full", ("sparsity",)),
+                Refusal(("weights",), "norms of adapters, and train = 'full' trains none; use 'samples' or 'uniform', or --method fedavg-full", ("sparsity",)),
             ),
         ),
     )

@@ -55,7 +55,7 @@ def card(cfg: Config, run: Run | str, ranks: str, scale: float, client: str | No
         f"- Clients train {cfg.training_kind.text}.",
         *([] if cfg.training_kind.merge else [f"- The server merges by this rule: {cfg.merge_kind.text}."]),
         f"- Weights of the clients: {cfg.weights}. Rounds: {_rounds(cfg, run)}. Clients in a round: {_clients_in_a_round(cfg, run)}.",
-        f"- Rank of this export: {ranks}. Scale s = {scale:g} in dW = s B A.",
+        f"- Rank of this export: {ranks}." + ("" if cfg.training_kind.no_ranks else f" Scale s = {scale:g} in dW = s B A."),
         *([f"- Type of the weights: {merged}."] if merged else []),
         "",
         *_privacy(cfg, run, client),

@@ -321,7 +321,7 @@ class Run:
 
     @property
     def continued(self) -> list[dict[str, Any]]:
-        """`started`, `command`, `after` and `rounds` of each time that the run was continued, as `checkpoint.note_continued` writes them; others are left out."""
+        """`started`, `command`, `after` and `rounds` of each time that the run was continued, as `checkpoint.note_continued` wrote them."""
         there = self.versions.get(CONTINUED)
         kinds = {"started": str, "command": str, "after": int, "rounds": int}
         entries = [entry for entry in there if isinstance(entry, dict)] if isinstance(there, list) else []

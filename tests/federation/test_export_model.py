@@ -253,6 +253,12 @@ def test_a_card_of_a_private_run_says_what_is_covered_and_what_not(tmp_path, bas
     assert "ifferential privacy" not in plain and "private" not in plain.split("## Command")[0]
 
 
+def test_a_card_of_full_fine_tuning_has_no_scale_of_an_adapter(tmp_path):
+    full = tiny_config(tmp_path / "run", train="full", weights="samples", prune_lambda=0.0, gamma=1.0)
+    assert "Scale s" not in card(full, "no log", "none", 2.0, None, "float32")
+    assert "Scale s = 2 in dW = s B A." in card(tiny_config(tmp_path / "run"), "no log", "8", 2.0, None, "float32")
+
+
 def test_a_folder_here_is_no_base_on_the_hub(tmp_path, base, monkeypatch):
     monkeypatch.chdir(base.parent)
     cfg = tiny_config(tmp_path / "run", model=base.name)

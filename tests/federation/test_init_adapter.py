@@ -177,7 +177,7 @@ def spoil(folder: Path, kind: str) -> None:
         ("one half", r"'base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight' is none"),
         ("more", "'base_model.model.lm_head.weight' is none"),
         ("nan", "layers.1.self_attn.q_proj: holds numbers that are not finite"),
-        ("other module", r"\(made for another/model\): it adapts .*elsewhere, which target_modules = 'attention' does not choose .* an adapter made for this model"),
+        ("other module", r"\(made for another/model\): it adapts .*elsewhere, which target_modules = 'attention' does not choose .* made for this model"),
         ("width", "layers.1.self_attn.q_proj: made for a layer of 17 inputs and 16 outputs, this model's has 16 and 16"),
         ("whole numbers", r"expected A \[r, n\] and B \[m, r\] of floating-point numbers"),
     ],
