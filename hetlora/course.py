@@ -47,6 +47,15 @@ def stalled(history: Sequence[Record], patience: int) -> bool:
     return 0 < patience <= fruitless
 
 
+def idle_patience(cfg: Config) -> list[str]:
+    """A line where no more evaluations come before the last round than could stop the run there."""
+    there = (cfg.rounds - 1) // cfg.eval_every
+    if there >= cfg.patience:
+        return []
+    what = f"patience = {cfg.patience}: nothing can stop early, as {there} evaluations come before the last of {cfg.rounds} rounds"
+    return [f"{what} (eval_every = {cfg.eval_every})"]
+
+
 # ---------------------------------------------------------------- more rounds than were planned
 
 

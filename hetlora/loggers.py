@@ -83,16 +83,19 @@ class WandbLogger(Observer):
 
 
 class MLflowLogger(Observer):
-    """A run of MLflow, at its tracking URI.   settings: of `mlflow.start_run`. Raises `ConfigError` where the package mlflow is missing."""
+    """A run of MLflow, at its tracking URI.   settings: of `mlflow.start_run`, such as run_id to go on with a run: settings that differ from its parameters,
+    which MLflow never changes, become tags `continued.NAME`. Raises `ConfigError` where the package mlflow is missing."""
 
     def __init__(self, **settings: Any) -> None:
         self._mlflow, self._settings = _package("mlflow", "mlflow"), settings
         self._open = False
 
     def start(self, cfg: Config, info: dict[str, Any]) -> None:
-        self._mlflow.start_run(**self._settings)
+        known = self._mlflow.start_run(**self._settings).data.params
         self._open = True
-        self._mlflow.log_params(cfg.model_dump())
+        values = cfg.model_dump()
+        self._mlflow.log_params({name: value for name, value in values.items() if name not in known})
+        self._mlflow.set_tags({f"continued.{name}": value for name, value in values.items() if known.get(name, str(value)) != str(value)})
 
     def round_end(self, record: dict[str, Any]) -> None:
         self._mlflow.log_metrics(dict(figures(record)), step=record["round"])

@@ -123,7 +123,7 @@ def _rounds(cfg: Config, folder: Path, lock: FolderLock, resume: bool, observer:
             f"cuda_graph = True: expected a CUDA device, which alone records graphs, got {fleet.device}; leave it out, or choose another --device"
         )
     state = _initial_state(cfg, fleet)
-    said += privacy.begin(cfg, len(fleet.names))
+    said += privacy.begin(cfg, len(fleet.names)) + course.idle_patience(cfg)
     if start:
         said.append(init_adapter.fill(state.bank, start, cfg))
     if not resume:

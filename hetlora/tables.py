@@ -28,6 +28,8 @@ def read_rows(path: Path, wanted: Sequence[str], lists: str | None, numbers: str
 def _check_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> None:
     if missing := [name for name in wanted if name not in columns]:
         there = ", ".join(map(repr, columns[:12])) or "none at all"
+        if len(columns) == 1 and any(mark in columns[0] for mark in ";\t|"):
+            raise ConfigError(f"data: file {path}: no column {missing[0]!r}; it has {there} alone; separate columns by commas")
         raise ConfigError(f"data: file {path}: no column {missing[0]!r}; it has {there}; set --text-field, --client-field and the like")
     if twice := [name for name in wanted if list(columns).count(name) > 1]:
         raise ConfigError(f"data: file {path}: the column {twice[0]!r} comes twice; rename one")

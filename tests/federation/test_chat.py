@@ -286,6 +286,7 @@ def test_a_capability_in_a_csv_file(tmp_path):
     ("content", "reason"),
     [
         (b"", "no column 'text'; it has none at all;"),
+        (b"client;text\na;b\n", "no column 'text'; it has 'client;text' alone; separate columns by commas"),
         (b"client,other\n", "no column 'text'; it has 'client', 'other'"),
         (b"client,text,text\nc,a,b\n", "the column 'text' comes twice"),
         (b"client,text\nc,a,b\n", r"row 1 \(line 2\): 3 cells, the header has 2; quote texts with commas"),

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, GPT
 
 from hetlora import fleet
 from hetlora.cli import cli
+from hetlora.config import Config
 from hetlora.data import FederatedData
 from hetlora.errors import ConfigError
 from hetlora.export import export_adapter
@@ -254,7 +255,7 @@ def test_a_card_of_a_private_run_says_what_is_covered_and_what_not(tmp_path, bas
 
 
 def test_a_card_of_full_fine_tuning_has_no_scale_of_an_adapter(tmp_path):
-    full = tiny_config(tmp_path / "run", train="full", weights="samples", prune_lambda=0.0, gamma=1.0)
+    full = Config(train="full", weights="samples", output=str(tmp_path / "run"))
     assert "Scale s" not in card(full, "no log", "none", 2.0, None, "float32")
     assert "Scale s = 2 in dW = s B A." in card(tiny_config(tmp_path / "run"), "no log", "8", 2.0, None, "float32")
 

@@ -118,7 +118,8 @@ def test_loggers_say_each_round_to_their_package(tmp_path, monkeypatch, name):
     def recorder(call):
         return lambda *args, **kwargs: (calls.append((call, args, kwargs)), module)[1]
 
-    module = types.SimpleNamespace(**{c: recorder(c) for c in ("init", "log", "finish", "start_run", "log_params", "log_metrics", "end_run")})
+    names = ("init", "log", "finish", "start_run", "log_params", "set_tags", "log_metrics", "end_run")
+    module = types.SimpleNamespace(**{c: recorder(c) for c in names}, data=types.SimpleNamespace(params={}))
     monkeypatch.setitem(sys.modules, name, module)
     logger = loggers.WandbLogger(project="p") if name == "wandb" else loggers.MLflowLogger(run_name="p")
     result = run(tmp_path / "run", quiet=True, loggers=[logger])
@@ -134,7 +135,9 @@ def test_a_run_that_stops_closes_its_loggers_once(tmp_path, monkeypatch, error, 
     calls = []
     closed = types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda **given: calls.append(given))
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: closed))
-    mlflow = types.SimpleNamespace(start_run=lambda **_: None, log_params=lambda _: None, log_metrics=lambda *_, **__: None, end_run=calls.append)
+    begun = types.SimpleNamespace(data=types.SimpleNamespace(params={}))
+    quiet = dict.fromkeys(("log_params", "set_tags", "log_metrics"), lambda *_, **__: None)
+    mlflow = types.SimpleNamespace(start_run=lambda **_: begun, end_run=calls.append, **quiet)
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     both = [loggers.WandbLogger(), loggers.MLflowLogger()]
 
@@ -150,6 +153,17 @@ def test_a_run_that_stops_closes_its_loggers_once(tmp_path, monkeypatch, error, 
     with pytest.raises(ConfigError, match="exists already"):
         run(tmp_path / "a", quiet=True, loggers=both)
     assert len(calls) == 4, "nothing was open"
+
+
+def test_a_run_of_mlflow_may_be_gone_on_with(tmp_path, monkeypatch):
+    """MLflow never changes a parameter: the rounds of a lengthened run are one."""
+    said = {}
+    cfg = tiny_config(tmp_path / "run", rounds=2)
+    begun = types.SimpleNamespace(data=types.SimpleNamespace(params={name: str(value) for name, value in cfg.model_dump().items() if name != "lr"}))
+    given = {"log_params": lambda values: said.update(params=values), "set_tags": lambda values: said.update(tags=values)}
+    monkeypatch.setitem(sys.modules, "mlflow", types.SimpleNamespace(start_run=lambda **_: begun, **given))
+    loggers.MLflowLogger(run_id="7").start(cfg.model_copy(update={"rounds": 5}), {})
+    assert said == {"params": {"lr": cfg.lr}, "tags": {"continued.rounds": 5}}
 
 
 @pytest.mark.parametrize(
