@@ -68,10 +68,10 @@ def federation_of(cfg: Config, model: Any, tokenizer: Any, data: Any, observer: 
 def _data(cfg: Config, tokenizer: Any, data: Any) -> FederatedData:
     if isinstance(data, FederatedData):
         return data
-    if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
-        raise ConfigError(f"data: expected {{client: texts}}, rows as of a JSONL file, or FederatedData, got {type(data).__name__}; a path is cfg.data")
     if type(data).__module__.partition(".")[0] == "pandas" and hasattr(data, "columns"):
         data = data.to_dict("records")  # a frame; to iterate over it would give the names of its columns
+    if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
+        raise ConfigError(f"data: expected {{client: texts}}, rows as of a JSONL file, or FederatedData, got {type(data).__name__}; a path is cfg.data")
     return split_corpus(cfg, tokenizer, _mapping(cfg, data) if isinstance(data, Mapping) else rows_in_memory(data, cfg))
 
 
