@@ -118,7 +118,7 @@ def measured(suite: str, options: Any, device: torch.device, counts: list[int], 
     for case in SUITES[suite].cases(options, device):
         begin = time.monotonic()
         if begin + longest > start + 60 * minutes:
-            yield f"for the limit of {minutes:.3g} minutes, the cases after: {last}"
+            yield f"for the limit of {minutes:.3g} minutes, " + ("every case" if last == "none" else f"the cases after: {last}")
             return
         for threads in counts:
             try:

@@ -59,6 +59,8 @@ def test_a_limit_of_time_is_kept_and_what_it_leaves_out_is_said(tmp_path, monkey
     data = saved.read(file)
     assert [one["op"] for one in data["results"]] == ["a", "b"]
     assert data["left_out"] == "for the limit of 2.5 minutes, the cases after: b, s, float32" and data["left_out"] in capsys.readouterr().err
+    assert run.main([*command, "--minutes", "-1"]) == 0, "as for a suite to which the ones before it have left no time"
+    assert "left out for the limit of -1 minutes, every case" in capsys.readouterr().err
     assert run.main(command) == 0
     data = saved.read(file)
     assert len(data["results"]) == 4 and data["left_out"] is None
