@@ -49,7 +49,7 @@ Step = Callable[[str], tuple[torch.Tensor, torch.Tensor]]
 # The suite: words, columns, tokens of all clients
 MODELS = {"SmolLM2-135M": (49152, 576), "Qwen2.5-1.5B": (151936, 1536), "Llama-3.1-8B": (128256, 4096)}
 CPU_LOADS, GPU_LOADS = [("SmolLM2-135M", 2048), ("Qwen2.5-1.5B", 256)], [(name, 2048) for name in MODELS]
-SHORT = {"cpu": [("SmolLM2-135M", 256)], "cuda": [("Llama-3.1-8B", 2048)]}
+SHORT = {"cpu": [("SmolLM2-135M", 128)], "cuda": [("Llama-3.1-8B", 2048)]}
 YARDSTICK = "frozen head"
 NAMES = {"states": "hetlora from states", "logits": "hetlora from logits", STOCK: "torch cross_entropy", LIGER: LIGER}
 
