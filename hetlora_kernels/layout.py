@@ -44,8 +44,10 @@ def whole(name: str, value: Any, least: int = -(2**63), what: str = "an integer"
 
 
 def joined(lists: Sequence[Sequence[int]]) -> list[int]:
-    """The K integers of each of M modules, as the schemas take them: module by module, or, where modules share a list: -K, then for each module which of the
-    distinct lists is its own, then these. A call then takes K + M integers through the dispatcher where it would take K M."""
+    """The K integers of each of M modules in one list, as the schemas take them.
+
+    Without shared lists: K integers, module by module. Where modules share a list: -K, then for each module the index of its list among the distinct ones, then
+    the distinct lists. A call then takes K + M integers through the dispatcher where it would take K M."""
     places: dict[int, int] = {}  # by the object: equal lists of other objects would have to be compared
     distinct: list[Sequence[int]] = []
     for own in lists:

@@ -43,9 +43,14 @@ class Rows(NamedTuple):
 class Batch:
     """The clients of one batch, as `client_segments` names them, and whose the rows of every layer's input are.
 
-    A layer's rows are known (1) where `given` names them, (2) where they were followed from the model's inputs to the layer (`Follower`), (3) where an
-    earlier call in the same mode (training or not) showed their order, which is then kept in `forms`, (4) where nothing can be followed (a layer called
-    without its model, a compiled model) or the input is no sequence's data, and the first dimension has the size of the batch and no other has.
+    A layer's rows are known in one of four ways:
+
+    1. `given` names them.
+    2. They were followed from the model's inputs to the layer (`Follower`).
+    3. An earlier call in the same mode (training or not) showed their order. `forms` keeps it.
+    4. The first dimension alone has the size of the batch. This counts only where nothing can be followed (a layer called without its model, a compiled model)
+       or the input is no sequence's data.
+
     Everything else is refused by the name of the layer.
     """
 
@@ -158,8 +163,8 @@ class Batch:
         self.repeated = repeated
 
     def to_follow(self) -> bool:
-        """Whether a layer's order is still to be learnt. Layers that many calls passed by do not count. After a first call a batch of one client does not count
-        either."""
+        """Whether a layer's order is still to be learnt. Layers that many calls passed by do not count. After a first call, a batch of one
+        client without seeds does not count either."""
         known = [own[self.training] for own in (self.forms or {}).values()]
         if self.of_one_client and self.seeds is None and any(set(own) - {MISSED} for own in known):
             return False

@@ -95,9 +95,12 @@ def _run_experts(
 ) -> Tensor:
     """sum over a token's k experts e of weight_e * down_e(act(up_e(x))), each projection y = x W_e^T + bias_e + scale * (drop(x) A^T) B^T.
 
-    top_k_index: 0 .. E - 1; E stands for no expert, as in transformers.   adapters: {projection: its adapters, one after another}; a projection that is
-    not named has none.   clients: K.   owners: the client of each token, -1 = none; None: all are client 0's.   keys: the part of a dropout counter that
-    names the token.   Returns the shape of `hidden`, in its type.
+    top_k_index: 0 .. E - 1. E stands for no expert, as in transformers.
+    adapters: {projection: its adapters, one after another}. A projection that is not named has none.
+    clients: K.
+    owners: the client of each token. -1: no client. None: every token is client 0's.
+    keys: the row key of each token, which names it in a dropout mask.
+    Returns the shape of `hidden`, in its type.
     """
     x, count, width = hidden.reshape(-1, hidden.shape[-1]), experts.num_experts, top_k_index.shape[-1]
     # Rows lie by expert, and by client inside each, those of no client first: nothing is gathered but the routed tokens themselves.
