@@ -1,0 +1,140 @@
+"""`python docs/lists.py [--check]`: write docs/options.md from `Config`, and the table of ops in docs/kernels.md from the sources."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import sys
+import typing
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+OPTIONS, KERNELS = ROOT / "docs" / "options.md", ROOT / "docs" / "kernels.md"
+BEGIN, END = "<!-- ops: python docs/lists.py -->", "<!-- ops end -->"
+HEAD = """# Every option of a run
+
+Written by `python docs/lists.py` from `hetlora.Config`. An option of `hetlora run` is the setting's name with `--` in front and `-` for `_`.
+In a file and in Python the names are those below. A unit, where there is one, is in the meaning. `hetlora run --help` prints the same.
+
+Options that are no settings, such as `--config`, `--resume` and `--threads`, are in `hetlora run --help` and on [federation.md](federation.md).
+"""
+ENVIRONMENT = """## Environment variables
+
+- `HETLORA_DEBUG=1`: a command, and `hetlora bench`, print the whole traceback of an error, not its line alone.
+- `HETLORA_BACKEND`, `HETLORA_INSTRUCTION_SET`: the rung of every op, and how far the CPU kernels go ([kernels.md](kernels.md)).
+- `HETLORA_CUDA`, `HETLORA_CUDA_ARCHS`: what a build makes ([kernels.md](kernels.md#building)).
+- `HETLORA_TEST_DEVICE`, `HETLORA_TEST_SEED`, `HETLORA_TEST_SHARE`, `HETLORA_TEST_CUDA_ARCHS`: which tests run, on what. Only tests read them.
+"""
+
+
+def values(field: Any) -> str:
+    """What a setting may be: its choices, or its type with its limits."""
+    if typing.get_origin(field.annotation) is typing.Literal:
+        return ", ".join(f"`{value}`" for value in typing.get_args(field.annotation))
+    kind = {bool: "yes or no", int: "integer", float: "number", str: "text"}.get(field.annotation, str(field.annotation).replace("|", "or"))
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    limits = [f"{sign} {getattr(limit, name)}" for limit in field.metadata for name, sign in signs.items() if getattr(limit, name, None) is not None]
+    return " ".join([kind, ", ".join(limits)]).strip()
+
+
+def options() -> str:
+    from hetlora.config import Config, setting_group
+
+    groups: dict[str, list[str]] = {}
+    for name, field in Config.model_fields.items():
+        default = {True: "yes", False: "no"}[field.default] if isinstance(field.default, bool) else str(field.default)
+        meaning = (field.description or "").replace("|", chr(92) + "|")
+        groups.setdefault(setting_group(name), []).append(f"| `{name}` | {f'`{default}`' if default else ''} | {values(field)} | {meaning} |")
+    lines = [HEAD]
+    for group, rows in groups.items():
+        lines += [f"## {group.capitalize()}", "", "| setting | default | values | meaning |", "|---|---|---|---|", *rows, ""]
+    return "\n".join([*lines, ENVIRONMENT])
+
+
+@cache
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def holding(text: str, *patterns: str) -> list[Path]:
+    """Files that match one of the patterns and have the text."""
+    return [path for pattern in patterns for path in sorted(ROOT.glob(pattern)) if text in read(path)]
+
+
+def public(op: str, path: Path) -> Iterator[str]:
+    """Public functions and classes of the file that call the op, by themselves or through others of the file."""
+    parts = {node.name: node for node in ast.parse(read(path)).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    fakes = {name for name, node in parts.items() if any("register_fake" in ast.unparse(each) for each in node.decorator_list)}
+    calling = {name for name, node in parts.items() if f"'{op}'" in ast.unparse(node) and name not in fakes}
+    for _ in parts:  # as often as calls may be nested
+        calling |= {name for name, node in parts.items() if any(isinstance(inner, ast.Name) and inner.id in calling for inner in ast.walk(node))}
+    yield from sorted(name for name in calling if not name.startswith("_"))
+
+
+def cuda_kernels(op: str, binding: Path) -> list[Path]:
+    """The .cu of the op's name, else of the binding's, else those whose launchers the binding and the headers beside it call."""
+    for stem in (op.rstrip("_"), binding.stem):
+        if (own := binding.with_name(f"{stem}.cu")).is_file():
+            return [own]
+    headers = [binding.with_name(name) for name in re.findall(r'#include "(\w+\.h)"', read(binding))]
+    called = {name for path in [binding, *headers] if path.is_file() for name in re.findall(r"check\((hetlora_\w+)\(", read(path))} - {"hetlora_upload"}
+    return [path for path in sorted(binding.parent.glob("*.cu")) if any(f"int {name}(" in read(path) for name in called)]
+
+
+def row(op: str) -> list[str]:
+    from benchmarks.losses import ON_A_CHUNK
+    from benchmarks.providers import PROVIDERS
+    from benchmarks.steps import STEPS
+
+    def short(paths: list[Path], start: str) -> str:
+        return " ".join(f"`{path.relative_to(ROOT / start).as_posix()}`" for path in paths)
+
+    (own,) = holding(f'@register_fake("{op}")', "hetlora_kernels/ops/*.py", "hetlora_kernels/optim.py")
+    names = " ".join(f"`{name}`" for name in public(op, own))
+    bindings = holding(f'impl("{op}"', "csrc/cuda/*.cpp")
+    cuda = [*bindings, *(kernel for binding in bindings for kernel in cuda_kernels(op, binding))]
+    launchers = [node for node in ast.walk(ast.parse(read(ROOT / "hetlora_kernels/triton/__init__.py"))) if isinstance(node, ast.ImportFrom)]
+    imported = {alias.name: node.module for node in launchers for alias in node.names}
+    triton = str(imported[op]).rpartition(".")[2]
+    assert list(ROOT.glob(f"tests/kernels/test_{own.stem}*.py")), own
+    measured = {"providers": PROVIDERS, "steps": STEPS, "losses": ON_A_CHUNK, "lora": ("lora_forward", "lora_backward")}
+    benchmark = [f"`{file}.py`" for file, rows in measured.items() if op in rows or op.rstrip("_") in rows]
+    pages = [path for path in sorted(ROOT.glob("docs/kernels*.md")) if f"`{op}`" in re.sub(f"{BEGIN}.*?{END}", "", read(path), flags=re.DOTALL)]
+    links = " ".join(f"[{path.stem}]({path.name})" for path in pages)
+    python, cpu = f"{short([own], 'hetlora_kernels')} {names}".strip(), short(holding(f'impl("{op}"', "csrc/cpu/*.cpp"), "csrc/cpu")
+    return [f"`{op}`", python, cpu, short(cuda, "csrc/cuda"), f"`{triton}.py`", f"`test_{own.stem}*.py`", " ".join(benchmark), links]
+
+
+def table() -> str:
+    from hetlora_kernels import _library
+
+    head = ["op", "public function", "CPU: `csrc/cpu/`", "CUDA: `csrc/cuda/`", "`triton/`", "`tests/kernels/`", "`benchmarks/`", "docs"]
+    lines = [head, ["---"] * len(head), *(row(op) for op in _library.SCHEMAS)]
+    return "\n".join([BEGIN, *(f"| {' | '.join(cells)} |" for cells in lines), END])
+
+
+def pages() -> dict[Path, str]:
+    before = KERNELS.read_text(encoding="utf-8")
+    start, end = before.index(BEGIN), before.index(END) + len(END)
+    return {OPTIONS: options(), KERNELS: before[:start] + table() + before[end:]}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python docs/lists.py", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say whether the pages are those of the sources")
+    arguments = parser.parse_args(argv)
+    stale = {path: text for path, text in pages().items() if not path.is_file() or path.read_text(encoding="utf-8") != text}
+    if not arguments.check:
+        for path, text in stale.items():
+            path.write_text(text, encoding="utf-8")
+    print(f"{'stale' if arguments.check else 'written'}: {', '.join(path.relative_to(ROOT).as_posix() for path in stale) or 'nothing'}")
+    return int(arguments.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
