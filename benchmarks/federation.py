@@ -37,6 +37,7 @@ import torch
 import hetlora_kernels
 
 from . import run as suites
+from .server import WrongResultError
 
 CLIENTS, UPLOADS, ROUNDS = (8, 32), 1000, 4
 RANKS = (2, 4, 8, 16)
@@ -209,8 +210,6 @@ def taken(way: str, folder: Path, given: dict[str, Any], clients: int) -> tuple[
 
 def check(way: str, adapter: Path, alone: Path, given: dict[str, Any], clients: int) -> None:
     """`WrongResultError` where a way's adapter is not what it has to be. Co-batched clients have other last bits, which the tests of the batch bound."""
-    from .server import WrongResultError
-
     if WAYS[way] == "hetlora":
         if way != OURS and adapter.read_bytes() != alone.read_bytes():
             raise WrongResultError(f"{way}, {clients} clients: its adapter is not that of {ALONE}; nothing is written")

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hetlora_kernels.peft import client_losses, client_segments
+
 from .server import WrongResultError
 from .shapes import chosen
 from .timing import interleaved, peak_extra_bytes
@@ -100,8 +102,6 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def stepper(model: nn.Module, run: nn.Module, case: Case, tokens: Tensor, mixed: bool) -> Callable[[], None]:
     """One training step of `run` (the model, or its compiled form)."""
-    from hetlora_kernels.peft import client_losses, client_segments
-
     optimiser = torch.optim.AdamW([p for name, p in model.named_parameters() if "lora_" in name], lr=0.0, weight_decay=0.0)
     clients = torch.arange(BATCH) % case.clients
     names = [str(k) for k in range(case.clients)]

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from hetlora.compare.differences import Difference, difference_head, difference_row
-from hetlora.compare.figures import METRICS, Tally
-from hetlora.compare.methods import METHODS
+from hetlora.compare.figures import METRICS, Tally, tabulate
+from hetlora.compare.methods import METHODS, ComparisonPlan, make_plan
+from hetlora.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -33,11 +34,8 @@ FILES = ("comparison.json", "comparison.csv", "comparison.md", "comparison.png",
 
 def run(name: str, methods: str) -> None:
     """Run what is missing of a data set, and copy its figures."""
-    from hetlora.compare.figures import tabulate
-    from hetlora.compare.methods import ComparisonPlan, make_plan
     from hetlora.compare.page import write_comparison
     from hetlora.compare.run import run_comparison
-    from hetlora.config import Config
     from hetlora.report.terminal import ComparisonObserver
 
     recipe = ROOT / "examples" / f"study-{name}.yaml"
