@@ -51,6 +51,17 @@ def test_the_doors_train_every_adapter_as_if_it_were_alone(page, peft_model, cap
             torch.testing.assert_close(together[adapter][name], grad, msg=name)
 
 
+def test_the_figures_of_the_first_screen_are_those_of_the_page():
+    first = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split("### I use PEFT")[0].split())
+    words = r"batch take (\S+) of .*? and (\S+) \(BERT.*?adapter takes (\S+) and (\S+) with dropout 0\.1\..*?takes (\S+) and (\S+), which"
+    said = re.search(words, first).groups()
+    summary = (ROOT / "docs" / "figures" / "peft.md").read_text(encoding="utf-8")
+    rows = [re.search(rf"^\| training step, {model}[^|]*, {count}[^|]*\|([^|]*)\|([^|]*)\|", summary, re.MULTILINE).groups()
+            for model, count in (("SmolLM2-135M 30", "8"), ("BERT-base 12", "8"), ("SmolLM2-135M 30", "one"), ("BERT-base 12", "one"))]  # fmt: skip
+    eight_llama, eight_bert, one_llama, one_bert = ([cell.strip() for cell in row] for row in rows)
+    assert said == (eight_llama[0], eight_bert[0], one_llama[1], one_bert[1], one_llama[0], one_bert[0])
+
+
 @pytest.mark.slow
 def test_the_federation_of_your_own_runs(tmp_path, monkeypatch):
     """The Python of docs/federation.md on a tiny model, for one round."""
