@@ -42,9 +42,12 @@ Tensor grouped_gram_op(const Tensor& s, const Tensor& x_tensor, const MaybeTenso
     return grouped_gram(RowWalk({seeds, row_keys, index, ranks, starts, lengths, dropout}, x.rows, -1), shrunk(s), x, dtype);
 }
 
-// Which calls go the small way: on so few rows its base product is faster than the framework's, with a 16-bit weight that the framework multiplies fast only
-// if it is so small (docs/kernels-lora.md), and no client is on the tiles or has its S rounded: its bits are the same in any call. Tests force one way or the other through the
-// op `_lora_way`.
+// A call goes the small way when three things hold (docs/kernels-lora.md):
+// - x has 1 to kFewRows rows.
+// - The base product is fast there: the weight has more than 16 bits an element, or the framework does not multiply its 16-bit type fast, or it has at most
+//   kSmall16BitWeight elements. With a given base there is none to make.
+// - No client is on the tiles or has its S rounded. Such a client takes the large way in every call, so its bits never depend on the call.
+// Tests force one way through the op `_lora_way`.
 constexpr int64_t kFewRows = 8, kSmall16BitWeight = int64_t{1} << 18;
 
 enum Way : int64_t { by_size, small, large, large_widened };

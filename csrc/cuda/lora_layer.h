@@ -262,7 +262,7 @@ class Layer : Walk {
     }
 
     // Whether expand adds the planes: S has to fit into its two stages. Each block of expand reads the planes of its own rows. That costs no more than a launch
-    // of its own in two cases: a block reads no more bytes of planes than it writes of the result, or the planes are at most EXPAND_PLANES bytes in all. Who
+    // of its own in two cases: a block reads no more bytes of planes than it writes of the result, or all blocks together read at most EXPAND_PLANES bytes. Who
     // adds the planes changes no bit.
     bool expand_adds(Type type, const LoraCall& call, int64_t width) const {
         const int size = static_cast<int>(hetlora::size_of(type)), columns = columns_of_a_block(width);

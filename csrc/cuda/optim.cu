@@ -2,8 +2,8 @@
 // whole warp. Bytes: parameters, gradients and states once, parameters and states written once; see norms.cuh for the pass before.
 //
 // Before the update, after the pass of norms.cuh over gradients and tail rows:
-// prepare, one block per client, in float64. For each module it makes c_A = lam |B_tail| / |A_tail|, c_B = lam |A_tail| / |B_tail| (zero at a zero norm) and
-// the squared norm of g + c p. For the client it makes the clipping factor, the step count and the optimiser's own numbers. No atomics, no host
+// prepare, one block per client, with sums in float64. For each module it makes c_A = lam |B_tail| / |A_tail|, c_B = lam |A_tail| / |B_tail| (zero at a zero
+// norm) and the squared norm of g + c p. For the client it makes the clipping factor, the step count and the optimiser's own numbers. No atomics, no host
 // synchronisation.
 #include "dispatch.cuh"
 #include "norms.cuh"
