@@ -42,7 +42,7 @@ def arguments(argv: list[str], prog: str) -> argparse.Namespace:
     parser = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two minutes: a layer by rank and clients, the server's operations, a model of two layers")
     parser.add_argument("--suite", nargs="+", choices=DEFAULT, help="only these suites; the ceilings are measured in any case [default: all; quick: not round]")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="only cases that have one of these names: of operation, shape or type, such as gram")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only cases with these names of operation, shape and type: gram adamw float32")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help=f"begin nothing that would end later [quick: {QUICK_SECONDS:g}, else no limit]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, after each of them")
     parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="counts of threads [default: 1 and all; quick: all; on a GPU 1]")
@@ -163,6 +163,8 @@ def measure(options: argparse.Namespace, command: str) -> int:
         one = argparse.Namespace(**{**vars(chosen), "only": [name]})
         if not any(run.SUITES[suite].wanted(one, device) for suite in suites):
             raise ValueError(f"--only {name}: no case of {', '.join(suites)} has this name; there are {', '.join([*names_of(chosen, suites, device), *why])}")
+    if options.only and not any(numbers.values()):
+        raise ValueError(f"--only {' '.join(options.only)}: no case of {', '.join(suites)} has all of these; of each kind (operation, shape, type) it has one")
     result = run.opening("kit", command, device)
     result |= {"measurement": not options.tiny, "left_out": why, "refused": []} | ({"clocks": how} if how else {})
     print("\n".join(describe(result, counts)), flush=True)

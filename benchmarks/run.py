@@ -86,7 +86,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     limit = "begin no case that would end later, were it the longest so far, and say what is left out; default: 7.5 for lora on cuda, else no limit"
     parser.add_argument("--minutes", type=float, help=limit)
     parser.add_argument("--memory-gb", type=float, default=8.0, help="what a case may hold; uploads that need more are streamed")
-    parser.add_argument("--only", nargs="*", help="only these operations")
+    parser.add_argument("--only", nargs="*", help="only cases with these names of operation, shape or type; of each kind one")
     parser.add_argument("--rungs", nargs="+", choices=_library.RUNGS, help="of this project, in server and lora; default: that in use, in lora all")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
     parser.add_argument("--short", action="store_true", help="the few shapes of `hetlora bench --quick`")

@@ -14,9 +14,24 @@ TINY = [(24, 40), (8, 40)]
 SERVER_SHAPES = {"SmolLM2-135M attention (30 layers)": SMOLLM2_135M_ATTENTION, "Llama-3.1-8B attention (1 layer)": LLAMA_8B_ATTENTION_LAYER}
 
 
+TYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def kind_of(word: str) -> str:
+    """What a word of `--only` names: a type, tokens ("T=256"), clients ("K=8"), a shape, or else an operation or a model."""
+    if word in TYPES:
+        return "type"
+    if word in (*SERVER_SHAPES, "tiny") or "->" in word:
+        return "shape"
+    return {"T=": "tokens", "K=": "clients"}.get(word[:2], "operation")
+
+
 def chosen(options: Any, *names: str) -> bool:
-    """Whether `--only` leaves a case that has these names."""
-    return not options.only or bool({*names} & {*options.only})
+    """Whether `--only` leaves a case that has these names: of each kind that it has words of, one. `gram adamw float32` is both operations in float32."""
+    asked: dict[str, set[str]] = {}
+    for word in options.only or []:
+        asked.setdefault(kind_of(word), set()).add(word)
+    return all(words & {*names} for words in asked.values())
 
 
 def power_law_ranks(clients: int, lowest: int = 5, highest: int = 50) -> list[int]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hetlora_kernels import _library
-from hetlora_kernels.benchmarks import ceilings, figures, kit, lora, providers, run, saved
+from hetlora_kernels.benchmarks import ceilings, figures, kit, lora, providers, run, saved, shapes
 
 CPU = torch.device("cpu")
 TINY = ["--tiny", "--device", "cpu", "--threads", "1"]
@@ -76,6 +76,18 @@ def test_rungs_are_measured_one_by_one_and_no_other(tmp_path, monkeypatch, capsy
     assert "left out  peft: --rungs: it is measured on the rung in use" in capsys.readouterr().out
 
 
+def test_only_narrows_by_each_kind():
+    cases = [(op, shape, kind) for op in ("gram", "adamw", "sgd") for shape in ("tiny", "576->576") for kind in ("float32", "bfloat16")]
+
+    def left(*words):
+        return [case for case in cases if shapes.chosen(argparse.Namespace(only=list(words)), *case)]
+
+    assert left() == cases and left("gram", "adamw") == cases[:8]
+    assert left("gram", "adamw", "float32") == [case for case in cases[:8] if case[2] == "float32"]
+    assert left("sgd", "576->576", "bfloat16") == [("sgd", "576->576", "bfloat16")]
+    assert left("gram", "float64") == left("gram", "T=8") == []
+
+
 def test_a_rung_that_is_not_there_is_refused(monkeypatch, capsys):
     if "cuda" not in _library.available():
         assert kit.main([*TINY, "--rungs", "cuda"]) == 2
@@ -106,6 +118,7 @@ def test_without_peft_its_rows_are_left_out_and_said(tmp_path, monkeypatch, caps
     [
         (["--frob"], "unrecognized arguments: --frob"),
         (["--only", "gram", "frob"], "--only frob: no case of server, lora, loss, peft, round has this name; there are aggregate, truncate,"),
+        (["--only", "gram", "T=16"], "--only gram T=16: no case of server, lora, loss, peft, round has all of these; of each kind (operation, shape, type)"),
         (["--budget", "0"], "--budget: expected seconds above 0, got 0"),
         (["--threads", "0"], "--threads: expected numbers from 1, got 0"),
         (["--json", "no/such/folder/a.json"], "--json no/such/folder/a.json: expected a file in a folder that exists"),
