@@ -87,6 +87,5 @@ def measure(case: Case, options: Any, device: torch.device, threads: int) -> lis
     slow = once > options.seconds / 4
     timing = interleaved({"torch": work}, "torch", device, options.seconds / 4, least_rounds=3 if slow else 7, known={"torch": once} if slow else None)["torch"]
     record = {"op": case.op, "shape": case.shape, "clients": 1, "dtype": str(case.dtype).removeprefix("torch."), "threads": threads}
-    record |= {"provider": "torch", "yardstick": "torch", "bytes": case.bytes, "flops": case.flops, "note": "", "rounds": timing.rounds}
-    record |= {"median_s": timing.median, "p20_s": timing.p20, "p80_s": timing.p80, "gb_per_s": case.bytes / timing.median / 1e9, "ratio": 1.0}
-    return [{**record, "peak_extra_bytes": None}]
+    record |= {"provider": "torch", "yardstick": "torch", "bytes": case.bytes, "flops": case.flops, "note": ""}
+    return [{**record, **timing.figures(case.bytes), "peak_extra_bytes": None}]

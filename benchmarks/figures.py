@@ -91,7 +91,7 @@ def line(record: Record, case: Mapping[str, Record], best: Ceilings) -> str:
     """One provider's figures in a line."""
     spread = f"{seconds(record['median_s'])} ({seconds(record['p20_s'])} to {seconds(record['p80_s'])})"
     name, ours, of = record["provider"], own(case), share(record, best)
-    said = []
+    said = [f"{seconds(record['device_s'])} between events on the device"] if "device_s" in record else []
     if of is not None and name != record["yardstick"]:
         said.append(f"{100 * of[0]:.0f} % of {of[1]}")
     others = alternatives(case)

@@ -359,8 +359,7 @@ def measure(case: tuple[Problem, str], options: Any, device: torch.device, threa
     records = []
     for name, timing in timings.items():
         record = {"op": op, "shape": f"{p.n}->{p.m} T={p.tokens} r={_text(p.ranks)}", "clients": p.clients, "dtype": str(p.dtype).removeprefix("torch.")}
-        record |= {"threads": threads, "provider": name, "yardstick": YARDSTICK, "bytes": size, "rounds": timing.rounds, "note": ""}
-        record |= {"median_s": timing.median, "p20_s": timing.p20, "p80_s": timing.p80, "gb_per_s": size / timing.median / 1e9, "ratio": timing.ratio}
+        record |= {"threads": threads, "provider": name, "yardstick": YARDSTICK, "bytes": size, "note": ""} | timing.figures(size)
         record["flops"] = flops(p)
         record["ratio_to_peft"] = timing.over(timings[RIVAL]) if RIVAL in timings else None
         own = device.type == "cuda" and p.dtype == torch.bfloat16 and name.startswith("hetlora")

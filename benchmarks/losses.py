@@ -162,9 +162,8 @@ def measure(case: Case, options: Any, device: torch.device, threads: int) -> lis
     records = []
     for name, timing in interleaved(runs, YARDSTICK, device, options.seconds).items():
         record = {"op": "loss", "shape": case.shape, "clients": CLIENTS, "dtype": str(case.dtype).removeprefix("torch."), "threads": threads}
-        record |= {"provider": name, "yardstick": YARDSTICK, "bytes": size, "flops": 4 * case.tokens * case.words * case.columns, "rounds": timing.rounds}
-        record |= {"median_s": timing.median, "p20_s": timing.p20, "p80_s": timing.p80, "gb_per_s": size / timing.median / 1e9, "ratio": timing.ratio}
-        records.append({**record, "note": "", "peak_extra_bytes": peak_extra_bytes(runs[name], device)})
+        record |= {"provider": name, "yardstick": YARDSTICK, "bytes": size, "flops": 4 * case.tokens * case.words * case.columns}
+        records.append({**record, **timing.figures(size), "note": "", "peak_extra_bytes": peak_extra_bytes(runs[name], device)})
     return records
 
 

@@ -262,6 +262,8 @@ def rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
         for place, (name, record) in enumerate(case.items()):
             share = figures.share(record, best) if name != record["yardstick"] else None
             span = f"{figures.seconds(record['p20_s'])} to {figures.seconds(record['p80_s'])}"
+            if "device_s" in record:
+                span += f"; {figures.seconds(record['device_s'])} between events on the device"
             cells = [name, figures.seconds(record["median_s"]), span, figures.rate(record), f"{100 * share[0]:.0f} % of {share[1]}" if share else ""]
             found.append({"case": figures.title(of) if place == 0 else "", "cells": [*cells, f"{others[name]:.2f}" if name in others else ""]})
     return found

@@ -293,8 +293,7 @@ def measure(case: Case, options: Any, device: torch.device, threads: int) -> lis
     records = []
     for name, timing in timings.items():
         record = {"op": "round", "shape": case.shape, "clients": case.clients, "dtype": "float32", "threads": threads, "provider": name}
-        record |= {"yardstick": YARDSTICK, "bytes": size, "rounds": timing.rounds, "note": "", "gb_per_s": size / timing.median / 1e9}
-        record |= {"median_s": timing.median, "p20_s": timing.p20, "p80_s": timing.p80, "ratio": timing.ratio}
+        record |= {"yardstick": YARDSTICK, "bytes": size, "note": ""} | timing.figures(size)
         record["peak_extra_bytes"] = peak_extra_bytes(runs[name], device) if name in runs and case.tokens <= 1024 else None
         records.append(record)
     return records

@@ -157,9 +157,8 @@ def measure(case: Case, options: Any, device: torch.device, threads: int) -> lis
     for name, timing in timings.items():
         own = scale if name == case.yardstick else 1.0
         record = {"op": case.op, "shape": case.shape, "clients": len(case.problem.ranks), "dtype": str(case.problem.dtype).removeprefix("torch.")}
-        record |= {"threads": threads, "provider": name, "yardstick": case.yardstick, "bytes": case.bytes, "rounds": timing.rounds, "note": case.note}
-        record |= {"median_s": timing.median * own, "p20_s": timing.p20 * own, "p80_s": timing.p80 * own}
-        record |= {"gb_per_s": case.bytes / (timing.median * own) / 1e9, "ratio": timing.ratio * own / scale}
+        record |= {"threads": threads, "provider": name, "yardstick": case.yardstick, "bytes": case.bytes, "note": case.note}
+        record |= timing.figures(case.bytes, own) | {"ratio": timing.ratio * own / scale}
         endless = timing.median > ENDLESS_SECONDS
         record["peak_extra_bytes"] = None if name == case.yardstick or endless else peak_extra_bytes(works[name], device)
         records.append(record)

@@ -8,8 +8,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,8 +21,9 @@ ENDLESS_SECONDS = 8.0  # and what takes longer than this in one
 
 @dataclass(frozen=True)
 class Timing:
-    times: list[float]  # seconds of one call in each round
+    times: list[float]  # seconds of one call in each round, by the clock of the host
     ratio: float  # over the yardstick
+    device_times: list[float] = field(default_factory=list)  # the same between two events on a GPU; none on a CPU
 
     @property
     def rounds(self) -> int:
@@ -43,21 +45,33 @@ class Timing:
         ordered = sorted(self.times)
         return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
+    def figures(self, size: int, scale: float = 1.0) -> dict[str, Any]:
+        """What a record says of it.   size: bytes of a call.   scale: of the times, where a call stands for more or less than one."""
+        found = {"rounds": self.rounds, "median_s": self.median * scale, "p20_s": self.p20 * scale, "p80_s": self.p80 * scale}
+        found |= {"gb_per_s": size / (self.median * scale) / 1e9, "ratio": self.ratio}
+        return found | ({"device_s": statistics.median(self.device_times) * scale} if self.device_times else {})
+
     def over(self, other: Timing) -> float:
         """Median over the rounds of (own time / the other's in that round)."""
         return statistics.median(own / base for own, base in zip(self.times, other.times, strict=False))  # a slow one has fewer rounds
 
 
-def _turn(run: Callable[[], object], device: torch.device, calls: int = 1) -> float:
-    """Seconds of one of so many calls."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def _turn(run: Callable[[], object], device: torch.device, calls: int = 1) -> tuple[float, float | None]:
+    """Seconds of one of so many calls, by the host's clock and, on a GPU, between an event before the first and one after the last."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - start) / calls, None
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    torch.cuda.synchronize()
     start = time.perf_counter()
+    events[0].record()
     for _ in range(calls):
         run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / calls
+    events[1].record()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls, events[0].elapsed_time(events[1]) / 1e3 / calls
 
 
 def interleaved(
@@ -79,20 +93,23 @@ def interleaved(
     if known is None:
         for run in runs.values():
             _turn(run, device)
-    warm = known or {name: _turn(run, device) for name, run in runs.items()}
+    warm = known or {name: _turn(run, device)[0] for name, run in runs.items()}
     calls = {name: max(1, int(SHORT_SECONDS / max(once, 1e-9))) for name, once in warm.items()}
     a_round = sum(warm[name] * calls[name] for name in runs if name not in aside)
     rounds = max(least_rounds, min(most_rounds, int(seconds / max(a_round, 1e-9))))
     long = {name for name in known or {} if warm[name] > ENDLESS_SECONDS}
     times: dict[str, list[float]] = {name: [warm[name]] if name in long else [] for name in runs}
+    device_times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds):
         for name in list(runs) if turn % 2 == 0 else reversed(runs):
             most = 3 if name in aside else least_rounds if warm[name] > SLOW_SECONDS else rounds
             few = 0 if name in long else 1 if warm[name] > ENDLESS_SECONDS else most
             if turn < few:
-                times[name].append(_turn(runs[name], device, calls[name]))
+                by_host, by_device = _turn(runs[name], device, calls[name])
+                times[name].append(by_host)
+                device_times[name] += [] if by_device is None else [by_device]
     base = Timing(times[yardstick], 1.0)
-    return {name: Timing(own, Timing(own, 1.0).over(base)) for name, own in times.items()}
+    return {name: Timing(own, Timing(own, 1.0).over(base), device_times[name]) for name, own in times.items()}
 
 
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc's

@@ -15,7 +15,7 @@ import forked
 import pytest
 import torch
 
-from benchmarks import compare, plots, providers, run, saved, server, steps, tables, timing
+from benchmarks import compare, figures, plots, providers, run, saved, server, steps, tables, timing
 from benchmarks import compiled as bench_compiled
 from benchmarks import losses as bench_losses
 from benchmarks import packing as bench_packing
@@ -86,6 +86,32 @@ def test_rounds_go_to_and_fro_and_what_stands_aside_has_three():
     assert turns == a_round * 2 + a_round + back + a_round + ["b", "a"] + ["a", "b"]
     assert {name: one.rounds for name, one in timings.items()} == {"a": 5, "b": 5, "aside": 3}
     assert timing.Timing([2.0, 4.0, 9.0], 0.0).over(timing.Timing([1.0, 4.0, 3.0], 0.0)) == 2.0
+
+
+def test_a_gpu_has_the_time_between_events_beside_the_hosts(monkeypatch):
+    """A stand-in for the device, whose clock goes on by 2 ms at each call, whatever the host takes."""
+    queue = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = len(queue)
+
+        def elapsed_time(self, end):
+            return 2.0 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = timing.interleaved({"a": lambda: queue.append(0)}, "a", torch.device("cuda"), seconds=0.0)["a"]
+    assert found.rounds == 3 and len(queue) > 100 and found.device_times == pytest.approx([2e-3] * 3)
+    record = found.figures(8, scale=0.5)
+    assert record["device_s"] == pytest.approx(1e-3) and record["median_s"] == found.median / 2 < 1e-4
+    assert record["gb_per_s"] == pytest.approx(8 / record["median_s"] / 1e9)
+    assert "device_s" not in timing.Timing([1.0], 1.0).figures(8)
+    line = figures.line({"provider": "x", "yardstick": "x", "op": "gram", "dtype": "float32", **record}, {}, {})
+    assert "1.00 ms between events on the device" in line or "1 ms between events on the device" in line
 
 
 def test_short_calls_are_timed_many_at_a_turn():
