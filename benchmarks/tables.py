@@ -1,7 +1,8 @@
 """`python -m benchmarks.tables [--check]`: write the tables of the pages from benchmarks/results and the model, between markers that name
 file and table.
 
-The table `conditions` is the processor, threads, versions, date and command of a file: a page that shows a file's figures shows these once.
+The table `conditions` is the processor, threads, versions, date and command of a file: a page that shows a file's figures shows these once, or, where another
+page has them, `machine`: the processor, threads, torch and date.
 """
 
 from __future__ import annotations
@@ -262,12 +263,14 @@ TABLES = {
 }
 
 
-def facts(data: dict[str, Any], file: Path, page: Path) -> list[str]:
+def facts(data: dict[str, Any], file: Path, page: Path, short: bool = False) -> list[str]:
     device, load = data["device"], data["load_average"]
     name = device.get("gpu") or f"{device['cpu']}, {device['cores']} cores"
     threads = " and ".join(str(count) for count in sorted({r["threads"] for r in data["results"]}))
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     link = Path(os.path.relpath(file, page.parent)).as_posix()
+    if short:
+        return [f"Conditions: {name}; threads: {threads}; torch {data['versions']['torch']}; figures {data['date']} ([{file.name}]({link}))."]
     return [
         f"{name}; threads: {threads}; {versions}; figures {data['date']}; `{data['command']}`",
         f"([{file.name}]({link}); load average of the machine {load['before']:.1f} before, {load['after']:.1f} after).",
@@ -284,7 +287,10 @@ def render(text: str, results: Path, page: Path) -> str:
         if not file.is_file():
             return f"{match[1]}Not measured yet.\n{match['end']}"
         data = saved.read(file)
-        lines = facts(data, file, page) if match["kind"] == "conditions" else TABLES[match["kind"]](data)
+        if match["kind"] in ("conditions", "machine"):
+            lines = facts(data, file, page, match["kind"] == "machine")
+        else:
+            lines = TABLES[match["kind"]](data)
         return match[1] + "\n".join(lines) + "\n" + match["end"]
 
     return MARKED.sub(fill, text)

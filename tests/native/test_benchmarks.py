@@ -204,7 +204,7 @@ def test_a_page_with_figures_says_once_how_they_were_measured():
         text = page.read_text(encoding="utf-8")
         pictured = {"cpu-peft.json"} if plots.PICTURE.name in text else set()
         for file in pictured | {match["file"] for match in tables.MARKED.finditer(text) if match["file"].endswith(".json")}:
-            assert len(re.findall(f"<!-- benchmarks: {file} conditions -->", text)) == 1, f"{page.name}: the conditions of {file}"
+            assert len(re.findall(f"<!-- benchmarks: {file} (?:conditions|machine) -->", text)) == 1, f"{page.name}: the conditions of {file}"
             shown += 1
     assert shown >= len(RESULTS)
 
