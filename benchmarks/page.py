@@ -166,8 +166,8 @@ def curves(cases: Cases) -> dict[Group, tuple[str, dict[str, Curve]]]:
         many = [(clients, case) for rank, clients, case in points if common is not None and rank == common]
         of_rank = "" if common is None else f", clients of rank {common}"
         by_load: dict[tuple[int, int], list[tuple[int, Mapping[str, figures.Record]]]] = {}
-        for (other, all_rows, _), own in places.items():
-            if other == layer:
+        for (other, all_rows, count), own in places.items():
+            if (other, count) == (layer, threads):
                 for rank, clients, case in own:
                     by_load.setdefault((clients, rank), []).append((all_rows // clients, case))
         (clients, rank), by_tokens = max(by_load.items(), key=lambda pair: (len(pair[1]), pair[0][0]))

@@ -44,14 +44,11 @@ class Batch:
     """The clients of one batch, as `client_segments` names them, and whose the rows of every layer's input are.
 
     A layer's rows are known in one of four ways:
-
     1. `given` names them.
     2. They were followed from the model's inputs to the layer (`Follower`).
     3. An earlier call in the same mode (training or not) showed their order. `forms` keeps it.
     4. The first dimension alone has the size of the batch. This counts only where nothing can be followed (a layer called without its model, a compiled model)
-       or the input is no sequence's data.
-
-    Everything else is refused by the name of the layer.
+       or the input is no sequence's data. Everything else is refused by the name of the layer.
     """
 
     def __init__(

@@ -89,7 +89,7 @@ def test_the_probe_counts_what_a_step_keeps_and_keeps_none_of_it(tmp_path, monke
 
     monkeypatch.setattr(memory, "token_losses", look)
     found = step_memory(model, shapes, 8, 4, cfg).kept
-    assert len(seen) == 2 and alive == [False, False]
+    assert len(seen) == 3 and alive == [False] * 3
 
     bank = hk.AdapterBank(shapes, [4])
     own = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers(), *bank.parameters())}
@@ -102,6 +102,21 @@ def test_the_probe_counts_what_a_step_keeps_and_keeps_none_of_it(tmp_path, monke
         held.append(sum(size for at, size in storages.items() if at not in own))
         assert losses.requires_grad
     assert found == (held[1] - held[0]) / 16 > 0
+
+
+@pytest.mark.filterwarnings("ignore:losses are made from all logits")
+def test_a_model_whose_head_is_refused_after_its_first_call_is_counted_once(tmp_path):
+    model, cfg = tiny_model(), tiny_config(tmp_path, seq_len=16)
+
+    class More(type(model)):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits + 1
+            return out
+
+    model.__class__ = More
+    first, again = (step_memory(model, target_shapes(model, "attention"), 8, 4, cfg).kept for _ in range(2))
+    assert first == again > 0
 
 
 def test_free_memory_is_the_least_of_what_the_system_and_the_container_leave(tmp_path, monkeypatch):
