@@ -77,13 +77,14 @@ def public(op: str, path: Path) -> Iterator[str]:
 
 
 def cuda_kernels(op: str, binding: Path) -> list[Path]:
-    """The .cu of the op's name, else of the binding's, else those whose launchers the binding and the headers beside it call."""
-    for stem in (op.rstrip("_"), binding.stem):
-        if (own := binding.with_name(f"{stem}.cu")).is_file():
-            return [own]
+    """The .cu that has the op's launcher, else those whose launchers the binding and the headers beside it call."""
+    kernels = sorted(binding.parent.glob("*.cu"))
+    name = op.rstrip("_").removesuffix("_rows")
+    if own := [path for path in kernels if f"cudaError_t hetlora_{name}(" in read(path)]:
+        return own
     headers = [binding.with_name(name) for name in re.findall(r'#include "(\w+\.h)"', read(binding))]
     called = {name for path in [binding, *headers] if path.is_file() for name in re.findall(r"check\((hetlora_\w+)\(", read(path))} - {"hetlora_upload"}
-    return [path for path in sorted(binding.parent.glob("*.cu")) if any(f"int {name}(" in read(path) for name in called)]
+    return [path for path in kernels if any(f"cudaError_t {launcher}(" in read(path) for launcher in called)]
 
 
 def row(op: str) -> list[str]:
