@@ -46,7 +46,7 @@ Tensor grouped_gram_op(const Tensor& s, const Tensor& x_tensor, const MaybeTenso
 // - x has 1 to kFewRows rows.
 // - The base product is fast there: the weight has more than 16 bits an element, or the framework does not multiply its 16-bit type fast, or it has at most
 //   kSmall16BitWeight elements. With a given base there is none to make.
-// - No client is on the tiles or has its S rounded. Such a client takes the large way in every call, so its bits never depend on the call.
+// - No client is on the tiles or has its S rounded. A call with such a client goes the large way, whatever its size, so that client's bits never depend on it.
 // Tests force one way through the op `_lora_way`.
 constexpr int64_t kFewRows = 8, kSmall16BitWeight = int64_t{1} << 18;
 

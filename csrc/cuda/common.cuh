@@ -1,6 +1,7 @@
 // Loads, stores, warp sums and item numbering shared by the kernels. The kernels of aggregation, truncation, dequantising, the optimisers' updates and the
 // first pass of norms give one warp one item: a row of one module and CHUNK columns of it. They have no barriers and no shared memory. shrink, expand,
-// grouped_gram, gram, cross_entropy_ and the optimisers' `prepare` work by the block, as their files say. No kernel of this library has atomics. What a warp
+// grouped_gram, gram, cross_entropy_ and the optimisers' `prepare` work by the block. In the other kernels a warp owns a whole row, or a client and module. Their
+// files say so. No kernel of this library has atomics. What a warp
 // adds, it adds in a fixed order.
 #pragma once
 #include <cuda_bf16.h>
