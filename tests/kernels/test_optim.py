@@ -202,6 +202,28 @@ def test_moments_in_bfloat16_are_rounded_once_a_step(kind, device):
         assert all(same_bits(one, two) for one, two in zip(opt.exp_avg_sq, other.exp_avg_sq, strict=True))
 
 
+@pytest.mark.parametrize(("dtype", "moments"), [(torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfloat16, None), (torch.float64, None)])
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_an_elements_bits_do_not_depend_on_its_place(kind, dtype, moments, device):
+    """One number in all places of rows of 1 to 40 columns: vectors and what is left of a row take the same roundings."""
+    found = {}
+    for columns in range(1, 41):
+        bank = hk.AdapterBank({"m": (columns, columns)}, [1], dtype=dtype, device=device)
+        make = hk.AdamW if kind == "adamw" else partial(hk.SGD, momentum=0.9)
+        opt = make(bank, lr=0.013, weight_decay=0.07, moments_dtype=moments)
+        for factor in bank.parameters():
+            factor.data.fill_(0.3713)
+        for step in range(3):
+            for factor in bank.parameters():
+                factor.grad = torch.full_like(factor, 0.171 + 0.39 * step)
+            opt.step()
+        for factor in bank.parameters():
+            values = factor.detach().flatten().unique()
+            assert len(values) == 1, f"{columns} columns: {values.tolist()}"
+            found[columns] = float(values)
+    assert len(set(found.values())) == 1 and found[1] != 0.3713
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_as_exact_as_torch_in_the_same_type(kind, dtype, device):
