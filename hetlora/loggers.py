@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -125,7 +126,7 @@ def check_told(observer: Any, loggers: Any, on_round_end: Any) -> None:
         raise ConfigError(f"on_round_end: expected a function of a round's record, got {on_round_end!r:.60}")
 
 
-_EVENTS = ("message", "pretrain", "work", "start", "round_start", "local_step", "evaluate", "round_end", "cell", "finish", "stopped")
+_EVENTS = ("message", "pretrain", "work", "start", "round_start", "local_step", "evaluate", "round_end", "cell", "finish")
 
 
 class Observers(Observer):
@@ -144,3 +145,11 @@ class Observers(Observer):
                 self._on_round_end(*content)
 
         return tell
+
+    def stopped(self, error: BaseException) -> None:
+        """Each closes what it opened. One that cannot is named in a warning: it hides neither `error` nor the others."""
+        for observer in self._observers:
+            try:
+                observer.stopped(error)
+            except Exception as own:
+                warnings.warn(f"{type(observer).__name__} could not close its run: {type(own).__name__}: {own}", stacklevel=2)

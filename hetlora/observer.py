@@ -9,7 +9,7 @@ from hetlora.config import Config
 
 class Observer:
     """Receives the events of a run, in this order: messages and pre-training, `start`, then per round
-    `round_start`, `local_step`..., `evaluate`..., `round_end`, and at last `finish`, or `stopped` where the run did not come to its end.
+    `round_start`, `local_step`..., `evaluate`..., `round_end`, and at last `finish`; or `stopped`, where `simulate` ends by an error or an interrupt.
 
     Subclass and override what you need. Exceptions from an observer stop the run; `resume=True` continues it.
     """

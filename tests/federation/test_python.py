@@ -90,7 +90,7 @@ def test_callbacks_and_loggers_get_every_round_and_change_nothing(tmp_path):
 
 def test_every_event_of_an_observer_is_forwarded():
     events = {name for name, value in vars(Observer).items() if not name.startswith("_") and callable(value)}
-    assert set(loggers._EVENTS) == events
+    assert {*loggers._EVENTS, "stopped"} == events
 
 
 def test_an_error_of_a_callback_stops_the_run_which_can_be_continued(tmp_path):
@@ -127,6 +127,25 @@ def test_loggers_say_each_round_to_their_package(tmp_path, monkeypatch, name):
     assert [step for _, step in rounds] == [0, 1, 2] and calls[0][2].get("project", calls[0][2].get("run_name")) == "p"
     assert rounds[2][0]["perplexity/clients"] == result.history[2]["evaluation"]["client_text"]["perplexity"]
     assert calls[-1][0] in ("finish", "end_run")
+
+
+def test_a_logger_that_cannot_close_hides_neither_the_error_nor_the_others(tmp_path):
+    closed = []
+
+    class Broken(Observer):
+        def stopped(self, error):
+            raise OSError("no server")
+
+    class Whole(Observer):
+        def stopped(self, error):
+            closed.append(str(error))
+
+    def stop(record):
+        raise ValueError("mine")
+
+    with pytest.warns(UserWarning, match="Broken could not close its run: OSError: no server"), pytest.raises(ValueError, match="mine"):
+        run(tmp_path / "run", quiet=True, loggers=[Broken(), Whole()], on_round_end=stop)
+    assert closed == ["mine"]
 
 
 @pytest.mark.parametrize(("error", "status"), [(RuntimeError("enough"), "FAILED"), (KeyboardInterrupt(), "KILLED")], ids=["error", "interrupt"])
