@@ -68,11 +68,19 @@ def federation_of(cfg: Config, model: Any, tokenizer: Any, data: Any, observer: 
 def _data(cfg: Config, tokenizer: Any, data: Any) -> FederatedData:
     if isinstance(data, FederatedData):
         return data
-    if type(data).__module__.partition(".")[0] == "pandas" and hasattr(data, "columns"):
-        data = data.to_dict("records")  # a frame; to iterate over it would give the names of its columns
+    if _is_frame(data):  # to iterate over it would give the names of its columns
+        names = list(data.columns)
+        if twice := [name for place, name in enumerate(names) if name in names[:place]]:
+            raise ConfigError(f"data: the column {twice[0]!r} of the frame comes twice; rename one")
+        data = data.to_dict("records")
     if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
         raise ConfigError(f"data: expected {{client: texts}}, rows as of a JSONL file, or FederatedData, got {type(data).__name__}; a path is cfg.data")
     return split_corpus(cfg, tokenizer, _mapping(cfg, data) if isinstance(data, Mapping) else rows_in_memory(data, cfg))
+
+
+def _is_frame(data: Any) -> bool:
+    """A DataFrame of pandas, or of a class made from it."""
+    return hasattr(data, "columns") and any(kind.__module__.partition(".")[0] == "pandas" for kind in type(data).__mro__)
 
 
 def _mapping(cfg: Config, data: Mapping[Any, Any]) -> Corpus:
@@ -83,7 +91,9 @@ def _mapping(cfg: Config, data: Mapping[Any, Any]) -> Corpus:
     for name, texts in data.items():
         if not isinstance(name, str):
             raise ConfigError(f"data: expected the name of a client, a text, got {name!r:.60}")
-        if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
+        if _is_frame(texts):
+            raise ConfigError(f"data: expected texts in a list for each client, got a frame for {name!r:.60}; give its column, frame['text']")
+        if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
             raise ConfigError(f"data: expected texts in a list for each client, got {type(texts).__name__} for {name!r:.60}")
         texts = list(texts)
         if odd := [text for text in texts if not isinstance(text, str)]:

@@ -55,13 +55,40 @@ class Frame:
 Frame.__module__ = "pandas.core.frame"
 
 
-@pytest.mark.parametrize("data", [TEXTS, ROWS, (row for row in ROWS), Frame()], ids=["texts", "rows", "generator", "frame"])
+class Own(Frame):
+    """A frame of a class made from pandas' own, as geopandas has one."""
+
+
+@pytest.mark.parametrize("data", [TEXTS, ROWS, (row for row in ROWS), Frame(), Own()], ids=["texts", "rows", "generator", "frame", "own frame"])
 def test_objects_give_the_run_that_files_give(tmp_path, from_files, data):
     result = simulate(config(tmp_path / "run"), model=byte_model(), tokenizer=TOKENIZER, data=data, quiet=True)
     assert lines(tmp_path / "run") == lines(from_files)
     saved = read_config(tmp_path / "run")
     assert (saved.model, saved.data, saved.dtype, saved.device) == ("in memory", "in memory", "float32", "cpu")
     assert result.summary["clients"][0]["name"] == "ann"
+
+
+def test_a_frame_of_the_real_pandas(tmp_path, from_files):
+    pandas = pytest.importorskip("pandas", reason="needs the extra 'pandas'")
+    simulate(config(tmp_path / "run"), model=byte_model(), tokenizer=TOKENIZER, data=pandas.DataFrame(ROWS), quiet=True)
+    assert lines(tmp_path / "run") == lines(from_files)
+
+
+class Twice(Frame):
+    columns = ("client", "text", "text")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (Twice(), "data: the column 'text' of the frame comes twice; rename one"),
+        ({"ann": Frame()}, r"got a frame for 'ann'; give its column, frame\['text'\]"),
+        ({"ann": {"text": "ho"}}, "expected texts in a list for each client, got dict for 'ann'"),
+    ],
+)
+def test_tables_in_the_wrong_place_are_named(tmp_path, data, reason):
+    with pytest.raises(ConfigError, match=reason):
+        simulate(config(tmp_path / "run"), model=byte_model(), tokenizer=TOKENIZER, data=data, quiet=True)
 
 
 def test_one_of_them_and_the_rest_from_the_settings(tmp_path, from_files):
