@@ -254,6 +254,8 @@ def export(run_dir: str, rank: int | None, client: str | None, out_dir: str | No
         raise click.UsageError("export: expected -o DIR for the adapter or --merged DIR for the whole model, got neither")
     if dtype is not None and merged_dir is None:
         raise click.UsageError("--dtype: of the weights that --merged DIR writes; an adapter keeps its own type")
+    if merged_dir is not None:
+        _loaded("hetlora.export_model").check_target(merged_dir, dtype)
     if out_dir is not None:  # first, as it takes less: a run without an adapter is refused before a model is written
         exports = _loaded("hetlora.export")
         folder = exports.export_adapter(run_dir, out_dir, rank=rank, client=client)

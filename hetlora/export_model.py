@@ -24,6 +24,13 @@ from hetlora_kernels.linear import linear_weight
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
+def check_target(out_dir: str | Path, dtype: str | None) -> None:
+    """`ConfigError` where `export_merged` could not write there, or not in that type."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    run_folder.refuse_existing(Path(out_dir), "give a new folder, nothing is overwritten")
+
+
 def export_merged(run_dir: str | Path, out_dir: str | Path, rank: int | None = None, client: str | None = None, dtype: str | None = None) -> Path:
     """W + s B A of every module, and all else of the base model, written to `out_dir` for `AutoModelForCausalLM.from_pretrained`, tokenizer included.
 
@@ -35,10 +42,8 @@ def export_merged(run_dir: str | Path, out_dir: str | Path, rank: int | None = N
     cannot hold. Nothing is left in `out_dir` then.
     """
     run, out = Path(run_dir), Path(out_dir)
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_target(out, dtype)
     cfg = run_folder.read_config(run)
-    run_folder.refuse_existing(out, "give a new folder, nothing is overwritten")
     if cfg.merge_kind.no_adapter:
         if rank is not None or client is not None:
             raise ConfigError(f"{run}: what this run learned is in the base model, which has no rank and no clients; leave --rank and --client out")

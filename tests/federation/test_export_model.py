@@ -184,6 +184,10 @@ def test_numbers_that_a_type_cannot_hold_are_refused(tmp_path):
 def test_the_command_line_writes_both(tmp_path, run):
     done = CliRunner().invoke(cli, ["export", str(run), "-o", str(tmp_path / "adapter"), "--merged", str(tmp_path / "merged"), "--dtype", "bfloat16"])
     assert done.exit_code == 0, done.output
+    for name, dtype, reason in (("merged", "float32", "nothing is overwritten"), ("m", "int8", "dtype: expected one")):
+        options = ["-o", str(tmp_path / "later"), "--merged", str(tmp_path / name), "--dtype", dtype]
+        refused = CliRunner().invoke(cli, ["export", str(run), *options])
+        assert refused.exit_code == 2 and reason in refused.output and not (tmp_path / "later").exists(), "before the adapter is written"
     assert f"merged model: {tmp_path / 'merged'}" in done.output and "adapter: " in done.output
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
     for wrong, reason in (
