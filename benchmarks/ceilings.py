@@ -76,8 +76,13 @@ def make(case: Case, device: torch.device) -> tuple[Callable[[], object], Callab
 def measure(case: Case, options: Any, device: torch.device, threads: int) -> list[dict[str, Any]]:
     torch.set_num_threads(threads)
     work, made = make(case, device)
+    if device.type == "cuda":  # the first call makes the libraries' handles, and no call waits for the device by itself
+        work()
+        torch.cuda.synchronize()
     start = time.perf_counter()
     work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     once = time.perf_counter() - start
     own, true = (t.double().cpu() for t in made())
     error = float((own - true).norm() / true.norm().clamp_min(1e-30))

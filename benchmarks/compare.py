@@ -121,11 +121,11 @@ def arguments(argv: list[str], prog: str, parser_class: type[argparse.ArgumentPa
 def committed(path: Path, revision: str) -> dict[str, Any]:
     """The file's figures as that revision of its repository has them."""
     try:
-        done = subprocess.run(["git", "show", f"{revision}:./{path.name}"], cwd=path.parent, capture_output=True, check=False)
+        done = subprocess.run(["git", "show", "--end-of-options", f"{revision}:./{path.name}"], cwd=path.parent, capture_output=True, check=False)
     except FileNotFoundError:
         raise ValueError(f"--base {revision}: git was not found" if path.parent.is_dir() else f"{path}: no such file or directory") from None
     if done.returncode:
-        raise ValueError(f"--base {revision}: git says of {path}: {done.stderr.decode(errors='replace').strip().splitlines()[0]}")
+        raise ValueError(f"--base {revision}: git says of {path}: {(done.stderr.decode(errors='replace').strip().splitlines() or ['nothing'])[0]}")
     with tempfile.TemporaryDirectory() as folder:
         held = Path(folder) / f"{path.name} of {revision.replace('/', '-')}"
         held.write_bytes(done.stdout)

@@ -59,13 +59,13 @@ def processor_seconds() -> float:
 def compiled(cohort: Cohort, backend: str) -> tuple[float, Tensor]:
     """(seconds of the first step, gradients) with the decoder layers compiled from nothing."""
     torch._dynamo.reset()
-    torch._inductor.config.compile_threads = 1  # in this process, whose time is counted
-    torch._dynamo.config.recompile_limit = LAYERS + 1  # a layer's name is a constant of its graph
     for layer in cohort.model.model.layers:
         layer.compile(fullgraph=True, backend=backend)
-    start = processor_seconds()
-    gradients = cohort.step()
-    return processor_seconds() - start, gradients
+    # Compilers run in this process, whose time is counted. A layer's name is a constant of its graph.
+    with torch._inductor.config.patch(compile_threads=1), torch._dynamo.config.patch(recompile_limit=LAYERS + 1):
+        start = processor_seconds()
+        gradients = cohort.step()
+        return processor_seconds() - start, gradients
 
 
 def measure(model: str, clients: int, tokens: int, rounds: int, backend: str = "inductor") -> str:

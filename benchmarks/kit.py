@@ -164,7 +164,8 @@ def measure(options: argparse.Namespace, command: str) -> int:
         if not any(run.SUITES[suite].wanted(one, device) for suite in suites):
             raise ValueError(f"--only {name}: no case of {', '.join(suites)} has this name; there are {', '.join([*names_of(chosen, suites, device), *why])}")
     if options.only and not any(numbers.values()):
-        raise ValueError(f"--only {' '.join(options.only)}: no case of {', '.join(suites)} has all of these; of each kind (operation, shape, type) it has one")
+        narrow = "names of one kind widen, those of different kinds (operation or model, shape, type, T=, K=) narrow"
+        raise ValueError(f"--only {' '.join(options.only)}: no case of {', '.join(suites)} has all of these; {narrow}")
     result = run.opening("kit", command, device)
     result |= {"measurement": not options.tiny, "left_out": why, "refused": []} | ({"clocks": how} if how else {})
     print("\n".join(describe(result, counts)), flush=True)

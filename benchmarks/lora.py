@@ -156,7 +156,7 @@ def addmm(p: Problem) -> tuple[Callable[[], object], Results]:
 
 
 class SplitAtS(torch.autograd.Function):
-    """LoRAFusion's scheme (Zhu et al., EuroSys 2026) in x
+    """LoRAFusion's scheme (Zhu et al., EuroSys 2026) in PyTorch's operations.
 
     One base product for all clients. dropout and S = X~ A^T; Y += S B^T in place of a sum of two Ys; dS and dB from one dY; dX += dropout(dS A) likewise.
     Its kernels, which are Triton's, take each of these in one pass of a tile; PyTorch cannot.

@@ -124,6 +124,11 @@ class Case:
     def shape(self) -> str:
         return f"{self.model}, {self.words} words, T={self.tokens}"
 
+    @property
+    def rows(self) -> int:
+        """That have a label: the last token of each sequence predicts none."""
+        return self.tokens - CLIENTS
+
 
 def wanted(options: Any, device: torch.device) -> list[Case]:
     """Where float32 logits and what PyTorch makes of them do not fit in the limit, with fewer tokens."""
@@ -146,23 +151,23 @@ def cases(options: Any, device: torch.device) -> Iterator[Case]:
 def products(case: Case, device: torch.device) -> Callable[[], object]:
     """The floor: logits of the states, and the states' gradient of slopes that are there."""
     draw = torch.Generator().manual_seed(0)
-    states, weight = (torch.randn(rows, case.columns, generator=draw).to(device, case.dtype) for rows in (case.tokens, case.words))
-    logits, slopes = torch.empty(case.tokens, case.words, dtype=case.dtype, device=device), torch.empty_like(states)
+    states, weight = (torch.randn(rows, case.columns, generator=draw).to(device, case.dtype) for rows in (case.rows, case.words))
+    logits, slopes = torch.empty(case.rows, case.words, dtype=case.dtype, device=device), torch.empty_like(states)
     return lambda: (torch.mm(states, weight.t(), out=logits), torch.mm(logits, weight, out=slopes))
 
 
 def measure(case: Case, options: Any, device: torch.device, threads: int) -> list[dict[str, Any]]:
-    """One record for each form and the floor; bytes: the head and the states, once forward and once backward."""
+    """One record for each form and the floor; bytes: the head and the states that have a label, once forward and once backward."""
     torch.set_num_threads(threads)
     step = steps(case.words, case.columns, case.tokens, case.dtype, device)
     forms = {form: name for form, name in NAMES.items() if form != LIGER or not why_no_liger(device)}
     check(step, case.words, case.dtype, tuple(forms))
     runs: dict[str, Callable[[], object]] = {YARDSTICK: products(case, device)} | {name: partial(step, form) for form, name in forms.items()}
-    size = 2 * case.columns * (case.words + case.tokens) * case.dtype.itemsize
+    size = 2 * case.columns * (case.words + case.rows) * case.dtype.itemsize
     records = []
     for name, timing in interleaved(runs, YARDSTICK, device, options.seconds).items():
         record = {"op": "loss", "shape": case.shape, "clients": CLIENTS, "dtype": str(case.dtype).removeprefix("torch."), "threads": threads}
-        record |= {"provider": name, "yardstick": YARDSTICK, "bytes": size, "flops": 4 * case.tokens * case.words * case.columns}
+        record |= {"provider": name, "yardstick": YARDSTICK, "bytes": size, "flops": 4 * case.rows * case.words * case.columns}
         records.append({**record, **timing.figures(size), "note": "", "peak_extra_bytes": peak_extra_bytes(runs[name], device)})
     return records
 

@@ -6,20 +6,12 @@ import importlib.util
 import sys
 import types
 
-import pytest
 import torch
 
 from hetlora_kernels.benchmarks import clocks, kit, saved
 
 CPU = torch.device("cpu")
 TINY = ["--tiny", "--device", "cpu", "--threads", "1"]
-
-
-@pytest.fixture(autouse=True)
-def same_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 class Nvml(types.ModuleType):

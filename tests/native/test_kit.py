@@ -18,13 +18,6 @@ CPU = torch.device("cpu")
 TINY = ["--tiny", "--device", "cpu", "--threads", "1"]
 
 
-@pytest.fixture(autouse=True)
-def same_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def test_a_run_says_what_it_measures_and_writes_ceilings_and_rows(tmp_path, capsys):
     file = tmp_path / "a.json"
     assert kit.main([*TINY, "--suite", "server", "--only", "gram", "--json", str(file)]) == 0
@@ -118,7 +111,7 @@ def test_without_peft_its_rows_are_left_out_and_said(tmp_path, monkeypatch, caps
     [
         (["--frob"], "unrecognized arguments: --frob"),
         (["--only", "gram", "frob"], "--only frob: no case of server, lora, loss, peft, round has this name; there are aggregate, truncate,"),
-        (["--only", "gram", "T=16"], "--only gram T=16: no case of server, lora, loss, peft, round has all of these; of each kind (operation, shape, type)"),
+        (["--only", "gram", "T=16"], "--only gram T=16: no case of server, lora, loss, peft, round has all of these; names of one kind widen"),
         (["--budget", "0"], "--budget: expected seconds above 0, got 0"),
         (["--threads", "0"], "--threads: expected numbers from 1, got 0"),
         (["--json", "no/such/folder/a.json"], "--json no/such/folder/a.json: expected a file in a folder that exists"),
@@ -334,6 +327,9 @@ def test_curves_are_of_one_layer_by_rank_and_by_clients():
     ((_, (where, lines)),) = page.curves(figures.by_case(rows + more)).items()
     assert lines == {"rank of the one client": by_rank, "clients": by_clients, "tokens of each client": {"hetlora cpu": {16: 4.0, 64: 2.0}}}
     assert where.endswith("; tokens of 4 clients of rank 16")
+    slower = [{**row, "threads": 2, "ratio": 7 * row["ratio"]} for row in rows[2:6] + more]
+    ((_, (_, mixed)),) = page.curves(figures.by_case(rows + more + slower)).items()
+    assert mixed == lines, "points of another number of threads are another line's"
     assert page.curves(figures.by_case(rows[:2])) == {}, "one point is no curve"
 
 

@@ -93,7 +93,7 @@ def test_the_loss_suite_times_forms_that_agree_against_the_products_alone(tmp_pa
     assert kit.main(arguments) == 0
     rows = [r for r in saved.read(tmp_path / "a.json")["results"] if r["suite"] == "loss"]
     assert [r["provider"] for r in rows] == ["frozen head", "hetlora from states", "hetlora from logits", "torch cross_entropy"]
-    assert {(r["op"], r["dtype"], r["clients"], r["flops"], r["bytes"]) for r in rows} == {("loss", "float32", 8, 4 * 64 * 64 * 8, 2 * 8 * (64 + 64) * 4)}
+    assert {(r["op"], r["dtype"], r["clients"], r["flops"], r["bytes"]) for r in rows} == {("loss", "float32", 8, 4 * 56 * 64 * 8, 2 * 8 * (64 + 56) * 4)}
     out = capsys.readouterr().out
     assert "% over the frozen head" in out and "x the time of hetlora from states" in out
     assert {*figures.alternatives({r["provider"]: r for r in rows})} == {"torch cross_entropy"}
