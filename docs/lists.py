@@ -19,21 +19,27 @@ BEGIN, END = "<!-- ops: python docs/lists.py -->", "<!-- ops end -->"
 HEAD = """# Every option of a run
 
 Written by `python docs/lists.py` from `hetlora.Config`. An option of `hetlora run` is the setting's name with `--` in front and `-` for `_`.
-In a file and in Python the names are those below. A unit, where there is one, is in the meaning. `hetlora run --help` prints the same.
+A setting of yes or no is switched by `--NAME` and `--no-NAME`. In a file and in Python the names are those below.
+A unit, where there is one, is in the meaning. `hetlora run --help` prints the same.
 
 Options that are no settings, such as `--config`, `--resume` and `--threads`, are in `hetlora run --help` and on [federation.md](federation.md).
 """
 ENVIRONMENT = """## Environment variables
 
+Those of this project. `OMP_NUM_THREADS`, compilers' and torch's own variables count as everywhere.
+
 - `HETLORA_DEBUG=1`: a command, and `hetlora bench`, print the whole traceback of an error, not its line alone.
 - `HETLORA_BACKEND`, `HETLORA_INSTRUCTION_SET`: the rung of every op, and how far the CPU kernels go ([kernels.md](kernels.md)).
 - `HETLORA_CUDA`, `HETLORA_CUDA_ARCHS`: what a build makes ([kernels.md](kernels.md#building)).
-- `HETLORA_TEST_DEVICE`, `HETLORA_TEST_SEED`, `HETLORA_TEST_SHARE`, `HETLORA_TEST_CUDA_ARCHS`: which tests run, on what. Only tests read them.
+- `HETLORA_TEST_DEVICE`, `HETLORA_TEST_SEED`, `HETLORA_TEST_SHARE`, `HETLORA_TEST_CUDA_ARCHS`, `HETLORA_SCHEDULE`: which tests run, on what,
+  in which order of an emulated GPU's threads. Only tests read them.
 """
 
 
-def values(field: Any) -> str:
-    """What a setting may be: its choices, or its type with its limits."""
+def values(field: Any, auto: bool = False) -> str:
+    """What a setting may be: its choices, or its type with its limits.   auto: whether the command takes that word."""
+    if auto:
+        return "integer or `auto`"
     if typing.get_origin(field.annotation) is typing.Literal:
         return ", ".join(f"`{value}`" for value in typing.get_args(field.annotation))
     kind = {bool: "yes or no", int: "integer", float: "number", str: "text"}.get(field.annotation, str(field.annotation).replace("|", "or"))
@@ -43,13 +49,15 @@ def values(field: Any) -> str:
 
 
 def options() -> str:
+    from hetlora.cli_options import _ConfigOption
     from hetlora.config import Config, setting_group
 
     groups: dict[str, list[str]] = {}
     for name, field in Config.model_fields.items():
         default = {True: "yes", False: "no"}[field.default] if isinstance(field.default, bool) else str(field.default)
         meaning = (field.description or "").replace("|", chr(92) + "|")
-        groups.setdefault(setting_group(name), []).append(f"| `{name}` | {f'`{default}`' if default else ''} | {values(field)} | {meaning} |")
+        takes = values(field, "auto" in _ConfigOption(name).type.name)
+        groups.setdefault(setting_group(name), []).append(f"| `{name}` | {f'`{default}`' if default else ''} | {takes} | {meaning} |")
     lines = [HEAD]
     for group, rows in groups.items():
         lines += [f"## {group.capitalize()}", "", "| setting | default | values | meaning |", "|---|---|---|---|", *rows, ""]
@@ -114,9 +122,13 @@ def row(op: str) -> list[str]:
 def table() -> str:
     from hetlora_kernels import _library
 
-    head = ["op", "public function", "CPU: `csrc/cpu/`", "CUDA: `csrc/cuda/`", "`triton/`", "`tests/kernels/`", "`benchmarks/`", "docs"]
+    head = ["op", "Python", "CPU: `csrc/cpu/`", "CUDA: `csrc/cuda/`", "`triton/`", "`tests/kernels/`", "`benchmarks/`", "docs"]
     lines = [head, ["---"] * len(head), *(row(op) for op in _library.SCHEMAS)]
     return "\n".join([BEGIN, *(f"| {' | '.join(cells)} |" for cells in lines), END])
+
+
+def _shown(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
 def pages() -> dict[Path, str]:
@@ -133,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.check:
         for path, text in stale.items():
             path.write_text(text, encoding="utf-8")
-    print(f"{'stale' if arguments.check else 'written'}: {', '.join(path.relative_to(ROOT).as_posix() for path in stale) or 'nothing'}")
+    print(f"{'stale' if arguments.check else 'written'}: {', '.join(map(_shown, stale)) or 'nothing'}")
     return int(arguments.check and bool(stale))
 
 

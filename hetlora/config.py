@@ -128,7 +128,7 @@ class Config(BaseModel):
     prune_lambda: float = _setting(
         1e-3,
         "federation",
-        "Weight of the pruning regulariser ||B[:, q:]|| * ||A[q:, :]||. At the default nobody pruned in two studies (docs/results.md).",
+        "Weight of the pruning regulariser ||B[:, q:]|| * ||A[q:, :]||. At the default pruning is rare: in this project's studies nobody pruned.",
         ge=0,
     )
     prune_scope: Literal["client", "module"] = _setting("client", "federation", "One rank per client (tail summed over modules), or one per client and module.")
