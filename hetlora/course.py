@@ -52,7 +52,8 @@ def idle_patience(cfg: Config) -> list[str]:
     there = (cfg.rounds - 1) // cfg.eval_every
     if there >= cfg.patience:
         return []
-    what = f"patience = {cfg.patience}: nothing can stop early, as {there} evaluations come before the last of {cfg.rounds} rounds"
+    come = "1 evaluation comes" if there == 1 else f"{there} evaluations come"
+    what = f"patience = {cfg.patience}: nothing can stop early, as {come} before the last of {cfg.rounds} rounds"
     return [f"{what} (eval_every = {cfg.eval_every})"]
 
 

@@ -44,7 +44,7 @@ class MergeKind:
     steps: what the server's optimiser follows from round to round, number by number: 'factors' of the bank and weights of the base, after the merge; the
         'product' B A, where the merge makes all rows anew and row j is not what it was; the 'model' W + s B A, where bank and base change together. The
         last two are steps that the merge takes by itself.
-    changes: what is merged are the changes of the rows, which the old rows get added; else the rows themselves.
+    changes: what is merged are the changes of the rows, and the old rows are added to their mean. Else the rows themselves are merged.
     settings: read by this merge alone, refused with every other.   refuses: settings of others that it cannot use.
     """
 
@@ -207,7 +207,7 @@ TRAININGS = {
                 Refusal(("dtype",), "train = 'full' steps the weights themselves, whose small changes float16 cannot hold; use another dtype", ("float16",)),
                 Refusal(_OF_ADAPTERS, "of adapters, and train = 'full' trains none; leave it out"),
                 Refusal(("cuda_graph", "clients_at_once"), "of the step of a cohort, and train = 'full' trains one client at a time; leave it out"),
-                Refusal(("weights",), "norms of adapters, and train = 'full' trains none; use 'samples' or 'uniform', or --method fedavg-full", ("sparsity",)),
+                Refusal(("weights",), "norms of adapters, and train = 'full' trains none; use 'samples' or 'uniform' (method fedavg-full does)", ("sparsity",)),
             ),
         ),
     )

@@ -116,7 +116,7 @@ def _linears(model: nn.Module) -> list[tuple[str, int]]:
 
 
 def _no_backward(saved: object) -> Tensor:
-    raise RuntimeError("the probe of a step's memory keeps nothing that a backward pass could use")
+    raise ConfigError("max_tokens_per_step = 'auto': this model takes gradients inside its forward pass, which the probe keeps nothing for; give a number")
 
 
 def _kept(model: nn.Module, shapes: Shapes, rank: int, cfg: Config) -> float:

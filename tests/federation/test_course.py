@@ -235,7 +235,8 @@ def test_patience_ends_a_run_that_gets_no_better(tmp_path, settings):
 @pytest.mark.parametrize(("settings", "there"), [({"rounds": 4, "eval_every": 9}, 0), ({"rounds": 3, "eval_every": 2}, 1), ({"rounds": 2}, 1)])
 def test_patience_that_no_evaluation_can_try_is_told(tmp_path, settings, there):
     [line] = course.idle_patience(tiny_config(tmp_path, patience=2, **settings))
-    assert line.startswith(f"patience = 2: nothing can stop early, as {there} evaluations come before the last of {settings['rounds']} rounds (eval_every = ")
+    come = "1 evaluation comes" if there == 1 else f"{there} evaluations come"
+    assert line.startswith(f"patience = 2: nothing can stop early, as {come} before the last of {settings['rounds']} rounds (eval_every = ")
     assert course.idle_patience(tiny_config(tmp_path, patience=there, **settings)) == []
     seen = Said()
     run(tmp_path / "run", observer=seen, patience=2, **settings)

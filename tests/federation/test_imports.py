@@ -60,8 +60,11 @@ def named(node: ast.AST, name: str, modules: set[str]) -> set[str]:
         origin = ".".join([*above[: len(above) - node.level + 1], *([node.module] if node.module else [])]) if node.level else str(node.module)
         return {found for alias in node.names for found in [f"{origin}.{alias.name}" if f"{origin}.{alias.name}" in modules else origin]} & modules
     if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "import_module" and node.args:
-        text = ast.unparse(node.args[0]).strip("f'\"").replace("{__package__}", package_of(name, modules))
-        return {text} & modules
+        parts = node.args[0].values if isinstance(node.args[0], ast.JoinedStr) else [node.args[0]]
+        values = [part.value for part in parts if isinstance(part, (ast.Constant, ast.FormattedValue))]
+        own = {"__package__": package_of(name, modules)}
+        known = [own.get(ast.unparse(value)) if isinstance(value, ast.AST) else value for value in values]
+        return {"".join(map(str, known))} & modules  # what is computed is not seen
     return set()
 
 
@@ -106,8 +109,8 @@ def test_the_search_for_circles_finds_one():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
     tree = ast.parse("def f():\n    from hetlora import cli\n    import hetlora.loop")
     assert imports("x", tree, {"hetlora", "hetlora.cli", "hetlora.loop"}) == {"hetlora.cli", "hetlora.loop"}
-    tree = ast.parse("from . import a\nfrom .b import c\nimport_module(f'{__package__}.d')\nimportlib.import_module('p.e')")
-    assert imports("p.x", tree, {"p.a", "p.b", "p.d", "p.e", "p.x"}) == {"p.a", "p.b", "p.d", "p.e"}
+    tree = ast.parse("from . import a\nfrom .b import c\nimport_module(f'{__package__}.d')\nimportlib.import_module('p.ef')")
+    assert imports("p.x", tree, {"p.a", "p.b", "p.d", "p.ef", "p.x"}) == {"p.a", "p.b", "p.d", "p.ef"}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
