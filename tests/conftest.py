@@ -44,7 +44,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
-    """Under `--dist loadfile` a file is one worker's, for its builds are made once; the settings of test_instruction_sets.py are long and share nothing."""
+    """Under `--dist loadfile` a file is one worker's, for its builds are made once. Long tests that share nothing are each a worker's own."""
     if config.getvalue("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
@@ -52,7 +52,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return nodeid if file.endswith("test_instruction_sets.py") else file
+            return nodeid if file.endswith(("test_instruction_sets.py", "test_compile.py")) else file
 
     return ByFile(config, log)
 

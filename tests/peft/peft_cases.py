@@ -52,9 +52,9 @@ def lora_model(base: nn.Module | None = None, device="cpu", **options) -> PeftMo
     return filled(get_peft_model(base, LoraConfig(**options), autocast_adapter_dtype=False)).eval()
 
 
-def several_adapters(device="cpu", **options) -> PeftModel:
+def several_adapters(device="cpu", base: nn.Module | None = None, **options) -> PeftModel:
     """Adapters "default", "b", "c" of ranks 4, 2, 7, other scalings, and other targets in "c"."""
-    model = lora_model(device=device, **options)
+    model = lora_model(base, device, **options)
     model.add_adapter("b", LoraConfig(r=2, lora_alpha=5, target_modules=TARGETS, **options))
     model.add_adapter("c", LoraConfig(r=7, lora_alpha=3, target_modules=["q_proj", "up_proj"], **options))
     return filled(model).to(device, torch.float64).eval()
