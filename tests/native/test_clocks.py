@@ -1,4 +1,4 @@
-"""Clocks, power and heat of a GPU beside the figures, as a stand-in for its driver tells them."""
+"""Clocks, power and heat beside the figures, as stand-ins for a GPU's driver and for a Jetson's `tegrastats` tell them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import sys
 import types
 
+import pytest
 import torch
 
 from hetlora_kernels.benchmarks import clocks, kit, saved
@@ -51,6 +52,20 @@ class Nvml(types.ModuleType):
         return self._told(0x4 | 0x20 | 0x40)
 
 
+@pytest.fixture(autouse=True)
+def no_tools(tmp_path, monkeypatch):
+    """No program is found but those that a test puts there."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (tmp_path / "bin").mkdir()
+    return tmp_path / "bin"
+
+
+def put(folder, text):
+    tool = folder / "tegrastats"
+    tool.write_text(f"#!/bin/sh\n{text}\n")
+    tool.chmod(0o755)
+
+
 def test_clocks_are_what_the_driver_tells(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="1-2-3"))
@@ -85,3 +100,67 @@ def test_each_case_has_the_clocks_after_it(tmp_path, monkeypatch, capsys):
         cases.setdefault((r["op"], r["shape"], r["dtype"]), set()).add(r["clocks"]["sm_mhz"])
     assert all(len(one) == 1 for one in cases.values()) and len(set.union(*cases.values())) == len(cases)
     assert data["clocks"] == "by a stand-in" and "clocks    by a stand-in\n" in out and f"  {1000 + len(cases)} MHz\n" in out
+
+
+# As boards of three releases print it, in the form of NVIDIA's documentation.
+ORIN_NX = (
+    "RAM 3231/15236MB (lfb 6x4MB) SWAP 0/7618MB (cached 0MB) CPU [1%@729,0%@1984,off,off] EMC_FREQ 0%@3199 GR3D_FREQ 0%@[611,305] NVDEC off VIC off APE 174 "
+    "cpu@46.7C soc2@42.9C gpu@44.5C tj@47.2C VDD_IN 5240mW/5001mW VDD_CPU_GPU_CV 774mW/774mW VDD_SOC 1452mW/1452mW"
+)
+AGX_ORIN = (
+    "07-25-2026 09:08:28 RAM 20642/62817MB (lfb 1x2MB) CPU [23%@2201,10%@1190] EMC_FREQ 3%@3199 GR3D_FREQ 12%@[1300,1300] VIC off "
+    "soc0@49.5C/49.5C tj@53C/53C VDD_GPU_SOC 5139mW/5139mW/5139mW VDD_CPU_CV 3268mW/3268mW/3268mW VIN_SYS_5V0 5500mW/5500mW/5500mW"
+)
+THOR = "RAM 8353/125749MB CPU [0%,5%,off]@2601 EMC_FREQ @4266 GR3D_FREQ @[off,1574,1574] tj@51C/51C gpu@56.9C/66.6C VDD_GPU 6330mW/1mW/2mW VIN 28906mW/3mW/4mW"
+NANO = "RAM 1000/3964MB (lfb 1x4MB) CPU [1%@102] EMC_FREQ 0% GR3D_FREQ 0%@76 PLL@29C GPU@30.5C POM_5V_IN 1500/1600 POM_5V_GPU 0/0"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (ORIN_NX, {"sm_mhz": 611, "cpu_mhz": 1984, "memory_mhz": 3199, "celsius": 44.5, "watts": 5.24, "rails": 3}),
+        (AGX_ORIN, {"sm_mhz": 1300, "cpu_mhz": 2201, "memory_mhz": 3199, "celsius": 53.0, "rails": 3}),
+        (THOR, {"sm_mhz": 1574, "cpu_mhz": 2601, "memory_mhz": 4266, "celsius": 56.9, "watts": 28.906, "rails": 2}),
+        (NANO, {"sm_mhz": 76, "cpu_mhz": 102, "celsius": 30.5, "watts": 1.5, "rails": 2}),
+        ("GR3D_FREQ @[N/A,off] EMC_FREQ 101% CPU [off] VDD_IN mW/ VIN 1W", {}),
+        ("\ufffd[[[@@@ %%", {}),
+        ("", {}),
+    ],
+)
+def test_a_line_of_tegrastats_tells_what_its_board_has(text, told):
+    found = clocks.of_line(text)
+    rails = found.pop("rails_mw", {})
+    assert found | ({"rails": len(rails)} if rails else {}) == told
+
+
+def test_a_board_is_read_without_a_driver_that_tells(no_tools, monkeypatch):
+    put(no_tools, f"echo '{AGX_ORIN}'; while :; do echo later; done")  # it goes on for ever
+    read, how = clocks.reader(CPU)
+    assert read() == {
+        "cpu_mhz": 2201,
+        "memory_mhz": 3199,
+        "celsius": 53.0,
+        "rails_mw": {"VDD_GPU_SOC": 5139, "VDD_CPU_CV": 3268, "VIN_SYS_5V0": 5500},
+    }, "and of the GPU, which has nothing to do, no clock"
+    assert how == "by tegrastats after each case: CPU 2201 MHz, memory 3199 MHz, 53 C, VDD_GPU_SOC 5.1 W, VDD_CPU_CV 3.3 W, VIN_SYS_5V0 5.5 W"
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="1-2-3"))
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object() if name == "pynvml" else real(name, *rest))
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml(tells=False))
+    read, how = clocks.reader(torch.device("cuda"))
+    assert how.startswith("by NVML and tegrastats after each case: 1980 MHz, CPU 2201 MHz") and read()["sm_mhz"] == 1980 and read()["celsius"] == 53.0
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml(driver=False))
+    read, how = clocks.reader(torch.device("cuda"))
+    assert how.endswith("(not read: NVML says Driver Not Loaded)") and read()["sm_mhz"] == 1300
+
+
+@pytest.mark.parametrize("text", ["exit 1", "printf 'no end of line'", "printf '\\377\\376\\n'", "exec /bin/sleep 60", "echo"])
+def test_tegrastats_that_fails_or_says_nothing_ends_no_benchmark(no_tools, monkeypatch, text):
+    monkeypatch.setattr(clocks, "TEGRASTATS_SECONDS", 0.3)
+    put(no_tools, text)
+    read, how = clocks.reader(CPU)
+    assert read() == {} and how == "by tegrastats after each case: this device tells nothing"
+    (no_tools / "tegrastats").write_bytes(b"\x7fELF broken")
+    assert read() == {}
+    (no_tools / "tegrastats").unlink()
+    assert read() == {}
