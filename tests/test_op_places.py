@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.losses import ON_A_CHUNK
+from benchmarks.micro import WORKS
 from benchmarks.providers import PROVIDERS
 from benchmarks.steps import STEPS
 from hetlora_kernels import _library, reference
@@ -46,6 +47,7 @@ PLACES = {
     "case of every rung": lambda op: f'"{op}"' in text_of("tests/kernels/test_backends.py"),
     "emulator case": lambda op: f'return "{op}", ' in text_of("tests/gpu/*cases.py"),
     "benchmark row": lambda op: op.rstrip("_") in {*PROVIDERS, *STEPS, *ON_A_CHUNK} or op in OF_THE_LORA_SUITE,
+    "micro-benchmark": lambda op: op in WORKS,
     "docs row": lambda op: re.search(rf"`{op}`", text_of("docs/kernels*.md")) is not None,
 }
 
