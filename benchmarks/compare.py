@@ -83,6 +83,8 @@ def read(path: Path) -> dict[str, Any]:
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """What else differs between two runs, beside what is compared."""
     found = []
+    if bool(a.get("cold")) != bool(b.get("cold")):
+        found.append(f"caches: overwritten before every call in {'A' if a.get('cold') else 'B'} alone")
     for part in ("device", "versions", "backends"):
         left, right = a.get(part) or {}, b.get(part) or {}
         for name in dict.fromkeys([*left, *right]):

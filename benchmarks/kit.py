@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import importlib.util
 import os
@@ -15,22 +16,25 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from hetlora_kernels import _library
+from hetlora_kernels._torch import multiplies_fast
 
 from . import clocks, compare, figures, lora, losses, run, static
+from .timing import How
 
 NEEDS = {"peft": ("peft", "transformers"), "round": ("peft", "transformers", "pydantic")}  # packages, beside torch
 ONE_RUNG = ("loss", "peft", "round")
 WAY_OUT = "pip install 'hetlora[bench]'"
 QUICK_SECONDS = 110.0
 DEFAULT = ("server", "lora", "loss", "peft", "round")
-QUICK = ("lora", "server", "loss", "peft")
+QUICK = ("loss", "peft", "lora", "server")  # those that need least first: what they leave of their part goes to the others
+QUICK_TIMED = 0.6  # seconds of the calls of a case; its checks, warm-up and memory take as long again
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,16 +44,18 @@ class Parser(argparse.ArgumentParser):
 
 def arguments(argv: list[str], prog: str) -> argparse.Namespace:
     parser = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two minutes: a layer by rank and clients, the server's operations, a model of two layers")
+    parser.add_argument("--quick", action="store_true", help="two minutes: a layer by rank, clients and tokens, a loss, a model, the server's operations")
     parser.add_argument("--suite", nargs="+", choices=DEFAULT, help="only these suites; the ceilings are measured in any case [default: all; quick: not round]")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only cases with these names of operation, shape and type: gram adamw float32")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help=f"begin nothing that would end later [quick: {QUICK_SECONDS:g}, else no limit]")
+    limit = f"an equal part of what is left for each suite, which begins no case that would end later [quick: {QUICK_SECONDS:g}, else no limit]"
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help=limit)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, after each of them")
     parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="counts of threads [default: 1 and all; quick: all; on a GPU 1]")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="[default: cuda where there is one]")
     parser.add_argument(
         "--rungs", nargs="+", choices=_library.RUNGS, help="measure hetlora on these rungs, in server and lora [default: that in use; lora: all]"
     )
+    parser.add_argument("--cold", action="store_true", help="overwrite the caches before every call, but for the ceilings; else calls follow each other")
     parser.add_argument("--static", action="store_true", help="in place of measuring: read the compiled CUDA kernels; --static --help has its options")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to see that all of it runs; such figures mean nothing")
     options = parser.parse_args(argv)
@@ -123,6 +129,29 @@ def chosen_suites(options: argparse.Namespace, device: torch.device) -> tuple[li
     return found, why
 
 
+def left_of_quick(options: argparse.Namespace, device: torch.device) -> list[str]:
+    """What a quick run leaves out by itself, however much time there is."""
+    if not options.quick or options.tiny:
+        return []
+    found = ["quick: other shapes, and bfloat16 of most of the server's operations; without --quick all are measured, which takes hours"]
+    if not options.suite:
+        found.append("round: not part of a quick run; --suite round measures it")
+    if not multiplies_fast(torch.bfloat16, device.type):
+        slow = "this processor has no instructions for it, and a call takes many times as long"
+        found.append(f"quick: bfloat16 of the loss, and of the layer but for one small case: {slow}; without --quick both are measured")
+    return found
+
+
+def import_others(suites: Sequence[str]) -> None:
+    """Import what the suites compare with. What is there then is not looked through for garbage at every measurement of memory: that took longer than calls."""
+    for package in ("peft", "transformers"):
+        if {*suites} & {"lora", *NEEDS} and importlib.util.find_spec(package) is not None:
+            importlib.import_module(package)
+    if gc.get_freeze_count() == 0:
+        gc.collect()
+        gc.freeze()
+
+
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Any]:
     """Called with each case that is done; a bar on a terminal that has rich."""
@@ -149,13 +178,17 @@ def names_of(chosen: argparse.Namespace, suites: list[str], device: torch.device
 
 
 def measure(options: argparse.Namespace, command: str) -> int:
+    budget = options.budget or (QUICK_SECONDS if options.quick else float("inf"))
+    end = time.monotonic() + budget
     device = chosen_device(options)
     read_clocks, how = clocks.reader(device)
     every = torch.get_num_threads()
     counts = options.threads or ([1] if device.type == "cuda" else [every] if options.quick or options.tiny else sorted({1, every}))
     suites, why = chosen_suites(options, device)
-    setting = {"only": options.only, "rungs": options.rungs, "memory_gb": free_gb(device), "seconds": 0.02 if options.tiny else 1.2 if options.quick else 4.0}
-    chosen = argparse.Namespace(quick=options.tiny, short=options.quick and not options.tiny, **setting)
+    why += left_of_quick(options, device)
+    of_a_case = QUICK_TIMED if options.quick else 4.0
+    setting = {"only": options.only, "rungs": options.rungs, "memory_gb": free_gb(device), "seconds": 0.02 if options.tiny else of_a_case}
+    chosen = argparse.Namespace(quick=options.tiny, short=options.quick and not options.tiny, how=How(cold=options.cold), **setting)
     numbers = {name: len(run.SUITES[name].wanted(chosen, device)) for name in suites}
     if not suites:
         raise ValueError(f"nothing to measure: {'; '.join(why)}")
@@ -167,10 +200,12 @@ def measure(options: argparse.Namespace, command: str) -> int:
         narrow = "names of one kind widen, those of different kinds (operation or model, shape, type, T=, K=) narrow"
         raise ValueError(f"--only {' '.join(options.only)}: no case of {', '.join(suites)} has all of these; {narrow}")
     result = run.opening("kit", command, device)
-    result |= {"measurement": not options.tiny, "left_out": why, "refused": []} | ({"clocks": how} if how else {})
+    result |= {"measurement": not options.tiny, "left_out": why, "refused": [], "cold": options.cold} | ({"clocks": how} if how else {})
     print("\n".join(describe(result, counts)), flush=True)
     if how:
         print(f"clocks    {how}")
+    if options.cold:
+        print("caches    overwritten before every call")
     if options.tiny:
         print("tiny shapes: these figures mean nothing")
     elif result["load_average"]["before"] > 0.5 * max(counts):
@@ -184,18 +219,19 @@ def measure(options: argparse.Namespace, command: str) -> int:
         if os.environ.get("HETLORA_DEBUG") == "1":
             traceback.print_exception(error)
 
-    budget = options.budget or (QUICK_SECONDS if options.quick else float("inf"))
-    end = time.monotonic() + budget
+    import_others(suites)
+    short_of_time: list[str] = []
     names = ["ceilings", *(name for name in suites if numbers[name])]
     total = len(counts) * (len(run.SUITES["ceilings"].wanted(chosen, device)) + sum(numbers.values()))
     with progress(total) as advance:
         for place, name in enumerate(names):
             print(f"\n{name}", flush=True)
-            minutes = max(0.0, end - time.monotonic()) / (len(names) - place) / 60  # an equal part of what is left
+            minutes = (end - time.monotonic()) / (len(names) - place) / 60  # an equal part of what is left
             case: list[dict[str, Any]] = []
             for one in run.measured(name, chosen, device, counts, minutes, refuse):
                 if isinstance(one, str):
                     why.append(f"{name}: {one}")
+                    short_of_time.append(name)
                     continue
                 new_case = not case or figures.key(case[0]) != figures.key(one)
                 reading = read_clocks() if read_clocks and new_case else case[0].get("clocks") if case else None
@@ -210,6 +246,8 @@ def measure(options: argparse.Namespace, command: str) -> int:
             show(case, result)
     for text in why:
         print(f"left out  {text}")
+    if suited := [name for name in suites if name in short_of_time]:
+        print(f"          the same command with --suite {' '.join(suited)} --budget {4 * budget:g} measures more of {'it' if len(suited) == 1 else 'them'}")
     run.write(result, options.json)
     load = result["load_average"]["after"]
     print(f"load average after {load:.1f}" + (f"; written: {options.json}" if options.json else ""))

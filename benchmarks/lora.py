@@ -20,6 +20,7 @@ from torch import Tensor
 
 import hetlora_kernels as hk
 from hetlora_kernels import _library
+from hetlora_kernels._torch import multiplies_fast
 
 from . import model
 from .server import WrongResultError
@@ -39,13 +40,14 @@ SMALLEST = (64, 64), (4, [4])  # a shape and its load
 SHORT = {  # one shape, by rank, by clients and by tokens of each; none that is compiled
     "cpu": (
         [(576, 1536)],
-        [*((1024, [rank]) for rank in (4, 16, 64)), *((rows, [16] * 4) for rows in (1024, 256, 2048)), (1024, [16] * 8), (1024, [4, 8, 16, 32, 64, 4, 8, 16])],
+        [*((256, [rank]) for rank in (4, 16, 64)), *((rows, [16] * 4) for rows in (256, 64, 1024)), (256, [16] * 8), (256, [4, 8, 16, 32, 64, 4, 8, 16])],
     ),
     "cuda": (
         [(4096, 4096)],
         [*((2048, [rank]) for rank in (4, 16, 64)), *((rows, [16] * 4) for rows in (2048, 512, 8192)), (2048, [16] * 8), (2048, [4, 8, 16, 32])],
     ),
 }
+SHORT_SLOW = [(576, 192)], [(64, [16] * 4)]  # of a type without instructions, whose products take some fifty times as long
 COMPILED = [(576, 576), (1536, 576), (4096, 4096)]  # one client, 1024 or 8192 rows; float32 on a CPU: compiling takes longer than all else
 YARDSTICK, RIVAL, LORAFUSION = "frozen layer", "PEFT one by one", "LoRAFusion's scheme, torch"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -295,6 +297,9 @@ def wanted(options: Any, device: torch.device) -> list[tuple[tuple[Any, ...], st
     named = [("smallest call", *SMALLEST), *(("lora_linear", shape, load) for shape in shapes for load in loads)]
     found: list[tuple[tuple[Any, ...], str]] = []
     for dtype in (torch.float32, torch.bfloat16) if on_cpu or options.quick else (torch.bfloat16,):
+        if options.short and not options.quick and not multiplies_fast(dtype, device.type):
+            shapes, loads = SHORT_SLOW
+            named = [("lora_linear", shape, load) for shape in shapes for load in loads]
         for name, (n, m), (tokens, ranks) in named:
             for p in (0.1,) if options.short else (0.0, 0.1):
                 op = f"{name} p={p}"
@@ -354,7 +359,7 @@ def measure(case: tuple[Problem, str], options: Any, device: torch.device, threa
     check(p, options.rungs)
     runs: dict[str, Callable[[], object]] = {YARDSTICK: frozen(p)} | {name: make(p)[0] for name, make in providers(p, options.rungs).items()}
     contest = {YARDSTICK, RIVAL, *(name for name in runs if name.startswith("hetlora") and name != "hetlora reference")}
-    timings = interleaved(runs, YARDSTICK, device, options.seconds / 4, most_rounds=60, least_rounds=9, aside=runs.keys() - contest)
+    timings = interleaved(runs, YARDSTICK, device, options.seconds / 4, most_rounds=60, least_rounds=9, aside=runs.keys() - contest, how=options.how)
     size = (2 * p.tokens * (p.n + p.m) + p.n * p.m) * p.dtype.itemsize
     records = []
     for name, timing in timings.items():

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from hetlora_kernels import reference
+from hetlora_kernels._torch import multiplies_fast
 from hetlora_kernels.ops.cross_entropy import cross_entropy_
 from hetlora_kernels.peft import Head, client_losses
 from hetlora_kernels.peft.losses import CHUNK
@@ -49,7 +50,7 @@ Step = Callable[[str], tuple[torch.Tensor, torch.Tensor]]
 # The suite: words, columns, tokens of all clients
 MODELS = {"SmolLM2-135M": (49152, 576), "Qwen2.5-1.5B": (151936, 1536), "Llama-3.1-8B": (128256, 4096)}
 CPU_LOADS, GPU_LOADS = [("SmolLM2-135M", 2048), ("Qwen2.5-1.5B", 256)], [(name, 2048) for name in MODELS]
-SHORT = {"cpu": [("SmolLM2-135M", 128)], "cuda": [("Llama-3.1-8B", 2048)]}
+SHORT = {"cpu": [("SmolLM2-135M", 64)], "cuda": [("Llama-3.1-8B", 2048)]}
 YARDSTICK = "frozen head"
 NAMES = {"states": "hetlora from states", "logits": "hetlora from logits", STOCK: "torch cross_entropy", LIGER: LIGER}
 
@@ -139,6 +140,8 @@ def wanted(options: Any, device: torch.device) -> list[Case]:
         while 16 * tokens * words > options.memory_gb * 1e9 and tokens > 8 * CLIENTS:
             tokens //= 2
         for dtype in (torch.float32, torch.bfloat16) if device.type == "cpu" else (torch.bfloat16,):
+            if options.short and not options.quick and not multiplies_fast(dtype, device.type):
+                continue  # one call of it would take longer than the suite may
             if chosen(options, "loss", name, f"T={tokens}", str(dtype).removeprefix("torch.")):
                 found.append(Case(name, words, columns, tokens, dtype))
     return found
@@ -165,7 +168,7 @@ def measure(case: Case, options: Any, device: torch.device, threads: int) -> lis
     runs: dict[str, Callable[[], object]] = {YARDSTICK: products(case, device)} | {name: partial(step, form) for form, name in forms.items()}
     size = 2 * case.columns * (case.words + case.rows) * case.dtype.itemsize
     records = []
-    for name, timing in interleaved(runs, YARDSTICK, device, options.seconds).items():
+    for name, timing in interleaved(runs, YARDSTICK, device, options.seconds, how=options.how).items():
         record = {"op": "loss", "shape": case.shape, "clients": CLIENTS, "dtype": str(case.dtype).removeprefix("torch."), "threads": threads}
         record |= {"provider": name, "yardstick": YARDSTICK, "bytes": size, "flops": 4 * case.rows * case.words * case.columns}
         records.append({**record, **timing.figures(size), "note": "", "peak_extra_bytes": peak_extra_bytes(runs[name], device)})

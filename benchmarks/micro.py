@@ -1,4 +1,4 @@
-"""One call of every op of the library at a benchmark's size, for `pytest benchmarks`: the ops of the server on the rows of eight clients, the layer's on their tokens."""
+"""One call of every op at a benchmark's size, for `pytest benchmarks`: the server's on the rows of eight clients, those of the layer on their tokens."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ class Layer:
         self.x, self.d_y, self.weight = normal(self.tokens, n), normal(self.tokens, m), normal(m, n)
         self.a, self.bt = (normal(p.layout.total, width, dtype=torch.float32) for width in (n, m))
         self.scale, self.seeds = torch.ones(clients, device=p.device), torch.arange(clients, device=p.device)
-        self.segments = [p.ranks, [k * rows for k in range(clients)], [rows] * clients]
+        starts = [k * rows for k in range(clients)]
+        self.segments = [p.ranks, starts, [rows] * clients]
         self.drawn = (self.seeds, torch.arange(self.tokens, device=p.device), None)  # seeds, row_keys, index
-        self.end = (*self.drawn, [self.tokens, *sum(self.segments, [])], 0.1, False)
+        self.end = (*self.drawn, [self.tokens, *p.ranks, *starts, *self.segments[2]], 0.1, False)
 
     def shrunk(self) -> torch.Tensor:
         return _native("shrink", self.x, self.a, self.scale, *self.drawn, *self.segments, 0.1)

@@ -25,6 +25,7 @@ from .timing import interleaved, peak_extra_bytes
 
 RANKS = {1: [16], 8: [4, 4, 8, 8, 16, 16, 32, 64]}
 BATCH, LENGTH, CUT_LAYERS = 8, 32, 2
+SHORT_LENGTH = 16  # of a quick run on a CPU, where a step takes as long as its tokens are many
 LAYERS = [(576, 576), (576, 1536), (1536, 576), (768, 768), (768, 3072)]  # in -> out: SmolLM2-135M, then BERT-base
 ROWS = [1, 256, 1024]
 YARDSTICK = "PEFT"
@@ -40,6 +41,7 @@ class Case:
     dropout: float = 0.0
     layers: int | None = None  # of a model
     compiled: bool = False
+    length: int = LENGTH  # of each of BATCH sequences
     shape: tuple[int, int] = (0, 0)  # of a layer
     rows: int = 0
 
@@ -51,7 +53,7 @@ class Case:
     def label(self) -> str:
         if self.kind == "layer":
             return f"{self.shape[0]}->{self.shape[1]} T={self.rows} r=16"
-        return f"{self.kind} {self.layers} layers {BATCH}x{LENGTH}"
+        return f"{self.kind} {self.layers} layers {BATCH}x{self.length}"
 
 
 def smollm(layers: int, quick: bool) -> nn.Module:
@@ -130,7 +132,7 @@ def model_runs(case: Case, quick: bool, device: torch.device) -> Runs:
     make, _, targets = MODELS[case.kind]
     torch.manual_seed(0)
     base = make(case.layers or 1, quick).to(device)
-    tokens = torch.randint(0, base.config.vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1)).to(device)
+    tokens = torch.randint(0, base.config.vocab_size, (BATCH, case.length), generator=torch.Generator().manual_seed(1)).to(device)
     stock = adapted(base, targets, RANKS[case.clients], case.dropout)
     models = {YARDSTICK: stock, "hetlora": twin(stock)}
     fuse(models["hetlora"])
@@ -190,7 +192,8 @@ def wanted(options: Any, device: torch.device) -> list[Case]:
     found = [Case("layer", dropout=p, shape=shape, rows=count) for shape in shapes for count in rows for p in (0.0, 0.1)]
     for name, (_, layers, _) in MODELS.items():
         if options.short:
-            found += [Case(name, k, 0.0, CUT_LAYERS) for k in RANKS if name == next(iter(MODELS))]
+            length = SHORT_LENGTH if device.type == "cpu" else LENGTH
+            found += [Case(name, k, 0.0, CUT_LAYERS, length=length) for k in RANKS if name == next(iter(MODELS))]
             continue
         found += [Case(name, k, p, 1 if options.quick else layers) for k, p in ((1, 0.0), (1, 0.1), (8, 0.0))]
         found.append(Case(name, 1, 0.0, CUT_LAYERS, not options.quick))
@@ -210,8 +213,8 @@ def measure(case: Case, options: Any, device: torch.device, threads: int) -> lis
         check(case, built if case.dropout == 0 else make_runs(replace(case, dropout=0.0), options.quick, device))
         runs, models = built
         layer = case.kind == "layer"
-        seconds, most, least = (options.seconds / 4, 200, 20) if layer else (options.seconds, 15, 5 if options.short else 15)
-        timings = interleaved(runs, YARDSTICK, device, seconds, most_rounds=most, least_rounds=least)
+        seconds, most, least = (options.seconds / 4, 200, 20) if layer else (options.seconds, 15, 3 if options.short else 15)
+        timings = interleaved(runs, YARDSTICK, device, seconds, most_rounds=most, least_rounds=least, how=options.how)
     size = 2 * sum(p.numel() * p.element_size() for p in models[YARDSTICK].parameters() if not p.requires_grad)
     n, m = case.shape
     flops = 4 * case.rows * n * m + 6 * case.rows * RANKS[1][0] * (n + m) if layer else None  # as the lora suite counts them

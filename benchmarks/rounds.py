@@ -285,7 +285,7 @@ def measure(case: Case, options: Any, device: torch.device, threads: int) -> lis
             known[name] = time.perf_counter() - start
         flower = flower_round(case, options.quick, threads) if device.type == "cpu" and not options.short else None
         check(case, found if flower is None else {**found, FLOWER: flower[1]})
-        timings = interleaved(runs, YARDSTICK, device, options.seconds, most_rounds=15, known=known)
+        timings = interleaved(runs, YARDSTICK, device, options.seconds, most_rounds=15, known=known, how=options.how)
         if flower is not None:
             own = Timing(flower[0], 0.0)
             timings[FLOWER] = Timing(flower[0], own.median / timings[YARDSTICK].median)

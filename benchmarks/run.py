@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
 import os
@@ -22,6 +23,7 @@ import hetlora_kernels as hk
 from hetlora_kernels import _library, _native
 
 from . import ceilings, lora, losses, peft_suite, rounds, saved, server
+from .timing import How
 
 SUITES: dict[str, Any] = {"ceilings": ceilings, "server": server, "lora": lora, "loss": losses, "peft": peft_suite, "round": rounds}
 Record = dict[str, Any]
@@ -89,6 +91,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", help="only cases with these names of operation, shape or type; of each kind one")
     parser.add_argument("--rungs", nargs="+", choices=_library.RUNGS, help="of this project, in server and lora; default: that in use, in lora all")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
+    parser.set_defaults(how=How())
     parser.add_argument("--short", action="store_true", help="the few shapes of `hetlora bench --quick`")
     return parser.parse_args(argv)
 
@@ -114,12 +117,17 @@ def measured(suite: str, options: Any, device: torch.device, counts: list[int], 
 
     refuse: told of the error of a case that cannot be measured, in place of its figures; None: the error ends the run.
     """
-    start, longest, last = time.monotonic(), 0.0, "none"
+    start, longest, last, done = time.monotonic(), 0.0, "none", 0
+    end = start + 60 * minutes
+    options.how = dataclasses.replace(options.how, end=end)
     for case in SUITES[suite].cases(options, device):
         begin = time.monotonic()
-        if begin + longest > start + 60 * minutes:
-            yield f"for the limit of {minutes:.3g} minutes, " + ("every case" if last == "none" else f"the cases after: {last}")
+        if begin >= end or begin + longest > end:
+            left = len(SUITES[suite].wanted(options, device)) - done
+            what = f"all of its {left} cases" if done == 0 else f"{left} case{'s' * (left > 1)}, those after: {last}"
+            yield f"for the limit of {60 * max(0.0, minutes):.0f} s, {what}"
             return
+        done += 1
         for threads in counts:
             try:
                 records = SUITES[suite].measure(case, options, device, threads)

@@ -20,6 +20,7 @@ from .timing import ENDLESS_SECONDS, interleaved, peak_extra_bytes
 
 QUANTIZED = tuple(op for op in PROVIDERS if "quantize_rows" in op)
 SHORT_CLIENTS = 32
+SHORT_BFLOAT16 = ("aggregate", "truncate", "gram", "delta_norms", "adamw")  # of a quick run, which has every operation in float32
 YARDSTICK_BYTES = 256 << 20  # a copy longer than this is timed on this much and scaled
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float64: 1e-10}
 
@@ -49,6 +50,8 @@ def wanted(options: Any, device: torch.device) -> list[tuple[str, str, list[tupl
         for clients in counts:
             for dtype in (torch.float32, torch.bfloat16):
                 ops = operations(shape, clients, dtype, options.memory_gb)
+                if options.short and not options.quick and dtype == torch.bfloat16:
+                    ops = [op for op in ops if op in SHORT_BFLOAT16]
                 found += [(op, name, shape, clients, dtype) for op in ops if chosen(options, op, name, str(dtype).removeprefix("torch."))]
     return found
 
@@ -152,7 +155,7 @@ def measure(case: Case, options: Any, device: torch.device, threads: int) -> lis
     del truth
     yardstick, scale = yardsticks(case, device)
     works = {case.yardstick: yardstick} | {name: work for name, (work, _) in runs.items()}
-    timings = interleaved(works, case.yardstick, device, options.seconds)
+    timings = interleaved(works, case.yardstick, device, options.seconds, how=options.how)
     records = []
     for name, timing in timings.items():
         own = scale if name == case.yardstick else 1.0

@@ -17,6 +17,16 @@ import torch
 SLOW_SECONDS = 1.0  # what takes longer than this is timed in the least number of rounds only
 SHORT_SECONDS = 1e-3  # what takes less is called again and again until this has passed: a turn of it
 ENDLESS_SECONDS = 8.0  # and what takes longer than this in one
+FEWEST_ROUNDS = 3  # of what is still timed when the time for it is over
+COLD_CALLS = 5  # of a turn, each after the caches were overwritten
+
+
+@dataclass(frozen=True)
+class How:
+    """How calls are timed.   end: of `time.monotonic`; from then on no round begins but the first three.   cold: caches are overwritten before every call."""
+
+    end: float = float("inf")
+    cold: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,37 @@ class Timing:
         return statistics.median(own / base for own, base in zip(self.times, other.times, strict=False))  # a slow one has fewer rounds
 
 
+def cache_bytes(device: torch.device, root: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Of all last-level caches of the device together; 64 MiB where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    caches: dict[tuple[int, str], int] = {}
+    for index in root.glob("cpu[0-9]*/cache/index[0-9]*"):
+        try:
+            level, cores, size = (((index / name).read_text(encoding="ascii").strip()) for name in ("level", "shared_cpu_list", "size"))
+            caches[int(level), cores] = int(size[:-1]) * {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[size[-1]]
+        except (OSError, ValueError, KeyError, IndexError):
+            continue
+    last = max((level for level, _ in caches), default=0)
+    return sum(size for (level, _), size in caches.items() if level == last) or 64 << 20
+
+
+def overwriter(device: torch.device) -> Callable[[], object]:
+    """Reads and writes twice as many bytes as the last-level caches hold, so that nothing else is left in them."""
+    buffer = torch.zeros(2 * cache_bytes(device) // 4, device=device)
+    return lambda: buffer.add_(1.0)
+
+
+def _cold_turn(run: Callable[[], object], device: torch.device, calls: int, overwrite: Callable[[], object]) -> tuple[float, float | None]:
+    """As `_turn`, with nothing of the calls in the caches: each is timed for itself."""
+    turns = []
+    for _ in range(calls):
+        overwrite()
+        turns.append(_turn(run, device))
+    by_host, by_device = zip(*turns, strict=True)
+    return sum(by_host) / calls, None if by_device[0] is None else sum(by_device) / calls
+
+
 def _turn(run: Callable[[], object], device: torch.device, calls: int = 1) -> tuple[float, float | None]:
     """Seconds of one of so many calls, by the host's clock and, on a GPU, between an event before the first and one after the last."""
     if device.type != "cuda":
@@ -83,6 +124,7 @@ def interleaved(
     least_rounds: int = 3,
     aside: Collection[str] = (),
     known: Mapping[str, float] | None = None,
+    how: How = How(),
 ) -> dict[str, Timing]:
     """Time `runs` in rounds for about `seconds`, after two calls of each that are not counted.
 
@@ -94,18 +136,21 @@ def interleaved(
         for run in runs.values():
             _turn(run, device)
     warm = known or {name: _turn(run, device)[0] for name, run in runs.items()}
-    calls = {name: max(1, int(SHORT_SECONDS / max(once, 1e-9))) for name, once in warm.items()}
+    calls = {name: max(1, min(COLD_CALLS if how.cold else 1 << 30, int(SHORT_SECONDS / max(once, 1e-9)))) for name, once in warm.items()}
+    overwrite = overwriter(device) if how.cold else None
     a_round = sum(warm[name] * calls[name] for name in runs if name not in aside)
     rounds = max(least_rounds, min(most_rounds, int(seconds / max(a_round, 1e-9))))
     long = {name for name in known or {} if warm[name] > ENDLESS_SECONDS}
     times: dict[str, list[float]] = {name: [warm[name]] if name in long else [] for name in runs}
     device_times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds):
+        if turn >= FEWEST_ROUNDS and time.monotonic() > how.end:
+            break
         for name in list(runs) if turn % 2 == 0 else reversed(runs):
             most = 3 if name in aside else least_rounds if warm[name] > SLOW_SECONDS else rounds
             few = 0 if name in long else 1 if warm[name] > ENDLESS_SECONDS else most
             if turn < few:
-                by_host, by_device = _turn(runs[name], device, calls[name])
+                by_host, by_device = _cold_turn(runs[name], device, calls[name], overwrite) if overwrite else _turn(runs[name], device, calls[name])
                 times[name].append(by_host)
                 device_times[name] += [] if by_device is None else [by_device]
     base = Timing(times[yardstick], 1.0)

@@ -13,7 +13,7 @@ from tiny import whole_bank
 from benchmarks import rounds, run, saved, tables, timing
 from benchmarks.server import WrongResultError
 
-OPTIONS = argparse.Namespace(quick=True, short=False, only=None, seconds=0.01)
+OPTIONS = argparse.Namespace(quick=True, short=False, only=None, seconds=0.01, how=timing.How())
 CPU = torch.device("cpu")
 CASE = rounds.Case(4, 32)
 

@@ -21,7 +21,7 @@ from benchmarks import losses as bench_losses
 from benchmarks import packing as bench_packing
 from benchmarks.shapes import power_law_ranks
 
-OPTIONS = argparse.Namespace(quick=True, short=False, only=["aggregate"], memory_gb=1.0, seconds=0.01, rungs=None)
+OPTIONS = argparse.Namespace(quick=True, short=False, only=["aggregate"], memory_gb=1.0, seconds=0.01, rungs=None, how=timing.How())
 
 
 @pytest.mark.slow
@@ -53,14 +53,15 @@ def test_a_limit_of_time_is_kept_and_what_it_leaves_out_is_said(tmp_path, monkey
 
     monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(server, "cases", lambda *_: iter("abcd"))
+    monkeypatch.setattr(server, "wanted", lambda *_: list("abcd"))
     monkeypatch.setattr(server, "measure", measure)
     command = ["--suite", "server", "--device", "cpu", "--threads", "1", "--json", str(file)]
     assert run.main([*command, "--minutes", "2.5"]) == 0
     data = saved.read(file)
     assert [one["op"] for one in data["results"]] == ["a", "b"]
-    assert data["left_out"] == "for the limit of 2.5 minutes, the cases after: b, s, float32" and data["left_out"] in capsys.readouterr().err
+    assert data["left_out"] == "for the limit of 150 s, 2 cases, those after: b, s, float32" and data["left_out"] in capsys.readouterr().err
     assert run.main([*command, "--minutes", "-1"]) == 0, "as for a suite to which the ones before it have left no time"
-    assert "left out for the limit of -1 minutes, every case" in capsys.readouterr().err
+    assert "left out for the limit of 0 s, all of its 4 cases" in capsys.readouterr().err
     assert run.main(command) == 0
     data = saved.read(file)
     assert len(data["results"]) == 4 and data["left_out"] is None
@@ -86,6 +87,45 @@ def test_rounds_go_to_and_fro_and_what_stands_aside_has_three():
     assert turns == a_round * 2 + a_round + back + a_round + ["b", "a"] + ["a", "b"]
     assert {name: one.rounds for name, one in timings.items()} == {"a": 5, "b": 5, "aside": 3}
     assert timing.Timing([2.0, 4.0, 9.0], 0.0).over(timing.Timing([1.0, 4.0, 3.0], 0.0)) == 2.0
+
+
+def test_when_the_time_is_over_three_rounds_are_enough(monkeypatch):
+    clock, calls = [0.0], []
+
+    def work():
+        clock[0] += 1.0
+        calls.append(0)
+
+    for name in ("monotonic", "perf_counter"):
+        monkeypatch.setattr(timing.time, name, lambda: clock[0])
+    for end, rounds in ((float("inf"), 20), (13.0, 12), (0.0, 3)):
+        clock[0] = 0.0
+        timings = timing.interleaved({"a": work}, "a", torch.device("cpu"), seconds=0.0, least_rounds=20, how=timing.How(end=end))
+        assert timings["a"].rounds == rounds, "after two calls, the second of which says how long it takes"
+
+
+def test_a_cold_call_finds_nothing_in_the_caches(monkeypatch):
+    calls = []
+    monkeypatch.setattr(timing, "overwriter", lambda device: lambda: calls.append("caches"))
+    timing.interleaved({"a": lambda: calls.append("a")}, "a", torch.device("cpu"), seconds=0.0, how=timing.How(cold=True))
+    timed = calls[3 if calls[2] == "a" else 2 :]
+    assert timed == ["caches", "a"] * (3 * timing.COLD_CALLS), "in each of three rounds as many calls as a short one has"
+    monkeypatch.undo()
+    overwrite = timing.overwriter(torch.device("cpu"))
+    assert overwrite().numel() * 4 == 2 * timing.cache_bytes(torch.device("cpu"))
+
+
+def test_last_level_caches_are_added_up(tmp_path):
+    """Four cores; two share a cache of 16 MiB, two another one; the smaller ones before them do not count."""
+    assert timing.cache_bytes(torch.device("cpu"), tmp_path) == 64 << 20, "where the system does not say"
+    for core, shared in enumerate(("0-1", "0-1", "2-3", "2-3")):
+        for index, (level, cores, size) in enumerate((("1", str(core), "32K"), ("2", str(core), "1024K"), ("3", shared, "16M"))):
+            folder = tmp_path / f"cpu{core}" / "cache" / f"index{index}"
+            folder.mkdir(parents=True)
+            for name, text in (("level", level), ("shared_cpu_list", cores), ("size", size)):
+                (folder / name).write_text(f"{text}\n")
+    (tmp_path / "cpu0" / "cache" / "index9").mkdir()
+    assert timing.cache_bytes(torch.device("cpu"), tmp_path) == 32 << 20
 
 
 def test_a_gpu_has_the_time_between_events_beside_the_hosts(monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hetlora_kernels import _library
-from hetlora_kernels.benchmarks import ceilings, figures, kit, lora, providers, run, saved, shapes
+from hetlora_kernels.benchmarks import ceilings, figures, kit, providers, run, saved, shapes
 
 CPU = torch.device("cpu")
 TINY = ["--tiny", "--device", "cpu", "--threads", "1"]
@@ -123,35 +123,11 @@ def test_bad_input_is_one_line(given, said, capsys):
     assert err.startswith(f"hetlora bench: error: {said}") and err.count("\n") == 1
 
 
-def test_each_suite_has_an_equal_part_of_what_is_left_of_the_budget(monkeypatch, capsys):
-    """Ceilings take no time here, so three suites have a third of 90 seconds each; a suite that ends early leaves its part to the next."""
-    parts, clock = {}, [0.0]
-
-    def measured(name, options, device, counts, minutes, refuse):
-        parts[name] = round(60 * minutes)
-        clock[0] += 10.0 if name == "server" else 0.0
-        yield f"for the limit of {minutes:g} minutes, the cases after: none"
-
-    monkeypatch.setattr(kit.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(run, "measured", measured)
-    assert kit.main([*TINY, "--suite", "server", "lora", "--budget", "90"]) == 0
-    assert parts == {"ceilings": 30, "server": 45, "lora": 80}
-    assert "left out  server: for the limit of 0.75 minutes, the cases after: none" in capsys.readouterr().out
-
-
 def test_a_wrong_copy_is_no_ceiling(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "copy_", lambda target, source: target)
     case = ceilings.Case("copy", 1 << 10, torch.float32)
     with pytest.raises(ceilings.WrongResultError, match=r"copy of .* is off by 1.00e\+00; nothing is timed"):
         ceilings.measure(case, None, CPU, 1)
-
-
-def test_a_quick_run_multiplies_one_size_of_a_type_without_instructions(monkeypatch):
-    monkeypatch.setattr(ceilings, "multiplies_fast", lambda dtype, device: dtype == torch.float32)
-    for short, sizes in ((True, [512]), (False, [512, 1024, 2048])):
-        found = ceilings.cases(argparse.Namespace(quick=False, short=short), CPU)
-        assert [case.size for case in found if case.op == "product" and case.dtype == torch.bfloat16] == sizes
-        assert len([case for case in found if case.op == "product" and case.dtype == torch.float32]) == (2 if short else 3)
 
 
 def record(op, provider, seconds, **more):
@@ -360,12 +336,3 @@ def test_a_jetson_says_its_board_release_and_power_mode(tmp_path, monkeypatch):
     tool.write_text("#!/bin/sh\necho 'NV Power Mode: MAXN'; echo 0\n")
     tool.chmod(0o755)
     assert run.board_facts(tmp_path) == {**known, "power_mode": "NV Power Mode: MAXN 0"}
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_quick_run_compiles_nothing(device):
-    """Compiling one layer takes longer than the whole of it may."""
-    plan = argparse.Namespace(quick=False, short=True, only=None)
-    cases = [arguments for arguments, op in lora.wanted(plan, torch.device(device)) if op.startswith("lora_linear")]
-    assert len({(tokens, tuple(ranks)) for _, _, tokens, ranks, *_ in cases}) == 8
-    assert not [(n, m) for n, m, tokens, ranks, *_ in cases if (n, m) in lora.COMPILED and tokens in (1024, 8192) and ranks == [16]]

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import hetlora_kernels.peft
-from benchmarks import peft_suite, ranks, run, saved, tables
+from benchmarks import peft_suite, ranks, run, saved, tables, timing
 from benchmarks.server import WrongResultError
 from hetlora_kernels.peft import FusedLinear
 
-OPTIONS = argparse.Namespace(quick=True, short=False, only=["layer"], seconds=0.01)
+OPTIONS = argparse.Namespace(quick=True, short=False, only=["layer"], seconds=0.01, how=timing.How())
 
 
 @pytest.mark.slow
