@@ -70,6 +70,11 @@ def alternatives(case: Mapping[str, Record]) -> dict[str, float]:
     return {name: r["median_s"] / ours["median_s"] for name, r in case.items() if not name.startswith("hetlora") and name not in FLOORS}
 
 
+def overhead(record: Record, case: Mapping[str, Record]) -> float:
+    """Its time over its floor's, less one: of the medians that stand beside it. `ratio` is of the rounds that both have, and some ways have three."""
+    return record["median_s"] / case[record["yardstick"]]["median_s"] - 1
+
+
 def seconds(value: float) -> str:
     unit, scale = next((pair for pair in (("s", 1.0), ("ms", 1e-3)) if value >= pair[1]), ("us", 1e-6))
     return f"{value / scale:.3g} {unit}"
@@ -87,6 +92,12 @@ def rate(record: Record) -> str:
     return f"{record['gb_per_s']:.3g} GB/s" if record["yardstick"] in ("copy", "read") or record["op"] in ("copy", "read") else ""
 
 
+def memory(record: Record) -> str:
+    """How far memory rose during a call; "" where it was not measured."""
+    held = record.get("peak_extra_bytes")
+    return "" if held is None else f"{held / 2**20:.3g} MiB"
+
+
 def line(record: Record, case: Mapping[str, Record], best: Ceilings) -> str:
     """One provider's figures in a line."""
     spread = f"{seconds(record['median_s'])} ({seconds(record['p20_s'])} to {seconds(record['p80_s'])})"
@@ -94,9 +105,13 @@ def line(record: Record, case: Mapping[str, Record], best: Ceilings) -> str:
     said = [f"{seconds(record['device_s'])} between events on the device"] if "device_s" in record else []
     if of is not None and name != record["yardstick"]:
         said.append(f"{100 * of[0]:.0f} % of {of[1]}")
+    if modelled := record.get("modelled_s"):
+        said.append(f"{100 * modelled / record['median_s']:.0f} % of the modelled floor")
     others = alternatives(case)
     if ours is not None and name in others:
         said.append(f"{others[name]:.2f} x the time of {ours['provider']}")
     elif record["yardstick"].startswith("frozen") and name != record["yardstick"]:
-        said.append(f"{100 * (record['ratio'] - 1):+.0f} % over the {record['yardstick']}")
+        said.append(f"{100 * overhead(record, case):+.0f} % over the {record['yardstick']}")
+    if held := memory(record):
+        said.append(f"+{held}")
     return f"  {name:26s} {spread:32s} {rate(record):14s} {', '.join(said)}".rstrip()

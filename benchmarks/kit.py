@@ -32,6 +32,7 @@ NEEDS = {"peft": ("peft", "transformers"), "round": ("peft", "transformers", "py
 ONE_RUNG = ("loss", "peft", "round")
 WAY_OUT = "pip install 'hetlora[bench]'"
 QUICK_SECONDS = 110.0
+ALIASES = {"model": "peft"}  # whole models are in it, beside single layers
 DEFAULT = ("server", "lora", "loss", "peft", "round")
 QUICK = ("loss", "peft", "lora", "server")  # those that need least first: what they leave of their part goes to the others
 QUICK_TIMED = 0.6  # seconds of the calls of a case; its checks, warm-up and memory take as long again
@@ -45,11 +46,14 @@ class Parser(argparse.ArgumentParser):
 def arguments(argv: list[str], prog: str) -> argparse.Namespace:
     parser = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two minutes: a layer by rank, clients and tokens, a loss, a model, the server's operations")
-    parser.add_argument("--suite", nargs="+", choices=DEFAULT, help="only these suites; the ceilings are measured in any case [default: all; quick: not round]")
+    some = "only these suites; the ceilings are measured in any case [default: all; quick: not round]"
+    parser.add_argument("--suite", nargs="+", type=lambda name: ALIASES.get(name, name), choices=DEFAULT, help=some)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only cases with these names of operation, shape and type: gram adamw float32")
     limit = f"an equal part of what is left for each suite, which begins no case that would end later [quick: {QUICK_SECONDS:g}, else no limit]"
     parser.add_argument("--budget", type=float, metavar="SECONDS", help=limit)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, after each of them")
+    drawn = "draw page and pictures there too, as 'report' does [quick without --json: hetlora-bench, with the file in it]"
+    parser.add_argument("--report", type=Path, metavar="DIR", help=drawn)
     parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="counts of threads [default: 1 and all; quick: all; on a GPU 1]")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="[default: cuda where there is one]")
     parser.add_argument(
@@ -63,6 +67,11 @@ def arguments(argv: list[str], prog: str) -> argparse.Namespace:
         raise ValueError(f"--budget: expected seconds above 0, got {options.budget:g}")
     if options.threads and min(options.threads) < 1:
         raise ValueError(f"--threads: expected numbers from 1, got {min(options.threads)}")
+    if options.quick and not options.tiny and options.json is None and options.report is None:
+        options.report = Path("hetlora-bench")
+    if options.report is not None:
+        options.report.mkdir(parents=True, exist_ok=True)
+        options.json = options.json or options.report / "bench.json"
     if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
         raise ValueError(f"--json {options.json}: expected a file in a folder that exists")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -251,7 +260,21 @@ def measure(options: argparse.Namespace, command: str) -> int:
     run.write(result, options.json)
     load = result["load_average"]["after"]
     print(f"load average after {load:.1f}" + (f"; written: {options.json}" if options.json else ""))
+    if options.report is not None:
+        draw(options.json, options.report)
     return 1 if result["refused"] else 0
+
+
+def page_module() -> Any:
+    return importlib.import_module(f"{__package__}.page")  # matplotlib and jinja2: the extra
+
+
+def draw(file: Path, folder: Path) -> None:
+    lacking = [package for package in ("matplotlib", "jinja2") if importlib.util.find_spec(package) is None]
+    if lacking:
+        print(f"no report: not installed: {', '.join(lacking)} ({WAY_OUT}); then: hetlora bench report {shlex.quote(str(file))}")
+        return
+    page_module().main(argparse.Namespace(file=file, output=folder))
 
 
 def show(case: list[dict[str, Any]], result: dict[str, Any]) -> None:
@@ -282,7 +305,7 @@ def main(argv: list[str] | None = None, prog: str = "hetlora bench") -> int:
         if given[:1] == ["compare"]:
             return compare.main(compare.arguments(given[1:], f"{prog} compare", Parser))
         if given[:1] == ["report"]:
-            page = importlib.import_module(f"{__package__}.page")  # matplotlib and jinja2: the extra
+            page = page_module()
             return int(page.main(page.arguments(given[1:], f"{prog} report", Parser)))
         command = shlex.join([*prog.split(), *given])
         if "--static" in given:

@@ -91,7 +91,7 @@ def draw_ratios(found: dict[Group, list[float]], figure: Figure) -> tuple[str, s
             axes.plot(values, [place] * len(values), linestyle="", marker="|", color="black", markersize=6)
         axes.annotate(f"{middle:.2f}", (max(1.0, middle, *values), place), (4, 0), textcoords="offset points", va="center", fontsize=7.5)
     every = [value for values in found.values() for value in values]
-    low, high = min(0.8, *every) / 1.05, max(1.5, *every) * 1.3
+    low, high = min(0.8, *every) / 1.05, max(1.5, *every) * (1.7 if is_narrow(figure) else 1.3)
     axes.set_xlim(low, high)
     ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low <= tick <= high]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
@@ -102,6 +102,43 @@ def draw_ratios(found: dict[Group, list[float]], figure: Figure) -> tuple[str, s
     caption = "Right of 1 hetlora is faster (blue), left of it slower (red). The other way is the fastest of those measured beside it in the same rounds: "
     caption += "PyTorch's own forms, and stock PEFT. Bars: median over the cases; strokes: each of them."
     return "Against the fastest other way", caption, "Bars of the time of the fastest other way over hetlora's: " + told(found, lambda value: f"{value:.2f}")
+
+
+def overheads(cases: Cases) -> tuple[dict[Group, list[float]], dict[Group, list[float]]]:
+    """{(operation, type): time over the frozen layer, base or head, less one} of hetlora and of the fastest other way, of the cases that have such a floor."""
+
+    def of(case: Mapping[str, figures.Record], record: figures.Record | None) -> float | None:
+        floored = record is not None and record["yardstick"].startswith("frozen") and record["yardstick"] in case
+        return figures.overhead(record, case) if record is not None and floored else None
+
+    def fastest(case: Mapping[str, figures.Record]) -> figures.Record | None:
+        others = figures.alternatives(case)
+        return case[min(others, key=lambda name: others[name])] if others else None
+
+    return groups(cases, lambda case: of(case, figures.own(case))), groups(cases, lambda case: of(case, fastest(case)))
+
+
+def draw_overheads(found: tuple[dict[Group, list[float]], dict[Group, list[float]]], figure: Figure) -> tuple[str, str, str]:
+    own, others = found
+    axes = figure.subplots()
+    rows_of(axes, figure, own)
+    for side, values, colour, name in ((-0.2, own, BLUE, "hetlora"), (0.2, others, ORANGE, "fastest other way")):
+        for place, group in enumerate(own):
+            each = [100 * value for value in values.get(group, [])]
+            if not each:
+                continue
+            middle = statistics.median(each)
+            axes.barh(place + side, middle, 0.36, color=colour, label=None if axes.get_legend_handles_labels()[1][-1:] == [name] else name)
+            if len(each) > 1:
+                axes.plot(each, [place + side] * len(each), linestyle="", marker="|", color="black", markersize=5)
+            axes.annotate(f"{middle:.0f}", (max(0.0, middle, *each), place + side), (4, 0), textcoords="offset points", va="center", fontsize=7)
+    axes.axvline(0, color=GREY, linewidth=1)
+    axes.margins(x=0.12)
+    axes.set_xlabel("% over the frozen layer" if is_narrow(figure) else "% of time over the frozen layer, base or head")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=1 if is_narrow(figure) else 2, frameon=False)
+    caption = "What adapters cost beside the same products with frozen weights alone, in the same rounds. Bars: median over the cases; strokes: each of them."
+    text = told(own, lambda value: f"{100 * value:.0f} %")
+    return "Overhead over the frozen layer", caption, f"Bars of the overhead over the frozen layer. hetlora: {text}"
 
 
 def told(found: dict[Group, list[float]], text: Callable[[float], str]) -> str:
@@ -216,6 +253,8 @@ def draw_all(data: Mapping[str, Any]) -> dict[str, Picture]:
         pictures["shares"] = render(partial(draw_shares, shares))
     if ratios := groups(cases, best_other):
         pictures["ratios"] = render(partial(draw_ratios, ratios))
+    if (over := overheads(cases))[0]:
+        pictures["overhead"] = render(partial(draw_overheads, over))
     if roofs := roofline.roofs(cases, best):
         pictures["roofline"] = render(partial(roofline.draw, roofs))
     for group, (where, lines) in curves(cases).items():
@@ -239,9 +278,13 @@ def warned(data: Mapping[str, Any]) -> list[str]:
     found = ["These are tiny shapes: the figures mean nothing."] if data.get("measurement") is False else []
     if text := compare.busy(data):
         found.append(f"Other work was running on the machine: {text}.")
+    found += ["The caches were overwritten before every call."] if data.get("cold") else []
+    return found + [f"Not measured: {text}" for text in data.get("refused") or []]
+
+
+def left_out(data: Mapping[str, Any]) -> list[str]:
     left = data.get("left_out") or []
-    found += [f"Not measured: {text}" for text in data.get("refused") or []]
-    return found + [f"Left out: {text}" for text in ([left] if isinstance(left, str) else left)]
+    return [left] if isinstance(left, str) else left
 
 
 def about(data: Mapping[str, Any]) -> str:
@@ -249,6 +292,8 @@ def about(data: Mapping[str, Any]) -> str:
     parts = [f"{device.get('cpu', 'processor not named')}, {device.get('cores', '?')} cores", str(device.get("system", "system not named"))]
     if "gpu" in device:
         parts.insert(0, f"compute capability {device.get('capability')}, {device.get('memory_gb')} GB")
+    rungs = list((data.get("backends") or {}).values())
+    parts += [f"{rungs.count(rung)} operations on the {rung} rung" for rung in dict.fromkeys(rungs)]
     return "; ".join([*parts, ", ".join(f"{package} {version}" for package, version in data["versions"].items())])
 
 
@@ -264,7 +309,9 @@ def rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
             span = f"{figures.seconds(record['p20_s'])} to {figures.seconds(record['p80_s'])}"
             if "device_s" in record:
                 span += f"; {figures.seconds(record['device_s'])} between events on the device"
-            cells = [name, figures.seconds(record["median_s"]), span, figures.rate(record), f"{100 * share[0]:.0f} % of {share[1]}" if share else ""]
+            held = [f"{100 * share[0]:.0f} % of {share[1]}"] if share else []
+            held += [f"{100 * record['modelled_s'] / record['median_s']:.0f} % of the modelled floor"] if record.get("modelled_s") else []
+            cells = [name, figures.seconds(record["median_s"]), span, figures.rate(record), ", ".join(held), figures.memory(record)]
             found.append({"case": figures.title(of) if place == 0 else "", "cells": [*cells, f"{others[name]:.2f}" if name in others else ""]})
     return found
 
@@ -293,6 +340,7 @@ def main(options: argparse.Namespace) -> int:
         date=data.get("date", "without a date"),
         command=data.get("command"),
         warnings=warned(data),
+        left_out=left_out(data),
         tiles=tiles(data),
         pictures=picture_data(pictures),
         rows=rows(data),

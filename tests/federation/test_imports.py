@@ -16,7 +16,7 @@ LATE = {  # function that imports a module of these packages when it runs -> why
     "hetlora.cli_flower.certificates": "a command: cryptography is of the extra `flower`",
     "hetlora_kernels._library._triton_ops": "triton is loaded when a tensor lies on a GPU",
     "hetlora_kernels.peft.__getattr__": "loads PEFT, which a bank of adapters does not need",
-    "benchmarks.kit.main": "the page: matplotlib and jinja2, of an extra",
+    "benchmarks.kit.page_module": "the page: matplotlib and jinja2, of an extra",
     "benchmarks.flower_round.<module>": "itself, by the name under which Ray's processes find it",
     "benchmarks.federation.settings": "hetlora needs the extra `fed`",
     "benchmarks.federation.through_flower": "Flower, of an extra",

@@ -266,6 +266,9 @@ def layer_record(rank, clients, provider, ratio):
     return {**record("", provider, ratio, p20_s=ratio * 0.9, p80_s=ratio * 1.1), **of, "flops": 2e12}
 
 
+LEFT = ["round: not part of a quick run", "lora: 3 cases"]
+
+
 @pytest.mark.slow
 def test_a_report_is_one_page_with_pictures_of_what_the_file_has(tmp_path, capsys):
     roof = {"yardstick": "torch", "clients": 1, "note": "", "rounds": 3, "gb_per_s": 1.0}
@@ -273,14 +276,17 @@ def test_a_report_is_one_page_with_pictures_of_what_the_file_has(tmp_path, capsy
     for rank, clients in ((4, 1), (16, 1), (16, 4), (16, 8), ("4..64", 8)):
         times = {"frozen layer": 1.0, "hetlora cpu": 2.0, "hetlora reference": 9.0, "PEFT one by one": 4.0 + clients}
         rows += [layer_record(rank, clients, name, ratio) for name, ratio in times.items()]
-    file = written(tmp_path / "a.json", rows, refused=["<b>gram</b> is wrong"], load_average={"before": 3.0, "after": 3.0}, date="measured 2026-01-02")
+    head = {"refused": ["<b>gram</b> is wrong"], "left_out": LEFT, "load_average": {"before": 3.0, "after": 3.0}, "date": "measured 2026-01-02"}
+    file = written(tmp_path / "a.json", rows, **head)
     out = tmp_path / "pages"
     assert kit.main(["report", file, "-o", str(out)]) == 0
-    assert capsys.readouterr().out == f"report: {out / 'a.html'} (5 pictures)\n"
-    names = {"a.html", "a-shares.png", "a-ratios.png", "a-roofline.png", "a-memory.png", "a-curves-lora_linear-p-0.1-float32.png"}
+    assert capsys.readouterr().out == f"report: {out / 'a.html'} (6 pictures)\n"
+    names = {"a.html", "a-shares.png", "a-ratios.png", "a-roofline.png", "a-overhead.png", "a-memory.png", "a-curves-lora_linear-p-0.1-float32.png"}
     assert {path.name for path in out.iterdir()} == names and all(path.read_bytes().startswith(b"\x89PNG") for path in out.glob("*.png"))
     text = (out / "a.html").read_text(encoding="utf-8")
     assert "<h1>hetlora on a processor</h1>" in text and "measured 2026-01-02" in text and "Other work was running on the machine" in text
+    assert "Bars of the overhead over the frozen layer. hetlora: lora_linear p=0.1, float32: 100 %" in text and "Left out of this run: 2 items" in text
+    assert "<li>round: not part of a quick run</li>" in text
     assert "Not measured: &lt;b&gt;gram&lt;/b&gt; is wrong" in text and "<b>gram" not in text
     assert not [link for link in re.findall(r'(?:src|href|srcset)="([^"]{0,9})', text) if not link.startswith("data:")], "nothing external"
     assert "lora_linear p=0.1, float32: 50 %" in text and "lora_linear p=0.1, float32: 4.00" in text, "medians: 1 s over 2 s; 5, 5, 8, 12, 12 s over 2 s"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 
 import pytest
 import torch
 
-from hetlora_kernels.benchmarks import ceilings, kit, lora, losses, run, saved
+from hetlora_kernels.benchmarks import ceilings, figures, kit, lora, losses, run, saved
 
 CPU = torch.device("cpu")
 TINY = ["--tiny", "--device", "cpu", "--threads", "1"]
@@ -103,3 +104,40 @@ def test_a_quick_run_compiles_nothing(device, monkeypatch):
     cases = [arguments for arguments, op in lora.wanted(plan, torch.device(device)) if op.startswith("lora_linear")]
     assert len({(tokens, tuple(ranks)) for _, _, tokens, ranks, *_ in cases}) == 8
     assert not [(n, m) for n, m, tokens, ranks, *_ in cases if (n, m) in lora.COMPILED and tokens in (1024, 8192) and ranks == [16]]
+
+
+def test_a_quick_run_draws_its_report_where_no_file_is_named(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(kit, "import_others", lambda suites: None)
+    monkeypatch.setattr(kit, "draw", lambda file, folder: drawn.append((str(file), str(folder), file.is_file())))
+    for name in ("ceilings", "server"):
+        monkeypatch.setattr(run.SUITES[name], "cases", lambda options, device: iter([None]))
+        monkeypatch.setattr(run.SUITES[name], "measure", lambda *_: [RECORD | {"op": "gram"}])
+    quick = ["--quick", "--suite", "server", "--device", "cpu", "--threads", "1"]
+    assert kit.main(quick) == 0 and drawn == [("hetlora-bench/bench.json", "hetlora-bench", True)]
+    assert kit.main([*quick, "--json", "a.json"]) == 0 and len(drawn) == 1 and (tmp_path / "a.json").is_file(), "who names a file gets that file alone"
+    assert kit.main([*quick, "--json", "b.json", "--report", "pages"]) == 0 and drawn[1] == ("b.json", "pages", True)
+    (tmp_path / "in the way").write_text("")
+    capsys.readouterr()
+    assert kit.main([*quick, "--report", "in the way"]) == 2 and len(drawn) == 2
+    assert capsys.readouterr().err == "hetlora bench: error: in the way: file exists\n"
+
+
+def test_without_what_draws_the_file_is_written_and_the_rest_is_said(tmp_path, monkeypatch, capsys):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else real(name, *rest))
+    assert kit.main([*TINY, "--suite", "server", "--only", "gram", "--report", str(tmp_path / "out")]) == 0
+    assert "no report: not installed: matplotlib (pip install 'hetlora[bench]'); then: hetlora bench report " in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["bench.json"]
+
+
+def test_the_model_suite_goes_by_both_names():
+    assert kit.arguments(["--suite", "model", "loss"], "x").suite == ["peft", "loss"]
+
+
+def test_a_line_says_memory_and_the_share_of_the_modelled_floor():
+    record = RECORD | {"op": "gram", "yardstick": "frozen layer", "provider": "hetlora cuda", "modelled_s": 0.25, "peak_extra_bytes": 3 << 20}
+    case = {"frozen layer": {"median_s": 0.8}}
+    assert figures.line(record, case, {}).endswith("25 % of the modelled floor, +25 % over the frozen layer, +3 MiB")
+    assert figures.memory(RECORD) == "" and figures.memory({"peak_extra_bytes": 0}) == "0 MiB"
