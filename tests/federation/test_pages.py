@@ -190,6 +190,8 @@ def test_tables_of_words_are_lines_on_a_telephone_and_a_command_breaks_between_w
     for page in (write_report(tmp_path / "run"), write_comparison(tabulate(compared(tmp_path / "c", "hetlora,homlora-min")))):
         source = page.read_text(encoding="utf-8")
         narrow = source[source.index("@media (max-width: 40rem)") :]
+        wide = source[source.index("@media (min-width: 40.01rem)") : source.index("@media (max-width: 40rem)")]
+        assert ".stack td:first-child code { white-space: nowrap; }" in wide and "min-width: 9rem" in wide, "names of settings were broken at 1400 pixels"
         assert ".stack tr { display: flex; flex-wrap: wrap;" in narrow and ".stack td:last-child { flex-basis: 100%; }" in narrow
         tables = re.findall(r"<table( class=\"\w+\")?>", source)
         assert all(tables) and 'class="stack"' in "".join(tables), "no table without a layout for telephones"
