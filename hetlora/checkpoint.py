@@ -30,6 +30,7 @@ from hetlora.config import Config, ConfigError
 from hetlora.data import FederatedData
 from hetlora.lock import LOCK, FolderLock
 from hetlora.processes import place
+from hetlora.ranks import StartingRanks
 from hetlora.run_folder import (
     ADAPTER_FILE,
     BEST,
@@ -219,6 +220,15 @@ def load_checkpoint(run: Path, name: str = CHECKPOINT) -> tuple[dict[str, Any], 
             return state, {key: file.get_tensor(key) for key in file.keys() if key.startswith(("bank.", "base.", "server."))}
     except (SafetensorError, OSError, ValueError) as error:
         raise ConfigError(f"{run / name}: not a readable checkpoint ({error}); restore it from a copy, or start a new run") from None
+
+
+def check_start(run: Path, recorded: Mapping[str, Any], cfg: Config, data: str, starting: StartingRanks) -> None:
+    """`ConfigError` where the run's clients are not those that a checkpoint was made with.   recorded: its state.   data: the `fingerprint` of theirs now."""
+    if recorded["data"] != data:
+        raise ConfigError(f"{run}: the data is not the data this run began with; restore it, or start a new run in another folder")
+    now = {"r_min": starting.r_min, "r_max": starting.r_max, "ranks_start": starting.ranks}
+    if any(recorded[name] != value for name, value in now.items()):
+        raise ConfigError(f"ranks = {cfg.ranks!r}: not the ranks that the run in {run} began with; restore the file, or start a new run")
 
 
 def fingerprint(data: FederatedData) -> str:

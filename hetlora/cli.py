@@ -276,7 +276,9 @@ def info(model: str) -> None:
     _loaded("hetlora.info").print_info()
     if model:
         say("")
-        say(f"Batches of {model}: {_loaded('hetlora.packing').way_of_path(model)}")
+        cfg = Config.create("info", model=model, padding_free="auto")
+        path = _loaded("hetlora.federation").resolve_model(cfg)
+        say(f"Batches of {model}: {_loaded('hetlora.packing').way_of_path(cfg, path)}")
 
 
 @cli.command()

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from hetlora import init_adapter
+from hetlora import checkpoint, init_adapter
+from hetlora.ahead import Known, check, check_vocabulary, outline
 from hetlora.config import Config, ConfigError
-from hetlora.data import FederatedData, load_data, token_ids
+from hetlora.data import FederatedData, load_data
 from hetlora.demo_model import DemoModel, Progress, demo_folder
-from hetlora.models import check_quantization, check_targets, checkpoint_layers, load_model, load_tokenizer, read_limits, resolve_device, target_shapes
+from hetlora.models import check_quantization, checkpoint_layers, load_model, load_tokenizer, read_limits, resolve_device, target_shapes
 from hetlora.observer import Observer
 from hetlora.ranks import Capability, RankFile, StartingRanks
-from hetlora.sources import read_prompts
+from hetlora.sources import check_source, read_prompts
 from hetlora.text_files import kind_of
 
 
@@ -37,10 +38,24 @@ class Federation:
         return next(self.model.parameters()).device
 
 
-def prepare(cfg: Config, observer: Observer | None = None, make_data: Callable[[Any], FederatedData] | None = None) -> Federation:
+def prepare(cfg: Config, observer: Observer | None = None, make_data: Callable[[Any], FederatedData] | None = None, resume: bool = False) -> Federation:
     """Load (or make) the model, and the data; `ConfigError` for anything that does not fit, as far as it can be known before the weights are loaded.
 
-    make_data: of the tokenizer, in place of what `cfg.data` names.
+    make_data: of the tokenizer, in place of what `cfg.data` names.   resume: for the run in cfg.output, which goes on.
+    """
+    recorded = checkpoint.load_state(Path(cfg.output)) if resume else None
+    known = look(cfg, observer, make_data, begun=bool(recorded))
+    starting = starting_ranks(cfg, known.data)  # likewise ranks that do not fit the clients
+    if recorded:
+        checkpoint.check_start(Path(cfg.output), recorded, cfg, checkpoint.fingerprint(known.data), starting)
+    check(cfg, known, starting)
+    return load(cfg, known)
+
+
+def look(cfg: Config, observer: Observer | None = None, make_data: Callable[[Any], FederatedData] | None = None, begun: bool = False) -> Known:
+    """What `prepare` knows before the weights are loaded. Left to `check` is what one run is, where several share model and data.
+
+    begun: the run goes on from a checkpoint.
     """
     observer = observer or Observer()
     if isinstance(cfg.rank_rule, RankFile):
@@ -48,32 +63,28 @@ def prepare(cfg: Config, observer: Observer | None = None, make_data: Callable[[
     if isinstance(cfg.rank_rule, Capability):
         raise cfg.rank_rule.unmeasured("a simulated client")
     read_prompts(cfg)
+    if make_data is None:
+        check_source(cfg)  # the demo's model is made in a minute
     resolve_device(cfg.device)
     check_quantization(cfg)
     path = resolve_model(cfg, progress=observer.pretrain)
     if not os.path.isdir(path):
         observer.message(f"model {path}: no folder of that name here; the hub is asked for it")
-    limits = read_limits(cfg, path)
-    check_targets(cfg, path)
+    limits, own = read_limits(cfg, path), outline(cfg, path)
+    start = init_adapter.read(cfg) if cfg.init_adapter and not begun else None
+    if start and own:
+        init_adapter.check_modules(start, cfg, own.shapes)
     tokenizer = load_tokenizer(path, cfg.trust_remote_code)
-    data = make_data(tokenizer) if make_data else load_data(cfg, tokenizer)
-    starting = starting_ranks(cfg, data)  # likewise ranks that do not fit the clients
-    if cfg.init_adapter:
-        init_adapter.check_ranks(init_adapter.read(cfg), cfg, starting.r_max)
-    check_vocabulary(cfg, data, limits.vocabulary)
-    model = load_model(cfg, path)
+    return Known(path, own, limits, tokenizer, make_data(tokenizer) if make_data else load_data(cfg, tokenizer), start)
+
+
+def load(cfg: Config, known: Known) -> Federation:
+    """The weights, last; `ConfigError` where they are not what the model's configuration says."""
+    model = load_model(cfg, known.path)
     if cfg.gradient_checkpointing:
         checkpoint_layers(model)
-    check_vocabulary(cfg, data, model.get_input_embeddings().num_embeddings)  # a configuration may be wrong about its model
-    return Federation(model, path, target_shapes(model, cfg.target_modules), data, tokenizer)
-
-
-def check_vocabulary(cfg: Config, data: FederatedData, vocabulary: float) -> None:
-    """`ConfigError` where a client has a token that a model of this vocabulary does not know."""
-    for client in (*data.clients, *data.held_out):
-        highest = max(int(token_ids(s).max()) for s in (*client.train, *client.test))
-        if highest >= vocabulary:
-            raise ConfigError(f"data: client {client.name!r} has token id {highest}, but model {cfg.model!r} knows {vocabulary}; use the model's own tokenizer")
+    check_vocabulary(cfg, known.highest, model.get_input_embeddings().num_embeddings)
+    return Federation(model, known.path, target_shapes(model, cfg.target_modules), known.data, known.tokenizer)
 
 
 def resolve_model(cfg: Config, progress: Progress | None = None, demo: DemoModel | None = None) -> str:

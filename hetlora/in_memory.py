@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
+from hetlora.ahead import Known, Outline, check
 from hetlora.config import Config, ConfigError
 from hetlora.data import FederatedData, load_data, split_corpus
-from hetlora.federation import Federation, check_vocabulary, prepare, starting_ranks
-from hetlora.models import checkpoint_layers, load_tokenizer, make_ready, target_shapes
+from hetlora.federation import Federation, prepare, starting_ranks
+from hetlora.models import Limits, load_tokenizer, make_ready, target_shapes
 from hetlora.observer import Observer
 from hetlora.sources import IN_MEMORY, Corpus, rows_in_memory
 
@@ -42,12 +44,12 @@ def settings_of(cfg: Config, model: Any, tokenizer: Any, data: Any) -> Config:
     return Config.create("simulate", **{**cfg.model_dump(), **update})
 
 
-def federation_of(cfg: Config, model: Any, tokenizer: Any, data: Any, observer: Observer) -> Federation:
+def federation_of(cfg: Config, model: Any, tokenizer: Any, data: Any, observer: Observer, resume: bool = False) -> Federation:
     """What `simulate` runs on; the arguments are its own, `cfg` from `settings_of`."""
     if model is None:
         if data is None:
             raise ConfigError("tokenizer: belongs to a model or data that is given; leave it out")
-        return prepare(cfg, observer, lambda own: _data(cfg, tokenizer or own, data))
+        return prepare(cfg, observer, lambda own: _data(cfg, tokenizer or own, data), resume)
     if tokenizer is None and not isinstance(data, FederatedData):
         if cfg.model == IN_MEMORY:
             raise ConfigError("tokenizer: the model that is given does not say where its own is; give it as tokenizer=")
@@ -57,11 +59,11 @@ def federation_of(cfg: Config, model: Any, tokenizer: Any, data: Any, observer: 
         raise ConfigError(f"seq_len: expected at most the {positions} tokens that the model sees, got {cfg.seq_len}; lower seq_len")
     shapes = target_shapes(model, cfg.target_modules)
     found = _data(cfg, tokenizer, data) if data is not None else load_data(cfg, tokenizer)
-    starting_ranks(cfg, found)
-    check_vocabulary(cfg, found, model.get_input_embeddings().num_embeddings)
+    if tokenizer is None and cfg.sample_prompts:
+        raise ConfigError("tokenizer: sample_prompts are written with it; give it as tokenizer=")
+    limits = Limits(positions or math.inf, model.get_input_embeddings().num_embeddings)
+    check(cfg, Known(cfg.model, Outline(model, shapes), limits, tokenizer, found), starting_ranks(cfg, found))
     make_ready(model, cfg.model)
-    if cfg.gradient_checkpointing:
-        checkpoint_layers(model)
     return Federation(model, cfg.model, shapes, found, tokenizer)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,30 +107,47 @@ def check_ranks(start: Start, cfg: Config, rows: int) -> None:
         )
 
 
+def check_modules(start: Start, cfg: Config, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """`ConfigError` where the adapter has a module that is none of `shapes`, {module: (m, n)}, or has other widths there."""
+    what = f"init_adapter {cfg.init_adapter!r}{f' (made for {start.base})' if start.base else ''}"
+    if unknown := [name for name in start.factors if name not in shapes]:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise ConfigError(
+            f"{what}: it adapts {unknown[0]}{more}, which target_modules = {cfg.target_modules!r} does not choose in this model; "
+            "choose the adapter's modules, or an adapter made for this model"
+        )
+    for name, (a, b) in start.factors.items():
+        m, n = shapes[name]
+        if (b.shape[0], a.shape[1]) != (m, n):
+            made = f"made for a layer of {a.shape[1]} inputs and {b.shape[0]} outputs, this model's has {n} and {m}"
+            raise ConfigError(f"{what}: {name}: {made}; give an adapter made for this model")
+
+
+def rows_of(start: Start, cfg: Config, rows: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(module, A [r, n], B^T [r, m]) as a bank of `rows` rank rows holds them: its s B A is the adapter's own dW.
+
+    `ConfigError` where the bank has too few rows, or its type no such numbers.
+    """
+    check_ranks(start, cfg, rows)
+    dtype: torch.dtype = getattr(torch, cfg.adapter_dtype)
+    for name, (a, b) in start.factors.items():
+        factor = start.scales[name] / cfg.scale_at(rows)
+        own, scaled = a.to(dtype), b.to(dtype) if factor == 1 else (b.double() * factor).to(dtype)
+        if not bool(own.isfinite().all() and scaled.isfinite().all()):
+            raise ConfigError(f"init_adapter {cfg.init_adapter!r}: {name}: its numbers are too large for adapter_dtype = {cfg.adapter_dtype!r}")
+        yield name, own, scaled.t()
+
+
 @torch.no_grad()
 def fill(bank: hk.AdapterBank, start: Start, cfg: Config) -> str:
     """Write the adapter into the leading rows of `bank` (of one client), B scaled so that s B A of the bank is the adapter's own dW; what was done, in words.
 
     Rows past the adapter's rank, and modules that it has not, stay as they are: A drawn, B = 0. `ConfigError` where ranks, modules or widths do not fit.
     """
-    what = f"init_adapter {cfg.init_adapter!r}"
-    check_ranks(start, cfg, len(next(bank.parameters())))
-    made = f" (made for {start.base})" if start.base else ""
-    if unknown := [name for name in start.factors if name not in bank.shapes]:
-        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise ConfigError(
-            f"{what}{made}: it adapts {unknown[0]}{more}, which target_modules = {cfg.target_modules!r} does not choose in this model; "
-            "choose the adapter's modules, or an adapter made for this model"
-        )
-    for name, (a, b) in start.factors.items():
-        m, n = bank.shapes[name]
-        if (b.shape[0], a.shape[1]) != (m, n):
-            raise ConfigError(f"{what}: {name}: made for a layer of {a.shape[1]} inputs and {b.shape[0]} outputs, this model's has {n} and {m}")
-        factor, rows = start.scales[name] / cfg.scale_at(len(bank.a[name])), a.shape[0]
-        scaled = b.to(bank.dtype) if factor == 1 else (b.double() * factor).to(bank.dtype)
-        bank.a[name][:rows] = a.to(bank.dtype)
-        bank.bt[name][:rows] = scaled.t()
-        if not bool(bank.a[name].isfinite().all() and bank.bt[name].isfinite().all()):
-            raise ConfigError(f"{what}: {name}: its numbers are too large for adapter_dtype = {cfg.adapter_dtype!r}")
+    check_modules(start, cfg, bank.shapes)
+    for name, a, bt in rows_of(start, cfg, len(next(bank.parameters()))):
+        bank.a[name][: len(a)], bank.bt[name][: len(bt)] = a, bt
     fresh = len(bank.shapes) - len(start.factors)
-    return f"starting from the adapter in {start.folder}{made}, rank {start.rank}" + (f"; {fresh} modules that it does not adapt start afresh" if fresh else "")
+    rest = f"; {fresh} modules that it does not adapt start afresh" if fresh else ""
+    made = f" (made for {start.base})" if start.base else ""
+    return f"starting from the adapter in {start.folder}{made}, rank {start.rank}{rest}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hetlora import checkpoint, course, in_memory, init_adapter, privacy, run_folder, server
+from hetlora.ahead import check_graph
 from hetlora.config import Config, ConfigError
 from hetlora.federation import Federation, prepare
 from hetlora.fleet import Fleet, LocalFleet
@@ -79,7 +80,7 @@ def simulate(
     folder = Path(cfg.output)
 
     def fleet() -> LocalFleet:
-        ready = in_memory.federation_of(cfg, model, tokenizer, data, told) if given else federation or prepare(cfg, told)
+        ready = in_memory.federation_of(cfg, model, tokenizer, data, told, resume) if given else federation or prepare(cfg, told, resume=resume)
         if ready.folded_by not in (None, folder):
             raise ConfigError(f"federation: its base model holds the folded updates of {ready.folded_by}; load it again with prepare()")
         return LocalFleet(ready)
@@ -118,10 +119,7 @@ def _rounds(cfg: Config, folder: Path, lock: FolderLock, resume: bool, observer:
     begun = resume and (folder / run_folder.CHECKPOINT).is_file()
     start = init_adapter.read(cfg) if cfg.init_adapter and not begun else None
     fleet = make()
-    if cfg.cuda_graph and fleet.device.type != "cuda":
-        raise ConfigError(
-            f"cuda_graph = True: expected a CUDA device, which alone records graphs, got {fleet.device}; leave it out, or choose another --device"
-        )
+    check_graph(cfg, fleet.device)
     state = _initial_state(cfg, fleet)
     said += privacy.begin(cfg, len(fleet.names)) + course.idle_patience(cfg)
     if start:

@@ -248,6 +248,12 @@ def _at_once(memory: StepMemory, shapes: Shapes, largest: Sequence[int], free: f
     return 1, free - waiting * (len(largest) > 1)
 
 
+def check_auto(cfg: Config) -> None:
+    """`ConfigError` for max_tokens_per_step = 'auto' with a kind of training that the model of memory does not know."""
+    if not cfg.max_tokens_per_step and cfg.training_kind.no_ranks:
+        raise ConfigError(f"max_tokens_per_step = 'auto': its model of memory is that of adapters, and train = {cfg.train!r} trains none; give a number")
+
+
 def with_step_tokens(cfg: Config, model: nn.Module, shapes: Shapes, ranks: Sequence[int]) -> tuple[Config, list[str]]:
     """`cfg` with max_tokens_per_step as a number, and lines that say how 'auto' came to it.   ranks: of all clients; the largest that make a round count.
 
@@ -255,8 +261,7 @@ def with_step_tokens(cfg: Config, model: nn.Module, shapes: Shapes, ranks: Seque
     """
     if cfg.max_tokens_per_step:
         return cfg, []
-    if cfg.training_kind.no_ranks:
-        raise ConfigError(f"max_tokens_per_step = 'auto': its model of memory is that of adapters, and train = {cfg.train!r} trains none; give a number")
+    check_auto(cfg)
     device = next(model.parameters()).device
     if device.type == "cpu":
         give_back_freed_memory()

@@ -132,17 +132,6 @@ def read_limits(cfg: Config, path: str) -> Limits:
     return Limits(positions if positions > 0 else math.inf, vocabulary)
 
 
-def check_targets(cfg: Config, path: str) -> None:
-    """`ConfigError` where `cfg.target_modules` chooses no layer, found without the weights. A model that cannot be made without them is not looked at."""
-    try:
-        model = empty_model(cfg, path)
-    except ConfigError:
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # told when the model is loaded
-        target_shapes(model, cfg.target_modules)
-
-
 def _refuse_code(path: str, error: Exception) -> None:
     """transformers asks on the terminal whether to run a model's own code, unless it is told; then it raises this."""
     if "custom code" in str(error) and "trust_remote_code" in str(error):

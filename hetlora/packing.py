@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import hetlora_kernels as hk
 from hetlora.batches import PADDED, Batch, Way, batches
 from hetlora.config import Config, ConfigError
-from hetlora.federation import resolve_model
 from hetlora.models import first_line, load_model, target_shapes
 from hetlora.seeds import probe_generator
 from hetlora_kernels.peft import attach, client_segments, detach
@@ -39,14 +38,23 @@ def way_of(model: nn.Module, cfg: Config) -> Way:
         known[key] = probe(model, target_shapes(model, cfg.target_modules), cfg.seq_len, getattr(torch, cfg.adapter_dtype))
     way = known[key]
     if cfg.padding_free == "on" and way.name != "packed":
-        raise ConfigError(f"padding_free = 'on': {type(model).__name__} {way.reason}; use 'auto', which sorts sequences by length for it, or 'off'")
+        _refuse(model, way)
     return way
 
 
-def way_of_path(model: str) -> Way:
-    """The same of a model by its path, hub id or 'demo', with sequences of the default length; `ConfigError` where it cannot be loaded."""
-    cfg = Config.create("info", model=model, padding_free="auto")
-    return way_of(load_model(cfg, resolve_model(cfg)), cfg)
+def way_of_path(cfg: Config, path: str) -> Way:
+    """The same of the model at `path`; `ConfigError` where it cannot be loaded."""
+    return way_of(load_model(cfg, path), cfg)
+
+
+def check_reach(model: nn.Module, cfg: Config) -> None:
+    """The error of `way_of`, where the configuration of a model without weights is enough for it."""
+    if cfg.padding_free == "on" and (way := _too_short(model, cfg.seq_len)):
+        _refuse(model, way)
+
+
+def _refuse(model: nn.Module, way: Way) -> NoReturn:
+    raise ConfigError(f"padding_free = 'on': {type(model).__name__} {way.reason}; use 'auto', which sorts sequences by length for it, or 'off'")
 
 
 def probe(model: nn.Module, shapes: dict[str, tuple[int, int]], seq_len: int, dtype: torch.dtype = torch.float32) -> Way:
@@ -56,10 +64,8 @@ def probe(model: nn.Module, shapes: dict[str, tuple[int, int]], seq_len: int, dt
     seq_len: the longest row of a run. A model with a window (or chunks, or positions scaled by length) shorter than that is not shown by short sequences.
     """
     one_row = "flash" in _attention(model)
-    if reach := _reach(model):
-        name, tokens = min(reach, key=lambda own: own[1])
-        if tokens < seq_len:
-            return Way("sorted", f"has {name} = {tokens}, shorter than seq_len = {seq_len}, where a probe of short sequences shows nothing")
+    if way := _too_short(model, seq_len):
+        return way
     try:
         off, unpacked, rounding = _differences(model, shapes, dtype, one_row)
     except Exception as error:  # of the model's own code: an argument it does not take, a shape it does not expect, a layer whose rows are not known
@@ -113,6 +119,14 @@ def _furthest(found: list[Tensor], alone: list[Tensor]) -> float:
 
 def _attention(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "_attn_implementation", None) or "")
+
+
+def _too_short(model: nn.Module, seq_len: int) -> Way | None:
+    """The way of a model whose window, or the like, is shorter than `seq_len`; None where there is no such thing."""
+    name, tokens = min(_reach(model), key=lambda own: own[1], default=("", seq_len))
+    if tokens >= seq_len:
+        return None
+    return Way("sorted", f"has {name} = {tokens}, shorter than seq_len = {seq_len}, where a probe of short sequences shows nothing")
 
 
 def _reach(model: nn.Module) -> list[tuple[str, int]]:

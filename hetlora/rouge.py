@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 import hetlora_kernels as hk
 from hetlora.config import Config, ConfigError
+from hetlora.data import FederatedData
 from hetlora.evaluate import WHOLE, Whole
-from hetlora.federation import Federation
 from hetlora.samples import generate
+
+if TYPE_CHECKING:
+    from hetlora.federation import Federation
 
 
 def words(text: str) -> list[str]:
@@ -38,10 +43,15 @@ def evaluate(
 
     bank: of one client.   An answer ends at EOS or after cfg.rouge_tokens tokens. Raises `ConfigError` when the data has no prompts.
     """
-    score = scorer()
-    own = [client.examples for client in federation.data.clients]
-    examples = [examples[turn] for turn in range(max(map(len, own), default=0)) for examples in own if turn < len(examples)][: cfg.rouge_examples]
-    if not examples:
+    score, asked = scorer(), examples(cfg, federation.data)
+    answers = generate(federation, bank, [prompt for prompt, _ in asked], cfg, progress, split)
+    return {"f1": score(answers, [response for _, response in asked]), "examples": len(asked)}
+
+
+def examples(cfg: Config, data: FederatedData) -> list[tuple[Tensor, str]]:
+    """(tokens of a held-out prompt, response) of cfg.rouge_examples, one of each client in turn; `ConfigError` where some are wanted and none is there."""
+    own = [client.examples for client in data.clients]
+    found = [held[turn] for turn in range(max(map(len, own), default=0)) for held in own if turn < len(held)][: cfg.rouge_examples]
+    if cfg.rouge_examples and not found:
         raise ConfigError("rouge_examples: no client has a held-out prompt")
-    answers = generate(federation, bank, [prompt for prompt, _ in examples], cfg, progress, split)
-    return {"f1": score(answers, [response for _, response in examples]), "examples": len(examples)}
+    return found

@@ -13,7 +13,7 @@ from hetlora import checkpoint, course, run_folder, server
 from hetlora.config import Config, ConfigError
 from hetlora.fleet import Fleet
 from hetlora.observer import Observer
-from hetlora.ranks import from_record, to_record
+from hetlora.ranks import StartingRanks, from_record, to_record
 
 
 @dataclass
@@ -75,10 +75,8 @@ def restore(run: Run) -> list[dict[str, Any]]:
 
 def _take(run: Run, content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     """The state of a checkpoint becomes the run's. `ConfigError` where it is that of other data, ranks or another model."""
-    if content["data"] != run.fingerprint:
-        raise ConfigError(f"{run.folder}: the data is not the data this run began with; restore it, or start a new run in another folder")
-    if any(content[name] != getattr(run.state, name) for name in ("r_min", "r_max", "ranks_start")):
-        raise ConfigError(f"ranks = {run.cfg.ranks!r}: not the ranks that the run in {run.folder} began with; restore the file, or start a new run")
+    state = run.state
+    checkpoint.check_start(run.folder, content, run.cfg, run.fingerprint, StartingRanks(state.r_min, state.r_max, state.ranks_start))
     try:
         run.state.bank.load_state_dict({key[len("bank.") :]: value for key, value in tensors.items() if key.startswith("bank.")})
     except ValueError as error:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 import hetlora_kernels as hk
 from hetlora.chat import Chat
-from hetlora.config import Config
+from hetlora.config import Config, ConfigError
 from hetlora.evaluate import WHOLE, Whole
-from hetlora.federation import Federation
 from hetlora.sources import read_prompts
 from hetlora_kernels.peft import attach, client_segments, detach
+
+if TYPE_CHECKING:
+    from hetlora.federation import Federation
 
 
 @torch.no_grad()
@@ -54,9 +57,25 @@ def generate(
 def evaluate(
     federation: Federation, bank: hk.AdapterBank, cfg: Config, progress: Callable[[int, int], None] | None = None, split: Whole = WHOLE
 ) -> list[dict[str, str]]:
-    """[{"prompt", "answer"}] for the prompts of cfg.sample_prompts; where a chat template is in force each is written as what a user says."""
+    """[{"prompt", "answer"}] for the prompts of cfg.sample_prompts."""
+    answers = generate(federation, bank, prompts(cfg, federation.tokenizer), cfg, progress, split)
+    return [{"prompt": text, "answer": answer} for text, answer in zip(read_prompts(cfg), answers, strict=True)]
+
+
+def prompts(cfg: Config, tokenizer: Any) -> list[Tensor]:
+    """The tokens of each prompt of cfg.sample_prompts; where a chat template is in force it is written as what a user says."""
     texts = read_prompts(cfg)
-    chat = Chat(cfg, federation.tokenizer) if cfg.chats else None
-    ids = [chat.prompt(text) if chat else federation.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    answers = generate(federation, bank, [torch.tensor(own, dtype=torch.int64) for own in ids], cfg, progress, split)
-    return [{"prompt": text, "answer": answer} for text, answer in zip(texts, answers, strict=True)]
+    chat = Chat(cfg, tokenizer) if cfg.chats and texts else None
+    ids = [chat.prompt(text) if chat else tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return [torch.tensor(own, dtype=torch.int64) for own in ids]
+
+
+def check_lengths(cfg: Config, held_out: Sequence[Tensor], shown: Sequence[Tensor], positions: float) -> None:
+    """`ConfigError` where a prompt and the longest answer to it do not fit a model that sees so many tokens.   held_out: for ROUGE-L."""
+    for setting, own in (("rouge_examples", held_out), ("sample_prompts", shown)):
+        longest = max(map(len, own), default=0)
+        if own and longest + cfg.rouge_tokens > positions:
+            raise ConfigError(
+                f"{setting}: a prompt has {longest} tokens, and with an answer of rouge_tokens = {cfg.rouge_tokens} that is above the {positions} that "
+                f"model {cfg.model!r} sees; lower --rouge-tokens, or shorten prompts"
+            )

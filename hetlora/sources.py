@@ -52,36 +52,43 @@ def _capability_column(cfg: Config) -> str | None:
     return rule.field if isinstance(rule, Column) else None
 
 
-def open_corpus(cfg: Config) -> Corpus:
-    """The documents that `cfg.data` names; see `data.load_data`."""
-    data, column = cfg.data, _capability_column(cfg)
+def check_source(cfg: Config) -> None:
+    """`ConfigError` where `cfg.data` names nothing, or something of another kind than the other settings say. No text is read."""
+    data, path = cfg.data, Path(os.path.expanduser(cfg.data))
     if data == IN_MEMORY:
         raise ConfigError(f"data {data!r}: was given by a Python program, and no path leads to it; continue from there with simulate(..., resume=True)")
     if data.startswith("hub:"):
-        return _from_hub(cfg, column)
-    path = Path(os.path.expanduser(data))
+        return
     is_file = path.suffix.lower() in (".jsonl", *SUFFIXES) and not os.path.isdir(path)
-    if column is not None and not is_file:
+    if _capability_column(cfg) is not None and not is_file:
         raise ConfigError(f"ranks {cfg.ranks!r}: only a {_FILES} file or a hub data set has columns, data is {data!r}; give ranks another way")
     for name, what in _OF_ROWS.items():
         if getattr(cfg, name) != type(cfg).model_fields[name].default and not is_file:
             raise ConfigError(f"{name} {getattr(cfg, name)!r}: only a {_FILES} file or a hub data set has {what}, data is {data!r}; leave it out")
     if data.partition(":")[0] in ("stdlib", "unicode"):
-        return _from_python(data)
+        return
     if not os.path.exists(path):
         raise ConfigError(f"data {data!r}: no such file or folder (or not accessible); give a folder, a {_FILES} file, 'hub:ORG/NAME' or 'stdlib'")
-    if is_file:
-        return _from_jsonl(path, cfg, column) if path.suffix.lower() == ".jsonl" else _from_table(path, cfg, column)
+    if not is_file and not os.path.isdir(path):
+        raise ConfigError(f"data {data!r}: a single file must be {_FILES} (one row a client's text), got {path.suffix or 'no suffix'}; or give its folder")
+
+
+def open_corpus(cfg: Config) -> Corpus:
+    """The documents that `cfg.data` names; see `data.load_data`."""
+    check_source(cfg)
+    data, column = cfg.data, _capability_column(cfg)
+    if data.startswith("hub:"):
+        return _from_hub(cfg, column)
+    if data.partition(":")[0] in ("stdlib", "unicode"):
+        return _from_python(data)
+    path = Path(os.path.expanduser(data))
     if os.path.isdir(path):
         return _from_folder(path)
-    raise ConfigError(f"data {data!r}: a single file must be {_FILES} (one row a client's text), got {path.suffix or 'no suffix'}; or give its folder")
+    return _from_jsonl(path, cfg, column) if path.suffix.lower() == ".jsonl" else _from_table(path, cfg, column)
 
 
 _FILES = ".jsonl, .csv or .parquet"
-_OF_ROWS = {
-    **{"prompt_field": "prompts", "messages_field": "conversations", "text_field": "fields"},
-    **{"client_field": "fields", "skip_bad_rows": "rows"},
-}
+_OF_ROWS = {"prompt_field": "prompts", "messages_field": "conversations", "text_field": "fields", "client_field": "fields", "skip_bad_rows": "rows"}
 
 
 def _wanted(cfg: Config, column: str | None) -> list[str]:

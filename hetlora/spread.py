@@ -11,6 +11,7 @@ import socket
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ class SpreadFleet:
         return self._together("own_text", cfg, state, progress)
 
 
-def lead(cfg: Config, *, resume: bool = False, observer: Observer | None = None, load: Load = prepare) -> Result:
+def lead(cfg: Config, *, resume: bool = False, observer: Observer | None = None, load: Load | None = None) -> Result:
     """`simulate` as process 0 of several. Its clients' text and its model are loaded first; faults are said before the others have begun."""
     observer, at = observer or Observer(), place()
     if reason := cfg.training_kind.one_process:
@@ -176,7 +177,7 @@ def lead(cfg: Config, *, resume: bool = False, observer: Observer | None = None,
     groups: list[Group] = []
 
     def fleet() -> SpreadFleet:
-        local = _loaded(cfg, at, load, observer)
+        local = _loaded(cfg, at, load or partial(prepare, resume=resume), observer)
         group = Group(at)
         groups.append(group)
         group.ordered({**cfg.model_dump(), "device": local.device.type})

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from hetlora import run_folder
+from hetlora.ahead import Known, check
 from hetlora.compare.methods import ALONE, METHODS, OWNED, ComparisonPlan, Method, method_config, parse_methods, refuse_shared
 from hetlora.config import Config, ConfigError
 from hetlora.data import FederatedData, load_data
-from hetlora.federation import Federation, prepare, starting_ranks
+from hetlora.federation import Federation, load, look, starting_ranks
 from hetlora.lock import FolderLock
 from hetlora.loop import simulate
 from hetlora.observer import Observer
@@ -61,9 +62,19 @@ class Bench:
     """The one base model in memory, and the data of each seed (they differ where clients are held out)."""
 
     def __init__(self, common: Config, observer: Observer, federation: Federation | None) -> None:
-        self._first = federation or prepare(common, observer)
-        self._own_data = federation is None
-        self._data = {self._key(common): self._first.data}
+        """Without `federation` the weights wait for `load`."""
+        self._common, self._first = common, federation
+        self._known = {} if federation else {self._key(common): look(common, observer)}
+
+    def load(self) -> None:
+        if self._known:
+            self._first = load(self._common, self._known[self._key(self._common)])
+
+    def check(self, cfg: Config) -> None:
+        """`ConfigError` for what keeps a run from its first round, as far as it can be known before the weights are loaded."""
+        if self._known:
+            known = self._of(cfg)
+            check(cfg, known, starting_ranks(cfg, known.data))
 
     @staticmethod
     def _key(cfg: Config) -> tuple[str, int, int]:
@@ -71,17 +82,18 @@ class Bench:
 
     def federation(self, cfg: Config) -> Federation:
         """For one run: the shared model, or a copy of it where the run changes the base."""
-        data = self.data(cfg)
+        assert self._first, "loaded by now"
         model = copy.deepcopy(self._first.model) if cfg.merge_kind.base != "none" else self._first.model
-        shapes = self._first.shapes
-        return dataclasses.replace(self._first, model=model, shapes=shapes, data=data)
+        return dataclasses.replace(self._first, model=model, data=self.data(cfg))
 
     def data(self, cfg: Config) -> FederatedData:
-        if not self._own_data:
-            return self._first.data
-        if self._key(cfg) not in self._data:
-            self._data[self._key(cfg)] = load_data(cfg, self._first.tokenizer)
-        return self._data[self._key(cfg)]
+        return self._of(cfg).data if self._known or not self._first else self._first.data
+
+    def _of(self, cfg: Config) -> Known:
+        first = self._known[self._key(self._common)]
+        if self._key(cfg) not in self._known:
+            self._known[self._key(cfg)] = dataclasses.replace(first, data=load_data(cfg, first.tokenizer))
+        return self._known[self._key(cfg)]
 
     def trial(self, common: Config, plan: ComparisonPlan) -> Config:
         """Common settings of the search: a seed and clients of its own, and as large a share of them in a round as in the comparison."""
@@ -121,8 +133,13 @@ def run_comparison(
         if _is_this_comparison(folder, common, plan):
             lock.take(folder)
         bench = Bench(common, observer, federation)
-        for method in methods:  # so that a method that cannot run is refused before hours of others, and before there is a folder with its settings
-            _cell(method, common, bench, folder / "cells", {}, False)
+        # A method that cannot run is refused before the weights, before hours of others, and before there is a folder with its settings.
+        for method in methods:
+            bench.check(_cell(method, common, bench, folder / "cells", {}, False).cfg)
+        for own in _searched(common, plan, methods, bench, folder / "search").values():
+            for cell in own.values():
+                bench.check(cell.cfg)
+        bench.load()
         if not lock.folder:
             _open_folder(folder, common, plan)
             lock.take(folder)
@@ -150,13 +167,12 @@ def _search(
     common: Config, plan: ComparisonPlan, methods: list[Method], bench: Bench, folder: Path, observer: Observer, later: int
 ) -> tuple[list[Cell], dict[str, str]]:
     """(the search's runs, {method: the value with the lowest final loss}); `later`: runs that follow, for the count that is shown."""
-    setting, values = _parse_search(plan.search)
+    setting, _ = _parse_search(plan.search)
     if not setting:
         return [], {}
     trial = bench.trial(common, plan)
-    names = list(dict.fromkeys(method.like or method.name for method in methods))
-    cells = {name: {value: _cell(METHODS[name], trial, bench, folder, {setting: value}, True) for value in values} for name in names}
-    losses: dict[str, dict[str, float]] = {name: {} for name in names}
+    cells = _searched(common, plan, methods, bench, folder)
+    losses: dict[str, dict[str, float]] = {name: {} for name in cells}
     done = 0
     for name, own in cells.items():
         for value, cell in own.items():
@@ -180,6 +196,16 @@ def _search(
             _run_cell(own[further], bench, observer, done, sum(map(len, cells.values())) + later)
             losses[name][further] = _final_loss(own[further])
     return [cell for own in cells.values() for cell in own.values()], {name: _least(own) for name, own in losses.items()}
+
+
+def _searched(common: Config, plan: ComparisonPlan, methods: list[Method], bench: Bench, folder: Path) -> dict[str, dict[str, Cell]]:
+    """{method: {value: the run that tries it}} of the search; {} without one."""
+    setting, values = _parse_search(plan.search)
+    if not setting:
+        return {}
+    trial = bench.trial(common, plan)
+    names = dict.fromkeys(method.like or method.name for method in methods)
+    return {name: {value: _cell(METHODS[name], trial, bench, folder, {setting: value}, True) for value in values} for name in names}
 
 
 def _least(losses: Mapping[str, float]) -> str:

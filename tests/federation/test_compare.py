@@ -350,7 +350,7 @@ def test_a_comparison_that_another_process_runs_is_refused_before_anything_is_lo
 
 
 def test_command_line_takes_files_and_flags_and_says_what_is_wrong(tmp_path, monkeypatch):
-    monkeypatch.setattr("hetlora.compare.run.prepare", lambda *_: tiny_federation(SIZES))
+    monkeypatch.setattr("hetlora.compare.run.Bench", lambda common, observer, _: Bench(common, observer, tiny_federation(SIZES)))
     settings = {"ranks": "powerlaw:2:8", "rounds": 1, "clients_per_round": 2, "local_steps": 1, "batch_size": 2, "seeds": 1, "methods": "hetlora,homlora-min"}
     (tmp_path / "c.json").write_text(json.dumps(settings))
     result = CliRunner().invoke(cli, ["compare", "--config", str(tmp_path / "c.json"), "--output", str(tmp_path / "c"), "--methods", "homlora-min,flora"])

@@ -153,7 +153,7 @@ def test_a_named_pipe_is_refused(tmp_path, monkeypatch, option):
     monkeypatch.setattr("hetlora.federation.resolve_model", lambda *_, **__: "nowhere")
     monkeypatch.setattr("hetlora.federation.load_tokenizer", lambda *_: ByT5Tokenizer())
     monkeypatch.setattr("hetlora.federation.read_limits", lambda *_: models.Limits(1024, 384))
-    monkeypatch.setattr("hetlora.federation.check_targets", lambda *_: None)
+    monkeypatch.setattr("hetlora.federation.outline", lambda *_: None)
     name = {"--data": "x.jsonl", "--config": "x.yaml", "--ranks": "x.json"}[option]
     os.mkfifo(tmp_path / name)
     assert_one_line_error(invoke("run", option, tmp_path / name, "--output", tmp_path / "run"), name, "a named pipe")

@@ -210,7 +210,7 @@ def test_ranks_that_do_not_fit_are_told_before_the_model_is_loaded(tmp_path, mon
         monkeypatch.setattr(federation, "resolve_model", lambda *_, **__: "nowhere")
         monkeypatch.setattr(federation, "load_tokenizer", lambda *_: ByT5Tokenizer())
         monkeypatch.setattr(federation, "read_limits", lambda *_: Limits(1024, 384))
-        monkeypatch.setattr(federation, "check_targets", lambda *_: None)
+        monkeypatch.setattr(federation, "outline", lambda *_: None)
     with pytest.raises(ConfigError, match=message):
         federation.prepare(Config.create("here", ranks=spec, data=str(tmp_path)))
 
