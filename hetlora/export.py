@@ -202,10 +202,15 @@ def _uniform_ranks(factors: Factors, rank: int | None, run: Path) -> dict[str, i
 def _live_ranks(factors: Factors, run: Path) -> dict[str, int]:
     """{module: its rank without trailing dead rows, at least 1}. B A stays what it was, as a dead row's product is zero."""
     ranks: dict[str, int] = {}
+    nothing = True
     for name, (a, b) in factors.items():
         dead = ((a == 0).all(1) | (b == 0).all(0)) & a.isfinite().all(1) & b.isfinite().all(0)  # 0 times inf is no zero
         live = (~dead).nonzero()
         ranks[name] = int(live[-1]) + 1 if len(live) else 1
+        nothing &= not len(live)
+    if nothing:
+        warnings.warn(f"{run}: the adapter adds nothing to its base model, as B A is zero in every module; one row of each is written", stacklevel=3)
+        return ranks
     shorter = sum(ranks[name] < a.shape[0] for name, (a, _) in factors.items())
     if shorter:
         rows = sum(a.shape[0] - ranks[name] for name, (a, _) in factors.items())

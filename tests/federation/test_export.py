@@ -103,6 +103,18 @@ def test_trailing_dead_rows_are_left_out_and_said(run, tmp_path):
     assert {a.shape[0] for a, _ in read_factors(with_all).values()} == {6}
 
 
+def test_an_adapter_that_adds_nothing_is_said_to(run, tmp_path):
+    """As after a run with keep_best whose best round is round 0."""
+    factors = make_factors(dict.fromkeys(MODULES, 6))
+    for _, b in factors.values():
+        b.zero_()
+    write_factors(run / "adapter", factors)
+    with pytest.warns(UserWarning, match="the adapter adds nothing to its base model, as B A is zero in every module") as seen:
+        out = export_adapter(run, tmp_path / "out")
+    assert not any("computes the same" in str(each.message) for each in seen)
+    assert {a.shape[0] for a, _ in read_factors(out).values()} == {1}
+
+
 def test_clients_own_adapter_with_a_rank_per_module(run, base, tmp_path):
     name = "a/b c.한"
     ranks = {module: 1 + i % 5 for i, module in enumerate(MODULES)}
