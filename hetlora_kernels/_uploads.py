@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def on_host(values: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor as it is, all else as a tensor on the host, whatever the default device."""
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=dtype, device="cpu")
 
 
 def capturing(device: torch.device) -> bool:

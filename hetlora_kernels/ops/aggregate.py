@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hetlora_kernels._library import call, register_fake
-from hetlora_kernels._uploads import capturing, uploaded
+from hetlora_kernels._uploads import capturing, on_host, uploaded
 from hetlora_kernels.layout import whole
 from hetlora_kernels.ops._lists import FLOATS, Layouts, flat_ranks, module_list, outputs, prepare, written
 from hetlora_kernels.reference import compute_dtype
@@ -36,7 +36,7 @@ def client_weights(weights: Tensor | Sequence[float], clients: int, modules: int
     """[K, M] from [K] or [K, M], in the type of the sums; `ValueError` unless all are finite and >= 0."""
     try:
         # On the host, where it comes from there: the check below then waits for no device. Plain numbers would become float32 first.
-        table = torch.as_tensor(weights, dtype=None if isinstance(weights, Tensor) else torch.float64)
+        table = on_host(weights, torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise TypeError(f"weights: expected numbers, one per client or [clients, modules], got {weights!r}") from None
     if table.dtype.is_complex or table.is_quantized or table.layout != torch.strided or (table.is_meta and device.type != "meta"):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hetlora_kernels._uploads import on_host
 from hetlora_kernels.bank import AdapterBank
 from hetlora_kernels.linear import linear_shape
 from hetlora_kernels.ops.lora import lora_add, lora_linear
@@ -28,7 +29,7 @@ class Attachment:
     """State shared by all attached layers of one model: the bank and the batch's clients."""
 
     def __init__(self, bank: AdapterBank, scale: float | Sequence[float] | Tensor, dropout: float) -> None:
-        shape, clients = tuple(torch.as_tensor(scale).shape), bank.num_clients
+        shape, clients = tuple(on_host(scale).shape), bank.num_clients
         if shape not in ((), (clients,)):
             raise ValueError(f"scale: expected a number or {clients} numbers, one per client, got shape {shape}")
         if not 0 <= dropout < 1:

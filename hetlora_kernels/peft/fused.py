@@ -90,8 +90,8 @@ class AdapterBatch(Batch):
         given = given or {}
         everyone = torch.cat([ids.reshape(-1).cpu(), *(own.reshape(-1).cpu() for own in given.values())])
         present = [k for k in everyone.unique().tolist() if k >= 0]
-        local = torch.full((len(names) + 1,), -1, dtype=torch.int64)  # the last one serves -1
-        local[present] = torch.arange(len(present))
+        local = torch.full((len(names) + 1,), -1, dtype=torch.int64, device="cpu")  # the last one serves -1
+        local[present] = torch.arange(len(present), device="cpu")
         seeds = None if seeds is None else seeds[present]
         step = step[present] if isinstance(step, Tensor) and step.dim() else step
         own = {part: local[rows.cpu()].to(rows.device) for part, rows in given.items()}
@@ -108,7 +108,7 @@ def _named_batch(names: Sequence[str]) -> AdapterBatch:
     key = tuple(names), torch.is_inference_mode_enabled()
     if key not in _named:
         adapters = [name for name in dict.fromkeys(names) if name != BASE]
-        ids = torch.tensor([-1 if name == BASE else adapters.index(name) for name in names], dtype=torch.int64)
+        ids = torch.tensor([-1 if name == BASE else adapters.index(name) for name in names], dtype=torch.int64, device="cpu")
         _named.clear()
         _named[key] = AdapterBatch(adapters, ids)
     return _named[key]

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hetlora_kernels._uploads import on_host
+
 
 class KnownClients(NamedTuple):
     """The clients of sequences, int64 [batch], on the model's device: looked at before, so that a recorded step need not read them back."""
@@ -22,7 +24,7 @@ def client_table(ids: Sequence[int] | Tensor | KnownClients | None, clients: int
         return ids.values
     if ids is None:
         raise TypeError("ids: expected the client of each sequence, [batch], or token, [batch, seq], got None")
-    table = torch.as_tensor(ids)
+    table = on_host(ids)
     if table.numel() and (table.is_floating_point() or table.is_complex() or table.dtype == torch.bool):
         raise TypeError(f"ids: expected integers, got {table.dtype}")
     if table.dim() not in (1, 2):
@@ -34,7 +36,7 @@ def client_table(ids: Sequence[int] | Tensor | KnownClients | None, clients: int
 
 def client_rows(part: str, ids: Any, clients: int) -> Tensor:
     """The clients of the rows of a part of the model as int64, of any shape."""
-    table = torch.as_tensor(ids)
+    table = on_host(ids)
     if table.is_floating_point() or table.is_complex() or table.dtype == torch.bool or table.dim() == 0:
         raise TypeError(f"rows: expected integers, the clients of the rows of {part!r}, got {table.dtype} of shape {tuple(table.shape)}")
     if table.numel() and (int(table.min()) < -1 or int(table.max()) >= clients):
@@ -43,7 +45,7 @@ def client_rows(part: str, ids: Any, clients: int) -> Tensor:
 
 
 def check_step(step: int | Tensor, clients: int) -> None:
-    table = torch.as_tensor(step)
+    table = on_host(step)
     if table.is_floating_point() or table.is_complex() or tuple(table.shape) not in ((), (clients,)):
         raise ValueError(f"step: expected an integer or ({clients},) integers, one per client, got {table.dtype} {tuple(table.shape)}")
 

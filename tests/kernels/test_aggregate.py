@@ -306,3 +306,12 @@ def test_weights_go_up_without_a_wait_and_are_not_read_in_a_capture(monkeypatch)
         client_weights([1.0, 2.0], 2, 3, gpu, torch.float32)
     with pytest.raises(ValueError, match=r"^weights: expected finite numbers"):
         client_weights([1.0, -2.0], 2, 3, gpu, torch.float32)
+
+
+def test_weights_are_numbers_of_the_host_whatever_the_default_device(device):
+    rows, layout = torch.randn(5, 8, generator=drawn(9)).to(device), hk.RankLayout([2, 3])
+    sums = hk.Accumulator([rows], 5)
+    with torch.device("meta"):
+        inside = hk.aggregate(rows, layout, [1.0, 2.0], 4)
+        sums.add([rows], 0.5)
+    assert same_bits(inside, hk.aggregate(rows, layout, [1.0, 2.0], 4)) and same_bits(sums.result()[0], 0.5 * rows)

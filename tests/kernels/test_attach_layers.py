@@ -12,7 +12,7 @@ from row_cases import WIDTH, drawn_rows, filled, linear
 from torch import nn
 
 import hetlora_kernels as hk
-from hetlora_kernels.peft import attach, client_segments, detach
+from hetlora_kernels.peft import attach, client_losses, client_segments, detach
 from hetlora_kernels.peft.attached import attachment
 
 
@@ -168,3 +168,20 @@ def test_attached_models_are_copied_not_pickled(device):
     assert torch.equal(copy.deepcopy(model)(x), model(x))
     with pytest.raises(TypeError, match=r"^model: a bank is attached.*detach\(model\)"):
         pickle.dumps(model)
+
+
+def test_scales_and_clients_are_numbers_of_the_host_whatever_the_default_device(device):
+    bank = filled({"0": (WIDTH, WIDTH)}, [2, 3], device=device)
+    x, labels = torch.randn(2, 2, WIDTH, dtype=torch.float64, device=device), torch.tensor([[1, 2], [3, 0]], device=device)
+
+    def losses() -> torch.Tensor:
+        attach(model, bank, scale=[1.0, 2.0])
+        with client_segments(model, [1, 0], step=[3, 4]):
+            logits = model(x)
+        detach(model)
+        return client_losses(logits, labels, [1, 0], 2)
+
+    model = nn.Sequential(linear()).to(device, torch.float64)
+    with torch.device("meta"):
+        inside = losses()
+    assert torch.equal(inside, losses())

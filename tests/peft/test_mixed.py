@@ -303,3 +303,15 @@ def test_a_block_is_one_threads(device):
     thread.start()
     thread.join()
     assert len(told) == 1
+
+
+def test_adapters_are_named_on_the_host_whatever_the_default_device(device):
+    model, tokens = several_adapters(device), token_batch(6, 8, device)
+    fuse(model)
+    model.eval()
+    with torch.device("meta"):
+        by_name = model(tokens, adapter_names=NAMES).logits
+        with client_segments(model, NAMES):
+            inside = model(tokens).logits
+    with client_segments(model, NAMES):
+        assert torch.equal(inside, model(tokens).logits) and torch.equal(by_name, inside)
