@@ -133,7 +133,12 @@ def shrink(rows: int, n: int, rank: int, drop: bool, then: int = 0) -> Work:
     own = splits > 1 and not (then and expand_adds(rows, n, then, rank))
     cached = 2 * math.ceil(rows / ROWS) * rank * n + (4 * splits * rows * rank * (1 + own) if splits > 1 else 0)
     moved = 2 * (rows * n + rank * n + rows * rank)
-    return Work("shrink", 1 + own, moved, cached, 2 * rows * n * rank, units=drop * rows * n // 8, blocks=blocks, stages=stages)
+    return Work("shrink" + (", adds its planes" if own else ""), 1 + own, moved, cached, 2 * rows * n * rank, units=drop * rows * n // 8, blocks=blocks, stages=stages)
+
+
+def widen(rows: int, rank: int) -> Work:
+    """S of an odd rank copied to rows of whole 16 bytes, before a backward pass."""
+    return Work("copy of S, rows of 16 bytes", 1, 2 * rows * (rank + math.ceil(rank / 8) * 8))
 
 
 def expand(rows: int, m: int, rank: int, drop: bool, in_place: bool, shrunk_from: int = 0) -> Work:
@@ -231,6 +236,12 @@ def adamw(elements: int, ranks: Sequence[int]) -> Work:
     return Work("adamw_", 3, 7 * 4 * elements * sum(ranks))
 
 
+def adamw_clipping(elements: int, ranks: Sequence[int]) -> Work:
+    """With clipping and the regulariser of half of each rank: gradients, and parameters of the tail rows, once more."""
+    own = adamw(elements, ranks)
+    return replace(own, kernel="adamw_, clip and tail", launches=4, bytes=own.bytes + 4 * elements * (sum(ranks) + sum(rank // 2 for rank in ranks)))
+
+
 def sgd(elements: int, ranks: Sequence[int]) -> Work:
     return Work("sgd_", 3, 3 * 4 * elements * sum(ranks))
 
@@ -285,9 +296,10 @@ def rows() -> list[tuple[str, Work]]:
             ]
         rows += [(f"T={tokens}, 4096->4096", base_product(tokens, 4096, 4096, adds)) for adds in (False, True)]
     rows += [("T=8192, 4096 columns, r=16, p=0", expand(8192, 4096, 16, False, True)), ("16 x 4096", cast(16 * 4096))]
+    rows += [("T=8192, 4096 columns, r=64, p=0", shrink(8192, 4096, 64, False, 4096)), ("T=8192, r=11", widen(8192, 11))]
     ranks, elements = [4, 8, 16, 32, 64] * 20, elements_per_rank(LLAMA_8B_ATTENTION_LAYER)
     load = "Llama-3.1-8B attention layer, 100 clients, ranks 4..64, float32"
-    rows += [(load, make(elements, ranks)) for make in (truncate, aggregate, delta_norms, tail_norms, adamw, sgd)]
+    rows += [(load, make(elements, ranks)) for make in (truncate, aggregate, delta_norms, tail_norms, adamw, adamw_clipping, sgd)]
     rows += [(load, make(elements, ranks, bits)) for make in (quantize, dequantize) for bits in (8, 4)]
     # The Gram kernel by type and rank: what a rank pays is the squares or bands it rounds up to.
     for name, own in (("ranks 4..64", ranks), ("ranks 5..50 by a power law", power_law_ranks(100)), ("rank 39", [39] * 100), ("rank 64", [64] * 100)):

@@ -90,6 +90,46 @@ def test_devices_go_by_the_name_that_the_driver_says_and_their_multiprocessors(n
     assert (model.layer_seconds(found, 64, 64, 64, [4], False) is None) == (gpu is None)
 
 
+# Every kernel of csrc/cuda, and the row of the model that holds its launch.
+MODELLED = {
+    "accumulate_kernel": "accumulate_",
+    "adamw_kernel": "adamw_",
+    "aggregate_kernel": "aggregate_",
+    "cross_entropy_kernel": "cross_entropy_, logits again from L2",
+    "delta_norms_kernel": "delta_norms",
+    "dequantize_kernel": "dequantize_rows_, 8 bits",
+    "expand_kernel": "expand, adds planes",
+    "gram_kernel": "gram",
+    "gram_sum_kernel": "gram",
+    "grouped_gram_kernel": "grouped_gram",
+    "grouped_gram_sum_kernel": "grouped_gram",
+    "prepare_kernel": "adamw_",
+    "quantize_kernel": "quantize_rows_, 8 bits",
+    "sgd_kernel": "sgd_",
+    "shrink_kernel": "shrink",
+    "shrink_sum_kernel": "shrink, adds its planes",
+    "squares_kernel": "adamw_, clip and tail",
+    "tail_norms_kernel": "tail_norms, half of each rank",
+    "truncate_kernel": "truncate_",
+    "upload_kernel": "truncate_",
+    "widen_kernel": "copy of S, rows of 16 bytes",
+}
+
+
+def test_every_kernel_of_the_library_has_a_row():
+    sources = "".join(file.read_text() for file in sorted((ROOT / "csrc" / "cuda").glob("*.cu*")))
+    assert set(re.findall(r"__global__ void (?:\s*__launch_bounds__\([^;{]*?\)\s+)?(\w+)\(", sources)) == set(MODELLED)
+    assert set(MODELLED.values()) <= {work.kernel for _, work in model.rows()}
+
+
+def test_kernels_that_few_layers_launch():
+    """Planes of shrink that expand does not add; an odd rank; an optimiser that clips and regularises."""
+    assert [model.shrink(8192, 4096, rank, False, 4096).launches for rank in (16, 64)] == [1, 2]
+    assert model.widen(100, 11).bytes == 2 * 100 * (11 + 16) and model.widen(100, 11).launches == 1
+    own, plain = model.adamw_clipping(10, [2, 4]), model.adamw(10, [2, 4])
+    assert (own.launches - plain.launches, own.bytes - plain.bytes) == (1, 4 * 10 * (6 + 3)), "gradients, and parameters of the tail rows, once more"
+
+
 def test_the_loss_reads_its_logits_again_from_l2_or_from_memory():
     held, again = model.cross_entropy(10, 100, True), model.cross_entropy(10, 100, False)
     assert (held.bytes - 12 * 10, held.cached, again.bytes - held.bytes, again.cached) == (2 * 2 * 1000, 2 * 1000, 2 * 1000, 0)
