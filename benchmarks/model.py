@@ -133,7 +133,8 @@ def shrink(rows: int, n: int, rank: int, drop: bool, then: int = 0) -> Work:
     own = splits > 1 and not (then and expand_adds(rows, n, then, rank))
     cached = 2 * math.ceil(rows / ROWS) * rank * n + (4 * splits * rows * rank * (1 + own) if splits > 1 else 0)
     moved = 2 * (rows * n + rank * n + rows * rank)
-    return Work("shrink" + (", adds its planes" if own else ""), 1 + own, moved, cached, 2 * rows * n * rank, units=drop * rows * n // 8, blocks=blocks, stages=stages)
+    name = "shrink" + (", adds its planes" if own else "")
+    return Work(name, 1 + own, moved, cached, 2 * rows * n * rank, units=drop * rows * n // 8, blocks=blocks, stages=stages)
 
 
 def widen(rows: int, rank: int) -> Work:

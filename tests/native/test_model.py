@@ -49,6 +49,19 @@ def test_a_rank_pays_for_the_squares_of_its_gram_matrix():
     assert model.gram(4096, [64], 2).bound(H100) == "memory" == model.gram(4096, [40]).bound(H100)
 
 
+def test_ranks_whose_gram_matrix_is_below_60_percent_of_the_bandwidth():
+    """As docs/kernels-gpu.md says, of 100 clients and four projections of a block of Llama-3.1-8B."""
+    elements = model.elements_per_rank(model.LLAMA_8B_ATTENTION_LAYER)
+
+    def below(gpu: model.Gpu, size: int) -> list[int]:
+        calls = {rank: model.gram(elements, [rank] * 100, size) for rank in range(1, 65)}
+        return [rank for rank, work in calls.items() if work.bytes / work.parts(gpu)[work.bound(gpu)] < 0.6 * gpu.gb_per_s * 1e3]
+
+    jetsons = {"AGX Orin": [1], "Orin Nano": [1], "Thor": [1]}
+    assert {gpu.name: below(gpu, 4) for gpu in model.GPUS} == {"H100": [1, 57], "H200": [1, 2, 33, 34, *range(41, 65)], **jetsons}
+    assert {gpu.name: below(gpu, 2) for gpu in model.GPUS} == {"H100": [1], "H200": [1], "AGX Orin": [1], "Orin Nano": [1], "Thor": []}
+
+
 def test_a_kernel_takes_its_launches_and_its_longest_part():
     work = model.shrink(2048, 4096, 16, True)
     parts = work.parts(H100)
