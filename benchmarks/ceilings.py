@@ -47,9 +47,12 @@ def cases(options: Any, device: torch.device) -> list[Case]:
     types = [torch.float32, torch.bfloat16] + ([torch.float16] if device.type == "cuda" else [])
     moved = 1 << 20 if options.quick else COPY_BYTES
     sizes = (64,) if options.quick else SIZES[device.type][:2] if options.short else SIZES[device.type]
-    found = [Case("copy", moved, dtype) for dtype in types] + [Case("read", moved, torch.float32)]
-    # In a quick run one size is enough of a type without instructions, whose products take some fifty times as long.
-    found += [Case("product", size, dtype) for dtype in types for size in (sizes if not options.short or multiplies_fast(dtype, device.type) else sizes[:1])]
+    found = []
+    for dtype in types:  # both ceilings of a type before the next, in case that the time ends here
+        # In a quick run one size is enough of a type without instructions, whose products take some fifty times as long.
+        own = sizes if not options.short or multiplies_fast(dtype, device.type) else sizes[:1]
+        found += [Case("copy", moved, dtype), *(Case("product", size, dtype) for size in own)]
+    found.append(Case("read", moved, torch.float32))
     return found + ([Case("launch", 1, torch.float32)] if device.type == "cuda" else [])
 
 

@@ -29,6 +29,7 @@ from . import clocks, compare, figures, lora, losses, run, static
 from .timing import How
 
 NEEDS = {"peft": ("peft", "transformers"), "round": ("peft", "transformers", "pydantic")}  # packages, beside torch
+PAGE_NEEDS = ("matplotlib", "jinja2", "pydantic", "safetensors")
 ONE_RUNG = ("loss", "peft", "round")
 WAY_OUT = "pip install 'hetlora[bench]'"
 QUICK_SECONDS = 110.0
@@ -269,10 +270,15 @@ def page_module() -> Any:
     return importlib.import_module(f"{__package__}.page")  # matplotlib and jinja2: the extra
 
 
+def not_installed() -> str:
+    """What drawing needs and is not there, and how to get it; "" where all is."""
+    missing = [package for package in PAGE_NEEDS if importlib.util.find_spec(package) is None]
+    return f"not installed: {', '.join(missing)} ({WAY_OUT})" if missing else ""
+
+
 def draw(file: Path, folder: Path) -> None:
-    lacking = [package for package in ("matplotlib", "jinja2") if importlib.util.find_spec(package) is None]
-    if lacking:
-        print(f"no report: not installed: {', '.join(lacking)} ({WAY_OUT}); then: hetlora bench report {shlex.quote(str(file))}")
+    if lacking := not_installed():
+        print(f"no report: {lacking}; then: hetlora bench report {shlex.quote(str(file))}")
         return
     page_module().main(argparse.Namespace(file=file, output=folder))
 
@@ -305,6 +311,8 @@ def main(argv: list[str] | None = None, prog: str = "hetlora bench") -> int:
         if given[:1] == ["compare"]:
             return compare.main(compare.arguments(given[1:], f"{prog} compare", Parser))
         if given[:1] == ["report"]:
+            if lacking := not_installed():
+                raise ValueError(f"report: {lacking}")
             page = page_module()
             return int(page.main(page.arguments(given[1:], f"{prog} report", Parser)))
         command = shlex.join([*prog.split(), *given])

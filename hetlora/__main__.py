@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 from hetlora import _missing_extra, processor, signals
@@ -20,6 +21,8 @@ def main() -> int | None:
         print_info()
         print(f"\n{message}")
         return 0
+    if message is not None and sys.argv[1:2] == ["bench"]:
+        return _bench(sys.argv[2:])
     if message is not None:
         print(message, file=sys.stderr)
         return 2
@@ -27,6 +30,20 @@ def main() -> int | None:
         from hetlora.cli import main as command_line
 
     return command_line()
+
+
+def _bench(arguments: list[str]) -> int:
+    """With torch alone: it says itself which rows are left out for want of a package."""
+    try:
+        if not {"-h", "--help", "--static", "compare", "report"} & {*arguments}:
+            print(processor.prepare(), flush=True)
+        return int(importlib.import_module("hetlora_kernels.benchmarks.kit").main(arguments))
+    except ConfigError as error:
+        print(f"hetlora: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was measured is in the file of --json", file=sys.stderr)
+        return 130
 
 
 def _follows() -> bool:

@@ -241,6 +241,20 @@ def test_info_needs_the_kernels_alone(without_fed: Path) -> None:
     assert "Backend of each operation" in result.stdout and "lora_forward" in result.stdout and "pip install '.[fed]'" in result.stdout
 
 
+def test_bench_needs_the_kernels_alone(without_fed: Path) -> None:
+    """`sys.modules[name] = None` hides a module from an import and not from a search for it, so the command's own search is hidden too."""
+    (without_fed / "sitecustomize.py").open("a", encoding="utf-8").write(
+        "import importlib.util\nfind = importlib.util.find_spec\n"
+        f"importlib.util.find_spec = lambda name, *rest: None if name in {hetlora._FED_MODULES!r} else find(name, *rest)\n"
+    )
+    tiny = ("-m", "hetlora", "bench", "--tiny", "--only", "gram", "--suite", "server", "--device", "cpu", "--report", "out")
+    result = run_python(*tiny, cwd=without_fed, path=without_fed)
+    assert result.returncode == 0, result.stderr
+    assert "gram, tiny, 5 clients, float32" in result.stdout and "no report: not installed: matplotlib, jinja2, pydantic, safetensors" in result.stdout
+    result = run_python("-m", "hetlora", "bench", "report", "out/bench.json", cwd=without_fed, path=without_fed)
+    assert result.returncode == 2 and result.stderr.startswith("hetlora bench: error: report: not installed: matplotlib") and result.stderr.count("\n") == 1
+
+
 def test_public_names_load_at_first_use(tmp_path: Path) -> None:
     code = "import sys, hetlora; assert not {'torch', 'transformers', 'pydantic'} & set(sys.modules); assert hetlora.Config.__module__ == 'hetlora.config'"
     result = run_python("-c", code, cwd=tmp_path)
