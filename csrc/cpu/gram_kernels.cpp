@@ -49,13 +49,30 @@ HETLORA_INLINE void add_lanes(const typename VectorOf<E, W>::type* sums, double*
     }
 }
 
-// How a vector of columns of two rows is multiplied and added: W elements of E a step into vectors of Sum.
+// How the columns of two rows are multiplied and added, kStep a step into vectors of kSums lanes: kParts vectors, each by itself.
 template <class E, int W>
 struct Plain {
     typedef E Element;
     typedef E Sum;
     typedef typename VectorOf<E, W>::type Vector;
-    static constexpr int kStep = W, kSums = W;
+    static constexpr int kStep = W, kSums = W, kParts = 1;
+    static HETLORA_INLINE Vector load(const E* from, int) { return *reinterpret_cast<const Vector*>(from); }
+    static HETLORA_INLINE void multiply_add(Vector& sum, const Vector& left, const Vector& right) { sum += left * right; }
+};
+
+// bfloat16 rows as they lie: a word of two columns is two floats, its low half shifted up and its high half alone. Products do not ask for the columns' order.
+// To convert a panel first took as long again as its products at rank 16.
+template <int W>
+struct Halves {
+    typedef bf16 Element;
+    typedef float Sum;
+    typedef typename VectorOf<float, W>::type Vector;
+    static constexpr int kStep = 2 * W, kSums = W, kParts = 2;
+    static HETLORA_INLINE Vector load(const bf16* from, int part) {
+        typedef typename VectorOf<uint32_t, W>::type Words;
+        const Words words = *reinterpret_cast<const Words*>(from);
+        return bit_cast<Vector>(part == 0 ? words << 16 : words & 0xFFFF0000u);
+    }
     static HETLORA_INLINE void multiply_add(Vector& sum, const Vector& left, const Vector& right) { sum += left * right; }
 };
 
@@ -65,7 +82,8 @@ struct Pairs {
     typedef bf16 Element;
     typedef float Sum;
     typedef VectorOf<float, 16>::type Vector;
-    static constexpr int kStep = 32, kSums = 16;
+    static constexpr int kStep = 32, kSums = 16, kParts = 1;
+    static HETLORA_INLINE Vector load(const bf16* from, int) { return *reinterpret_cast<const Vector*>(from); }
     static HETLORA_INLINE void multiply_add(Vector& sum, const Vector& left, const Vector& right) { add_pairs(sum, left, right); }
 };
 #endif
@@ -94,18 +112,21 @@ HETLORA_INLINE double* products(const typename P::Element* x, const typename P::
                 __builtin_prefetch(x + i * ld + c + ahead, 0, 2);
             }
         }
-        V right[J];
         HETLORA_UNROLL
-        for (int j = 0; j < J; ++j) {
-            right[j] = *reinterpret_cast<const V*>(y + j * ld + c);
-        }
-        int at = 0;
-        HETLORA_UNROLL
-        for (int i = 0; i < I; ++i) {
-            const V left = triangle ? right[i] : *reinterpret_cast<const V*>(x + i * ld + c);
+        for (int part = 0; part < P::kParts; ++part) {
+            V right[J];
             HETLORA_UNROLL
-            for (int j = triangle ? i : 0; j < J; ++j) {
-                P::multiply_add(sums[at++], left, right[j]);
+            for (int j = 0; j < J; ++j) {
+                right[j] = P::load(y + j * ld + c, part);
+            }
+            int at = 0;
+            HETLORA_UNROLL
+            for (int i = 0; i < I; ++i) {
+                const V left = triangle ? right[i] : P::load(x + i * ld + c, part);
+                HETLORA_UNROLL
+                for (int j = triangle ? i : 0; j < J; ++j) {
+                    P::multiply_add(sums[at++], left, right[j]);
+                }
             }
         }
     }
@@ -161,6 +182,9 @@ HETLORA_INLINE void panel_products(const typename P::Element* rows, int64_t rank
     }                                                                                                                       \
     target void name(const double* rows, int64_t rank, int64_t ld, int64_t n, int64_t ahead, Stream& stream, double* out) { \
         panel_products<Plain<double, (width > 4 ? width / 2 : 4)>, group, most>(rows, rank, ld, n, ahead, stream, out);     \
+    }                                                                                                                       \
+    target void name(const bf16* rows, int64_t rank, int64_t ld, int64_t n, int64_t ahead, Stream& stream, double* out) {   \
+        panel_products<Halves<width>, group, most>(rows, rank, ld, n, ahead, stream, out);                                  \
     }
 HETLORA_PANEL(panel_base, , 4, 3, 4)
 #if defined(HETLORA_X86)
@@ -178,6 +202,13 @@ HETLORA_AVX512 void panel_pairs(const bf16* rows, int64_t rank, int64_t ld, int6
 template <class E>
 PanelKernel<E> panel_kernel() {
     constexpr int kPart = sizeof(E) == 8 ? 2 : 1;
+#if defined(HETLORA_PAIRS)
+    if constexpr (sizeof(E) == 2) {
+        if (has_pairs()) {
+            return {panel_pairs, 5, 6, 16};
+        }
+    }
+#endif
 #if defined(HETLORA_X86)
     const InstructionSet set = instruction_set();
     if (set >= InstructionSet::avx512) {
@@ -192,15 +223,7 @@ PanelKernel<E> panel_kernel() {
 
 template PanelKernel<float> panel_kernel<float>();
 template PanelKernel<double> panel_kernel<double>();
-
-PanelKernel<bf16> pair_kernel() {
-#if defined(HETLORA_PAIRS)
-    if (has_pairs()) {
-        return {panel_pairs, 5, 6, 16};
-    }
-#endif
-    return {nullptr, 5, 6, 16};
-}
+template PanelKernel<bf16> panel_kernel<bf16>();
 
 // gram [rank, rank], both triangles, from the sums of `panel_products`.
 void from_tiles(const double* sums, int64_t rank, const Groups& groups, int lanes, double* gram) {

@@ -9,7 +9,7 @@
 namespace hetlora {
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
-constexpr int kLanes = 16;     // columns a panel is a multiple of, whatever the instruction set; 32 for pairs
+constexpr int kLanes = 16;     // columns a panel is a multiple of, whatever the instruction set; 32 for bfloat16
 
 // What is fetched from memory while tiles are multiplied: two lines a step from `at` on, as long as it is before `end`. Units lie one after another, so
 // a unit that is all arithmetic fetches for the next ones, which are all memory.
@@ -36,12 +36,9 @@ struct PanelKernel {
     int64_t room(int64_t rank) const { return rank == 0 ? 0 : groups(rank).count * (groups(rank).count + 1) / 2 * 32; }
 };
 
-// For float or double rows, which are multiplied in their own type.
+// For float or double rows, which are multiplied in their own type, and for bfloat16 rows as they lie, whose sums are float and n a multiple of 2 kLanes.
 template <class E>
 PanelKernel<E> panel_kernel();
-
-// For bfloat16 rows as they lie, n a multiple of 2 kLanes; its `products` is null where the processor has no AVX512-BF16.
-PanelKernel<bf16> pair_kernel();
 
 // gram [rank, rank], both triangles, from the sums of a kernel's products.
 void from_tiles(const double* sums, int64_t rank, const Groups& groups, int lanes, double* gram);

@@ -2,7 +2,7 @@
 //
 // One client of one module is a unit of work; a part is a stretch of units that lie one after another, of about equal cost. A unit walks its columns in panels
 // of about 512: the panel stays in L2 while every pair of row groups is multiplied from it (gram_kernels.h), so the rows are read from memory once. float16 rows
-// (and others when exact) are converted into the panel first; bfloat16 rows are too where the processor has no AVX512-BF16. Bytes: the rows once; operations:
+// (and others when exact) are converted into the panel first. Bytes: the rows once; operations:
 // r (r + 1) / 2 multiply-adds a column, more than the time of the read from about r = 16 on.
 #include <cmath>
 #include <cstdlib>
@@ -60,7 +60,7 @@ struct Room {
 template <class E>
 void gram_of(const Matrix& matrix, int64_t first, int64_t rank, int64_t last, const Room<E>& room, double* gram) {
     static const PanelKernel<E> kernel = panel_kernel<E>();
-    static const PanelKernel<bf16> pairs = pair_kernel();
+    static const PanelKernel<bf16> as_it_lies = panel_kernel<bf16>();
     if (rank == 0) {
         return;
     }
@@ -71,10 +71,10 @@ void gram_of(const Matrix& matrix, int64_t first, int64_t rank, int64_t last, co
     if (stream.at < after || stream.at > stream.end) {
         stream.at = after;
     }
-    if (sizeof(E) == 4 && matrix.type == Type::bf16 && pairs.products != nullptr) {
+    if (sizeof(E) == 4 && matrix.type == Type::bf16) {
         for_panels(matrix, first, rank, 2 * kLanes, false, reinterpret_cast<bf16*>(room.panel),
-                   [&](const bf16* rows, int64_t ld, int64_t n, int64_t ahead) { pairs.products(rows, rank, ld, n, ahead, stream, room.sums); });
-        return from_tiles(room.sums, rank, pairs.groups(rank), pairs.lanes, gram);
+                   [&](const bf16* rows, int64_t ld, int64_t n, int64_t ahead) { as_it_lies.products(rows, rank, ld, n, ahead, stream, room.sums); });
+        return from_tiles(room.sums, rank, as_it_lies.groups(rank), as_it_lies.lanes, gram);
     }
     for_panels(matrix, first, rank, kLanes, size_of(matrix.type) != static_cast<int64_t>(sizeof(E)), room.panel,
                [&](const E* rows, int64_t ld, int64_t n, int64_t ahead) { kernel.products(rows, rank, ld, n, ahead, stream, room.sums); });

@@ -67,6 +67,7 @@ void panel() {
     CASE(drop_double, drop<double>())                                                                   \
     CASE(panel_float, panel<float>())                                                                   \
     CASE(panel_double, panel<double>())                                                                 \
+    CASE(panel_bfloat16, panel<bf16>())                                                                 \
     CASE(add_block_bfloat16, add_block(Type::bf16, out<bf16>.values, left<float>.values, kMany))        \
     CASE(add_block_float16, add_block(Type::f16, out<f16>.values, left<float>.values, kMany))           \
     CASE(load_bfloat16, load_block(Type::bf16, left<bf16>.values, out<float>.values, kMany))            \
