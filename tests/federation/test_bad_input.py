@@ -33,7 +33,7 @@ def test_a_run_is_not_overwritten(tmp_path, federation, monkeypatch):
     refused(cfg, federation, "output: .*run exists already; choose another folder, or continue that run with --resume")
     with pytest.raises(ConfigError, match="exists already"):
         checkpoint.create_run(cfg, torch.device("cpu"))
-    monkeypatch.setattr(loop, "prepare", lambda *_: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(loop, "prepare", lambda *_, **__: pytest.fail("the model was loaded first"))
     refused(cfg, None, "exists already")
     assert contents(tmp_path / "run") == before and [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -59,7 +59,7 @@ def test_a_folder_that_cannot_be_made(tmp_path, federation):
 
 
 def test_a_folder_that_cannot_be_made_is_told_before_a_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "prepare", lambda *_: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(loop, "prepare", lambda *_, **__: pytest.fail("the model was loaded first"))
     (tmp_path / "file").write_text("mine")
     refused(tiny_config(tmp_path / "file" / "a" / "run"), None, "output: cannot create .*file is no folder.*; choose a folder that can be written")
     monkeypatch.setattr("os.access", lambda path, _: Path(path) != tmp_path)  # the superuser may write everywhere

@@ -108,7 +108,7 @@ def test_a_flipped_bit_stops_a_resume_and_an_export_before_anything_is_read(stop
     header = 8 + int.from_bytes(content[:8], "little")
     content[header + int(place * (len(content) - header))] ^= 64
     (stopped / CHECKPOINT).write_bytes(content)
-    monkeypatch.setattr("hetlora.loop.prepare", lambda *_: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr("hetlora.loop.prepare", lambda *_, **__: pytest.fail("the model was loaded first"))
     with pytest.raises(ConfigError, match=r"checkpoint\.safetensors: not a readable checkpoint \(its checksum does not fit its content"):
         simulate(tiny_config(stopped), resume=True)
 
@@ -267,7 +267,7 @@ def test_no_damage_of_a_small_file_ends_in_a_traceback_or_hangs(stopped, monkeyp
         os.mkfifo(stopped / name)
     else:
         (stopped / name).write_bytes({"list": b"[1]", "deep": b"[" * 100_000, "nothing": b"", "noise": os.urandom(300)}[what])
-    monkeypatch.setattr("hetlora.loop.prepare", lambda *_: tiny_federation(SIZES))
+    monkeypatch.setattr("hetlora.loop.prepare", lambda *_, **__: tiny_federation(SIZES))
     others = stopped.parent
     for arguments in (("run", "--resume", "--output", stopped), ("report", stopped, "-o", others / "report"), ("export", stopped, "-o", others / "out")):
         command(*arguments)
