@@ -56,10 +56,10 @@ demo: venv
 
 # Two stages, so that a plain mistake shows before the slow checks (GPU code without a GPU: emulator, compilers) begin.
 # In the second, files go in the order given.
-# It has two workers more than there are cores, for some tests wait for processes that they started: with one more both cores were idle at times.
+# It has one worker more than there are cores, for some tests wait for processes that they started.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($(JOBS) + 2)) --dist loadfile --no-loadscope-reorder -m "slow and not matrix and not gates" $(LONGEST) $(filter-out $(LONGEST),$(SLOW))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($(JOBS) + 1)) --dist loadfile --no-loadscope-reorder -m "slow and not matrix and not gates" $(LONGEST) $(filter-out $(LONGEST),$(SLOW))
 
 matrix: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m matrix tests/native/test_instruction_sets.py tests/federation/test_killed.py tests/kernels/test_fuzz.py

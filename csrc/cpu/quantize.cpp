@@ -98,15 +98,17 @@ HETLORA_CLONES void dequantize_row(Type type, const int8_t* codes, float scale, 
 
 namespace {
 
-struct Row {
-    int64_t module, row;
+// Rows one after another, so that two threads do not write into neighbouring lines: a row a task was slower with two threads than with one.
+constexpr int64_t kTask = 16384;  // elements
+struct Stretch {
+    int64_t module, begin, end;
 };
 
 // Checks of codes and scales beside the rows of float values; the tasks of one call, and its bytes.
-std::vector<Row> row_tasks(const std::vector<Matrix>& rows, const Tensors& codes, const Tensors& scales, int64_t bits, int64_t* bytes) {
+std::vector<Stretch> row_tasks(const std::vector<Matrix>& rows, const Tensors& codes, const Tensors& scales, int64_t bits, int64_t* bytes) {
     STD_TORCH_CHECK(bits == 8 || bits == 4, "bits: expected 8 or 4, got ", bits);
     STD_TORCH_CHECK(codes.size() == rows.size() && scales.size() == rows.size(), "codes, scales: expected ", rows.size(), " tensors each");
-    std::vector<Row> tasks;
+    std::vector<Stretch> tasks;
     for (size_t m = 0; m < rows.size(); ++m) {
         const int64_t count = rows[m].rows, width = rows[m].width, stored = bits == 8 ? width : (width + 1) / 2;
         STD_TORCH_CHECK(codes[m].is_cpu() && codes[m].is_contiguous() && codes[m].scalar_type() == (bits == 8 ? ScalarType::Char : ScalarType::Byte) &&
@@ -114,8 +116,9 @@ std::vector<Row> row_tasks(const std::vector<Matrix>& rows, const Tensors& codes
                         "codes: expected contiguous ", bits == 8 ? "int8" : "uint8", " [", count, ", ", stored, "] on the CPU");
         STD_TORCH_CHECK(scales[m].is_cpu() && scales[m].is_contiguous() && scales[m].scalar_type() == ScalarType::Float && scales[m].numel() == count,
                         "scales: expected contiguous float32 [", count, "] on the CPU");
-        for (int64_t row = 0; row < count; ++row) {
-            tasks.push_back({static_cast<int64_t>(m), row});
+        const int64_t step = std::max<int64_t>(1, kTask / std::max<int64_t>(1, width));
+        for (int64_t row = 0; row < count; row += step) {
+            tasks.push_back({static_cast<int64_t>(m), row, std::min(row + step, count)});
         }
         *bytes += count * (width * size_of(rows[m].type) + stored);
     }
@@ -125,30 +128,34 @@ std::vector<Row> row_tasks(const std::vector<Matrix>& rows, const Tensors& codes
 void quantize_rows(const Tensors& codes, const Tensors& scales, const Tensors& row_list, int64_t bits) {
     const std::vector<Matrix> rows = matrices("rows", row_list, row_list.size());
     int64_t bytes = 0;
-    const std::vector<Row> tasks = row_tasks(rows, codes, scales, bits, &bytes);
+    const std::vector<Stretch> tasks = row_tasks(rows, codes, scales, bits, &bytes);
     const int64_t count = static_cast<int64_t>(tasks.size());
     for_tasks(part_count(count, bytes), count, [&](int64_t, int64_t task) {
-        const auto [m, row] = tasks[task];
+        const auto [m, begin, end] = tasks[task];
         const Matrix& source = rows[m];
         auto* code = static_cast<uint8_t*>(const_cast<void*>(codes[m].const_data_ptr()));
         auto* scale = static_cast<float*>(const_cast<void*>(scales[m].const_data_ptr()));
         const int64_t stored = bits == 8 ? source.width : (source.width + 1) / 2;
-        quantize_row(source.type, source.at(row * source.width), source.width, bits, code + row * stored, scale + row);
+        for (int64_t row = begin; row < end; ++row) {
+            quantize_row(source.type, source.at(row * source.width), source.width, bits, code + row * stored, scale + row);
+        }
     });
 }
 
 void dequantize_rows(const Tensors& out_list, const Tensors& codes, const Tensors& scales, int64_t bits) {
     std::vector<Matrix> outs = matrices("out", out_list, out_list.size());
     int64_t bytes = 0;
-    const std::vector<Row> tasks = row_tasks(outs, codes, scales, bits, &bytes);
+    const std::vector<Stretch> tasks = row_tasks(outs, codes, scales, bits, &bytes);
     const int64_t count = static_cast<int64_t>(tasks.size());
     for_tasks(part_count(count, bytes), count, [&](int64_t, int64_t task) {
-        const auto [m, row] = tasks[task];
+        const auto [m, begin, end] = tasks[task];
         const Matrix& out = outs[m];
         const auto* code = static_cast<const int8_t*>(codes[m].const_data_ptr());
         const auto* scale = static_cast<const float*>(scales[m].const_data_ptr());
         const int64_t stored = bits == 8 ? out.width : (out.width + 1) / 2;
-        dequantize_row(out.type, code + row * stored, scale[row], out.width, bits, out.at(row * out.width));
+        for (int64_t row = begin; row < end; ++row) {
+            dequantize_row(out.type, code + row * stored, scale[row], out.width, bits, out.at(row * out.width));
+        }
     });
     for (Matrix& out : outs) {
         out.write_back();
