@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from hetlora.python_text import stdlib_packages
 from hetlora.seeds import held_out_generator
 from hetlora.sources import Corpus, open_corpus, some
 
-__all__ = ["ClientData", "FederatedData", "load_data", "stdlib_packages"]
+__all__ = ["ClientData", "FederatedData", "Federation", "load_data", "stdlib_packages"]
 
 MIN_TAIL = 16
 """A last block shorter than this is dropped: its few predictions have next to no context."""
@@ -74,6 +75,22 @@ class FederatedData:
     clients: list[ClientData]
     held_out: list[ClientData]
     source: str
+
+
+@dataclass
+class Federation:
+    """What a run works on: one base model in memory and everybody's data. May serve several runs, until one whose merge changes the base."""
+
+    model: torch.nn.Module
+    model_name: str
+    shapes: dict[str, tuple[int, int]]
+    data: FederatedData
+    tokenizer: Any = None
+    folded_by: Path | None = None  # the run whose updates are in the base weights
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
 
 def load_data(cfg: Config, tokenizer: Any) -> FederatedData:

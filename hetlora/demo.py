@@ -9,9 +9,9 @@ from typing import Any
 from hetlora.compare.methods import make_plan
 from hetlora.compare.run import Comparison, run_comparison
 from hetlora.config import Config
-from hetlora.data import load_data
+from hetlora.data import Federation, load_data
 from hetlora.demo_model import DemoModel
-from hetlora.federation import Federation, prepare, resolve_model, starting_ranks
+from hetlora.federation import prepare, resolve_model, starting_ranks
 from hetlora.loop import simulate
 from hetlora.observer import Observer
 from hetlora.python_text import stdlib_documents

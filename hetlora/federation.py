@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +12,13 @@ import torch
 from hetlora import checkpoint, init_adapter
 from hetlora.ahead import Known, check, check_vocabulary, outline
 from hetlora.config import Config, ConfigError
-from hetlora.data import FederatedData, load_data
+from hetlora.data import FederatedData, Federation, load_data
 from hetlora.demo_model import DemoModel, Progress, demo_folder
 from hetlora.models import check_quantization, checkpoint_layers, load_model, load_tokenizer, read_limits, resolve_device, target_shapes
 from hetlora.observer import Observer
 from hetlora.ranks import Capability, RankFile, StartingRanks
 from hetlora.sources import check_source, read_prompts
 from hetlora.text_files import kind_of
-
-
-@dataclass
-class Federation:
-    """What a run works on: one base model in memory and everybody's data. May serve several runs, until one whose merge changes the base."""
-
-    model: torch.nn.Module
-    model_name: str
-    shapes: dict[str, tuple[int, int]]
-    data: FederatedData
-    tokenizer: Any = None
-    folded_by: Path | None = None  # the run whose updates are in the base weights
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
 
 def prepare(cfg: Config, observer: Observer | None = None, make_data: Callable[[Any], FederatedData] | None = None, resume: bool = False) -> Federation:

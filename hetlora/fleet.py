@@ -12,9 +12,9 @@ import torch
 
 from hetlora import checkpoint, rouge, samples
 from hetlora.config import Config
-from hetlora.data import ClientData
+from hetlora.data import ClientData, Federation
 from hetlora.evaluate import WHOLE, Part, Whole, evaluate_bank, evaluate_clients, mean_over_clients, pool_text
-from hetlora.federation import Federation, base_weights, starting_ranks
+from hetlora.federation import base_weights, starting_ranks
 from hetlora.memory import with_step_tokens
 from hetlora.models import checkpointed
 from hetlora.ranks import Device, StartingRanks

@@ -10,8 +10,8 @@ import torch
 
 from hetlora.ahead import Known, Outline, check
 from hetlora.config import Config, ConfigError
-from hetlora.data import FederatedData, load_data, split_corpus
-from hetlora.federation import Federation, prepare, starting_ranks
+from hetlora.data import FederatedData, Federation, load_data, split_corpus
+from hetlora.federation import prepare, starting_ranks
 from hetlora.models import Limits, load_tokenizer, make_ready, target_shapes
 from hetlora.observer import Observer
 from hetlora.sources import IN_MEMORY, Corpus, rows_in_memory

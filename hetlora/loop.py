@@ -13,7 +13,8 @@ from typing import Any
 from hetlora import checkpoint, course, in_memory, init_adapter, privacy, run_folder, server
 from hetlora.ahead import check_graph
 from hetlora.config import Config, ConfigError
-from hetlora.federation import Federation, prepare
+from hetlora.data import Federation
+from hetlora.federation import prepare
 from hetlora.fleet import Fleet, LocalFleet
 from hetlora.lock import FolderLock
 from hetlora.loggers import Observers, check_told

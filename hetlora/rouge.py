@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 import hetlora_kernels as hk
 from hetlora.config import Config, ConfigError
-from hetlora.data import FederatedData
+from hetlora.data import FederatedData, Federation
 from hetlora.evaluate import WHOLE, Whole
 from hetlora.samples import generate
-
-if TYPE_CHECKING:
-    from hetlora.federation import Federation
 
 
 def words(text: str) -> list[str]:

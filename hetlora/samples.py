@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +11,10 @@ from torch import Tensor
 import hetlora_kernels as hk
 from hetlora.chat import Chat
 from hetlora.config import Config, ConfigError
+from hetlora.data import Federation
 from hetlora.evaluate import WHOLE, Whole
 from hetlora.sources import read_prompts
 from hetlora_kernels.peft import attach, client_segments, detach
-
-if TYPE_CHECKING:
-    from hetlora.federation import Federation
 
 
 @torch.no_grad()

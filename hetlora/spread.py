@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from hetlora import checkpoint, signals
 from hetlora.config import Config, ConfigError
-from hetlora.federation import Federation, prepare
+from hetlora.data import Federation
+from hetlora.federation import prepare
 from hetlora.fleet import LocalFleet, Progress
 from hetlora.group import Group, Lost, Shared, Told
 from hetlora.loop import run_rounds

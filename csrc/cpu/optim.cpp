@@ -158,14 +158,13 @@ void make_jobs(Bank& bank) {
     }
 }
 
-// body(j) for every job. A thread takes several jobs that lie one after another: of heads and tails in turn, one of two threads would have all the tails,
-// which cost more.
+// body(j, job j) for every job. A thread takes several neighbours: of heads and tails in turn, one of two threads would have all the tails, which cost more.
 template <class Body>
 void for_jobs(const Bank& bank, const Body& body) {
     const int64_t count = static_cast<int64_t>(bank.jobs.size()), threads = bank.threads(), size = std::clamp<int64_t>(count / (8 * threads), 1, 16);
     for_tasks(threads, (count + size - 1) / size, [&](int64_t, int64_t stretch) {
         for (int64_t j = stretch * size; j < std::min(count, (stretch + 1) * size); ++j) {
-            body(j);
+            body(j, bank.jobs[j]);
         }
     });
 }
@@ -194,7 +193,7 @@ Bank make_bank(const Tensors& params, const Tensors& grads, const Tensor& lr, co
 template <class Slot, class Body>
 std::vector<double> sum_jobs(const Bank& bank, int64_t slots, const Slot& slot, const Body& body) {
     std::vector<double> partial(bank.jobs.size()), out(static_cast<size_t>(slots));
-    for_jobs(bank, [&](int64_t j) { partial[j] = body(bank.jobs[j]); });
+    for_jobs(bank, [&](int64_t j, const Job& job) { partial[j] = body(job); });
     for (size_t j = 0; j < partial.size(); ++j) {
         out[slot(bank.jobs[j])] += partial[j];
     }
@@ -255,8 +254,7 @@ void find_clip_factors(Bank& bank) {
 // kernel(type, type of the first state, span, step of the client) for every job; `state` has up to two matrices for each factor.
 template <class Sum, class Kernel>
 void step_jobs(const Bank& bank, const std::vector<const std::vector<Matrix>*>& state, const std::vector<Step<Sum>>& steps, const Kernel& kernel) {
-    for_jobs(bank, [&](int64_t j) {
-        const Job& job = bank.jobs[j];
+    for_jobs(bank, [&](int64_t, const Job& job) {
         const Matrix &p = bank.params[job.factor], &g = bank.grads[job.factor];
         Span span{p.at(job.begin), g.at(job.begin), {nullptr, nullptr}, job.n, bank.pull[job.factor * bank.clients() + job.client], job.tail};
         for (size_t i = 0; i < state.size(); ++i) {
@@ -315,8 +313,7 @@ void cast_jobs(const Bank& bank, std::vector<Matrix>& copies) {
     if (copies.empty()) {
         return;
     }
-    for_jobs(bank, [&](int64_t j) {
-        const Job& job = bank.jobs[j];
+    for_jobs(bank, [&](int64_t, const Job& job) {
         const Matrix &from = bank.params[job.factor], &to = copies[job.factor];
         alignas(64) Sum values[kBlock];
         for (int64_t i = 0; i < job.n; i += kBlock) {

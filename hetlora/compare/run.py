@@ -18,8 +18,8 @@ from hetlora import run_folder
 from hetlora.ahead import Known, check
 from hetlora.compare.methods import ALONE, METHODS, OWNED, ComparisonPlan, Method, method_config, parse_methods, refuse_shared
 from hetlora.config import Config, ConfigError
-from hetlora.data import FederatedData, load_data
-from hetlora.federation import Federation, load, look, starting_ranks
+from hetlora.data import FederatedData, Federation, load_data
+from hetlora.federation import load, look, starting_ranks
 from hetlora.lock import FolderLock
 from hetlora.loop import simulate
 from hetlora.observer import Observer
