@@ -31,11 +31,9 @@ from hetlora.run_folder import BITS_ONLY, LENGTH, is_run, read_config
 
 
 def _settings(config_file: str | None, flags: dict[str, Any]) -> Config:
-    """Defaults, then the file, then the flags that were given; says which method a run without --method has."""
+    """Defaults, then the file, then the flags that were given; says which method the run has."""
     source, values = _given(config_file, flags)
-    if "method" in flags:
-        return Config.create(source, **values)
-    values, chosen = default_method(values)
+    values, chosen = (values, flags["method"]) if "method" in flags else default_method(values)
     cfg = Config.create(source, **values)
     tell(f"method: {chosen}")
     return cfg

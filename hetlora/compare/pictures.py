@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from hetlora.compare.figures import GLOBAL, Outcome, Table, gaps
 from hetlora.report.diagnostics import CAPTION, diagnosed, draw_energy, energy_bar, mean_over_runs
-from hetlora.report.drawing import Picture, empty, is_narrow, legend_below, log_axis, marker_size, panels, render, resize
+from hetlora.report.drawing import GREY, Picture, empty, is_narrow, legend_below, log_axis, marker_size, panels, render, resize
 
 _LOOKS = {
     "hetlora": ("#0072B2", "o"),
@@ -121,7 +121,7 @@ def _gap(table: Table, names: list[str], figure: Figure) -> tuple[str, str, str]
     title = "Over-fitting gap by rank"
     axes = figure.subplots()
     axes.set_title(title)
-    largest = 0.0
+    largest, one_rank = 0.0, False
     for name in names:
         colour, mark = _look(table, name)
         by_rank: dict[float, list[float]] = {}
@@ -135,12 +135,15 @@ def _gap(table: Table, names: list[str], figure: Figure) -> tuple[str, str, str]
         means = [statistics.fmean(by_rank[rank]) for rank in ranks]
         if len(ranks) == 1:
             axes.axhline(means[0], color=colour, linestyle=":", linewidth=1)
+            one_rank = True
         where = [rank if rank else math.nan for rank in ranks]  # full fine-tuning has no rank: its line says it
         axes.plot(where, means, color=colour, marker=mark, linestyle="none", alpha=0.75, label=name if ranks != [0] else f"{name} (no rank: line)")
     if not largest:
         empty(axes, "No training text was evaluated.")
         return title, "No training text was evaluated.", title + ": not on record"
-    axes.axhline(0, color="#666666", linewidth=0.8)
+    if one_rank:
+        axes.plot([], [], color=GREY, linestyle=":", linewidth=1, label="one rank for all")
+    axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("rank of the client at the end")
@@ -148,7 +151,7 @@ def _gap(table: Table, names: list[str], figure: Figure) -> tuple[str, str, str]
     legend_below(figure, 2 if is_narrow(figure) else 4)
     caption = (
         "How much further the loss on a client's own training text fell than on its own held-out text, from before training to the end, under the rank rows "
-        "the client receives. A point: mean over the clients of that rank and over seeds; dotted: methods with one rank for all."
+        "the client receives. A point: mean over the clients of that rank and over seeds."
     )
     spoken = "; ".join(f"{name} {table.tallies[name]['gap'].text(3)}" for name in names)
     return title, caption, f"{title}, mean over clients: {spoken}"

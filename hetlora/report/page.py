@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from hetlora.config import Config, ConfigError
-from hetlora.kinds import TRAININGS
+from hetlora.kinds import MERGES, TRAININGS
 from hetlora.ranks import Device, device_text
 from hetlora.report.drawing import Picture
 from hetlora.report.pictures import draw_all
@@ -93,6 +93,14 @@ def _key_figures(run: Run) -> list[tuple[str, str, str]]:
     return figures
 
 
+def _method(run: Run) -> str:
+    """What clients trained and how the server merged, as a sentence or two; '' where the settings do not say it."""
+    training, merge = TRAININGS.get(str(run.config.get("train"))), MERGES.get(str(run.config.get("merge")))
+    if training is None or merge is None:
+        return ""
+    return f"Clients trained {training.text}." + ("" if training.merge else f" The server merged by this rule: {merge.text}.")
+
+
 def _samples(run: Run) -> list[tuple[str, str, str | None]]:
     """(prompt, answer before the first round, after the last; None where that has not been) of the run's sample prompts."""
     shown = [evaluation["samples"] for evaluation in evaluations(run) if evaluation.get("samples")]
@@ -170,6 +178,7 @@ def _render(run: Run, pictures: dict[str, Picture]) -> str:
             clients=clients,
             groups=group_rows(clients),
             sentence=run_sentence(run),
+            method=_method(run),
             has_perplexity=any(client.get("perplexity_after") is not None for client in clients),
             dropped=[(record["round"], drop) for record in run.records for drop in record.get("dropped") or []],
             own_text=TRAININGS.get(str(run.config.get("train")), TRAININGS["adapters"]).own_text,  # the config may be lost or damaged

@@ -68,8 +68,9 @@ def _perplexity(run: Run, figure: Figure) -> tuple[str, str, str]:
     _round_axis(axes, run)
     axes.set_ylabel("perplexity per token (lower is better)")
     log = log_axis(axes, shown)
-    axes.legend(loc="best")
-    caption = "Measured on text that no client trains on; dotted: the value before training. The axis " + ("is logarithmic." if log else "does not start at 0.")
+    axes.plot([], [], color=GREY, linestyle=":", linewidth=1, label="before training")
+    legend_below(figure, 1 if is_narrow(figure) else 3)
+    caption = "Measured on text that no client trains on. The axis " + ("is logarithmic." if log else "does not start at 0.")
     if left_out:
         caption += f" {left_out} values that are infinite or not a number are left out."
     return title, caption, f"{title}: " + "; ".join(spoken)
@@ -113,6 +114,7 @@ def _ranks(run: Run, figure: Figure) -> tuple[str, str, str]:
         axes.plot([], [], color="#999999", label=f"a client that kept its rank ({len(paths) - len(pruned)}{also})")
     _round_axis(axes, run)
     axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_ylabel("rank" if run.config.get("prune_scope") != "module" else "rank (mean over modules)")
     _label_ends(axes, paths, last)
     legend_below(figure, 1 if is_narrow(figure) else 2)
@@ -237,7 +239,7 @@ def _bytes(run: Run, figure: Figure) -> tuple[str, str, str]:
     _round_axis(axes, run)
     axes.set_ylim(bottom=0)
     axes.set_ylabel(f"{name} since the start")
-    axes.legend(loc="upper left")
+    legend_below(figure, 1 if is_narrow(figure) else 2)
     caption = (
         "Size of the adapter factors that the sampled clients receive and send, computed from their ranks; nothing else that a network adds is counted. "
         "HomLoRA was not run: its lines are what the same clients would move if all had the largest rank."

@@ -102,7 +102,7 @@ def test_without_a_method_the_default_is_fold_unless_a_setting_tells_another(loo
     default = "method: fold, the default; --method hetlora is the published one"
     assert found[""] == found["--download 4bit"] == ("fold", default)
     assert found["--gamma 0.9"] == ("adapters", "method: as gamma and the defaults of the other settings say (no --method given)")
-    assert found["--merge svd"][0] == found["--train adapters"][0] == "adapters" and found["--method hetlora"] == ("adapters", "")
+    assert found["--merge svd"][0] == found["--train adapters"][0] == "adapters" and found["--method hetlora"] == ("adapters", "method: hetlora")
     assert loop.calls[-1][0] == Config(output=str(tmp_path / "5")), "faithful HETLORA is what the settings' own defaults are"
     assert "The method is fold unless --method" in " ".join(invoke("run", "--help").output.split())[:300]
     (tmp_path / "c.yaml").write_text("prune_lambda: 1\n")

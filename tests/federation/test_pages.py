@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import matplotlib.image
@@ -21,7 +22,8 @@ from tiny import tiny_config, tiny_federation
 from hetlora.compare import saved
 from hetlora.compare.figures import Tally, tabulate
 from hetlora.compare.page import sentence, write_comparison
-from hetlora.config import ConfigError
+from hetlora.compare.pictures import _gap
+from hetlora.config import Config, ConfigError
 from hetlora.loop import simulate
 from hetlora.report import pictures
 from hetlora.report.drawing import _NARROW, Picture, legend_below, render
@@ -137,6 +139,55 @@ def test_long_names_of_a_legend_stay_in_the_picture(narrow, length):
     assert (len({round(box.y0) for box in boxes}) < len(names)) == (length == 3 or (not narrow and length == 30))
 
 
+def test_every_dotted_line_is_in_the_legend_and_no_legend_lies_on_lines(tmp_path):
+    """The legend inside the narrow picture of perplexities lay on the dotted lines, and said nothing of them."""
+    write_run(tmp_path / "run", clients=5, rounds=3)
+    run = read_run(tmp_path / "run")
+    table = tabulate(compared(tmp_path / "c", "hetlora,homlora-min"))
+    drawings = [partial(draw, run) for draw in (pictures._perplexity, pictures._ranks, pictures._bytes)]
+    said = []
+    for draw in [*drawings, partial(_gap, table, ["hetlora", "homlora-min"])]:
+        figure = Figure(figsize=(_NARROW, 4.2), layout="constrained")
+        draw(figure)
+        drawn = {line.get_linestyle() for axes in figure.axes for line in axes.get_lines() if len(line.get_xdata())}
+        (legend,) = figure.legends
+        assert all(axes.get_legend() is None for axes in figure.axes)
+        assert not {"--", ":"} & drawn - {line.get_linestyle() for line in legend.get_lines()}
+        said += [text.get_text() for text in legend.get_texts() if ":" in drawn]
+    assert {"before training", "one rank for all"} <= set(said)
+
+
+def test_ranks_have_whole_numbers_on_their_axis(tmp_path):
+    write_run(tmp_path / "run", clients=4, rounds=2)
+    run = read_run(tmp_path / "run")
+    for record in run.records:
+        record["mean_rank"] = 2.0
+        for client in record["clients"]:
+            client["rank"] = client["rank_before"] = 2
+    run.start_ranks.update(dict.fromkeys(run.start_ranks, 2))
+    figure = Figure()
+    pictures._ranks(run, figure)
+    assert all(float(tick).is_integer() for tick in figure.axes[0].get_yticks())
+
+
+def test_a_page_says_the_method_and_an_answer_that_cannot_be_seen(tmp_path):
+    """The page of a run by fold was headed "HETLORA run", and an empty answer was an empty cell."""
+    write_run(tmp_path / "run", clients=4, rounds=2, train="fold", weights="samples", gamma=Config().gamma)
+    file = tmp_path / "run" / "summary.json"
+    summary = json.loads(file.read_text())
+    summary["evaluation_after"]["samples"] = [{"prompt": "why?", "answer": "because"}]
+    file.write_text(json.dumps(summary))
+    log = tmp_path / "run" / "rounds.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    records[0]["evaluation"]["samples"] = [{"prompt": "why?", "answer": "\n "}]
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "run" / "versions.json").write_text(json.dumps({"started": "2026-11-28 01:55:24+00:00", "command": "hetlora run --lr 0.1"}))
+    source = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert "HETLORA" not in source[: source.index("verdict")] and "Clients trained B alone, over fresh rows of A" in source
+    assert re.search(r'data-label="before"><span class="quiet">nothing that can be seen</span></td><td data-label="after">because</td>', source)
+    assert source.count('<span class="word">2026-11-28</span>') == 2 and source.count('<span class="word">--lr</span>') == 2, "the opening and the versions"
+
+
 def test_no_line_is_as_dark_as_a_dark_page(every_look):
     def draw(figure):
         axes = figure.subplots()
@@ -191,7 +242,8 @@ def test_tables_of_words_are_lines_on_a_telephone_and_a_command_breaks_between_w
         source = page.read_text(encoding="utf-8")
         narrow = source[source.index("@media (max-width: 40rem)") :]
         wide = source[source.index("@media (min-width: 40.01rem)") : source.index("@media (max-width: 40rem)")]
-        assert ".stack td:first-child code { white-space: nowrap; }" in wide and "min-width: 9rem" in wide, "names of settings were broken at 1400 pixels"
+        assert ".stack td:first-child code { white-space: nowrap; }" in wide, "names of settings were broken at 1400 pixels"
+        assert "min-width: 9rem; max-width: 24rem; overflow-wrap: break-word" in wide, "a path of 21 letters was broken there"
         assert ".stack tr { display: flex; flex-wrap: wrap;" in narrow and ".stack td:last-child { flex-basis: 100%; }" in narrow
         tables = re.findall(r"<table( class=\"\w+\")?>", source)
         assert all(tables) and 'class="stack"' in "".join(tables), "no table without a layout for telephones"
