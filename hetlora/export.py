@@ -69,7 +69,7 @@ def export_adapter(run_dir: str | Path, out_dir: str | Path, rank: int | None = 
         _check_written(out, tensors, scale)
         _check_loads(out, tensors, scale, model)
         low, high = min(ranks.values()), max(ranks.values())
-        write_card(run, out, ranks=str(low) if low == high else f"{low} to {high}, by module", scale=scale, client=client)
+        write_card(run, out, ranks=str(low) if low == high else f"{low} to {high}, by module", scale=scale, client=client, part=rank is not None)
     except BaseException:
         for name in (WEIGHTS_FILE, ADAPTER_FILE, CARD):
             (out / name).unlink(missing_ok=True)

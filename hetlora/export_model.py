@@ -55,13 +55,13 @@ def export_merged(run_dir: str | Path, out_dir: str | Path, rank: int | None = N
         factors = {name: (a[: ranks[name]], b[:, : ranks[name]]) for name, (a, b) in factors.items()}
         weights, shown = {}, _ranks_shown(ranks)
     path = resolve_model(cfg)
-    model = load_model(cfg.model_copy(update={"device": "cpu", "quantize": "none"}), path)
+    model = load_model(cfg.model_copy(update={"device": "cpu", "quantize": "none"}), path, trains=False)
     if cfg.quantize != "none":
         warnings.warn(f"{run}: trained on a base in {cfg.quantize}; the merged model has the base's own weights, not the rounded ones", stacklevel=2)
     kind = getattr(torch, dtype or cfg.dtype)
     _merge(model, weights, factors, scale, kind)
     _write(model, path, cfg, out)
-    write_card(run, out, ranks=shown, scale=scale, client=client, merged=dtype or cfg.dtype)
+    write_card(run, out, ranks=shown, scale=scale, client=client, merged=dtype or cfg.dtype, part=rank is not None)
     return out
 
 

@@ -19,12 +19,13 @@ _PATHS = ("model", "data", "init_adapter", "ranks", "output")
 _PACKAGES = ("hetlora", "torch", "transformers", "peft", "safetensors", "python")
 
 
-def write_card(run_dir: Path, out: Path, ranks: str, scale: float, client: str | None = None, merged: str = "") -> None:
+def write_card(run_dir: Path, out: Path, ranks: str, scale: float, client: str | None = None, merged: str = "", part: bool = False) -> None:
     """Write README.md into the export `out`.
 
     ranks, scale: of what was exported.   client: whose adapter it is, None for the global one.   merged: type of the merged weights, '' for an adapter.
+    part: these ranks were asked for, and may be fewer rows than the global adapter has.
     """
-    write_atomic(out / CARD, card(read_config(run_dir), _run(run_dir), ranks, scale, client, merged))
+    write_atomic(out / CARD, card(read_config(run_dir), _run(run_dir), ranks, scale, client, merged, part))
 
 
 def _run(folder: Path) -> Run | str:
@@ -35,7 +36,7 @@ def _run(folder: Path) -> Run | str:
         return str(error).replace(str(folder), "the run").replace(os.path.abspath(folder), "the run")
 
 
-def card(cfg: Config, run: Run | str, ranks: str, scale: float, client: str | None, merged: str) -> str:
+def card(cfg: Config, run: Run | str, ranks: str, scale: float, client: str | None, merged: str, part: bool = False) -> str:
     base = public_name(cfg.model)
     what = f"{'Merged model' if merged else 'LoRA adapter'} from federated fine-tuning of {base}"
     head = {"library_name": "transformers" if merged else "peft", "pipeline_tag": "text-generation", "tags": ["federated-learning", "hetlora", "lora"]}
@@ -59,7 +60,7 @@ def card(cfg: Config, run: Run | str, ranks: str, scale: float, client: str | No
         *([f"- Type of the weights: {merged}."] if merged else []),
         "",
         *_privacy(cfg, run, client),
-        *(_figures(run) if isinstance(run, Run) else ["## Figures", "", f"Not known: {run}."]),
+        *(_figures(run, _measured(cfg, client, merged, part)) if isinstance(run, Run) else ["## Figures", "", f"Not known: {run}."]),
         "",
         "## Command",
         "",
@@ -111,8 +112,18 @@ def _privacy(cfg: Config, run: Run | str, client: str | None) -> list[str]:
     ]
 
 
-def _figures(run: Run) -> list[str]:
-    """Data in numbers, ranks, and perplexities; no name of a client."""
+def _measured(cfg: Config, client: str | None, merged: str, part: bool) -> str:
+    """What the figures are of, where that is not quite what was exported."""
+    other = ["one client's own adapter"] if client is not None else ["the rank rows that were asked for"] if part else []
+    other += [f"rounded to {merged}"] if merged and merged != cfg.dtype else []
+    other += [f"on the base's own weights, where the run had them in {cfg.quantize}"] if merged and cfg.quantize != "none" else []
+    model = "model" if cfg.training_kind.no_ranks else "adapter with all its rows"
+    said = f"Measured by the run, on its global {model} in {cfg.dtype}."
+    return f"{said} This export is {', '.join(other)}: what it reaches was not measured." if other else said
+
+
+def _figures(run: Run, measured: str) -> list[str]:
+    """Data in numbers, ranks, and perplexities; no name of a client.   measured: what they are of."""
     dealt = [mean_rank(rank) for rank in run.start_ranks.values()]
     lines = ["## Data", "", f"- Clients that trained or could: {len(dealt)}."]
     if run.summary and run.summary["clients"]:
@@ -121,7 +132,7 @@ def _figures(run: Run) -> list[str]:
     lines.append(f"- Source: `{public_name(str(run.config.get('data')))}`.")
     if any(dealt):
         lines.append(f"- Ranks of the clients: {rank_text(min(dealt))} to {rank_text(max(dealt))}, mean {sum(dealt) / len(dealt):.1f}.")
-    lines += ["", "## Perplexity on held-out text", "", "| text | before | after | change |", "|---|---|---|---|"]
+    lines += ["", "## Perplexity on held-out text", "", measured, "", "| text | before | after | change |", "|---|---|---|---|"]
     found = evaluations(run)
     for part, title in (("client_text", "clients' own"), ("held_out_clients", "clients that never train")):
         values = [value for value in (perplexity_of(evaluation, part) for evaluation in found) if value is not None]

@@ -39,11 +39,11 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
             raise ConfigError(f"model {path!r}: tokenizer cannot be loaded ({first_line(error)}); {_advice(path)}") from None
 
 
-def load_model(cfg: Config, path: str) -> Any:
+def load_model(cfg: Config, path: str, trains: bool = True) -> Any:
     """The causal language model at `path`: frozen, in eval mode, in `cfg.dtype` on `cfg.device`, `use_cache` off, quantised if asked.
 
-    Warns when the base has dropout of its own: co-batched training keeps it in eval mode, so that dropout is not applied. Warns of a type that torch
-    multiplies slowly on this processor.
+    trains: with warnings that matter to a run alone: of dropout of the base's own, which is not applied, as co-batched training keeps it in eval mode,
+    and of a type that torch multiplies slowly on this processor.
     Raises `ConfigError`: no model there, not a causal language model, weights missing from the checkpoint, unusable device or quantisation.
     """
     from transformers import AutoModelForCausalLM
@@ -51,7 +51,7 @@ def load_model(cfg: Config, path: str) -> Any:
     device = resolve_device(cfg.device)
     dtype = getattr(torch, cfg.dtype)
     check_quantization(cfg)
-    if not multiplies_fast(dtype, device.type):
+    if trains and not multiplies_fast(dtype, device.type):
         warnings.warn(
             f"dtype {cfg.dtype!r}: this processor has no instructions for it, and torch's products of it take many times those of float32; "
             "the adapted layers and the losses go round that, the rest of the model does not; use --dtype float32 where memory allows",
@@ -78,19 +78,23 @@ def load_model(cfg: Config, path: str) -> Any:
             f"model {path!r}: {len(faulty)} weights of {type(model).__name__} are not in its checkpoint ({faulty[0]}, ...); "
             "give a complete causal language model"
         )
-    make_ready(model, path)
+    make_ready(model, path, trains)
     return model
 
 
-def make_ready(model: Any, path: str) -> None:
-    """Freeze a model that is loaded, and put it in eval mode without a cache. `ConfigError` where it is not causal; a warning where it has dropout."""
+def make_ready(model: Any, path: str, trains: bool = True) -> None:
+    """Freeze a model that is loaded, and put it in eval mode without a cache. `ConfigError` where it is not causal.
+
+    trains: with a warning where it has dropout.
+    """
     model.requires_grad_(False).eval()
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes: in eval mode it would pack 4-bit weights for inference, and gradients would not pass
             module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
     _check_causal(model, path)
-    _warn_dropout(model)
+    if trains:
+        _warn_dropout(model)
 
 
 def empty_model(cfg: Config, path: str) -> nn.Module:

@@ -44,7 +44,7 @@ def way_of(model: nn.Module, cfg: Config) -> Way:
 
 def way_of_path(cfg: Config, path: str) -> Way:
     """The same of the model at `path`; `ConfigError` where it cannot be loaded."""
-    return way_of(load_model(cfg, path), cfg)
+    return way_of(load_model(cfg, path, trains=False), cfg)
 
 
 def check_reach(model: nn.Module, cfg: Config) -> None:

@@ -235,6 +235,32 @@ def test_the_card_says_what_was_done_and_no_place(tmp_path, run, base, kind):
         assert part in body, part
 
 
+def test_the_card_says_what_its_figures_are_of(tmp_path, run):
+    """The perplexities of the whole global adapter stood, without a word, on the card of one row of it, of a client's adapter and of rounded weights."""
+    whole = "Measured by the run, on its global adapter with all its rows in float32."
+    exports = {
+        "whole": (export_adapter, {}, whole + "\n"),
+        "row": (export_adapter, {"rank": 1}, whole + " This export is the rank rows that were asked for: what it reaches was not measured."),
+        "client": (export_adapter, {"client": "client1"}, whole + " This export is one client's own adapter: what it reaches was not measured."),
+        "merged": (export_merged, {}, whole + "\n"),
+        "rounded": (export_merged, {"dtype": "bfloat16"}, whole + " This export is rounded to bfloat16: what it reaches was not measured."),
+    }
+    for name, (export, asked, said) in exports.items():
+        assert said in (export(run, tmp_path / name, **asked) / "README.md").read_text(), name
+
+
+def test_dropout_of_the_base_is_no_matter_of_an_export(tmp_path, base, recwarn):
+    """An export trains nothing. It told users of GPT-2 to give --dropout, which it has not."""
+    folder = tmp_path / "base"
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=8, n_layer=1, n_head=1)).save_pretrained(folder)
+    ByT5Tokenizer().save_pretrained(folder)
+    finished(tmp_path / "run", folder, target_modules="attention")
+    assert any("dropout of its own" in str(own.message) for own in recwarn.list)
+    recwarn.clear()
+    export_merged(tmp_path / "run", tmp_path / "out")
+    assert not [own for own in recwarn.list if "dropout of its own" in str(own.message)]
+
+
 def test_a_card_of_a_run_whose_log_is_gone_says_so(tmp_path, run):
     import shutil
 
