@@ -48,7 +48,7 @@ class Result:
         try:
             pandas = importlib.import_module("pandas")
         except ImportError:
-            raise ConfigError("to_pandas: needs the 'pandas' package; pip install pandas") from None
+            raise ConfigError("to_pandas: needs the 'pandas' package; pip install '.[pandas]' in a checkout, or pip install pandas") from None
         return pandas.DataFrame([{"round": record["round"], **dict(figures(record))} for record in self.history]).set_index("round")
 
 

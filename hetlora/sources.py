@@ -20,7 +20,7 @@ from typing import Any
 from hetlora.config import Config, ConfigError
 from hetlora.python_text import stdlib_documents, unicode_scripts
 from hetlora.ranks import Column
-from hetlora.tables import SUFFIXES, read_rows
+from hetlora.tables import SUFFIXES, read_rows, tell_bad_rows
 from hetlora.text_files import decode, encoding_mark, kind_of, parse_json, read_bytes, read_text
 
 IN_MEMORY = "in memory"
@@ -305,18 +305,8 @@ def _add_rows(corpus: Corpus, rows: Iterable[tuple[str, Any]], parse: Callable[[
             texts.append(clean(row.text))
             corpus.prompts.setdefault(row.name, []).append(clean(row.prompt))
     if bad:
-        _tell_bad_rows(corpus.source, bad, faults, cfg.skip_bad_rows)
+        tell_bad_rows(corpus.source, bad, faults, cfg.skip_bad_rows)
     corpus.documents.update(documents)
-
-
-def _tell_bad_rows(source: str, bad: int, faults: list[str], skip: bool) -> None:
-    shown = " | ".join(faults) + (f" | and {bad - len(faults)} more" if bad > len(faults) else "")
-    if skip:
-        warnings.warn(f"{source}: {bad} rows left out: {shown}", stacklevel=6)
-    elif bad == 1:
-        raise ConfigError(f"{shown}; or leave such rows out with --skip-bad-rows")
-    else:
-        raise ConfigError(f"{source}: {bad} bad rows: {shown}; correct them, or leave them out with --skip-bad-rows")
 
 
 def _read_row(row: Any, where: str, cfg: Config, column: str | None) -> _Row:

@@ -1,10 +1,11 @@
-"""Rows of CSV and Parquet files, one dict each."""
+"""Rows of CSV and Parquet files, one dict each; what is said of rows that are bad."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,3 +82,16 @@ def _parquet(path: Path, wanted: list[str], lists: str | None, numbers: str | No
                     yield f"file {path} row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(f"data: file {path}: cannot be read as Parquet ({' '.join(str(error).split())[:160]})") from None
+
+
+def tell_bad_rows(source: str, bad: int, faults: list[str], skip: bool) -> None:
+    """An error, or where such rows are left out a warning, with the first `faults`; a reason that comes again is said once."""
+    parts = [fault.partition(": ") for fault in faults]
+    told = [f"{parts[i][0]}: the same" if parts[i][2] in [reason for _, _, reason in parts[:i]] else faults[i] for i in range(len(faults))]
+    shown = " | ".join(told) + (f" | and {bad - len(faults)} more" if bad > len(faults) else "")
+    if skip:
+        warnings.warn(f"{source}: {bad} rows left out: {shown}", stacklevel=6)
+    elif bad == 1:
+        raise ConfigError(f"{shown}; or leave such rows out with --skip-bad-rows")
+    else:
+        raise ConfigError(f"{source}: {bad} bad rows: {shown}; correct them, or leave them out with --skip-bad-rows")

@@ -315,6 +315,13 @@ def test_bad_rows_are_counted_and_the_first_named(tmp_path):
     fails(path, "5 bad rows")
 
 
+def test_a_reason_that_many_rows_share_is_said_once(tmp_path):
+    """Conversations without --messages-field: the hint of 60 words came three times."""
+    path = jsonl(tmp_path / "d.jsonl", [{"client": "a", "messages": []}, "{", {"client": "a", "messages": []}])
+    message = fails(path, "3 bad rows", "line 1: no key 'text'", "line 2: not valid JSON", "line 3: the same; correct them")
+    assert message.count("--messages-field") == 1
+
+
 def test_one_bad_row_is_named_with_the_way_out(tmp_path):
     message = fails(jsonl(tmp_path / "d.jsonl", [GOOD] * 50 + ["}"] + [GOOD] * 50), "line 51: not valid JSON", "--skip-bad-rows")
     assert "bad rows:" not in message

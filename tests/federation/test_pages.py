@@ -69,7 +69,7 @@ def test_worse_clients_are_marked_and_percentages_stand_beside(tmp_path):
     names = write_run(tmp_path / "run", clients=3, rounds=2)
     edited(tmp_path / "run", [(8.0, 7.0), (8.0, 8.2), (8.0, 6.0)])
     source = write_report(tmp_path / "run").read_text(encoding="utf-8")
-    rows = re.findall(r'<tr class="worse"><td data-label="client">(.*?)</td>', source)
+    rows = re.findall(r'<tr class="worse"><td[^>]*data-label="client">(.*?)</td>', source)
     assert rows == [sorted(names)[1]] and "+2.5 % <strong>worse</strong>" in source and "-12.5 %" in source
 
 
@@ -186,6 +186,16 @@ def test_a_page_says_the_method_and_an_answer_that_cannot_be_seen(tmp_path):
     assert "HETLORA" not in source[: source.index("verdict")] and "Clients trained B alone, over fresh rows of A" in source
     assert re.search(r'data-label="before"><span class="quiet">nothing that can be seen</span></td><td data-label="after">because</td>', source)
     assert source.count('<span class="word">2026-11-28</span>') == 2 and source.count('<span class="word">--lr</span>') == 2, "the opening and the versions"
+
+
+def test_a_short_name_stays_on_one_line_and_a_long_one_may_break(tmp_path):
+    """A table of differences at 1400 pixels had "homlora-" above "max"."""
+    write_run(tmp_path / "run", names=["a-b", "c-" * 30], rounds=1)
+    source = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert '<td class="whole" data-label="client">a-b</td>' in source and f'<td data-label="client">{"c-" * 30}</td>' in source
+    assert ".whole, .cards td.whole { white-space: nowrap; }" in source
+    page = write_comparison(tabulate(compared(tmp_path / "c", "hetlora,homlora-min"))).read_text(encoding="utf-8")
+    assert page.count('<td class="whole" data-label="method"') == 3 * 2 + 1, "three tables of two methods, and one difference"
 
 
 def test_no_line_is_as_dark_as_a_dark_page(every_look):
