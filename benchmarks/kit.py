@@ -45,10 +45,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def arguments(argv: list[str], prog: str) -> argparse.Namespace:
-    parser = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=prog, description=__doc__, formatter_class=static.Paragraphs)
     parser.add_argument("--quick", action="store_true", help="two minutes: a layer by rank, clients and tokens, a loss, a model, the server's operations")
-    some = "only these suites; the ceilings are measured in any case [default: all; quick: not round]"
-    parser.add_argument("--suite", nargs="+", type=lambda name: ALIASES.get(name, name), choices=DEFAULT, help=some)
+    some = f"only these suites of {', '.join(DEFAULT)}; the ceilings are measured in any case [default: all; quick: not round]"
+    parser.add_argument("--suite", nargs="+", type=lambda name: ALIASES.get(name, name), choices=DEFAULT, metavar="NAME", help=some)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only cases with these names of operation, shape and type: gram adamw float32")
     limit = f"an equal part of what is left for each suite, which begins no case that would end later [quick: {QUICK_SECONDS:g}, else no limit]"
     parser.add_argument("--budget", type=float, metavar="SECONDS", help=limit)
@@ -57,9 +57,8 @@ def arguments(argv: list[str], prog: str) -> argparse.Namespace:
     parser.add_argument("--report", type=Path, metavar="DIR", help=drawn)
     parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="counts of threads [default: 1 and all; quick: all; on a GPU 1]")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="[default: cuda where there is one]")
-    parser.add_argument(
-        "--rungs", nargs="+", choices=_library.RUNGS, help="measure hetlora on these rungs, in server and lora [default: that in use; lora: all]"
-    )
+    rungs = f"measure hetlora on these rungs of {', '.join(_library.RUNGS)}, in server and lora [default: that in use; lora: all]"
+    parser.add_argument("--rungs", nargs="+", choices=_library.RUNGS, metavar="NAME", help=rungs)
     parser.add_argument("--cold", action="store_true", help="overwrite the caches before every call, but for the ceilings; else calls follow each other")
     parser.add_argument("--static", action="store_true", help="in place of measuring: read the compiled CUDA kernels; --static --help has its options")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to see that all of it runs; such figures mean nothing")

@@ -232,8 +232,15 @@ def library_of(arch: int, given: Path | None) -> tuple[Path, str]:
     return file, own[0]
 
 
+class Paragraphs(argparse.HelpFormatter):
+    """Each paragraph of a description in lines of the terminal's width."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n\n".join(super(Paragraphs, self)._fill_text(part, width, indent) for part in text.strip().split("\n\n"))
+
+
 def arguments(argv: list[str], prog: str, parser_type: type[argparse.ArgumentParser]) -> argparse.Namespace:
-    parser = parser_type(prog=f"{prog} --static", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_type(prog=f"{prog} --static", description=__doc__, formatter_class=Paragraphs)
     parser.add_argument("--static", action="store_true", help="this, in place of measuring")
     parser.add_argument("--arch", type=int, choices=LIMITS, required=True, help="compute capability: 87 is Orin, 90 H100 and H200, 110 Thor")
     parser.add_argument("--library", type=Path, metavar="FILE", help="a library, object or cubin [default: the one that is installed]")

@@ -13,6 +13,7 @@ from hetlora.cli_lines import SHOWN, tell
 from hetlora.compare.methods import ALONE, METHODS, OWNED, ComparisonPlan
 from hetlora.config import Config, setting_group
 
+_WIDTH = 78  # columns of a page of help
 _OF_OWN_RANKS = [name for name, method in METHODS.items() if method.ranks == "own"]
 
 
@@ -55,8 +56,10 @@ class _ConfigOption(click.Option):
         else:
             shown = str(field.default)
             choice = click.Choice([str(v) for v in typing.get_args(kind)]) if typing.get_origin(kind) is typing.Literal else kind
+        wide = isinstance(choice, click.Choice) and len(f"  {flag} [{'|'.join(choice.choices)}]") > _WIDTH
         choice = _Tokens() if name == "max_tokens_per_step" else choice
-        super().__init__([flag, name], type=choice, default=None, help=f"{field.description} [default: {shown}]", hidden=hidden)
+        metavar = "NAME" if wide else None  # a list wider than a terminal breaks inside a name; the description has all
+        super().__init__([flag, name], type=choice, default=None, metavar=metavar, help=f"{field.description} [default: {shown}]", hidden=hidden)
 
 
 def config_options(command: click.Command) -> click.Command:

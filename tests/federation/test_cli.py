@@ -130,6 +130,14 @@ def test_every_setting_is_an_option_under_its_group():
     assert "--cobatch / --no-cobatch" in text and "[none|owners]" in text
 
 
+@pytest.mark.parametrize("command", ["run", "demo", "compare", "report", "export", "info", "tune", "serve", "join", "bench"])
+def test_help_is_no_wider_than_a_terminal(command, monkeypatch, capfd):
+    """The ten names of --merge and the paragraphs of `hetlora bench` were broken inside words at 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    text = invoke(command, "--help").output + capfd.readouterr().out
+    assert "--" in text and not [line for line in text.splitlines() if len(line) > 80]
+
+
 @pytest.mark.parametrize("command", [(), ("demo",), ("run",), ("report",), ("export",), ("info",), ("tune",)])
 def test_help_works(command):
     result = invoke(*command, "--help")
