@@ -221,8 +221,8 @@ def tail_norms(rows, ranks, keep):
         dtype = compute_dtype(source.dtype)
         clients = _clients(ranks, module, len(rows))
         kept = own_list(keep, module, len(rows))
-        norms = [source[row + min(q, rank) : row + rank].to(dtype).norm() for (row, rank), q in zip(clients, kept, strict=True)]
-        columns.append(torch.stack(norms) if norms else source.new_zeros(0, dtype=dtype))
+        norms = [source[row + min(q, rank) : row + rank].double().norm() for (row, rank), q in zip(clients, kept, strict=True)]
+        columns.append(torch.stack(norms).to(dtype) if norms else source.new_zeros(0, dtype=dtype))
     return torch.stack(columns, dim=1)
 
 
@@ -312,6 +312,8 @@ def cross_entropy_(logits, labels, weights, scale, softcap, smoothing, z_loss, s
 def _penalised_grads(params, grads, lam, ranks, keep):
     """Gradients of loss + lam_k * sum over modules of ||A_k[keep:]|| * ||Bt_k[keep:]||, in compute precision; zero sub-gradient at a zero norm.
 
+    The added part is made in float64: squares of small rows, and the quotient of two norms, leave the range of float32.
+
     `params` and `grads` hold the M A factors, then the M Bt factors.
     """
     out = [g.to(compute_dtype(g.dtype), copy=True) for g in grads]
@@ -323,11 +325,11 @@ def _penalised_grads(params, grads, lam, ranks, keep):
         clients, cuts = _clients(ranks, module, modules), own_list(keep, module, modules)
         for k, (row, rank) in enumerate(clients):
             tail = slice(row + min(cuts[k], rank), row + rank)
-            a_tail, bt_tail = a[tail].to(out[module].dtype), bt[tail].to(out[module].dtype)
+            a_tail, bt_tail = a[tail].double(), bt[tail].double()
             norm_a, norm_bt = a_tail.norm(), bt_tail.norm()
-            weight = lam[k].to(out[module].dtype)
-            out[module][tail] += torch.where(norm_a > 0, weight * norm_bt * a_tail / norm_a, 0.0)
-            out[module + modules][tail] += torch.where(norm_bt > 0, weight * norm_a * bt_tail / norm_bt, 0.0)
+            weight = lam[k].double()
+            out[module][tail] += torch.where(norm_a > 0, weight * norm_bt / norm_a * a_tail, 0.0).to(out[module].dtype)
+            out[module + modules][tail] += torch.where(norm_bt > 0, weight * norm_a / norm_bt * bt_tail, 0.0).to(out[module].dtype)
     return out
 
 

@@ -54,7 +54,8 @@ def delta_norms(a: Tensor | Sequence[Tensor], bt: Tensor | Sequence[Tensor], lay
 
     a: [S, n], bt: [S, m] packed rank rows, or lists of modules.   layout: one RankLayout, or one per module.
     exact: float64 products. Default: float32 products combined in float64, which loses relative accuracy when rank rows nearly cancel
-    (two rows a, a + 1e-3 e against b, -b: about 1e-2; exact: 1e-9).
+    (two rows a, a + 1e-3 e against b, -b: about 1e-2; exact: 1e-9). A row's squared norm must lie in the range of float32: rows shorter than 1e-19 count
+    for 0, rows longer than 1e19 give inf or NaN; exact: neither.
 
     Returns float32 [K] for tensors, [K, modules] for lists; float64 when the input is, or `exact`. Not differentiable.
 

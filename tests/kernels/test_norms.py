@@ -146,6 +146,17 @@ def test_tail_norms(dtype, device):
         assert [result[k].item() for k in (1, 2, 5, 6)] == [0, 0, 0, 0]
 
 
+@pytest.mark.parametrize("scale", [2.0**-80, 2.0**80])
+def test_rows_whose_squares_leave_the_range_of_float32(scale, device):
+    """tail_norms sums squares in float64, delta_norms does if asked."""
+    layout, draw = hk.RankLayout([3, 5]), drawn(0)
+    a, bt = (torch.randn(8, width, generator=draw, dtype=torch.float32) * scale for width in (20, 300))
+    tails = hk.tail_norms(a.to(device), layout, [1, 2]).cpu().double()
+    torch.testing.assert_close(tails, hk.tail_norms(a.double(), layout, [1, 2]), rtol=2.0**-22, atol=0)
+    deltas = hk.delta_norms(a.to(device), bt.to(device), layout, exact=True).cpu()
+    torch.testing.assert_close(deltas, hk.delta_norms(a.double(), bt.double(), layout), rtol=1e-12, atol=0)
+
+
 def test_zero_factor_gives_exactly_zero(device):
     rows, zero = draw([3, 2], 8, torch.float32, 0).to(device), torch.zeros(5, 6, device=device)
     layout = hk.RankLayout([3, 2])

@@ -141,6 +141,25 @@ def maker(kind):
     return hk.AdamW if kind == "adamw" else hk.SGD
 
 
+@pytest.mark.parametrize("scales", [(2.0**-80, 2.0**50), (2.0**50, 2.0**-80)])
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_a_factor_of_the_regulariser_outside_the_range_of_float32(kind, scales, device):
+    """lam ||other|| / ||own|| is about 2^130 for one side and 2^-130 for the other, the gradients they give are numbers of float32."""
+    gradients = {}
+    for dtype in (torch.float32, torch.float64):
+        bank, draw = hk.AdapterBank(SHAPES, RANKS, dtype=dtype, device=device), drawn(0)
+        for side, scale in zip((bank.a, bank.bt), scales, strict=True):
+            for t in side.values():
+                t.data.copy_(torch.randn(t.shape, generator=draw) * scale)
+                t.grad = torch.zeros_like(t)
+        opt = hk.SGD(bank, lr=0.1, momentum=0.9, tail_penalty=(1.0, KEEP)) if kind == "sgd" else hk.AdamW(bank, lr=0.1, tail_penalty=(1.0, KEEP))
+        opt.step()
+        gradients[dtype] = [t.double() for t in (opt.buffers if kind == "sgd" else opt.exp_avg)]
+    for got, expected in zip(gradients[torch.float32], gradients[torch.float64], strict=True):
+        size = expected.abs().max()
+        assert size > 0 and (got - expected).abs().max() <= 2.0**-21 * size  # four roundings
+
+
 def test_missing_gradients_are_zero(device):
     bank, twin = make_bank(torch.float64, device), make_bank(torch.float64, device)
     for b in (bank, twin):
