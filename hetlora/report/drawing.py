@@ -30,9 +30,11 @@ MOST_LABELS = 50
 
 
 _NARROW = 4.3  # inches, of a telephone
-LOOKS = {"narrow": (True, False), "dark": (False, True), "narrow dark": (True, True)}  # name -> (narrow, dark), beside the wide one on white
+LOOKS = ("narrow", "dark", "narrow dark")  # beside the wide one on white
 _PAPER, _INK = "#15171a", "#e6e8eb"  # of the dark pages (style.css)
-_ON_DARK = {"black": _INK, "#332288": "#9c8df0", "#882255": "#d9679f", BLUE: "#4ba3e3", GREY: "#a3aab4", "#999999": "#7d848e", "#eeeeee": "#2a2e33"}
+_GRID = "#dddddd"
+_ON_DARK = {"black": _INK, _GRID: "#3a3f46", "#332288": "#9c8df0", "#882255": "#d9679f", BLUE: "#4ba3e3", GREY: "#a3aab4"}
+_ON_DARK |= {"#999999": "#7d848e", "#eeeeee": "#2a2e33"}
 """Colours that a dark page would swallow -> what stands for them there."""
 
 
@@ -53,28 +55,41 @@ class Picture:
 
 def render(draw: Callable[[Figure], tuple[str, str, str]]) -> Picture:
     """The picture of what `draw` puts into a figure; it returns title, caption and alternative text."""
-    png, missing, words = _drawn(draw, narrow=False, dark=False)
-    others = {look: _drawn(draw, narrow, dark)[0] for look, (narrow, dark) in LOOKS.items()}
+    others: dict[str, bytes] = {}
+    png, missing, words = _drawn(draw, others, narrow=False)
+    if "narrow" in LOOKS:
+        others["narrow"] = _drawn(draw, others, narrow=True)[0]
     notes = ["No installed font has all characters of the clients' names; the pictures show boxes in their place."] if missing else []
     return Picture(png, *words, notes, others)
 
 
-def _drawn(draw: Callable[[Figure], tuple[str, str, str]], narrow: bool, dark: bool) -> tuple[bytes, bool, tuple[str, str, str]]:
-    """(PNG, whether a font lacks characters, what `draw` returns)."""
-    with _style(narrow, dark):
+def _drawn(draw: Callable[[Figure], tuple[str, str, str]], others: dict[str, bytes], narrow: bool) -> tuple[bytes, bool, tuple[str, str, str]]:
+    """(PNG on white, whether a font lacks characters, what `draw` returns); the dark one is put into `others`.
+
+    Most of the time of a drawing goes to its layout. The dark picture is the same figure in other colours, with the layout that is there.
+    """
+    with _style(narrow):
         figure = Figure(figsize=(_NARROW, 4.2) if narrow else (9, 5), layout="constrained", dpi=170 if narrow else 130)
         canvas = FigureCanvasAgg(figure)
         words = draw(figure)
         if narrow:
             _break_titles(figure)
-        if dark:
-            _lighten(figure)
-        buffer = io.BytesIO()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            canvas.draw()  # once; savefig would draw twice, the first time for a layout that this one makes too
-            imsave(buffer, canvas.buffer_rgba(), format="png", dpi=figure.dpi)
-    return buffer.getvalue(), any("missing from" in str(w.message) for w in caught), words
+            png = _png(canvas)
+            dark = "narrow dark" if narrow else "dark"
+            if dark in LOOKS:
+                figure.set_layout_engine("none")
+                _darken(figure)
+                others[dark] = _png(canvas)
+    return png, any("missing from" in str(w.message) for w in caught), words
+
+
+def _png(canvas: FigureCanvasAgg) -> bytes:
+    buffer = io.BytesIO()
+    canvas.draw()  # once; savefig would draw twice, the first time for a layout that this one makes too
+    imsave(buffer, canvas.buffer_rgba(), format="png", dpi=canvas.figure.dpi)
+    return buffer.getvalue()
 
 
 def is_narrow(figure: Figure | SubFigure) -> bool:
@@ -121,8 +136,12 @@ def _break_titles(figure: Figure) -> None:
         above.set_text(textwrap.fill(above.get_text(), 42))
 
 
-def _lighten(figure: Figure) -> None:
-    """Replace the colours that a dark page would swallow."""
+def _darken(figure: Figure) -> None:
+    """Dark paper, and other colours for those that it would swallow."""
+    figure.set_facecolor(_PAPER)
+    for axes in figure.axes:
+        if same_color(axes.get_facecolor(), "white"):
+            axes.set_facecolor(_PAPER)
     for artist in figure.findobj():
         for name in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
             read, write = getattr(artist, f"get_{name}", None), getattr(artist, f"set_{name}", None)
@@ -142,10 +161,8 @@ def _lighten(figure: Figure) -> None:
 
 
 @contextmanager
-def _style(narrow: bool, dark: bool) -> Iterator[None]:
+def _style(narrow: bool) -> Iterator[None]:
     installed = set(font_manager.get_font_names())
-    dark_colours: dict[Any, str] = dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), _PAPER)
-    dark_colours |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
     with matplotlib.rc_context(
         {
             "font.family": ["DejaVu Sans", *(font for font in _CJK_FONTS if font in installed)],
@@ -155,13 +172,12 @@ def _style(narrow: bool, dark: bool) -> Iterator[None]:
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.grid": True,
-            "grid.color": "#3a3f46" if dark else "#dddddd",
+            "grid.color": _GRID,
             "axes.axisbelow": True,
             "figure.facecolor": "white",
             "legend.frameon": False,
             # Client names may hold '$', which is no mathematics.
             "text.parse_math": False,
-            **(dark_colours if dark else {}),
         }
     ):
         yield

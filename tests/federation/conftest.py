@@ -1,4 +1,5 @@
-"""Pages are drawn in one look, the wide one on white, unless a test asks for `every_look`: each further look costs as much as the first."""
+"""Pages have pictures of one look, the wide one on white, and the figures are made but not drawn: two thirds of a page's time went into that. A test that
+looks at a picture asks for `drawn`, one of whole pages for `every_look`."""
 
 from __future__ import annotations
 
@@ -10,12 +11,20 @@ from tiny import SIZES, Interrupt, Stop, contents, tiny_config, tiny_federation
 from hetlora.loop import simulate
 from hetlora.report import drawing
 
-LOOKS = dict(drawing.LOOKS)
+LOOKS = drawing.LOOKS
 
 
 @pytest.fixture(autouse=True)
-def _one_look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drawing, "LOOKS", LOOKS if "every_look" in request.fixturenames else {})
+def _blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "every_look" not in request.fixturenames:
+        monkeypatch.setattr(drawing, "LOOKS", ())
+        if "drawn" not in request.fixturenames:
+            monkeypatch.setattr(drawing.FigureCanvasAgg, "draw", drawing.FigureCanvasAgg.get_renderer)
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Asked for by tests of what a drawing shows."""
 
 
 @pytest.fixture

@@ -123,7 +123,7 @@ def test_pictures_are_drawn_anew_for_telephones_and_dark_pages(tmp_path, every_l
 
 @pytest.mark.parametrize("length", [3, 30, 120])
 @pytest.mark.parametrize("narrow", [True, False])
-def test_long_names_of_a_legend_stay_in_the_picture(narrow, length):
+def test_long_names_of_a_legend_stay_in_the_picture(narrow, length, drawn):
     """In fewer columns, then on more lines; short names share a line."""
     figure = Figure(figsize=(_NARROW if narrow else 13, 8), layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.subplots()
@@ -139,7 +139,7 @@ def test_long_names_of_a_legend_stay_in_the_picture(narrow, length):
     assert (len({round(box.y0) for box in boxes}) < len(names)) == (length == 3 or (not narrow and length == 30))
 
 
-def test_every_dotted_line_is_in_the_legend_and_no_legend_lies_on_lines(tmp_path):
+def test_every_dotted_line_is_in_the_legend_and_no_legend_lies_on_lines(tmp_path, drawn):
     """The legend inside the narrow picture of perplexities lay on the dotted lines, and said nothing of them."""
     write_run(tmp_path / "run", clients=5, rounds=3)
     run = read_run(tmp_path / "run")
@@ -157,7 +157,7 @@ def test_every_dotted_line_is_in_the_legend_and_no_legend_lies_on_lines(tmp_path
     assert {"before training", "one rank for all"} <= set(said)
 
 
-def test_ranks_have_whole_numbers_on_their_axis(tmp_path):
+def test_ranks_have_whole_numbers_on_their_axis(tmp_path, drawn):
     write_run(tmp_path / "run", clients=4, rounds=2)
     run = read_run(tmp_path / "run")
     for record in run.records:
