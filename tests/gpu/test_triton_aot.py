@@ -1,5 +1,6 @@
 """Every Triton kernel variant compiled without a GPU: no spills, shared memory within the architecture's limit, 16-byte accesses. `make test` takes the layer
-for the oldest architecture and for Hopper, the server's kernels and the optimisers for the oldest, those near a limit for Hopper; `make gates` takes all."""
+in float32 and 16 bits for the oldest architecture and in 16 bits for Hopper, the server's kernels and the optimisers for the oldest, those near a limit for
+Hopper; `make gates` takes all."""
 
 from __future__ import annotations
 
@@ -69,10 +70,17 @@ def test_kernels_near_the_limit_of_registers_on_hopper(tmp_path: Path) -> None:
     assert {v["kernel"] for v in variants} == {"_cross_entropy_kernel", "_quantize_kernel", "_dequantize_kernel"}
 
 
-@pytest.mark.parametrize("arch", archs(80, 90))
-def test_layer_kernels_use_tensor_cores_on_16_bit_types_only(arch: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arch", "types"),
+    [
+        (80, ("16", "f32")),
+        (90, ("16",)),
+        *(pytest.param(arch, ("16", "f32"), marks=pytest.mark.gates) for arch in SHARED_LIMIT if arch > 80),
+        pytest.param(80, ("f64",), marks=pytest.mark.gates),
+    ],
+)
+def test_layer_kernels_use_tensor_cores_on_16_bit_types_only(arch: int, types: tuple[str, ...], tmp_path: Path) -> None:
     """float64, which is for checks, is compiled on sm_80 alone: it takes minutes."""
-    types = ("16", "f32", "f64") if arch == 80 else ("16", "f32")
     variants = compiled(arch, tmp_path, *[case for case in launch_cases() if case.startswith(LAYER_OPS) and case.endswith(types)])
     assert {v["kernel"] for v in variants} >= LAYER
     products = [v for v in variants if v["kernel"] in LAYER]

@@ -1,7 +1,7 @@
 """The numeric tests with every instruction set of this machine (our kernels' and the libraries' under torch), with more threads and other random numbers.
 
-A test that passes with the sums of one processor's library must pass with another's. `make matrix` runs all tests with all settings, `make test` a quarter
-of them with each setting of `PART`, another quarter with each; one of each function is in the first. What changes nothing on this processor is skipped.
+A test that passes with the sums of one processor's library must pass with another's. `make matrix` runs all tests with all settings, `make test` an eighth
+of them with each setting of `PART`, another eighth with each; one of each function is in the first. What changes nothing on this processor is skipped.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def run(settings: Settings, *command: str) -> subprocess.CompletedProcess:
 @pytest.mark.skipif("cpu" not in _library.available(), reason="no compiled kernel for CPU tensors")
 @pytest.mark.parametrize(
     ("name", "share"),
-    [pytest.param(name, f"{i}/{2 * len(PART)}", id=f"{name}, a quarter") for i, name in enumerate(PART)]
+    [pytest.param(name, f"{i}/{4 * len(PART)}", id=f"{name}, an eighth") for i, name in enumerate(PART)]
     + [pytest.param(name, "0/1", id=name, marks=pytest.mark.matrix) for name in SETTINGS],
 )
 def test_the_numeric_tests_pass_with(name, share):
@@ -128,7 +128,7 @@ def test_the_numeric_tests_pass_with(name, share):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "share"),
-    [pytest.param("everything avx2", "0/4", id="everything avx2, a quarter")]
+    [pytest.param("everything avx2", "0/8", id="everything avx2, an eighth")]
     + [pytest.param(name, "0/1", id=name, marks=pytest.mark.matrix) for name in ("everything base", "everything avx2")],
 )
 def test_rounds_agree_with(name, share):
