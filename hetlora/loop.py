@@ -22,7 +22,7 @@ from hetlora.merge import aggregate
 from hetlora.models import no_mask_advised
 from hetlora.observer import Observer
 from hetlora.packing import way_of
-from hetlora.ranks import check_width, kept_rank, mean_rank
+from hetlora.ranks import Dealt, PowerLaw, check_width, kept_rank, mean_rank
 from hetlora.report.terminal import ConsoleObserver, make_console
 from hetlora.result import Result, client_line, rank_shown, upload_line
 from hetlora.run_state import Run, note_best, ranks_on_record, restore, return_to_best, save
@@ -187,7 +187,7 @@ def _ranks_described(cfg: Config, state: server.ServerState) -> dict[str, str]:
     if kind.no_ranks:
         return {"ranks": kind.no_ranks}
     dealt = sorted(state.ranks_start.values())
-    least = f"{dealt.count(dealt[0])} of {len(dealt)} clients have the least" if dealt[0] < dealt[-1] else "the same for all"
+    least = f"{dealt.count(dealt[0])} of {len(dealt)} clients have the least" if dealt[0] < dealt[-1] else f"the same for all{_otherwise(cfg, len(dealt))}"
     said = {"ranks": f"{dealt[0]}..{dealt[-1]}, mean {_mean_rank(state):.1f}; {least}; the server's bank has {state.r_max} rows"}
     if kind.prunes:
         able = sum(kept_rank(rank, cfg.gamma, state.r_min) < rank for rank in dealt)
@@ -195,6 +195,13 @@ def _ranks_described(cfg: Config, state: server.ServerState) -> dict[str, str]:
         if able and cfg.merge_kind.no_pruning:
             said["pruning"] += f"; {cfg.merge_kind.no_pruning}"
     return said | {"bytes": f"compared with HomLoRA at rank {state.homlora_rank}, the largest that a client has"}
+
+
+def _otherwise(cfg: Config, count: int) -> str:
+    """What would give so many clients different ranks, where a draw of the power law gave them one: as a rule, below ten clients."""
+    rule = cfg.rank_rule
+    ranks = Dealt(rule.low, rule.high, rule.exponent).quantiles(count) if isinstance(rule, PowerLaw) else [0]
+    return f", as the draw fell (--ranks {cfg.ranks.replace('powerlaw', 'dealt', 1)} would give {ranks[0]}..{ranks[-1]})" if ranks[0] < ranks[-1] else ""
 
 
 def _batches_described(run: Run) -> dict[str, str]:

@@ -41,6 +41,16 @@ def test_they_say_the_ranks_who_can_prune_and_what_bytes_are_compared_with(tmp_p
     assert "full fine-tuning" in info["ranks"] and not {"pruning", "bytes"} & set(info)
 
 
+def test_a_draw_that_gives_all_clients_one_rank_says_what_would_not(tmp_path):
+    """README's command on five clients gave each of them rank 5, and no word of another way."""
+    info, _ = started(tmp_path / "a", ranks="powerlaw:2:8:0.05")
+    assert info["ranks"] == "2..2, mean 2.0; the same for all; the server's bank has 8 rows", "the quantiles are one rank too"
+    info, _ = started(tmp_path / "b", ranks="powerlaw:2:8:0.1")
+    assert info["ranks"].startswith("2..2, mean 2.0; the same for all, as the draw fell (--ranks dealt:2:8:0.1 would give 2..3); ")
+    info, _ = started(tmp_path / "c", ranks="dealt:2:8:0.1")
+    assert info["ranks"].startswith("2..3, ")
+
+
 @pytest.mark.parametrize("spec", ["powerlaw:2:8:0.3", "dealt:2:8:0.3"])
 def test_bytes_are_those_of_homlora_at_the_largest_rank_that_a_client_has(tmp_path, spec):
     info, result = started(tmp_path / "a", ranks=spec)
