@@ -110,6 +110,13 @@ def test_wheel_from_the_sdist_holds_both_packages_and_nothing_else(wheel: zipfil
 
 
 @pytest.mark.slow
+def test_a_library_does_not_say_where_it_was_built(wheel: zipfile.ZipFile) -> None:
+    (library,) = [name for name in wheel.namelist() if name.endswith("_C_cpu.so")]
+    named = set(re.findall(rb"[\w./-]*/aggregate\.cpp|[\w./-]*/stable/[\w/]+\.h", wheel.read(library)))
+    assert b"csrc/cpu/aggregate.cpp" in named and not [name for name in named if name.startswith(b"/")]
+
+
+@pytest.mark.slow
 def test_an_installed_copy_measures_a_row(wheel: zipfile.ZipFile, without_fed: Path) -> None:
     """Out of the checkout and with torch alone; the rung is the compiled one of the wheel."""
     wheel.extractall(without_fed)
