@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -92,8 +93,9 @@ def test_the_report_shows_each_time_that_a_run_was_continued(tmp_path, monkeypat
     commands = ["hetlora run --resume --rounds 3", "hetlora run --resume"]
     assert [(time["command"], time["after"], time["rounds"]) for time in continued()] == [(commands[0], 1, 3), (commands[1], 2, 3)]
     page = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    text = re.sub("<[^>]*>", "", page)
     for time in continued():
-        assert f"Continued {time['started']} after round {time['after']}, to 3 rounds, by" in page
+        assert f"Continued {time['started']} after round {time['after']}, to 3 rounds, by {time['command']}." in text
     assert '<span class="word">--rounds</span>' in page and "<th>continued</th>" not in page
     damaged = {**read_run(tmp_path / "run").versions, "continued": [3, {"started": "now"}]}
     (tmp_path / "run" / "versions.json").write_text(json.dumps(damaged))
