@@ -1,38 +1,43 @@
 #include "optim_kernels.h"
 
+#include <algorithm>
 #include <cmath>
-#include <limits>
-#include <type_traits>
 
 namespace hetlora {
 namespace {
 
-// Of elements that the regulariser leaves alone.
-struct NoPull {};
-
-// Whether the regulariser's factor lam ||other|| / ||own|| can be used in the type of the arithmetic, which has twice the lanes of double. It may leave the range
-// of float where its product with the parameter does not. Then that product is a double's.
+// The regulariser's factor lam ||other|| / ||own||, which may leave the range of float where its product with the parameter does not: power (rest p), with a
+// power of two near its root. What is between the factors of that product is between p and the product, so it stays in range.
 template <class Sum>
-HETLORA_INLINE bool fits(double pull) {
-    using Range = std::numeric_limits<Sum>;
-    return pull == 0 || (pull >= Range::min() && pull <= Range::max());
+struct Pull {
+    Sum power, rest;
+};
+
+template <class Sum>
+HETLORA_INLINE Pull<Sum> split(double pull) {
+    int exponent = 0;
+    if (std::isfinite(pull)) {
+        std::frexp(pull, &exponent);
+    }
+    const double power = std::ldexp(1.0, std::clamp(exponent / 2, -126, 126));
+    return {static_cast<Sum>(power), static_cast<Sum>(pull / power)};
 }
 
-// Pull: NoPull, Sum where the factor fits, else double.
-template <class Sum, class Pull>
-HETLORA_INLINE Sum gradient(Sum g, Sum p, Pull pull, Sum clip) {
-    if constexpr (!std::is_same_v<Pull, NoPull>) {
-        g += static_cast<Sum>(pull * static_cast<Pull>(p));
+template <bool tail, class Sum>
+HETLORA_INLINE Sum gradient(Sum g, Sum p, const Pull<Sum>& pull, Sum clip) {
+    if constexpr (tail) {
+        g += pull.power * (pull.rest * p);
     }
     return g * clip;
 }
 
-template <class T, class M, class Sum, class Pull>
-HETLORA_INLINE void adamw_elements(T* __restrict p, const T* __restrict g, M* __restrict m, T* __restrict v, int64_t n, const Step<Sum>& s, Pull pull) {
+template <bool tail, class T, class M, class Sum>
+HETLORA_INLINE void adamw_elements(T* __restrict p, const T* __restrict g, M* __restrict m, T* __restrict v, int64_t n, const Step<Sum>& s, double pull) {
     const Step<Sum> c = s;
+    const Pull<Sum> own = split<Sum>(pull);
     for (int64_t i = 0; i < n; ++i) {
         const Sum value = widen<Sum>(p[i]), old = widen<Sum>(m[i]);
-        const Sum grad = gradient(widen<Sum>(g[i]), value, pull, c.clip);
+        const Sum grad = gradient<tail>(widen<Sum>(g[i]), value, own, c.clip);
         const Sum mean = old + (grad - old) * c.one_minus_beta1;
         const Sum square = widen<Sum>(v[i]) * c.beta2 + grad * grad * c.one_minus_beta2;
         narrow(mean, m + i);
@@ -43,12 +48,13 @@ HETLORA_INLINE void adamw_elements(T* __restrict p, const T* __restrict g, M* __
     }
 }
 
-template <bool buffered, class T, class M, class Sum, class Pull>
-HETLORA_INLINE void sgd_elements(T* __restrict p, const T* __restrict g, M* __restrict buffer, int64_t n, const Step<Sum>& s, Pull pull) {
+template <bool tail, bool buffered, class T, class M, class Sum>
+HETLORA_INLINE void sgd_elements(T* __restrict p, const T* __restrict g, M* __restrict buffer, int64_t n, const Step<Sum>& s, double pull) {
     const Step<Sum> c = s;
+    const Pull<Sum> own = split<Sum>(pull);
     for (int64_t i = 0; i < n; ++i) {
         const Sum value = widen<Sum>(p[i]);
-        Sum direction = gradient(widen<Sum>(g[i]), value, pull, c.clip) + c.decay * value;
+        Sum direction = gradient<tail>(widen<Sum>(g[i]), value, own, c.clip) + c.decay * value;
         if constexpr (buffered) {
             direction = widen<Sum>(buffer[i]) * c.momentum + direction;
             narrow(direction, buffer + i);
@@ -57,52 +63,31 @@ HETLORA_INLINE void sgd_elements(T* __restrict p, const T* __restrict g, M* __re
     }
 }
 
-// A span with one type of the factor. M: of m, or of SGD's buffer.
-template <class T, class M, class Sum, class Pull>
-HETLORA_INLINE void adamw_pulled(const Span& a, const Step<Sum>& s, Pull pull) {
-    adamw_elements(static_cast<T*>(a.p), static_cast<const T*>(a.g), static_cast<M*>(a.state[0]), static_cast<T*>(a.state[1]), a.n, s, pull);
-}
-
-template <class T, class M, class Sum, class Pull>
-HETLORA_INLINE void sgd_pulled(const Span& a, const Step<Sum>& s, Pull pull) {
-    T* p = static_cast<T*>(a.p);
-    const T* g = static_cast<const T*>(a.g);
-    M* buffer = static_cast<M*>(a.state[0]);
-    buffer != nullptr ? sgd_elements<true>(p, g, buffer, a.n, s, pull) : sgd_elements<false>(p, g, buffer, a.n, s, pull);
-}
-
-template <class T, class Sum, class Pull>
-HETLORA_INLINE void penalised(const T* __restrict p, const T* __restrict g, Sum* __restrict out, int64_t n, Pull pull) {
-    for (int64_t i = 0; i < n; ++i) {
-        out[i] = gradient(widen<Sum>(g[i]), widen<Sum>(p[i]), pull, Sum{1});
-    }
-}
-
+// M: of m, or of SGD's buffer.
 template <class T, class M, class Sum>
 HETLORA_INLINE void adamw_span(const Span& a, const Step<Sum>& s) {
-    if (!a.tail) {
-        adamw_pulled<T, M>(a, s, NoPull{});
-    } else if (fits<Sum>(a.pull)) {
-        adamw_pulled<T, M>(a, s, static_cast<Sum>(a.pull));
-    } else {
-        adamw_pulled<T, M>(a, s, a.pull);
-    }
+    T *p = static_cast<T*>(a.p), *g = static_cast<T*>(a.g), *v = static_cast<T*>(a.state[1]);
+    M* m = static_cast<M*>(a.state[0]);
+    a.tail ? adamw_elements<true>(p, g, m, v, a.n, s, a.pull) : adamw_elements<false>(p, g, m, v, a.n, s, a.pull);
 }
 
 template <class T, class M, class Sum>
 HETLORA_INLINE void sgd_span(const Span& a, const Step<Sum>& s) {
-    if (!a.tail) {
-        sgd_pulled<T, M>(a, s, NoPull{});
-    } else if (fits<Sum>(a.pull)) {
-        sgd_pulled<T, M>(a, s, static_cast<Sum>(a.pull));
+    T *p = static_cast<T*>(a.p), *g = static_cast<T*>(a.g);
+    M* buffer = static_cast<M*>(a.state[0]);
+    if (buffer != nullptr) {
+        a.tail ? sgd_elements<true, true>(p, g, buffer, a.n, s, a.pull) : sgd_elements<false, true>(p, g, buffer, a.n, s, a.pull);
     } else {
-        sgd_pulled<T, M>(a, s, a.pull);
+        a.tail ? sgd_elements<true, false>(p, g, buffer, a.n, s, a.pull) : sgd_elements<false, false>(p, g, buffer, a.n, s, a.pull);
     }
 }
 
 template <class T, class Sum>
-HETLORA_INLINE void penalise_span(const T* p, const T* g, Sum* out, int64_t n, double pull) {
-    fits<Sum>(pull) ? penalised(p, g, out, n, static_cast<Sum>(pull)) : penalised(p, g, out, n, pull);
+HETLORA_INLINE void penalise_span(const T* __restrict p, const T* __restrict g, Sum* __restrict out, int64_t n, double pull) {
+    const Pull<Sum> own = split<Sum>(pull);
+    for (int64_t i = 0; i < n; ++i) {
+        out[i] = gradient<true>(widen<Sum>(g[i]), widen<Sum>(p[i]), own, Sum{1});
+    }
 }
 
 }  // namespace

@@ -54,8 +54,8 @@ def delta_norms(a: Tensor | Sequence[Tensor], bt: Tensor | Sequence[Tensor], lay
 
     a: [S, n], bt: [S, m] packed rank rows, or lists of modules.   layout: one RankLayout, or one per module.
     exact: float64 products. Default: float32 products combined in float64, which loses relative accuracy when rank rows nearly cancel
-    (two rows a, a + 1e-3 e against b, -b: about 1e-2; exact: 1e-9). A row's squared norm must lie in the range of float32: rows shorter than 1e-19 count
-    for 0, rows longer than 1e19 give inf or NaN; exact: neither.
+    (two rows a, a + 1e-3 e against b, -b: about 1e-2; exact: 1e-9). Squared norms of rows are float32 too: rows shorter than 1e-19
+    lose digits and at last count for 0, rows longer than 1e19 give inf or NaN. exact: neither.
 
     Returns float32 [K] for tensors, [K, modules] for lists; float64 when the input is, or `exact`. Not differentiable.
 
@@ -80,6 +80,8 @@ def tail_norms(rows: Tensor | Sequence[Tensor], layout: Layouts, keep: Sequence[
 
     rows: packed rank rows [S, d], or a list of modules.   layout: one RankLayout, or one per module.
     keep: host integers >= 0, one per client (or one sequence per module); at or above r_k the tail is empty and its norm 0.
+
+    On a GPU squares of float32 and 16-bit rows are float32: rows shorter than 1e-19 lose digits and at last count for 0, rows longer than 1e19 are infinite.
 
     Returns float32 [K] for a tensor, [K, modules] for a list; float64 when the input is. Not differentiable: `AdamW` and `SGD` carry the
     regulariser's gradient.

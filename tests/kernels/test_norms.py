@@ -147,8 +147,10 @@ def test_tail_norms(dtype, device):
 
 
 @pytest.mark.parametrize("scale", [2.0**-80, 2.0**80])
-def test_rows_whose_squares_leave_the_range_of_float32(scale, device):
+def test_rows_whose_squares_leave_the_range_of_float32(scale, backend, device):
     """tail_norms sums squares in float64, delta_norms does if asked."""
+    if backend == "triton" or device.type == "cuda":
+        pytest.skip("squares are float32 on a GPU (docs/kernels-gpu.md)")
     layout, draw = hk.RankLayout([3, 5]), drawn(0)
     a, bt = (torch.randn(8, width, generator=draw, dtype=torch.float32) * scale for width in (20, 300))
     tails = hk.tail_norms(a.to(device), layout, [1, 2]).cpu().double()

@@ -143,8 +143,10 @@ def maker(kind):
 
 @pytest.mark.parametrize("scales", [(2.0**-80, 2.0**50), (2.0**50, 2.0**-80)])
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
-def test_a_factor_of_the_regulariser_outside_the_range_of_float32(kind, scales, device):
+def test_a_factor_of_the_regulariser_outside_the_range_of_float32(kind, scales, backend, device):
     """lam ||other|| / ||own|| is about 2^130 for one side and 2^-130 for the other, the gradients they give are numbers of float32."""
+    if backend == "triton" or device.type == "cuda":
+        pytest.skip("squares are float32 on a GPU (docs/kernels-gpu.md)")
     gradients = {}
     for dtype in (torch.float32, torch.float64):
         bank, draw = hk.AdapterBank(SHAPES, RANKS, dtype=dtype, device=device), drawn(0)
