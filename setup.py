@@ -43,8 +43,6 @@ JOB_BYTES = 512 << 20
 # Torch's names of generations, as in torch.utils.cpp_extension.
 GENERATIONS = {"Ampere": "8.0 8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0+PTX", "Blackwell+Tegra": "11.0", "Blackwell": "10.0 10.3 12.0 12.1+PTX"}
 OLDEST_ARCH = (8, 0)  # cp.async and bfloat16 products
-# What messages and debuggers call the files: csrc/cpu/lora.cpp, not the place where a wheel was built.
-FROM_HERE = f"-ffile-prefix-map={ROOT}/="
 TARGET = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 
@@ -127,6 +125,11 @@ def find_torch() -> tuple[Torch | None, str]:
 def find_compiler() -> str | None:
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     return next((found for found in map(shutil.which, names) if found), None)
+
+
+def file_names(torch: Torch) -> list[str]:
+    """So that messages and debuggers name a file csrc/cpu/lora.cpp, and do not say where a wheel was built."""
+    return [f"-ffile-prefix-map={folder}/=" for folder in (ROOT, torch.root.parent)]
 
 
 def contraction_flags(compiler: str) -> list[str]:
@@ -308,16 +311,15 @@ class BuildKernels(build_ext):
         torch = self.choice.torch
         assert torch is not None
         sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-        places = [FROM_HERE, f"-ffile-prefix-map={torch.root.parent}/="]
-        objects = self.compile([([*self.cxx(), *places, *torch.compile_flags, "-c"], source) for source in sources])
+        objects = self.compile([([*self.cxx(), *file_names(torch), *torch.compile_flags, "-c"], source) for source in sources])
         run([*self.cxx(), "-shared", *objects, "-o", str(target), *torch.link_flags])
 
     def build_cuda(self, target: Path) -> None:
         torch, nvcc = self.choice.torch, self.choice.nvcc
         assert torch is not None and nvcc is not None
         codes = [flag for code in self.choice.archs for flag in ("-gencode", f"arch={code.replace('sm_', 'compute_')},code={code}")]
-        places = f"{FROM_HERE},-ffile-prefix-map={torch.root.parent}/="
-        host = ["-ccbin", str(self.choice.compiler), "-Xcompiler", f"-fPIC,-fvisibility=hidden,{places}"]
+        names = [flag for flag in file_names(torch) if "," not in flag]  # nvcc would divide it there
+        host = ["-ccbin", str(self.choice.compiler), "-Xcompiler", ",".join(["-fPIC", "-fvisibility=hidden", *names])]
         folder = ROOT / "csrc" / "cuda"
         device = [str(nvcc), "-O3", "-std=c++17", *host, *codes, f"-I{folder}", "-Xptxas", "-v", "--threads", "2", "-c"]
         # The bindings through nvcc too, for its include path: the nvcc found may be a wrapper that lies outside its toolkit.
