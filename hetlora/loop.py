@@ -198,10 +198,12 @@ def _ranks_described(cfg: Config, state: server.ServerState) -> dict[str, str]:
 
 
 def _otherwise(cfg: Config, count: int) -> str:
-    """What would give so many clients different ranks, where a draw of the power law gave them one: as a rule, below ten clients."""
+    """What would give so many clients different ranks, where a draw of the power law gave them one."""
     rule = cfg.rank_rule
-    ranks = Dealt(rule.low, rule.high, rule.exponent).quantiles(count) if isinstance(rule, PowerLaw) else [0]
-    return f", as the draw fell (--ranks {cfg.ranks.replace('powerlaw', 'dealt', 1)} would give {ranks[0]}..{ranks[-1]})" if ranks[0] < ranks[-1] else ""
+    if not isinstance(rule, PowerLaw):
+        return ""
+    ranks = Dealt(rule.low, rule.high, rule.exponent).quantiles(count)
+    return "" if ranks[0] == ranks[-1] else f", as the draw fell (--ranks {cfg.ranks.replace('powerlaw', 'dealt', 1)} would give {ranks[0]}..{ranks[-1]})"
 
 
 def _batches_described(run: Run) -> dict[str, str]:

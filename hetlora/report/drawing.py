@@ -55,19 +55,20 @@ class Picture:
 
 def render(draw: Callable[[Figure], tuple[str, str, str]]) -> Picture:
     """The picture of what `draw` puts into a figure; it returns title, caption and alternative text."""
-    others: dict[str, bytes] = {}
-    png, missing, words = _drawn(draw, others, narrow=False)
+    pngs, missing, words = _drawn(draw, "wide")
     if "narrow" in LOOKS:
-        others["narrow"] = _drawn(draw, others, narrow=True)[0]
+        pngs |= _drawn(draw, "narrow")[0]
     notes = ["No installed font has all characters of the clients' names; the pictures show boxes in their place."] if missing else []
-    return Picture(png, *words, notes, others)
+    return Picture(pngs.pop("wide"), *words, notes, pngs)
 
 
-def _drawn(draw: Callable[[Figure], tuple[str, str, str]], others: dict[str, bytes], narrow: bool) -> tuple[bytes, bool, tuple[str, str, str]]:
-    """(PNG on white, whether a font lacks characters, what `draw` returns); the dark one is put into `others`.
+def _drawn(draw: Callable[[Figure], tuple[str, str, str]], look: str) -> tuple[dict[str, bytes], bool, tuple[str, str, str]]:
+    """({`look`, 'wide' or 'narrow': PNG on white, its dark one of LOOKS: PNG}, whether a font lacks characters, what `draw` returns).
 
     Most of the time of a drawing goes to its layout. The dark picture is the same figure in other colours, with the layout that is there.
     """
+    narrow = look == "narrow"
+    dark = "narrow dark" if narrow else "dark"
     with _style(narrow):
         figure = Figure(figsize=(_NARROW, 4.2) if narrow else (9, 5), layout="constrained", dpi=170 if narrow else 130)
         canvas = FigureCanvasAgg(figure)
@@ -76,13 +77,12 @@ def _drawn(draw: Callable[[Figure], tuple[str, str, str]], others: dict[str, byt
             _break_titles(figure)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            png = _png(canvas)
-            dark = "narrow dark" if narrow else "dark"
+            pngs = {look: _png(canvas)}
             if dark in LOOKS:
                 figure.set_layout_engine("none")
                 _darken(figure)
-                others[dark] = _png(canvas)
-    return png, any("missing from" in str(w.message) for w in caught), words
+                pngs[dark] = _png(canvas)
+    return pngs, any("missing from" in str(w.message) for w in caught), words
 
 
 def _png(canvas: FigureCanvasAgg) -> bytes:

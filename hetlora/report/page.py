@@ -19,7 +19,7 @@ from hetlora.report.text import change_text, number, perplexity_of, privacy_text
 from hetlora.report.verdict import evaluations, got_worse, group_rows, run_sentence
 from hetlora.run_folder import DIAGNOSTICS, PICTURES, REPORT, Run, read_run, write_atomic
 
-_WHOLE = 28  # letters of a name that is not broken
+_UNBROKEN = 28  # letters of a name that is not broken
 _GENERATOR = '<meta name="generator" content="hetlora">'
 
 
@@ -128,16 +128,16 @@ def _settings(run: Run) -> list[dict[str, Any]]:
 
 
 def environment() -> Environment:
-    """jinja2 with the package's templates, the filters `number`, `rank`, `size`, `device`, `whole` and `words`; the functions `change`, `worse`, `whole`.
+    """jinja2 with the package's templates, the filters `number`, `rank`, `size`, `device`, `whole` and `words`; the functions `change`, `worse`, `unbroken`.
 
     whole: a unit stays on the line of its number. words: a command breaks between its words alone, for a browser also breaks behind a hyphen.
-    whole(text): the class of a cell whose text stays on one line, where it is short enough for a telephone.
+    unbroken(text): the class of a cell whose text stays on one line, where it is short enough for a telephone.
     """
     made = Environment(loader=PackageLoader("hetlora", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters.update(number=number, rank=rank_text, size=size_text, device=lambda found: device_text(Device(found["rank"], found["seconds"])))
     made.filters["whole"] = lambda text: text.replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0")
     made.filters["words"] = lambda command: Markup(" ").join(Markup('<span class="word">{}</span>').format(word) for word in command.split(" "))
-    made.globals.update(change=change_text, worse=got_worse, whole=lambda text: Markup(' class="whole"') if len(text) <= _WHOLE else "")
+    made.globals.update(change=change_text, worse=got_worse, unbroken=lambda text: Markup(' class="unbroken"') if len(text) <= _UNBROKEN else "")
     return made
 
 

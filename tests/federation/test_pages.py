@@ -121,9 +121,10 @@ def test_pictures_are_drawn_anew_for_telephones_and_dark_pages(tmp_path, every_l
     assert queries[:3] == ["(max-width: 40rem) and (prefers-color-scheme: dark)", "(max-width: 40rem)", "(prefers-color-scheme: dark)"]
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("length", [3, 30, 120])
 @pytest.mark.parametrize("narrow", [True, False])
-def test_long_names_of_a_legend_stay_in_the_picture(narrow, length, drawn):
+def test_long_names_of_a_legend_stay_in_the_picture(narrow, length):
     """In fewer columns, then on more lines; short names share a line."""
     figure = Figure(figsize=(_NARROW if narrow else 13, 8), layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.subplots()
@@ -139,7 +140,8 @@ def test_long_names_of_a_legend_stay_in_the_picture(narrow, length, drawn):
     assert (len({round(box.y0) for box in boxes}) < len(names)) == (length == 3 or (not narrow and length == 30))
 
 
-def test_every_dotted_line_is_in_the_legend_and_no_legend_lies_on_lines(tmp_path, drawn):
+@pytest.mark.usefixtures("drawn")
+def test_every_dotted_line_is_in_the_legend_and_no_legend_lies_on_lines(tmp_path):
     """The legend inside the narrow picture of perplexities lay on the dotted lines, and said nothing of them."""
     write_run(tmp_path / "run", clients=5, rounds=3)
     run = read_run(tmp_path / "run")
@@ -157,7 +159,8 @@ def test_every_dotted_line_is_in_the_legend_and_no_legend_lies_on_lines(tmp_path
     assert {"before training", "one rank for all"} <= set(said)
 
 
-def test_ranks_have_whole_numbers_on_their_axis(tmp_path, drawn):
+@pytest.mark.usefixtures("drawn")
+def test_ranks_have_whole_numbers_on_their_axis(tmp_path):
     write_run(tmp_path / "run", clients=4, rounds=2)
     run = read_run(tmp_path / "run")
     for record in run.records:
@@ -192,10 +195,10 @@ def test_a_short_name_stays_on_one_line_and_a_long_one_may_break(tmp_path):
     """A table of differences at 1400 pixels had "homlora-" above "max"."""
     write_run(tmp_path / "run", names=["a-b", "c-" * 30], rounds=1)
     source = write_report(tmp_path / "run").read_text(encoding="utf-8")
-    assert '<td class="whole" data-label="client">a-b</td>' in source and f'<td data-label="client">{"c-" * 30}</td>' in source
-    assert ".whole, .cards td.whole { white-space: nowrap; }" in source
+    assert '<td class="unbroken" data-label="client">a-b</td>' in source and f'<td data-label="client">{"c-" * 30}</td>' in source
+    assert ".unbroken, .cards td.unbroken { white-space: nowrap; }" in source
     page = write_comparison(tabulate(compared(tmp_path / "c", "hetlora,homlora-min"))).read_text(encoding="utf-8")
-    assert page.count('<td class="whole" data-label="method"') == 3 * 2 + 1, "three tables of two methods, and one difference"
+    assert page.count('<td class="unbroken" data-label="method"') == 3 * 2 + 1, "three tables of two methods, and one difference"
 
 
 def test_no_line_is_as_dark_as_a_dark_page(every_look):
