@@ -117,7 +117,7 @@ def _measured(cfg: Config, client: str | None, merged: str, part: bool) -> str:
     other = ["one client's own adapter"] if client is not None else ["the rank rows that were asked for"] if part else []
     other += [f"rounded to {merged}"] if merged and merged != cfg.dtype else []
     other += [f"on the base's own weights, where the run had them in {cfg.quantize}"] if merged and cfg.quantize != "none" else []
-    model = "model" if cfg.training_kind.no_ranks else "adapter with all its rows"
+    model = "model" if cfg.merge_kind.no_adapter else "adapter with all its rows"
     said = f"Measured by the run, on its global {model} in {cfg.dtype}."
     return f"{said} This export is {', '.join(other)}: what it reaches was not measured." if other else said
 

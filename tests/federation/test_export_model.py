@@ -250,6 +250,15 @@ def test_the_card_says_what_its_figures_are_of(tmp_path, run):
         assert said in (export(run, tmp_path / name, **asked) / "README.md").read_text(), name
 
 
+FULL = {"train": "full", "weights": "samples", "ranks": "powerlaw:5:50", "gamma": 0.99, "prune_lambda": 1e-3}
+
+
+@pytest.mark.parametrize("settings", [{"merge": "stack"}, {"merge": "residual"}, FULL], ids=["stack", "residual", "full"])
+def test_the_card_of_a_run_without_an_adapter_speaks_of_its_model(tmp_path, base, settings):
+    finished(tmp_path / "run", base, **settings)
+    assert "Measured by the run, on its global model in float32.\n" in (export_merged(tmp_path / "run", tmp_path / "out") / "README.md").read_text()
+
+
 def test_dropout_of_the_base_is_no_matter_of_an_export(tmp_path):
     """An export trains nothing. It told users of GPT-2 to give --dropout, which it has not."""
     folder = tmp_path / "base"
