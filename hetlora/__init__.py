@@ -30,7 +30,7 @@ def _missing_extra() -> str | None:
     missing = [name for name in _FED_MODULES if importlib.util.find_spec(name) is None]
     if not missing:
         return None
-    return f"hetlora needs its 'fed' extra (not installed: {', '.join(missing)}); run: pip install '.[fed]' in a checkout"
+    return f"hetlora needs its 'fed' extra (not installed: {', '.join(missing)}); run: pip install 'hetlora[fed]' (in a checkout '.[fed]')"
 
 
 def _started_as_command() -> bool:

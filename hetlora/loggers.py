@@ -32,7 +32,8 @@ def _package(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(f"loggers: needs the {package!r} package ({error}); pip install '.[{package}]' in a checkout, or pip install {package}") from None
+        way_out = f"pip install 'hetlora[{package}]' (in a checkout '.[{package}]'), or pip install {package}"
+        raise ConfigError(f"loggers: needs the {package!r} package ({error}); {way_out}") from None
 
 
 class TensorBoardLogger(Observer):

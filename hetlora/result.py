@@ -48,7 +48,8 @@ class Result:
         try:
             pandas = importlib.import_module("pandas")
         except ImportError:
-            raise ConfigError("to_pandas: needs the 'pandas' package; pip install '.[pandas]' in a checkout, or pip install pandas") from None
+            way_out = "pip install 'hetlora[pandas]' (in a checkout '.[pandas]'), or pip install pandas"
+            raise ConfigError(f"to_pandas: needs the 'pandas' package; {way_out}") from None
         return pandas.DataFrame([{"round": record["round"], **dict(figures(record))} for record in self.history]).set_index("round")
 
 

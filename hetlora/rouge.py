@@ -25,7 +25,7 @@ def scorer() -> Callable[[list[str], list[str]], float]:
     try:
         from torchmetrics.functional.text.rouge import rouge_score
     except ImportError:
-        raise ConfigError("rouge_examples: needs the 'torchmetrics' library; pip install '.[rouge]' in a checkout") from None
+        raise ConfigError("rouge_examples: needs the 'torchmetrics' library; pip install 'hetlora[rouge]' (in a checkout '.[rouge]')") from None
 
     def score(answers: list[str], references: list[str]) -> float:
         return float(rouge_score(answers, references, rouge_keys="rougeL", normalizer=str, tokenizer=words)["rougeL_fmeasure"])

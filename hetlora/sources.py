@@ -245,7 +245,7 @@ def _from_hub(cfg: Config, column: str | None) -> Corpus:
     try:
         import datasets
     except ImportError:
-        raise ConfigError(f"data {cfg.data!r}: needs the 'datasets' library; pip install '.[hub]' in a checkout") from None
+        raise ConfigError(f"data {cfg.data!r}: needs the 'datasets' library; pip install 'hetlora[hub]' (in a checkout '.[hub]')") from None
     try:
         rows = datasets.load_dataset(name, split=cfg.split)
     except Exception as error:  # the library raises unrelated types for offline, missing, gated and malformed data sets

@@ -71,7 +71,7 @@ def _parquet(path: Path, wanted: list[str], lists: str | None, numbers: str | No
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise ConfigError(f"data: file {path}: Parquet needs the 'pyarrow' package; pip install '.[parquet]' in a checkout") from None
+        raise ConfigError(f"data: file {path}: Parquet needs the 'pyarrow' package; pip install 'hetlora[parquet]' (in a checkout '.[parquet]')") from None
     number = 0
     try:
         with parquet.ParquetFile(path) as file:

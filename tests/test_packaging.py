@@ -223,7 +223,7 @@ def test_import_without_the_fed_extra_says_what_to_install(without_fed: Path) ->
     result = run_python("-c", "import hetlora", cwd=without_fed, path=without_fed)
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: ") and "pip install '.[fed]'" in last and "pydantic" in last
+    assert last.startswith("ImportError: ") and "pip install 'hetlora[fed]' (in a checkout '.[fed]')" in last and "pydantic" in last
 
 
 def test_import_names_only_what_is_missing(tmp_path: Path) -> None:
@@ -239,13 +239,14 @@ def test_command_without_the_fed_extra_prints_one_line_and_exits_2(without_fed: 
         # `script` lies in `path`, which is also first on the module path: a file without .py cannot shadow the package.
         result = run_python(*arguments, cwd=without_fed, path=without_fed)
         assert (result.returncode, result.stdout) == (2, ""), result.stderr
-        assert "pip install '.[fed]'" in result.stderr and len(result.stderr.strip().splitlines()) == 1
+        assert "pip install 'hetlora[fed]' (in a checkout '.[fed]')" in result.stderr and len(result.stderr.strip().splitlines()) == 1
 
 
 def test_info_needs_the_kernels_alone(without_fed: Path) -> None:
     result = run_python("-m", "hetlora", "info", cwd=without_fed, path=without_fed)
     assert result.returncode == 0, result.stderr
-    assert "Backend of each operation" in result.stdout and "lora_forward" in result.stdout and "pip install '.[fed]'" in result.stdout
+    assert "Backend of each operation" in result.stdout and "lora_forward" in result.stdout
+    assert "pip install 'hetlora[fed]' (in a checkout '.[fed]')" in result.stdout
 
 
 def test_bench_needs_the_kernels_alone(without_fed: Path) -> None:

@@ -214,7 +214,7 @@ def test_a_run_as_a_frame(tmp_path, monkeypatch):
     result = run(tmp_path / "run", quiet=True)
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "pandas", None)
-        with pytest.raises(ConfigError, match=r"pip install '\.\[pandas\]' in a checkout"):
+        with pytest.raises(ConfigError, match=r"pip install 'hetlora\[pandas\]' \(in a checkout '\.\[pandas\]'\)"):
             result.to_pandas()
     pytest.importorskip("pandas", reason="needs the extra 'pandas'")
     frame = result.to_pandas()
