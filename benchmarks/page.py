@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from hetlora.report.drawing import BLUE, GREEN, GREY, ORANGE, VERMILION, Picture, is_narrow, panels, render, resize
+from hetlora.report.drawing import BLUE, GREEN, GREY, ORANGE, VERMILION, Picture, is_narrow, legend_below, panels, render, resize
 from hetlora.report.page import environment, picture_data
 from hetlora.run_folder import write_atomic
 
@@ -77,6 +77,7 @@ def draw_shares(found: dict[Group, list[float]], figure: Figure) -> tuple[str, s
     axes.set_xlabel("% of the ceiling" if is_narrow(figure) else "% of the ceiling that was measured in the same run")
     caption = "Bars: median over the shapes, clients and threads measured; strokes: each of them. The server's operations are held against copying or reading "
     caption += "as many bytes, layers against their products at the best measured rate. A copy writes as much as it reads, so what mostly reads may pass 100 %."
+    caption += " Products of a 16-bit type are held against those of float32 where these are faster, for each of its numbers is a float32 too."
     return "Share of the device's ceiling", caption, "Bars of the share of the ceiling: " + told(found, lambda value: f"{100 * value:.0f} %")
 
 
@@ -136,7 +137,8 @@ def draw_overheads(found: tuple[dict[Group, list[float]], dict[Group, list[float
     axes.margins(x=0.12)
     axes.set_xlabel("% over the frozen layer" if is_narrow(figure) else "% of time over the frozen layer, base or head")
     figure.legend(fontsize=8, loc="outside lower center", ncols=1 if is_narrow(figure) else 2, frameon=False)
-    caption = "What adapters cost beside the same products with frozen weights alone, in the same rounds. Bars: median over the cases; strokes: each of them."
+    caption = "What adapters cost beside the same products with frozen weights alone, in the same rounds. Bars: median over the cases; strokes: each of them. "
+    caption += "Below 0: the frozen layer or head is torch's, and takes longer alone than this way takes with adapters."
     text = told(own, lambda value: f"{100 * value:.0f} %")
     return "Overhead over the frozen layer", caption, f"Bars of the overhead over the frozen layer. hetlora: {text}"
 
@@ -239,7 +241,8 @@ def draw_curves(group: Group, where: str, shown: dict[str, Curve], figure: Figur
         axes.set_ylim(0, None)
         axes.set_xlabel(label)
         axes.set_ylabel("time / frozen layer")
-    figure.axes[0].legend(fontsize=8)
+    named = {line.get_label(): line for axes in figure.axes for line in axes.get_legend_handles_labels()[0]}  # some ways need several clients
+    legend_below(figure, 3, list(named.values()), fontsize=8)
     op, dtype = group
     title = f"{op}, {dtype}: by rank, clients and tokens" if len(shown) == 3 else f"{op}, {dtype}: by {' and by '.join(label.split()[0] for label in shown)}"
     caption = f"Forward and backward over the frozen layer's time in the same rounds (grey line: 1, no cost at all). {where}."
@@ -267,10 +270,11 @@ def draw_all(data: Mapping[str, Any]) -> dict[str, Picture]:
 
 def tiles(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(title, value, remark) of the ceilings."""
-    found = []
-    for (what, dtype, threads), value in figures.ceilings(data["results"]).items():
+    found, best = [], figures.ceilings(data["results"])
+    for (what, dtype, threads), value in best.items():
         text = f"{value / 1e12:.3g} TFLOP/s" if what == "product" and value >= 1e12 else f"{value / 1e9:.3g} {'GFLOP/s' if what == 'product' else 'GB/s'}"
-        found.append((f"{what}, {dtype}", text, f"{threads} thread{'s' * (threads > 1)}, the best measured"))
+        remark = "" if what != "product" or figures.product(best, dtype, threads) == (value, "product") else "; as float32 it is faster"
+        found.append((f"{what}, {dtype}", text, f"{threads} thread{'s' * (threads > 1)}, the best measured{remark}"))
     return found
 
 

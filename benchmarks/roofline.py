@@ -38,10 +38,10 @@ def roofs(cases: Mapping[figures.Key, Mapping[str, figures.Record]], best: figur
     """{(type, threads): its ceilings and points}, of the types that have both ceilings and a case whose operations are counted."""
     found: dict[Place, Roof] = {}
     for (_, _, _, dtype, threads), case in cases.items():
-        ours, copy, product = figures.own(case), best.get(("copy", dtype, threads)), best.get(("product", dtype, threads))
+        ours, copy, product = figures.own(case), best.get(("copy", dtype, threads)), figures.product(best, dtype, threads)
         if ours is None or not ours.get("flops") or not copy or not product:
             continue
-        roof = found.setdefault((dtype, threads), Roof(copy, product, [], []))
+        roof = found.setdefault((dtype, threads), Roof(copy, product[0], [], []))
         roof.own.append(point(ours))
         if others := figures.alternatives(case):
             roof.others.append(point(case[min(others, key=lambda name: others[name])]))
@@ -76,4 +76,5 @@ def draw(found: Mapping[Place, Roof], figure: Figure) -> tuple[str, str, str]:
     caption = "Each point is a case of the layer or the loss, forward and backward: the operations of its products over its bytes (inputs, "
     caption += "outputs, weight, once each). Left of the dotted line copying bounds it, right of it multiplying. Both ceilings are "
     caption += "the best that this run measured, so what lies in the cache may be above the slope."
+    caption += " A 16-bit type is under float32's products where those are faster."
     return "Roofline of the layer and the loss", caption, "Roofline. " + "; ".join(said)

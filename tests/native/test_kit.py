@@ -149,6 +149,11 @@ def test_shares_and_ratios_are_those_of_the_figures():
     assert [figures.rate(r) for r in rows] == ["", "1e+03 GFLOP/s", "500 GFLOP/s", "400 GFLOP/s"], "the frozen layer does not do LoRA's operations"
     assert figures.share({**rows[1], "flops": None}, best) is None and figures.share(rows[1], {}) is None and figures.share(roof[0], best) is None
     assert figures.share(record("gram", "hetlora", 4.0, yardstick="read", ratio=1.25), best) == (0.8, "read")
+    slow = {("copy", "bfloat16", 1): 8e9, ("product", "bfloat16", 1): 1e11}
+    half = {**rows[1], "dtype": "bfloat16"}
+    assert figures.share(half, best | slow) == (0.5, "float32 product"), "torch's own products of the type are slower than the device"
+    assert figures.share(half, best | slow | {("product", "bfloat16", 1): 4e12}) == (0.25, "product") and figures.share(half, slow) == (10.0, "product")
+    assert figures.share(half, best) is None
 
 
 def written(path, records, **head):
@@ -313,6 +318,17 @@ def test_curves_are_of_one_layer_by_rank_and_by_clients():
     ((_, (_, mixed)),) = page.curves(figures.by_case(rows + more + slower)).items()
     assert mixed == lines, "points of another number of threads are another line's"
     assert page.curves(figures.by_case(rows[:2])) == {}, "one point is no curve"
+
+
+def test_a_way_that_needs_several_clients_is_in_the_legend():
+    from matplotlib.figure import Figure
+
+    from hetlora_kernels.benchmarks import page
+
+    shown = {"rank of the one client": {"hetlora cpu": {4: 1.0, 16: 2.0}}, "clients": {"hetlora cpu": {1: 1.0, 4: 2.0}, "torch padded grouped_mm": {4: 2.0}}}
+    page.draw_curves(("lora_linear p=0.1", "float32"), "8->4", shown, figure := Figure())
+    (legend,) = [*figure.legends, *(own for axes in figure.axes if (own := axes.get_legend()))]
+    assert [text.get_text() for text in legend.get_texts()] == ["hetlora cpu", "torch padded grouped_mm"]
 
 
 def test_memory_is_that_of_the_case_that_takes_most():
