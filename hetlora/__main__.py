@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 
 from hetlora import _missing_extra, processor, signals
@@ -23,6 +24,11 @@ def main() -> int | None:
         return 0
     if message is not None and sys.argv[1:2] == ["bench"]:
         return _bench(sys.argv[2:])
+    if sys.argv[1:] == ["tune"] and importlib.util.find_spec("triton") is None:
+        print("hetlora: error: tune: needs triton, whose kernels it measures; pip install triton", file=sys.stderr)
+        return 2
+    if message is not None and sys.argv[1:] == ["tune"]:  # it needs torch and triton alone
+        return int(importlib.import_module("hetlora_kernels.triton.tune").main())
     if message is not None:
         print(message, file=sys.stderr)
         return 2

@@ -249,6 +249,16 @@ def test_info_needs_the_kernels_alone(without_fed: Path) -> None:
     assert "pip install 'hetlora[fed]' (in a checkout '.[fed]')" in result.stdout
 
 
+def test_tune_needs_triton_alone(without_fed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    result = run_python("-m", "hetlora", "tune", cwd=without_fed, path=without_fed)
+    assert (result.returncode, result.stdout) == (2, "") and "tune: expected a CUDA device to measure on" in result.stderr
+    (without_fed / "sitecustomize.py").open("a", encoding="utf-8").write("sys.modules['triton'] = None\n")
+    result = run_python("-m", "hetlora", "tune", cwd=without_fed, path=without_fed)
+    assert (result.returncode, result.stdout) == (2, "") and result.stderr.startswith("hetlora: error: tune: needs triton")
+
+
 def test_bench_needs_the_kernels_alone(without_fed: Path) -> None:
     """`sys.modules[name] = None` hides a module from an import and not from a search for it, so the command's own search is hidden too."""
     (without_fed / "sitecustomize.py").open("a", encoding="utf-8").write(
