@@ -98,9 +98,14 @@ def effect(settings: Settings, has: set[str]) -> Settings:
     return changed
 
 
+def here(name: str, has: set[str] | None = None) -> Settings:
+    """A row of SETTINGS as this processor can run it: ATen takes ATEN_CPU_CAPABILITY at its word, and an instruction that is not there ends the process."""
+    return effect(SETTINGS[name], flags() if has is None else has)
+
+
 def twin(name: str, has: set[str]) -> str | None:
     """An earlier row of SETTINGS that is the same on a processor with these flags."""
-    of = {other: effect(own, has) for other, own in SETTINGS.items()}
+    of = {other: here(other, has) for other in SETTINGS}
     first = next(other for other, own in of.items() if own == of[name])
     return None if first == name else first
 
@@ -120,7 +125,7 @@ def run(settings: Settings, *command: str) -> subprocess.CompletedProcess:
 def test_the_numeric_tests_pass_with(name, share):
     if same := twin(name, flags()):
         pytest.skip(f"on this processor the same as '{same}'")
-    settings = SETTINGS[name] | {"HETLORA_TEST_SHARE": share}
+    settings = here(name) | {"HETLORA_TEST_SHARE": share}
     done = run(settings, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", f"not reference and {LEFT_OUT}", *FILES)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 
@@ -133,7 +138,7 @@ def test_the_numeric_tests_pass_with(name, share):
 )
 def test_rounds_agree_with(name, share):
     """The model's own arithmetic has the library's order of sums, in vectors of 16, 8 and 4 numbers."""
-    done = run(SETTINGS[name] | {"HETLORA_TEST_SHARE": share}, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *ROUNDS)
+    done = run(here(name) | {"HETLORA_TEST_SHARE": share}, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *ROUNDS)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 
 
@@ -144,6 +149,12 @@ def test_a_row_that_changes_nothing_is_left_out():
     everything = {"avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16"}
     assert [name for has in (everything, set()) for name in SETTINGS if twin(name, has)] == []
     assert not any(twin(name, {"avx2"}) for name in ("base", "everything base", "avx512 beside base", "base beside avx512", "seed 3"))
+
+
+def test_no_row_asks_for_what_the_processor_lacks():
+    for has, lacks in (({"sse4_2"}, {"avx2", "avx512"}), ({"avx2"}, {"avx512"})):
+        assert not {here(name, has).get("ATEN_CPU_CAPABILITY") for name in SETTINGS} & lacks
+    assert here("base beside avx512", {"avx2"}) == {"HETLORA_INSTRUCTION_SET": "base", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
 DOTS = """
