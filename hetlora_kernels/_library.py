@@ -55,8 +55,7 @@ _library = torch.library.Library("hetlora", "DEF")
 _forced: str | None = None  # one per process, not per thread: the backward pass runs on autograd's own threads
 _compiled: dict[str, frozenset[str]] = {}  # rung whose library is loaded -> its ops
 _absent: dict[str, str] = {}  # rung whose library is not loaded -> why
-_overloads: dict[str, Callable] = {}  # op -> the dispatcher's choice
-_traced: dict[str, Callable] = {}  # op -> the same, as a traced call has to see it
+_traced: dict[str, Callable] = {}  # op -> the dispatcher's choice, as a traced call has to see it
 _entries: dict[str, Callable] = {}  # op -> the same, nearer
 _cuda_chosen = False
 
@@ -65,12 +64,12 @@ def _define() -> None:
     for name, schema in SCHEMAS.items():
         _library.define(name + schema)
         _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
-        _traced[name] = _overloads[name] = getattr(torch.ops.hetlora, name).default
-        _entries[name] = entry_of(_overloads[name])
+        _traced[name] = getattr(torch.ops.hetlora, name).default
+        _entries[name] = entry_of(_traced[name])
     for name in LAYER:
         # A graph keeps numbers of rows as symbols. Eager calls do not pay for symbols: 0.15 us for each integer of the list.
         _library.define(f"{name}.symbolic{SCHEMAS[name].replace('int[] segments', 'SymInt[] segments')}")
-        _library.impl(f"{name}.symbolic", _overloads[name], "CompositeExplicitAutograd")
+        _library.impl(f"{name}.symbolic", _traced[name], "CompositeExplicitAutograd")
         _traced[name] = getattr(torch.ops.hetlora, name).symbolic
         # Called by the layer's own autograd.Function: the dispatcher's look at what requires gradients is 1 us of a call's 50.
         for op in (name, f"{name}.symbolic"):
@@ -139,9 +138,8 @@ def _triton_ops() -> dict[str, Callable]:
 def absent() -> dict[str, str]:
     """Rungs this process cannot run -> why. Starts CUDA where there is a device."""
     _ask_cuda()
-    reasons = dict(_absent)
     triton = _triton_absent()
-    return reasons if triton is None else {**reasons, "triton": triton}
+    return dict(_absent) if triton is None else {**_absent, "triton": triton}
 
 
 def _text(rung: str) -> str:
@@ -180,11 +178,12 @@ def call(name: str) -> Callable:
 
     A forced rung that has no kernel for the op leaves it to the reference, which `backends` reports.
     """
-    if _forced is None:
-        return _traced[name] if is_dynamo_compiling() else _entries[name]
-    if _forced == "reference" or not _has(name, _forced):
-        return getattr(reference, name)
-    return _triton_ops()[name] if _forced == "triton" else (_traced if is_dynamo_compiling() else _overloads)[name]
+    if _forced is not None:
+        if _forced == "reference" or not _has(name, _forced):
+            return getattr(reference, name)
+        if _forced == "triton":
+            return _triton_ops()[name]
+    return _traced[name] if is_dynamo_compiling() else _entries[name]
 
 
 @contextmanager

@@ -82,9 +82,13 @@ def _lasting() -> AbstractContextManager:
 def check_int64(name: str, tensor: Any, shape: tuple[int, ...], what: str = "") -> Tensor:
     """The argument; `ValueError` naming it unless it is an int64 tensor of `shape`.   what: words about the shape."""
     if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64 or tuple(tensor.shape) != shape:
-        got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ValueError(f"{name}: expected an int64 tensor of shape {shape}{what}, got {got}")
+        raise ValueError(f"{name}: expected an int64 tensor of shape {shape}{what}, got {seen(tensor)}")
     return tensor
+
+
+def seen(given: Any) -> str:
+    """What came, for an error."""
+    return f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
 
 
 class RankLayout:

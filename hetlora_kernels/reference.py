@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetlora_kernels.layout import own_list
-from hetlora_kernels.ops._layer import whole_layer
+from hetlora_kernels.ops._layer import base_first, whole_layer
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -136,19 +136,7 @@ def grouped_gram(s, x, seeds, row_keys, index, ranks, starts, lengths, dropout, 
     return out
 
 
-def _with_base(x, matrix, bias, s, rows, *segments):
-    out = x @ matrix if bias is None else torch.addmm(bias, x, matrix)
-    expand_(out, s, rows, *segments)
-    return out
-
-
-def _beside(like, base, s, rows, *segments):
-    out = like.new_zeros(like.shape) if base is None else base.clone(memory_format=torch.contiguous_format)
-    expand_(out, s, rows, *segments)
-    return out
-
-
-lora_forward, lora_backward = whole_layer(shrink, _with_base, _beside, grouped_gram)
+lora_forward, lora_backward = whole_layer(shrink, *base_first(expand_), grouped_gram)
 
 
 # ---------------------------------------------------------------- server: truncate, aggregate, norms, rows in few bits
@@ -344,8 +332,8 @@ def _clip_factors(grads, clip, ranks):
     return torch.where(clip > 0, factors, 1.0)
 
 
-def _client_steps(params, grads, lr, active, clip, lam, ranks, keep):
-    """(list index, client, rows, gradient to use) of every active client's every factor."""
+def _client_steps(params, grads, casts, active, clip, lam, ranks, keep):
+    """(list index, client, rows, gradient to use) of every active client's every factor. What the caller has stepped then goes into `casts` too."""
     modules = len(params) // 2
     grads = _penalised_grads(params, grads, lam, ranks, keep)
     factors = None if clip is None else _clip_factors(grads, clip, ranks)
@@ -354,12 +342,8 @@ def _client_steps(params, grads, lr, active, clip, lam, ranks, keep):
             rows = slice(row, row + rank)
             if active[k] and rank:
                 yield i, k, rows, grad[rows] if factors is None else grad[rows] * factors[k].to(grad.dtype)
-
-
-def _cast(casts, params, i, rows):
-    """What was stepped, once more in the type of `casts`."""
-    if casts:
-        casts[i][rows] = params[i][rows].to(casts[i].dtype)
+                if casts:
+                    casts[i][rows] = params[i][rows].to(casts[i].dtype)
 
 
 def adamw_(params, grads, exp_avg, exp_avg_sq, casts, lr, step, active, clip, lam, ranks, keep, beta1, beta2, eps, weight_decay):
@@ -368,7 +352,7 @@ def adamw_(params, grads, exp_avg, exp_avg_sq, casts, lr, step, active, clip, la
     casts: tensors like `params`, of any one type, that get the new values too; or none.   exp_avg: of the type of `params`, or bfloat16 beside float32.
     """
     step += active
-    for i, k, rows, grad in _client_steps(params, grads, lr, active, clip, lam, ranks, keep):
+    for i, k, rows, grad in _client_steps(params, grads, casts, active, clip, lam, ranks, keep):
         dtype = grad.dtype
         rate = lr[k].double()
         m, v = exp_avg[i][rows].to(dtype), exp_avg_sq[i][rows].to(dtype)
@@ -379,7 +363,6 @@ def adamw_(params, grads, exp_avg, exp_avg_sq, casts, lr, step, active, clip, la
         denominator = v.sqrt() / (1 - beta2**count).sqrt().to(dtype) + eps
         value = params[i][rows].to(dtype) * (1 - rate * weight_decay).to(dtype)
         params[i][rows] = (value - (rate / (1 - beta1**count)).to(dtype) * (m / denominator)).to(params[i].dtype)
-        _cast(casts, params, i, rows)
 
 
 def sgd_(params, grads, buffers, casts, lr, active, clip, lam, ranks, keep, momentum, weight_decay):
@@ -387,11 +370,10 @@ def sgd_(params, grads, buffers, casts, lr, active, clip, lam, ranks, keep, mome
 
     casts: as in `adamw_`.   buffers: as `exp_avg` there.
     """
-    for i, k, rows, grad in _client_steps(params, grads, lr, active, clip, lam, ranks, keep):
+    for i, k, rows, grad in _client_steps(params, grads, casts, active, clip, lam, ranks, keep):
         value = params[i][rows].to(grad.dtype)
         direction = grad + weight_decay * value
         if buffers:
             direction = buffers[i][rows].to(grad.dtype) * momentum + direction
             buffers[i][rows] = direction.to(buffers[i].dtype)
         params[i][rows] = (value - lr[k].to(grad.dtype) * direction).to(params[i].dtype)
-        _cast(casts, params, i, rows)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hetlora_kernels._torch import numbered, unsafe_view
+from hetlora_kernels.layout import seen
 from hetlora_kernels.ops._lists import FLOATS
 
 NUMBERS = numbered(FLOATS)
@@ -23,10 +24,10 @@ def check_layer(x: Tensor, a: Tensor, bt: Tensor, total: int, rows: int, transpo
     if "weight" in base:
         weight, bias = base["weight"], base.get("bias")
         if not isinstance(weight, Tensor) or weight.dim() != 2:
-            raise ValueError(f"weight: expected a tensor [out, in], got {_seen(weight)}")
+            raise ValueError(f"weight: expected a tensor [out, in], got {seen(weight)}")
         m, n = weight.shape
         if bias is not None and not (isinstance(bias, Tensor) and bias.shape == (m,)):
-            raise ValueError(f"bias: expected a tensor of shape ({m},) or None, got {_seen(bias)}")
+            raise ValueError(f"bias: expected a tensor of shape ({m},) or None, got {seen(bias)}")
     _floating("x", x)
     traced = torch.compiler.is_dynamo_compiling()  # which does not let a backward pass ask for a layout; the shape functions, which are not traced, do
     for name, given in {"x": x, "a": a, "bt": bt, **base}.items():
@@ -61,24 +62,17 @@ def of_base(weight: Tensor | None, bias: Tensor | None, base: Tensor | None) -> 
     return {"weight": weight, "bias": bias} if base is None else {"base_out": base}
 
 
-def _seen(given) -> str:
-    return str(tuple(given.shape)) if isinstance(given, Tensor) else type(given).__name__
-
-
 def _floating(name: str, given) -> Tensor:
     if not isinstance(given, Tensor) or given.dtype not in FLOATS:
-        got = given.dtype if isinstance(given, Tensor) else type(given).__name__
-        raise TypeError(f"{name}: expected a float32, bfloat16, float16 or float64 tensor, got {got}")
+        raise TypeError(f"{name}: expected a float32, bfloat16, float16 or float64 tensor, got {seen(given)}")
     return given
 
 
 def _check_factor(name: str, factor, shape: tuple[int, int], device) -> None:
-    if isinstance(factor, Tensor) and factor.shape == shape and factor.dtype in FLOATS:
-        if factor.device != device:
-            raise ValueError(f"{name}: expected device {device} as x, got {factor.device}")
-        return
-    got = f"{tuple(factor.shape)} {factor.dtype}" if isinstance(factor, Tensor) else type(factor).__name__
-    raise ValueError(f"{name}: expected a floating-point tensor of shape {shape}, got {got}")
+    if not isinstance(factor, Tensor) or factor.shape != shape or factor.dtype not in FLOATS:
+        raise ValueError(f"{name}: expected a floating-point tensor of shape {shape}, got {seen(factor)}")
+    if factor.device != device:
+        raise ValueError(f"{name}: expected device {device} as x, got {factor.device}")
 
 
 def thirds(segments: list[int]) -> tuple[list[int], list[int], list[int]]:
@@ -99,11 +93,27 @@ def lying_as(bt: Tensor, gradient: Tensor, transposed: bool) -> Tensor:
     return gradient.t().contiguous().t() if not bt.is_contiguous() and bt.stride() == (1, bt.shape[0]) else gradient
 
 
+def base_first(expand_):
+    """(with_base, beside) of `whole_layer` that write the base, on which `expand_` adds in place."""
+
+    def with_base(x, matrix, bias, *terms):
+        return added(x @ matrix if bias is None else torch.addmm(bias, x, matrix), *terms)
+
+    def beside(like, base, *terms):
+        return added(like.new_zeros(like.shape) if base is None else base.clone(memory_format=torch.contiguous_format), *terms)
+
+    def added(out, *terms):
+        expand_(out, *terms)
+        return out
+
+    return with_base, beside
+
+
 def whole_layer(shrink, with_base, beside, grouped_gram):
     """(lora_forward, lora_backward) of a rung, from its steps.
 
-    with_base(x, matrix, bias, s, rows, *segments): x matrix + bias + S_k rows_k, bias [d] or None.
-    beside(like, base, s, rows, *segments): base + S_k rows_k in a new tensor of the shape and type of `like`; base None: zeros.
+    with_base(x, matrix, bias, s, rows, *walk): x matrix + bias + S_k rows_k, bias [d] or None.
+    beside(like, base, s, rows, *walk): base + S_k rows_k in a new tensor of the shape and type of `like`; base None: zeros.
     """
 
     def lora_forward(x, weight, bias, base, a, bt, scale, seeds, row_keys, index, segments, dropout, transposed):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetlora_kernels.ops._layer import whole_layer
+from hetlora_kernels.ops._layer import base_first, whole_layer
 from hetlora_kernels.triton._common import device_params
 from hetlora_kernels.triton.expand import covers, expand_, expanded
 from hetlora_kernels.triton.fused import fused
@@ -24,6 +24,7 @@ from hetlora_kernels.triton.grouped_gram import grouped_gram
 from hetlora_kernels.triton.shrink import shrink
 
 WAYS = ("lora_first", "base_first", "fused")
+_base_first, _beside_first = base_first(expand_)
 
 
 def type_name(dtype: torch.dtype) -> str:
@@ -45,28 +46,24 @@ def _way(device: torch.device, dtype: torch.dtype, rows: int, depth: int, width:
     return nearest(device_params(device)["layer"], type_name(dtype), rows, depth, width)
 
 
-def product(x: Tensor, matrix: Tensor, bias: Tensor | None, way: str, s: Tensor, rows: Tensor, *segments: Any) -> Tensor:
-    """x matrix + bias + S_k rows_k in one of the three ways; `segments` = (seeds, row_keys, index, ranks, starts, lengths, dropout)."""
+def product(x: Tensor, matrix: Tensor, bias: Tensor | None, way: str, s: Tensor, rows: Tensor, *walk: Any) -> Tensor:
+    """x matrix + bias + S_k rows_k in one of the three ways; `walk` = (seeds, row_keys, index, ranks, starts, lengths, dropout)."""
     if way == "fused":
-        return fused(x, matrix, bias, s, rows, *segments)
+        return fused(x, matrix, bias, s, rows, *walk)
     if way == "lora_first":
-        return expanded(bias, torch.Size((x.shape[0], matrix.shape[1])), x.dtype, s, rows, *segments).addmm_(x, matrix)
-    out = x @ matrix if bias is None else torch.addmm(bias, x, matrix)
-    expand_(out, s, rows, *segments)
-    return out
+        return expanded(bias, torch.Size((x.shape[0], matrix.shape[1])), x.dtype, s, rows, *walk).addmm_(x, matrix)
+    return _base_first(x, matrix, bias, s, rows, *walk)
 
 
-def _with_base(x: Tensor, matrix: Tensor, bias: Tensor | None, s: Tensor, rows: Tensor, *segments: Any) -> Tensor:
-    way = _way(x.device, x.dtype, x.shape[0], *matrix.shape) if covers(segments[2], x.shape[0]) else "base_first"
-    return product(x, matrix, bias, way, s, rows, *segments)
+def _with_base(x: Tensor, matrix: Tensor, bias: Tensor | None, s: Tensor, rows: Tensor, *walk: Any) -> Tensor:
+    way = _way(x.device, x.dtype, x.shape[0], *matrix.shape) if covers(walk[2], x.shape[0]) else "base_first"
+    return product(x, matrix, bias, way, s, rows, *walk)
 
 
-def _beside(like: Tensor, base: Tensor | None, s: Tensor, rows: Tensor, *segments: Any) -> Tensor:
-    if covers(segments[2], like.shape[0]):
-        return expanded(base, like.shape, like.dtype, s, rows, *segments)
-    out = like.new_zeros(like.shape) if base is None else base.clone(memory_format=torch.contiguous_format)
-    expand_(out, s, rows, *segments)
-    return out
+def _beside(like: Tensor, base: Tensor | None, s: Tensor, rows: Tensor, *walk: Any) -> Tensor:
+    if covers(walk[2], like.shape[0]):
+        return expanded(base, like.shape, like.dtype, s, rows, *walk)
+    return _beside_first(like, base, s, rows, *walk)
 
 
 lora_forward, lora_backward = whole_layer(shrink, _with_base, _beside, grouped_gram)

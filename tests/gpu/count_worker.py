@@ -33,7 +33,7 @@ def take(library: str) -> Callable[[int], int]:
         NAMESPACE.define(name + schema)
     torch.ops.load_library(library)
     for name in _library.SCHEMAS:
-        _library._entries[name] = _library._overloads[name] = getattr(torch.ops.hetlora_emulated, name).default
+        _library._entries[name] = getattr(torch.ops.hetlora_emulated, name).default
     return ctypes.CDLL(library).emulator_launches
 
 
