@@ -136,7 +136,8 @@ def grouped_gram(s, x, seeds, row_keys, index, ranks, starts, lengths, dropout, 
     return out
 
 
-lora_forward, lora_backward = whole_layer(shrink, *base_first(expand_), grouped_gram)
+_with_base, _beside = base_first(expand_)
+lora_forward, lora_backward = whole_layer(shrink, _with_base, _beside, grouped_gram)
 
 
 # ---------------------------------------------------------------- server: truncate, aggregate, norms, rows in few bits

@@ -166,8 +166,11 @@ class FusedLayer(nn.Module):
         sole = _sole if torch.compiler.is_compiling() else _kept_sole  # a traced call must not depend on what others left here
         for a, b, p, scaling in terms:
             factor_a, factor_b = _parameter(a, "weight"), _parameter(b, "weight")
-            term = factor_a, factor_b, *sole(factor_a.shape[0], rows), scaling, p
-            out = lora_add(out, x, *term, transposed=True) if isinstance(out, Tensor) else lora_linear(x, *out, *term, transposed=True)
+            one = sole(factor_a.shape[0], rows)
+            if isinstance(out, Tensor):
+                out = lora_add(out, x, factor_a, factor_b, *one, scaling, p, transposed=True)
+            else:
+                out = lora_linear(x, *out, factor_a, factor_b, *one, scaling, p, transposed=True)
         assert isinstance(out, Tensor)
         return out
 
