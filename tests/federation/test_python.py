@@ -106,7 +106,7 @@ def test_an_error_of_a_callback_stops_the_run_which_can_be_continued(tmp_path):
 @pytest.mark.parametrize(("made", "package"), [("TensorBoardLogger", "tensorboard"), ("WandbLogger", "wandb"), ("MLflowLogger", "mlflow")])
 def test_a_missing_package_is_one_line(made, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ConfigError, match=rf"'{package}' package .*pip install '\.\[{package}\]'"):
+    with pytest.raises(ConfigError, match=rf"'{package}' package .*pip install 'hetlora\[{package}\]' \(in a checkout '\.\[{package}\]'\)"):
         getattr(loggers, made)(*(["logs"] if package == "tensorboard" else []))
 
 
