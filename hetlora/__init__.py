@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hetlora.extras import install
 from hetlora.late_names import late_names
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def _missing_extra() -> str | None:
     missing = [name for name in _FED_MODULES if importlib.util.find_spec(name) is None]
     if not missing:
         return None
-    return f"hetlora needs its 'fed' extra (not installed: {', '.join(missing)}); run: pip install 'hetlora[fed]' (in a checkout '.[fed]')"
+    return f"hetlora needs its 'fed' extra (not installed: {', '.join(missing)}); run: {install('fed')}"
 
 
 def _started_as_command() -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from hetlora.extras import install
 from hetlora.flower import launch
 
 _folder = click.Path(path_type=Path)
@@ -75,6 +76,6 @@ def certificates(folder: Path, hosts: tuple[str, ...]) -> None:
     try:
         module = importlib.import_module("hetlora.flower.certificates")
     except ImportError as error:
-        raise ImportError(f"certificates are made with Flower's cryptography package ({error}); install it with: pip install '.[flower]'") from None
+        raise ImportError(f"certificates are made with Flower's cryptography package ({error}); install it with: {install('flower')}") from None
     for path in module.write_certificates(folder, list(hosts)):
         click.echo(f"written: {path}")

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hetlora.extras import install
+
 
 def late_names(package: str, places: Mapping[str, str], needs: tuple[str, str, str] | None = None) -> Callable[[str], Any]:
     """The `__getattr__` of `package`: loads a name from its module, `places[name]`, and keeps it.
@@ -19,7 +21,7 @@ def late_names(package: str, places: Mapping[str, str], needs: tuple[str, str, s
         if name not in places:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         if needs is not None and importlib.util.find_spec(needs[0]) is None:
-            raise ImportError(f"{package} needs {needs[1]}; install it with: pip install '.[{needs[2]}]'")
+            raise ImportError(f"{package} needs {needs[1]}; install it with: {install(needs[2])}")
         value = getattr(importlib.import_module(places[name]), name)
         setattr(sys.modules[package], name, value)
         return value

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from hetlora.config import Config, ConfigError
+from hetlora.extras import install
 from hetlora.observer import Observer
 from hetlora.report.text import perplexity_of
 
@@ -32,7 +33,7 @@ def _package(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        way_out = f"pip install 'hetlora[{package}]' (in a checkout '.[{package}]'), or pip install {package}"
+        way_out = f"{install(package)}, or pip install {package}"
         raise ConfigError(f"loggers: needs the {package!r} package ({error}); {way_out}") from None
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 import hetlora_kernels as hk
 from hetlora.config import Config, ConfigError
+from hetlora.extras import install
 from hetlora.ranks import bank_ranks
 from hetlora.server import ServerState
 
@@ -168,7 +169,7 @@ def _accounting() -> tuple[Any, Any]:
     try:
         return importlib.import_module("dp_accounting"), importlib.import_module("dp_accounting.rdp")
     except ImportError as error:
-        raise ConfigError(f"dp_noise_multiplier: epsilon takes the package dp-accounting ({error}); install it with: pip install '.[dp]'") from None
+        raise ConfigError(f"dp_noise_multiplier: epsilon takes the package dp-accounting ({error}); install it with: {install('dp')}") from None
 
 
 def epsilon(cfg: Config, history: Sequence[Mapping[str, Any]], clients: int) -> float | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import hetlora_kernels as hk
 from hetlora.config import Config, ConfigError
+from hetlora.extras import install
 from hetlora.loggers import figures
 from hetlora.merge import Aggregate
 from hetlora.ranks import ClientRanks, Scope, mean_rank
@@ -48,8 +49,7 @@ class Result:
         try:
             pandas = importlib.import_module("pandas")
         except ImportError:
-            way_out = "pip install 'hetlora[pandas]' (in a checkout '.[pandas]'), or pip install pandas"
-            raise ConfigError(f"to_pandas: needs the 'pandas' package; {way_out}") from None
+            raise ConfigError(f"to_pandas: needs the 'pandas' package; {install('pandas')}, or pip install pandas") from None
         return pandas.DataFrame([{"round": record["round"], **dict(figures(record))} for record in self.history]).set_index("round")
 
 

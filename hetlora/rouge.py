@@ -12,6 +12,7 @@ import hetlora_kernels as hk
 from hetlora.config import Config, ConfigError
 from hetlora.data import FederatedData, Federation
 from hetlora.evaluate import WHOLE, Whole
+from hetlora.extras import install
 from hetlora.samples import generate
 
 
@@ -25,7 +26,7 @@ def scorer() -> Callable[[list[str], list[str]], float]:
     try:
         from torchmetrics.functional.text.rouge import rouge_score
     except ImportError:
-        raise ConfigError("rouge_examples: needs the 'torchmetrics' library; pip install 'hetlora[rouge]' (in a checkout '.[rouge]')") from None
+        raise ConfigError(f"rouge_examples: needs the 'torchmetrics' library; {install('rouge')}") from None
 
     def score(answers: list[str], references: list[str]) -> float:
         return float(rouge_score(answers, references, rouge_keys="rougeL", normalizer=str, tokenizer=words)["rougeL_fmeasure"])

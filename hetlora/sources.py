@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hetlora.config import Config, ConfigError
+from hetlora.extras import install
 from hetlora.python_text import stdlib_documents, unicode_scripts
 from hetlora.ranks import Column
 from hetlora.tables import SUFFIXES, read_rows, tell_bad_rows
@@ -245,7 +246,7 @@ def _from_hub(cfg: Config, column: str | None) -> Corpus:
     try:
         import datasets
     except ImportError:
-        raise ConfigError(f"data {cfg.data!r}: needs the 'datasets' library; pip install 'hetlora[hub]' (in a checkout '.[hub]')") from None
+        raise ConfigError(f"data {cfg.data!r}: needs the 'datasets' library; {install('hub')}") from None
     try:
         rows = datasets.load_dataset(name, split=cfg.split)
     except Exception as error:  # the library raises unrelated types for offline, missing, gated and malformed data sets

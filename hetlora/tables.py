@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hetlora.errors import ConfigError
+from hetlora.extras import install
 from hetlora.text_files import encoding_mark, kind_of, parse_json
 
 SUFFIXES = (".csv", ".parquet")
@@ -71,7 +72,7 @@ def _parquet(path: Path, wanted: list[str], lists: str | None, numbers: str | No
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise ConfigError(f"data: file {path}: Parquet needs the 'pyarrow' package; pip install 'hetlora[parquet]' (in a checkout '.[parquet]')") from None
+        raise ConfigError(f"data: file {path}: Parquet needs the 'pyarrow' package; {install('parquet')}") from None
     number = 0
     try:
         with parquet.ParquetFile(path) as file:

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from hetlora.deployed.template import write_template
 from hetlora.errors import ConfigError
+from hetlora.extras import install
 from hetlora.run_folder import write_atomic
 
 TEMPLATE = Path(__file__).with_name("template")
@@ -38,7 +39,7 @@ def serve_command(host: str, port: int, tls: Path | None, known_clients: bool, d
     if simulation and known_clients:
         raise ConfigError("--known-clients: no node joins a simulation; leave out this or --simulation")
     if simulation and importlib.util.find_spec("ray") is None:
-        raise ConfigError("--simulation: Flower simulates with Ray, which is not installed; install it with: pip install '.[simulation]'")
+        raise ConfigError(f"--simulation: Flower simulates with Ray, which is not installed; install it with: {install('simulation')}")
     command = [_program("flower-superlink"), "--host", host, "--port", str(port), "--disable-runtime-dependency-installation"]
     if tls is None:
         if host not in LOOPBACK:
@@ -116,7 +117,7 @@ def _program(name: str) -> str:
     """Flower's program of this environment, else of the PATH."""
     found = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
     if found is None:
-        raise ConfigError(f"{name}: not found; Flower is installed with pip install '.[flower]'")
+        raise ConfigError(f"{name}: not found; Flower is installed with {install('flower')}")
     return found
 
 

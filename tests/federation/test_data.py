@@ -315,7 +315,7 @@ def test_hub(monkeypatch):
 
 def test_hub_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    fails("hub:org/name", "'datasets' library", "pip install 'hetlora[hub]' (in a checkout '.[hub]')")
+    fails("hub:org/name", "'datasets' library", "pip install '.[hub]'")
 
 
 def test_hub_reads_a_real_data_set(tmp_path):
