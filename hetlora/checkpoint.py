@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
@@ -56,18 +57,21 @@ STATE = ("round", "ranks", "r_min", "r_max", "ranks_start", "rounds_trained", "p
 
 def versions(device: torch.device) -> dict[str, str]:
     """What a repeat of the run needs to match: packages, Python, platform, device, instruction set, threads, processes."""
-    packages = {}
-    for name in ("hetlora", "torch", "transformers", "peft", "safetensors"):
-        try:
-            packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            packages[name] = "not installed"
+    packages = {name: _installed(name) for name in ("hetlora", "torch", "transformers", "peft", "safetensors")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     machine = {"platform": platform.platform(), "device": f"{device} ({name})", "threads": str(torch.get_num_threads()), "processes": str(place().count)}
     kernels = ", ".join(sorted({rung for rung, _ in hk.backends().values()}))
     limit = os.environ.get("HETLORA_INSTRUCTION_SET")
     instructions = torch.backends.cpu.get_cpu_capability() + (f", kernels limited to {limit}" if limit else "")
     return {**packages, "python": sys.version.split()[0], **machine, "kernels": kernels, "instruction set": instructions}
+
+
+@cache  # the packages' descriptions are long, and a process makes many runs
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 _MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))
