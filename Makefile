@@ -103,7 +103,7 @@ linux:
 
 lint: venv
 	$(BIN)/ruff check .
-	$(BIN)/mypy hetlora_kernels hetlora
+	MYPY_NUM_WORKERS=$(JOBS) $(BIN)/mypy hetlora_kernels hetlora  # from mypy 2 on; others take one process
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 venv: .venv/.installed
