@@ -101,9 +101,10 @@ linux:
 	@.venv/release/bin/pip install -q $(RELEASE_TOOLS)
 	@touch $@
 
+# mypy before 2 takes one process, whatever the variable says.
 lint: venv
 	$(BIN)/ruff check .
-	MYPY_NUM_WORKERS=$(JOBS) $(BIN)/mypy hetlora_kernels hetlora  # from mypy 2 on; others take one process
+	MYPY_NUM_WORKERS=$(JOBS) $(BIN)/mypy hetlora_kernels hetlora
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 venv: .venv/.installed
