@@ -8,5 +8,5 @@ _CHECKOUT = (Path(__file__).parents[1] / "pyproject.toml").is_file()
 
 
 def install(extra: str) -> str:
-    """`pip install '.[extra]'` in a checkout, `pip install 'hetlora[extra]'` of an installed wheel, where pip fetches what the extra needs alone."""
+    """`pip install '.[extra]'` in a checkout, `pip install 'hetlora[extra]'` where a wheel is installed: pip keeps the wheel and adds what the extra needs."""
     return f"pip install '{'.' if _CHECKOUT else 'hetlora'}[{extra}]'"

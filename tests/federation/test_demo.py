@@ -56,6 +56,20 @@ def test_fast_demo_opens_with_plain_words_runs_four_methods_and_can_be_run_again
     assert again.folder == tmp_path / "demo-2" and any("lambda = 0, as asked for" in text for text in seen.messages)
 
 
+@pytest.mark.parametrize(("fast", "model"), [(False, demo.MODEL), (True, demo.FAST_MODEL)], ids=["whole", "fast"])
+def test_the_base_model_is_the_demos_own(tmp_path, monkeypatch, fast, model) -> None:
+    class AskedFor(Exception):
+        pass
+
+    def ask(cfg, progress, wanted):
+        raise AskedFor(cfg.model, wanted)
+
+    monkeypatch.setattr(demo, "resolve_model", ask)
+    with pytest.raises(AskedFor) as asked:
+        demo.run_demo(Recorder(), fast, output=str(tmp_path / "demo"))
+    assert asked.value.args == ("demo", model)
+
+
 def test_the_words_say_how_many_devices_there_are(tmp_path) -> None:
     cfg = demo.Config.create("test", data="stdlib:a,b,c,d,e", held_out_clients=2)
     text = demo.opening(cfg)[0]
