@@ -49,14 +49,15 @@ HETLORA_INLINE void add_lanes(const typename VectorOf<E, W>::type* sums, double*
     }
 }
 
-// How the columns of two rows are multiplied and added, kStep a step into vectors of kSums lanes: kParts vectors, each by itself.
+// How the columns of two rows are multiplied and added, kStep a step into vectors of kSums lanes: kParts vectors of a row, one after another. kLines lines are
+// fetched a step.
 template <class E, int W>
 struct Plain {
     typedef E Element;
     typedef E Sum;
     typedef typename VectorOf<E, W>::type Vector;
-    static constexpr int kStep = W, kSums = W, kParts = 1;
-    static HETLORA_INLINE Vector load(const E* from, int) { return *reinterpret_cast<const Vector*>(from); }
+    static constexpr int kStep = kLanes, kSums = W, kParts = kStep / W, kLines = W * sizeof(E) == 64 ? 2 * kParts : 1;
+    static HETLORA_INLINE Vector load(const E* from, int part) { return *reinterpret_cast<const Vector*>(from + part * W); }
     static HETLORA_INLINE void multiply_add(Vector& sum, const Vector& left, const Vector& right) { sum += left * right; }
 };
 
@@ -67,11 +68,11 @@ struct Halves {
     typedef bf16 Element;
     typedef float Sum;
     typedef typename VectorOf<float, W>::type Vector;
-    static constexpr int kStep = 2 * W, kSums = W, kParts = 2;
+    static constexpr int kStep = 2 * kLanes, kSums = W, kParts = kStep / W, kLines = W == 16 ? 2 : 1;
     static HETLORA_INLINE Vector load(const bf16* from, int part) {
         typedef typename VectorOf<uint32_t, W>::type Words;
-        const Words words = *reinterpret_cast<const Words*>(from);
-        return bit_cast<Vector>(part == 0 ? words << 16 : words & 0xFFFF0000u);
+        const Words words = *reinterpret_cast<const Words*>(from + part / 2 * 2 * W);
+        return bit_cast<Vector>(part % 2 == 0 ? words << 16 : words & 0xFFFF0000u);
     }
     static HETLORA_INLINE void multiply_add(Vector& sum, const Vector& left, const Vector& right) { sum += left * right; }
 };
@@ -82,7 +83,7 @@ struct Pairs {
     typedef bf16 Element;
     typedef float Sum;
     typedef VectorOf<float, 16>::type Vector;
-    static constexpr int kStep = 32, kSums = 16, kParts = 1;
+    static constexpr int kStep = 2 * kLanes, kSums = 16, kParts = 1, kLines = 2;
     static HETLORA_INLINE Vector load(const bf16* from, int) { return *reinterpret_cast<const Vector*>(from); }
     static HETLORA_INLINE void multiply_add(Vector& sum, const Vector& left, const Vector& right) { add_pairs(sum, left, right); }
 };
@@ -100,11 +101,13 @@ HETLORA_INLINE double* products(const typename P::Element* x, const typename P::
     typedef typename P::Vector V;
     constexpr int kCount = tile_sums(I, J, triangle, P::kSums);
     V sums[kCount] = {};
-    const int64_t lines = stream.at < stream.end ? 2 * kLine : 0;
+    const int64_t lines = stream.at < stream.end ? P::kLines * kLine : 0;
     const char* fetch = stream.at;
     for (int64_t c = 0; c < n; c += P::kStep) {
-        __builtin_prefetch(fetch, 0, 2);
-        __builtin_prefetch(fetch + kLine, 0, 2);
+        HETLORA_UNROLL
+        for (int line = 0; line < P::kLines; ++line) {
+            __builtin_prefetch(fetch + line * kLine, 0, 2);
+        }
         fetch += lines;
         if (triangle && ahead != 0) {
             HETLORA_UNROLL
