@@ -309,8 +309,7 @@ def _round(run: Run, number: int) -> None:
         state.ranks[names[k]] = trained.ranks[k]
         state.rounds_trained[names[k]] = state.rounds_trained.get(names[k], 0) + 1
         if cfg.save_clients and "clients" in cfg.saves:
-            adapter = (trained.adapters or trained.uploads).adapter(i)
-            checkpoint.write_adapter(run_folder.client_folder(run.folder, names[k]), adapter, cfg.scale_at(state.r_max), run.fleet.model_name)
+            checkpoint.write_adapter(run_folder.client_folder(run.folder, names[k]), trained.adapter(i), cfg.scale_at(state.r_max), run.fleet.model_name)
     state.round = number
     evaluated = number % cfg.eval_every == 0 or number == cfg.rounds
     record = {
