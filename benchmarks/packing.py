@@ -16,13 +16,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hetlora_kernels as hk
-from hetlora.batches import PADDED, Batch, Way, batches
+from hetlora.batches import PADDED, Batch, Batching, batches
 from hetlora.client import token_losses
 from hetlora.models import target_shapes
 from hetlora.packing import probe
 from hetlora_kernels.peft import attach, client_segments
 
-WAYS = (PADDED, Way("sorted"), Way("packed"))
+WAYS = (PADDED, Batching("sorted"), Batching("packed"))
 MODELS = {
     "small": {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
     # SmolLM2-135M's shape, a tenth of its vocabulary: the loss of tokens that are padding is not computed on a CPU either way
@@ -48,10 +48,10 @@ class Case:
     rows: list[tuple[int, int, torch.Tensor]]
     max_tokens: int
 
-    def parts(self, way: Way) -> list[Batch]:
+    def parts(self, way: Batching) -> list[Batch]:
         return list(batches(self.rows, self.max_tokens, torch.device("cpu"), way))
 
-    def step(self, way: Way) -> torch.Tensor:
+    def step(self, way: Batching) -> torch.Tensor:
         """[gradients, end to end] of one step."""
         for factor in self.bank.parameters():
             factor.grad = None
@@ -60,7 +60,7 @@ class Case:
                 token_losses(self.model, part.ids, part.labels, part.owner, self.bank.num_clients, part.positions).sum().backward()
         return torch.cat([factor.grad.flatten() for factor in self.bank.parameters() if factor.grad is not None])
 
-    def padded_share(self, way: Way) -> float:
+    def padded_share(self, way: Batching) -> float:
         computed = sum(part.ids.numel() for part in self.parts(way))
         return 1 - sum(len(sequence) for _, _, sequence in self.rows) / computed
 

@@ -19,7 +19,7 @@ Rows = Sequence[tuple[int, int, Tensor]]  # (client, position in its step batch,
 
 
 @dataclass(frozen=True)
-class Way:
+class Batching:
     """How the sequences of a step become rows.
 
     name: 'padded': one to a row, in order. 'sorted': the same, by length where a step is several batches. 'packed': several to a row as long as the step's
@@ -35,7 +35,7 @@ class Way:
         return f"{self.name}; {self.reason}"
 
 
-PADDED = Way("padded")
+PADDED = Batching("padded")
 
 
 @dataclass(frozen=True)
@@ -100,18 +100,18 @@ def fill_rows(lengths: Sequence[int], room: int) -> list[list[int]]:
     return sorted(sorted(row) for row in rows)
 
 
-def batches(rows: Rows, max_tokens: int, device: torch.device, way: Way = PADDED) -> Iterator[Batch]:
+def batches(rows: Rows, max_tokens: int, device: torch.device, batching: Batching = PADDED) -> Iterator[Batch]:
     """The batches of one step, of at most `max_tokens` each with padding (one sequence at the least). Their gradients add up to the step's."""
     lengths = [len(sequence) for _, _, sequence in rows]
-    if way.name == "packed":
-        room = max(max_tokens, *lengths) if way.one_row else max(lengths)
+    if batching.name == "packed":
+        room = max(max_tokens, *lengths) if batching.one_row else max(lengths)
         filled = fill_rows(lengths, room)
         if len(filled) < len(rows):
-            together = 1 if way.one_row else max(1, max_tokens // room)
+            together = 1 if batching.one_row else max(1, max_tokens // room)
             for start in range(0, len(filled), together):
                 yield _packed([[rows[i] for i in row] for row in filled[start : start + together]], device)
             return
-    if way.name != "padded" and max(lengths) * len(rows) > max_tokens:
+    if batching.name != "padded" and max(lengths) * len(rows) > max_tokens:
         rows = sorted(rows, key=lambda row: -len(row[2]))
         lengths = sorted(lengths, reverse=True)
     for part in micro_batches(lengths, max_tokens):

@@ -56,14 +56,15 @@ def train_chosen(work: Work) -> Trained:
     cfg, state, shapes = work.cfg, work.state, work.state.bank.shapes
     chosen = choice(cfg, work.names, work.ranks, state.r_max, work.number)
     everyone = range(len(work.clients))
-    whole = state.bank.truncate([state.r_max] * len(everyone))
+    in_turn = cfg.cobatch and len(groups_of(len(everyone), cfg)) > 1
+    source = moved(state.bank, torch.device("cpu")) if in_turn else state.bank
+    whole = source.truncate([state.r_max] * len(everyone))
     results: list[LocalResult] = []
-    if cfg.cobatch and len(groups_of(len(everyone), cfg)) > 1:
+    if in_turn:
 
         def own_rows(bank: hk.AdapterBank, group: range) -> AbstractContextManager[None]:
             return only(bank, {name: [rows[k] for k in group] for name, rows in chosen.items()})
 
-        whole = moved(whole, torch.device("cpu"))
         trained, results = train_groups(work.model, whole, work.clients, cfg, work.number, work.lr, {}, work.progress, own_rows)
     elif cfg.cobatch:
         trained = whole.select(everyone)
@@ -80,8 +81,7 @@ def train_chosen(work: Work) -> Trained:
     dropped = refused(trained)
     arrived = [k for k in everyone if k not in dropped]
     sent = {name: [rows[k] for k in arrived] for name, rows in chosen.items()}
-    adapters = trained.select(arrived)
-    uploads, had = (moved(pick(bank, sent), state.bank.device) for bank in (adapters, whole.select(arrived)))
+    uploads, had = (moved(pick(bank.select(arrived), sent), state.bank.device) for bank in (trained, whole))
     numbers = [sum(len(chosen[name][k]) * (m + n) for name, (m, n) in shapes.items()) for k in everyone]
     return Trained(
         results,
@@ -93,7 +93,7 @@ def train_chosen(work: Work) -> Trained:
         bytes_down=[whole.num_bytes(k) for k in everyone],
         bytes_up=[uploads.num_bytes(i) for i in range(len(arrived))],
         parameters=sum(numbers),
-        adapters=moved(adapters, state.bank.device),
+        beside=state.bank.truncate([state.r_max]),
         rows=sent,
     )
 
@@ -134,20 +134,21 @@ def merge_chosen(call: MergeCall) -> Merged:
     uploads, rows = call.uploads, call.rows
     assert rows is not None
     merged = call.bank.to()
-    everyone = call.bank.truncate([call.r_max] * uploads.num_clients)  # what each client ended the round with, frozen rows included
+    whole = call.bank.truncate([call.r_max] * uploads.num_clients) if call.cfg.diagnostics else None  # what each client ended the round with
     decided = {}
     for module, (name, layout) in enumerate(uploads.layouts.items()):
         p = row_weights(uploads, call.weights, module, name)
         index = [torch.tensor(own, dtype=torch.int64, device=uploads.device) for own in rows[name]]
-        share = p.new_zeros(call.r_max)
+        chosen_weight = p.new_zeros(call.r_max)  # P_j
         for k, own in enumerate(index):  # client by client: a row comes once in each, so that the order of the sums is fixed
-            share[own] += p[layout.rows(k)]
-        decided[name] = share > 0
+            chosen_weight[own] += p[layout.rows(k)]
+        decided[name] = chosen_weight > 0
         for side in ("a", "bt"):
-            sent, bank, all_rows = (getattr(source, side)[name].detach() for source in (uploads, merged, everyone))
+            sent, bank = (getattr(source, side)[name].detach() for source in (uploads, merged))
             total = torch.zeros(bank.shape, dtype=torch.float64, device=bank.device)
             for k, own in enumerate(index):
                 total[own] += p[layout.rows(k), None] * sent[layout.rows(k)].double()
-                all_rows[k * call.r_max + own] = sent[layout.rows(k)]
-            bank[decided[name]] = (total / share[:, None])[decided[name]].to(bank.dtype)
-    return Merged(merged, ended_with=everyone, decided=decided)
+                if whole is not None:
+                    getattr(whole, side)[name].detach()[k * call.r_max + own] = sent[layout.rows(k)]
+            bank[decided[name]] = (total / chosen_weight[:, None])[decided[name]].to(bank.dtype)
+    return Merged(merged, ended_with=whole, decided=decided)

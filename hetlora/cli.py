@@ -276,7 +276,7 @@ def info(model: str) -> None:
         say("")
         cfg = Config.create("info", model=model, padding_free="auto")
         path = _loaded("hetlora.federation").resolve_model(cfg)
-        say(f"Batches of {model}: {_loaded('hetlora.packing').way_of_path(cfg, path)}")
+        say(f"Batches of {model}: {_loaded('hetlora.packing').batching_of_path(cfg, path)}")
 
 
 @cli.command()

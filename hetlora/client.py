@@ -18,7 +18,7 @@ from hetlora.batches import Batch, batches
 from hetlora.config import Config
 from hetlora.data import ClientData, predicted
 from hetlora.loss_scale import LossScale
-from hetlora.packing import way_of
+from hetlora.packing import batching_of
 from hetlora.ranks import ClientRanks, Scope
 from hetlora.seeds import derive_seed, host_generator
 from hetlora_kernels.peft import HeadError, attach, client_losses, client_segments, detach, hidden_states
@@ -143,7 +143,7 @@ def local_steps(
     segments(batch, step): context of one forward and backward over a batch of the step.   trained: what `optimizer` steps, for the
     loss scaling of a float16 base.
     """
-    drawn, way = step_batches(data, cfg, round_number), way_of(model, cfg)
+    drawn, batching = step_batches(data, cfg, round_number), batching_of(model, cfg)
     losses, tokens = [], 0
     scaling = LossScale(model)
     for step, batch in enumerate(drawn):
@@ -153,7 +153,7 @@ def local_steps(
 
         def backward(scale: float, step: int = step, sequences: list[Tensor] = sequences, count: int = count) -> Tensor:
             loss = 0.0
-            for part in batches([(0, i, s) for i, s in enumerate(sequences)], cfg.max_tokens_per_step, device, way):
+            for part in batches([(0, i, s) for i, s in enumerate(sequences)], cfg.max_tokens_per_step, device, batching):
                 with segments(part, step):
                     part_loss = token_losses(model, part.ids, part.labels, part.owner, 1, part.positions)[0] / count
                     (part_loss if scale == 1 else part_loss * scale).backward()
@@ -175,7 +175,7 @@ def train_client(model: torch.nn.Module, bank: hk.AdapterBank, data: ClientData,
     def segments(batch: Batch, step: int) -> AbstractContextManager[Any]:
         return client_segments(model, batch.owner, seeds=seeds, step=step, sequence_index=batch.index, positions=batch.positions)
 
-    way_of(model, cfg)  # before a bank is attached
+    batching_of(model, cfg)  # before a bank is attached
     attach(model, bank, scale=training_scale(bank, cfg), dropout=cfg.dropout)
     try:
         optimizer = make_optimizer(bank, cfg, lr, keep, model)

@@ -16,7 +16,7 @@ from hetlora.client import LocalResult, dropout_seed, make_optimizer, step_batch
 from hetlora.config import Config
 from hetlora.data import ClientData
 from hetlora.loss_scale import LossScale
-from hetlora.packing import way_of
+from hetlora.packing import batching_of
 from hetlora.recorded import RecordedSteps, StepRows, step_rows
 from hetlora_kernels.peft import attach, client_segments, detach
 from hetlora_kernels.peft.graphs import Record
@@ -45,7 +45,7 @@ def train_cohort(
     steps = max(len(own) for own in drawn)
     means: list[Tensor] = []  # [K] per step, fetched once at the end so that a step waits for nothing
     scaling, trained = LossScale(model), list(bank.parameters())
-    way_of(model, cfg)  # before a bank is attached
+    batching_of(model, cfg)  # before a bank is attached
     attach(model, bank, scale=training_scale(bank, cfg), dropout=cfg.dropout)
     try:
         work = [step_rows(clients, drawn, step) for step in range(steps)]
@@ -72,7 +72,7 @@ def _backward(model: torch.nn.Module, bank: hk.AdapterBank, work: StepRows, step
     clients = bank.num_clients
     tokens = torch.tensor(work.predicted, dtype=torch.float64, device=bank.device)
     means = torch.zeros(clients, dtype=torch.float64, device=bank.device)
-    for part in batches(work.rows, cfg.max_tokens_per_step, bank.device, way_of(model, cfg)):
+    for part in batches(work.rows, cfg.max_tokens_per_step, bank.device, batching_of(model, cfg)):
         with client_segments(model, part.owner, seeds=seeds, step=step, sequence_index=part.index, positions=part.positions):
             sums = token_losses(model, part.ids, part.labels, part.owner, clients, part.positions)
             losses = sums / tokens.to(sums.dtype)

@@ -252,7 +252,7 @@ def train_fold(work: Work) -> Trained:
         bytes_down=[down.num_bytes] * len(results),
         bytes_up=[numbers[k] * fresh.dtype.itemsize for k in arrived],
         parameters=sum(numbers),
-        adapters=hk.AdapterBank.stack([down.bank.truncate([state.r_max] * len(arrived)), uploads]) if cfg.save_clients and arrived else None,
+        beside=down.bank.truncate([state.r_max]),
     )
 
 

@@ -21,7 +21,7 @@ from hetlora.loggers import Observers, check_told
 from hetlora.merge import aggregate
 from hetlora.models import no_mask_advised
 from hetlora.observer import Observer
-from hetlora.packing import way_of
+from hetlora.packing import batching_of
 from hetlora.ranks import Dealt, PowerLaw, check_width, kept_rank, mean_rank
 from hetlora.report.terminal import ConsoleObserver, make_console
 from hetlora.result import Result, client_line, rank_shown, upload_line
@@ -210,7 +210,7 @@ def _batches_described(run: Run) -> dict[str, str]:
     """How sequences become batches, and why, where the settings leave it to the model. A deployed node finds it out for its own."""
     if run.cfg.padding_free == "off":
         return {}
-    return {"batches": str(way_of(run.fleet.model, run.cfg)) if run.fleet.model is not None else "as each node's probe of its model says"}
+    return {"batches": str(batching_of(run.fleet.model, run.cfg)) if run.fleet.model is not None else "as each node's probe of its model says"}
 
 
 def _mean_rank(state: server.ServerState) -> float:
@@ -309,8 +309,7 @@ def _round(run: Run, number: int) -> None:
         state.ranks[names[k]] = trained.ranks[k]
         state.rounds_trained[names[k]] = state.rounds_trained.get(names[k], 0) + 1
         if cfg.save_clients and "clients" in cfg.saves:
-            adapter = (trained.adapters or trained.uploads).adapter(i)
-            checkpoint.write_adapter(run_folder.client_folder(run.folder, names[k]), adapter, cfg.scale_at(state.r_max), run.fleet.model_name)
+            checkpoint.write_adapter(run_folder.client_folder(run.folder, names[k]), trained.adapter(i), cfg.scale_at(state.r_max), run.fleet.model_name)
     state.round = number
     evaluated = number % cfg.eval_every == 0 or number == cfg.rounds
     record = {

@@ -42,7 +42,7 @@ class Merged:
     """What a merge returns. bank: the next one, None exactly where its row in `kinds.MERGES` keeps none.
 
     rows: how many leading rows of the bank the uploads decided; None = all.   added_to: the bank that the uploads were added to, None where they replace it.
-    ended_with: all rows that each client ended the round with, where uploads are some of them: what diagnostics compare the bank with; None: the uploads.
+    ended_with: for diagnostics, all rows that each client ended the round with, where uploads are some of them; None: the uploads.
     follow_bytes: of what the merge changed in the base model, as it travels: every client downloads it once, when it is here next.
     decided: {module: mask [R] of the rows that the uploads decided}, where the server's optimiser leaves all others as they are; None: it steps every row.
     """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import hetlora_kernels as hk
-from hetlora.batches import PADDED, Batch, Way, batches
+from hetlora.batches import PADDED, Batch, Batching, batches
 from hetlora.config import Config, ConfigError
 from hetlora.models import first_line, load_model, target_shapes
 from hetlora.seeds import probe_generator
@@ -20,10 +20,10 @@ LENGTHS = (16, 9, 7, 8, 6)  # of the probe's sequences: one alone in its row, tw
 CLEARER = 16  # times, by which the model's answer without restarting positions must be further off than with them
 _ROUNDINGS = 8  # to the model's type, for each product on the way, which add up like the root of their number
 
-_ways: WeakKeyDictionary[nn.Module, dict[Any, Way]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, dict[Any, Batching]] = WeakKeyDictionary()
 
 
-def way_of(model: nn.Module, cfg: Config) -> Way:
+def batching_of(model: nn.Module, cfg: Config) -> Batching:
     """How `model` takes the sequences of a step, by cfg.padding_free; probed once per model, before a bank is attached to it.
 
     Raises `ConfigError` for padding_free = 'on' where the model cannot.
@@ -31,51 +31,51 @@ def way_of(model: nn.Module, cfg: Config) -> Way:
     if cfg.padding_free == "off":
         return PADDED
     if cfg.cuda_graph:
-        return Way("padded", "a recorded step (cuda_graph) has one shape")
+        return Batching("padded", "a recorded step (cuda_graph) has one shape")
     key = cfg.seq_len, cfg.target_modules, cfg.adapter_dtype, _attention(model)
-    known = _ways.setdefault(model, {})
+    known = _known.setdefault(model, {})
     if key not in known:
         known[key] = probe(model, target_shapes(model, cfg.target_modules), cfg.seq_len, getattr(torch, cfg.adapter_dtype))
-    way = known[key]
-    if cfg.padding_free == "on" and way.name != "packed":
-        _refuse(model, way)
-    return way
+    batching = known[key]
+    if cfg.padding_free == "on" and batching.name != "packed":
+        _refuse(model, batching)
+    return batching
 
 
-def way_of_path(cfg: Config, path: str) -> Way:
+def batching_of_path(cfg: Config, path: str) -> Batching:
     """The same of the model at `path`; `ConfigError` where it cannot be loaded."""
-    return way_of(load_model(cfg, path, trains=False), cfg)
+    return batching_of(load_model(cfg, path, trains=False), cfg)
 
 
 def check_reach(model: nn.Module, cfg: Config) -> None:
-    """The error of `way_of`, where the configuration of a model without weights is enough for it."""
-    if cfg.padding_free == "on" and (way := _too_short(model, cfg.seq_len)):
-        _refuse(model, way)
+    """The error of `batching_of`, where the configuration of a model without weights is enough for it."""
+    if cfg.padding_free == "on" and (batching := _too_short(model, cfg.seq_len)):
+        _refuse(model, batching)
 
 
-def _refuse(model: nn.Module, way: Way) -> NoReturn:
-    raise ConfigError(f"padding_free = 'on': {type(model).__name__} {way.reason}; use 'auto', which sorts sequences by length for it, or 'off'")
+def _refuse(model: nn.Module, batching: Batching) -> NoReturn:
+    raise ConfigError(f"padding_free = 'on': {type(model).__name__} {batching.reason}; use 'auto', which sorts sequences by length for it, or 'off'")
 
 
-def probe(model: nn.Module, shapes: dict[str, tuple[int, int]], seq_len: int, dtype: torch.dtype = torch.float32) -> Way:
-    """The way of a causal model: 'packed' where five short sequences of two clients have the logits that each has alone, to rounding, else 'sorted'.
+def probe(model: nn.Module, shapes: dict[str, tuple[int, int]], seq_len: int, dtype: torch.dtype = torch.float32) -> Batching:
+    """The batching of a causal model: 'packed' where five short sequences of two clients have the logits that each has alone, to rounding, else 'sorted'.
 
     They must also be at least 16 times further off when positions do not restart: else the probe shows nothing.
     seq_len: the longest row of a run. A model with a window (or chunks, or positions scaled by length) shorter than that is not shown by short sequences.
     """
     one_row = "flash" in _attention(model)
-    if way := _too_short(model, seq_len):
-        return way
+    if batching := _too_short(model, seq_len):
+        return batching
     try:
         off, unpacked, rounding = _differences(model, shapes, dtype, one_row)
     except Exception as error:  # of the model's own code: an argument it does not take, a shape it does not expect, a layer whose rows are not known
-        return Way("sorted", f"refuses packed rows ({first_line(error)})")
+        return Batching("sorted", f"refuses packed rows ({first_line(error)})")
     shown = f"{off:.0e} relative to the logits that each sequence has alone ({unpacked:.0e} with positions that do not restart)"
     if not off <= rounding:
-        return Way("sorted", f"mixes packed sequences: a probe is off by {shown}")
+        return Batching("sorted", f"mixes packed sequences: a probe is off by {shown}")
     if not CLEARER * off <= unpacked or not unpacked > 0:
-        return Way("sorted", f"does not show whether it keeps packed sequences apart: a probe is off by {shown}")
-    return Way("packed", f"a probe is off by {shown}", one_row)
+        return Batching("sorted", f"does not show whether it keeps packed sequences apart: a probe is off by {shown}")
+    return Batching("packed", f"a probe is off by {shown}", one_row)
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def _differences(model: nn.Module, shapes: dict[str, tuple[int, int]], dtype: to
     attach(model, bank)
     try:
         alone = [_logits(model, part)[0] for row in rows for part in batches([row], len(row[2]), device)]
-        (together,) = batches(rows, len(rows) * max(LENGTHS), device, Way("packed", one_row=one_row))
+        (together,) = batches(rows, len(rows) * max(LENGTHS), device, Batching("packed", one_row=one_row))
         packed, unpacked = (_by_sequence(_logits(model, together, restart), together) for restart in (True, False))
     finally:
         detach(model)
@@ -121,12 +121,12 @@ def _attention(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "_attn_implementation", None) or "")
 
 
-def _too_short(model: nn.Module, seq_len: int) -> Way | None:
-    """The way of a model whose window, or the like, is shorter than `seq_len`; None where there is no such thing."""
+def _too_short(model: nn.Module, seq_len: int) -> Batching | None:
+    """The batching of a model whose window, or the like, is shorter than `seq_len`; None where there is no such thing."""
     name, tokens = min(_reach(model), key=lambda own: own[1], default=("", seq_len))
     if tokens >= seq_len:
         return None
-    return Way("sorted", f"has {name} = {tokens}, shorter than seq_len = {seq_len}, where a probe of short sequences shows nothing")
+    return Batching("sorted", f"has {name} = {tokens}, shorter than seq_len = {seq_len}, where a probe of short sequences shows nothing")
 
 
 def _reach(model: nn.Module) -> list[tuple[str, int]]:

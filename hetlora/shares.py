@@ -19,7 +19,7 @@ from hetlora.ranks import mean_rank
 from hetlora.server import ServerState
 from hetlora.training import Trained
 
-_BANKS = ("uploads", "received", "adapters")
+_BANKS = ("uploads", "received", "beside")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def empty_bank(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, Sequen
 
 def _without_banks(trained: Trained) -> Trained:
     copy = dataclasses.replace(trained)
-    copy.uploads = copy.received = copy.adapters = None
+    copy.uploads = copy.received = copy.beside = None
     return copy
 
 
@@ -131,6 +131,6 @@ def joined(parts: Sequence[tuple[Sequence[int], Trained]]) -> Trained:
         bytes_down=each("bytes_down"),
         bytes_up=by_upload([own.bytes_up for own in trained]),
         parameters=sum(own.parameters for own in trained),
-        adapters=bank("adapters"),
+        beside=next((own.beside for own in trained if own.beside is not None), None),
         rows={module: by_upload([own[module] for own in chosen]) for module in chosen[0]} if chosen else None,
     )

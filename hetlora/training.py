@@ -48,7 +48,7 @@ class Trained:
     ranks: after the round.   tails: (score before, score after) of the pruning decision.
     uploads, received: what arrived and what the same clients had received, in the form that the merge takes.
     bytes_down; bytes_up (arrived); parameters: numbers trained, of all clients together.
-    adapters: of the clients that arrived, for the run folder; None: the uploads.
+    beside: a bank of one client, the rows that every client computed with besides its upload's, or in whose place the upload's are (`rows`); None: none.
     weighed: (p [K, modules or 1], S [K]), arrived, float64, where training had to weigh the uploads already; else the server does.
     rows: {module: of each upload that arrived, which rows of the bank its rows are}; None: the leading ones.
     given_up: why nothing of the round is merged and the run goes on all the same, where secure aggregation could not open the sum; then nobody arrived.
@@ -64,7 +64,7 @@ class Trained:
     bytes_down: list[int]
     bytes_up: list[int]
     parameters: int
-    adapters: hk.AdapterBank | None = None
+    beside: hk.AdapterBank | None = None
     weighed: tuple[Tensor, Tensor] | None = None
     rows: Mapping[str, Sequence[Sequence[int]]] | None = None
     given_up: str = ""
@@ -73,6 +73,21 @@ class Trained:
     @property
     def arrived(self) -> list[int]:
         return [k for k in range(len(self.results)) if k not in self.dropped]
+
+    def adapter(self, i: int) -> dict[str, Tensor]:
+        """What the i-th client that arrived computed with, in PEFT's format, for the run folder. The other clients' rows are not touched."""
+        own = self.uploads.select([i])
+        if self.beside is None:
+            whole = own
+        elif self.rows is None:
+            whole = hk.AdapterBank.stack([self.beside, own])
+        else:
+            whole = self.beside.select([0])
+            for name, rows in self.rows.items():
+                whole.a[name].detach()[rows[i]] = own.a[name].detach()
+                whole.bt[name].detach()[rows[i]] = own.bt[name].detach()
+        found: dict[str, Tensor] = whole.adapter(0)
+        return found
 
 
 @contextmanager

@@ -194,7 +194,7 @@ class FoldedRows:
         return {
             "uploads": together,
             "received": fresh.select(arrived),
-            "adapters": hk.AdapterBank.stack([down.truncate([state.r_max] * len(arrived)), together]) if cfg.save_clients else None,
+            "beside": down.truncate([state.r_max]),
             "parameters": sum(rank * m for layout, m in widths for rank in layout.ranks),
         }
 

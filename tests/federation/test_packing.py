@@ -14,7 +14,7 @@ from test_cohort import RANKS, SIZES, cohort, distance, plain_bank, setting, set
 from tiny import tiny_clients, tiny_config, tiny_federation, tiny_model, trained_bank
 
 from hetlora import full_finetuning, packing
-from hetlora.batches import Batch, Way, batches, fill_rows
+from hetlora.batches import Batch, Batching, batches, fill_rows
 from hetlora.cli import cli
 from hetlora.client import step_batches, token_losses
 from hetlora.cohort import train_one_by_one
@@ -22,11 +22,11 @@ from hetlora.config import ConfigError
 from hetlora.loop import simulate
 from hetlora.models import target_shapes
 from hetlora.observer import Observer
-from hetlora.packing import probe, way_of
+from hetlora.packing import batching_of, probe
 from hetlora.recorded import step_rows
 from hetlora_kernels.peft import attach, client_segments, detach
 
-PACKED = Way("packed")
+PACKED = Batching("packed")
 CPU = torch.device("cpu")
 LR = 0.01
 SMALL = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -52,7 +52,7 @@ def test_rows_hold_every_sequence_once_and_no_more_than_they_have_room_for():
 
 
 @pytest.mark.parametrize("max_tokens", [1, 24, 10_000])
-@pytest.mark.parametrize("way", [PACKED, Way("packed", one_row=True), Way("sorted"), Way("padded")], ids=str)
+@pytest.mark.parametrize("way", [PACKED, Batching("packed", one_row=True), Batching("sorted"), Batching("padded")], ids=str)
 def test_every_token_of_a_step_is_in_one_batch_with_its_client_and_its_label(way, max_tokens):
     rows = [(k % 3, k // 3, sequence) for k, sequence in enumerate(sequences([9, 4, 2, 12, 7, 5, 3]))]
     rows[4] = (1, 1, torch.where(torch.arange(7) < 3, ~rows[4][2], rows[4][2]))  # a prompt, not predicted
@@ -95,7 +95,7 @@ def test_packed_padded_alone_and_plain_pytorch_agree(tmp_path, change):
     clients = [replace(data, train=[s[: 3 + (5 * i + k) % 8] for i, s in enumerate(data.train)]) for k, data in enumerate(clients)]
     drawn = [step_batches(data, cfg, 1) for data in clients]
     work = step_rows(clients, drawn, 0)
-    parts = list(batches(work.rows, cfg.max_tokens_per_step, CPU, way_of(model, cfg)))
+    parts = list(batches(work.rows, cfg.max_tokens_per_step, CPU, batching_of(model, cfg)))
     assert any(part.positions is not None and bool(((part.positions == 0).sum(1) > 1).any()) for part in parts), "or nothing is packed here"
     together = cohort(model, start, clients, cfg, keep)
     alone, _ = train_one_by_one(model, start, clients, cfg, 1, LR, keep)
@@ -120,7 +120,7 @@ def test_losses_of_others_keep_their_bits_when_a_sequence_changes(attention, one
             rows[3] = (0, 1, (rows[3][2] + 7) % 50)
         for factor in bank.parameters():
             factor.grad = None
-        (part,) = batches(rows, 1000, CPU, Way("packed", one_row=one_row))
+        (part,) = batches(rows, 1000, CPU, Batching("packed", one_row=one_row))
         assert part.positions is not None and bool((part.positions == 0).sum(1).max() > 1)
         with client_segments(model, part.owner, sequence_index=part.index, positions=part.positions):
             losses = token_losses(model, part.ids, part.labels, part.owner, 3, part.positions)
@@ -148,7 +148,7 @@ def test_full_fine_tuning_packs_too(tmp_path):
             optimizer = full_finetuning._Optimizer(list(model.parameters()), cfg, LR)
             full_finetuning.local_steps(model, client, cfg, 1, optimizer, CPU, lambda *_: torch.enable_grad())
             updates.append([weight.detach().clone() for weight in model.parameters()])
-    assert way_of(model, cfg.model_copy(update={"padding_free": "on"})).name == "packed"
+    assert batching_of(model, cfg.model_copy(update={"padding_free": "on"})).name == "packed"
     assert any(not torch.equal(one, weight) for one, weight in zip(updates[0], model.parameters(), strict=True))
     for one, other in zip(*updates, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
@@ -215,8 +215,8 @@ def test_a_model_whose_mask_alone_is_lost_is_refused(monkeypatch):
 def test_on_is_an_error_for_a_model_that_cannot_and_auto_sorts(tmp_path):
     model = CANNOT["ALiBi"][0]()
     with pytest.raises(ConfigError, match=r"padding_free = 'on': BloomForCausalLM mixes packed sequences: .*; use 'auto'"):
-        way_of(model, tiny_config(tmp_path, padding_free="on"))
-    way = way_of(model, tiny_config(tmp_path, padding_free="auto"))
+        batching_of(model, tiny_config(tmp_path, padding_free="on"))
+    way = batching_of(model, tiny_config(tmp_path, padding_free="auto"))
     rows = [(0, i, sequence) for i, sequence in enumerate(sequences([3, 9, 4, 8, 5]))]
     assert [tuple(part.ids.shape) for part in batches(rows, 18, CPU, way)] == [(2, 9), (3, 5)]
     assert [tuple(part.ids.shape) for part in batches(rows, 18, CPU)] == [(2, 9), (2, 8), (1, 5)]
@@ -227,7 +227,7 @@ def test_sorted_batches_train_the_same(tmp_path):
     cfg = settings(tmp_path, max_tokens_per_step=24)
     model, start, clients, keep = setting(cfg, torch.float64, RANKS, SIZES)
     padded = cohort(model, start, clients, cfg, keep)
-    packing._ways[model] = {(cfg.seq_len, cfg.target_modules, cfg.adapter_dtype, packing._attention(model)): Way("sorted", "mixes")}
+    packing._known[model] = {(cfg.seq_len, cfg.target_modules, cfg.adapter_dtype, packing._attention(model)): Batching("sorted", "mixes")}
     ordered = cohort(model, start, clients, cfg.model_copy(update={"padding_free": "auto"}), keep)
     assert 0 < distance(padded, ordered) < 1e-12
 
@@ -257,4 +257,4 @@ def test_info_says_which_way_a_model_takes(tmp_path):
 def test_a_recorded_step_is_padded(tmp_path):
     with pytest.raises(ConfigError, match=r"cuda_graph = True: a recorded step has one shape"):
         tiny_config(tmp_path, cuda_graph=True, padding_free="on")
-    assert way_of(tiny_model(), tiny_config(tmp_path, cuda_graph=True, padding_free="auto")).name == "padded"
+    assert batching_of(tiny_model(), tiny_config(tmp_path, cuda_graph=True, padding_free="auto")).name == "padded"
