@@ -60,11 +60,11 @@ def _adamw_kernel(
     beta1, beta2 = tl.load(scalars), tl.load(scalars + 1)
     m += (g - m) * (1 - beta1).to(ACC)
     v = v * beta2.to(ACC) + g * g * (1 - beta2).to(ACC)
+    tl.store(m_at, cast(m, M), mask=inside)  # before the division, which wants the registers of their addresses
+    tl.store(v_at, cast(v, T), mask=inside)
     root = tl.load(numbers + k * 4 + 3) + tl.zeros_like(v)
     ratio = divide(m, divide(square_root(v), root) + tl.load(scalars + 2).to(ACC))
     p = p * tl.load(numbers + k * 4 + 1) - tl.load(numbers + k * 4 + 2) * ratio
-    tl.store(m_at, cast(m, M), mask=inside)
-    tl.store(v_at, cast(v, T), mask=inside)
     value = cast(p, T)
     tl.store(p_at, value, mask=inside)
     if CAST is not None:
