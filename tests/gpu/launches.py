@@ -122,6 +122,7 @@ def _fused(dtype: torch.dtype, drop: bool) -> None:
 CASES["fused-f16"] = partial(_fused, torch.float16, False)
 CASES["fused-drop-bf16"] = partial(_fused, torch.bfloat16, True)
 CASES["fused-drop-f32"] = partial(_fused, torch.float32, True)
+CASES["fused-drop-f64"] = partial(_fused, torch.float64, True)
 for _op in ("shrink", "expand_", "grouped_gram"):
     # All four buckets take seconds to compile: with dropout where it weighs most, without it once.
     for _name, _dtype in TYPES.items():
