@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,32 +29,27 @@ def drawn(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed + 1_000_003 * int(os.environ.get("HETLORA_TEST_SEED", "0")))
 
 
-# ---------------------------------------------------------------- dropout, in Python integers
+# ---------------------------------------------------------------- dropout, in integers
 
 
-def philox_words(counter: Sequence[int], key: Sequence[int], rounds: int) -> tuple[int, int, int, int]:
-    """Philox4x32 of Salmon et al. (SC 2011), round by round."""
+def philox_words(counter: Sequence[Any], key: Sequence[int], rounds: int) -> tuple[Any, Any, Any, Any]:
+    """Philox4x32 of Salmon et al. (SC 2011), round by round, of Python's integers or of int64 tensors, whose products are those modulo 2^64."""
     (x0, x1, x2, x3), (k0, k1) = counter, key
     for turn in range(rounds):
         if turn:
             k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
         left, right = 0xD2511F53 * x0, 0xCD9E8D57 * x2
-        x0, x1, x2, x3 = (right >> 32) ^ x1 ^ k0, right & _WORD, (left >> 32) ^ x3 ^ k1, left & _WORD
+        x0, x1, x2, x3 = (right >> 32 & _WORD) ^ x1 ^ k0, right & _WORD, (left >> 32 & _WORD) ^ x3 ^ k1, left & _WORD
     return x0, x1, x2, x3
-
-
-@lru_cache(maxsize=100_000)
-def _eight_draws(seed: int, key: int, block: int) -> tuple[int, ...]:
-    seed, key = seed % 2**64, key % 2**64
-    words = philox_words((key & _WORD, key >> 32, block, 0), (seed & _WORD, seed >> 32), 7)
-    return tuple(half for word in words for half in (word & 0xFFFF, word >> 16))
 
 
 def kept(seed: int, keys: Sequence[int], columns: int, p: float) -> Tensor:
     """[rows, columns] booleans: an element is kept when its 16-bit draw is at least round(65536 p)."""
-    threshold = round(65536 * p)
-    rows = [[_eight_draws(seed, key, c // 8)[c % 8] >= threshold for c in range(columns)] for key in keys]
-    return torch.tensor(rows, dtype=torch.bool).reshape(len(keys), columns)
+    low, high = (torch.tensor([key >> shift & _WORD for key in keys], dtype=torch.int64)[:, None] for shift in (0, 32))
+    blocks = torch.arange((columns + 7) // 8)  # of eight columns, two draws in each word
+    words = torch.broadcast_tensors(*philox_words((low, high, blocks, 0), (seed & _WORD, seed >> 32 & _WORD), 7))
+    draws = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    return draws.reshape(len(keys), 8 * len(blocks))[:, :columns] >= round(65536 * p)
 
 
 # ---------------------------------------------------------------- the layer
