@@ -18,8 +18,9 @@ constexpr int kTileRows = 6;
 constexpr int64_t kChain = 64;
 
 // Rows of the right operand of `outer` that lie a multiple of kAliased bytes apart share a few sets of L1, and a strip of more than kAliasedRows of them falls out
-// of it before the next six rows of the left one want it again. Such a strip, of at most kPacked rows, is copied first. Measured under AVX2 alone, and done there alone.
-constexpr int64_t kAliased = 1024, kAliasedRows = 32, kPacked = 256;
+// of it before the next six rows of the left one want it again. kStrips strips of at most kPacked rows are copied first, so that whole lines of each row are read
+// together: where the right operand is rows of x (grouped_gram), which are read once. Measured under AVX2 alone, and done there alone.
+constexpr int64_t kAliased = 1024, kAliasedRows = 32, kPacked = 256, kStrips = 4;
 
 // Sum of the lanes, by halves.
 template <class E, int W>
@@ -184,20 +185,26 @@ HETLORA_INLINE void outer_columns(const E* left, int64_t left_row, int64_t left_
 template <class E, int W, int JMax>
 HETLORA_INLINE void outer(const E* left, int64_t left_row, int64_t left_step, const E* right, int64_t ld_right, int64_t depth, int64_t rows, int64_t columns,
                           E* out, int64_t ld_out, bool add) {
+    constexpr int kStrip = W * JMax;
     constexpr bool packs = W * sizeof(E) == 32;
-    alignas(64) E packed[packs ? kPacked * W * JMax : 1];
-    const bool packed_here =
-        packs && ld_right * static_cast<int64_t>(sizeof(E)) % kAliased == 0 && depth > kAliasedRows && depth <= kPacked && rows >= 2 * kTileRows;
+    alignas(64) E packed[packs ? kPacked * kStrip * kStrips : 1];
+    const bool aliased = left_row == 1 && ld_right * static_cast<int64_t>(sizeof(E)) % kAliased == 0 && depth > kAliasedRows && depth <= kPacked;
     int64_t c = 0;
-    for (; c + W * JMax <= columns; c += W * JMax) {
-        const E* strip = right + c;
-        if (packed_here) {
+    if (packs && aliased && rows >= 2 * kTileRows) {
+        for (; c + kStrip <= columns;) {
+            const int64_t strips = std::min<int64_t>(kStrips, (columns - c) / kStrip);
             for (int64_t d = 0; d < depth; ++d) {
-                std::memcpy(packed + d * W * JMax, strip + d * ld_right, W * JMax * sizeof(E));
+                for (int64_t strip = 0; strip < strips; ++strip) {
+                    std::memcpy(packed + (strip * depth + d) * kStrip, right + d * ld_right + c + strip * kStrip, kStrip * sizeof(E));
+                }
             }
-            strip = packed;
+            for (int64_t strip = 0; strip < strips; ++strip, c += kStrip) {
+                outer_columns<E, W, JMax>(left, left_row, left_step, packed + strip * depth * kStrip, kStrip, depth, rows, out + c, ld_out, add);
+            }
         }
-        outer_columns<E, W, JMax>(left, left_row, left_step, strip, packed_here ? W * JMax : ld_right, depth, rows, out + c, ld_out, add);
+    }
+    for (; c + kStrip <= columns; c += kStrip) {
+        outer_columns<E, W, JMax>(left, left_row, left_step, right + c, ld_right, depth, rows, out + c, ld_out, add);
     }
     for (; c + W <= columns; c += W) {
         outer_columns<E, W, 1>(left, left_row, left_step, right + c, ld_right, depth, rows, out + c, ld_out, add);
