@@ -36,6 +36,13 @@ class GroupedOptions(click.Command):
             formatter.write_dl([(name, METHODS[name].text) for name in shown])
 
 
+class _Tokens(click.ParamType):
+    name = "integer or auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return 0 if value == "auto" else click.INT.convert(value, param, ctx)
+
+
 class _ConfigOption(click.Option):
     """One field of `Config` on the command line; None when it was not given."""
 
@@ -50,9 +57,8 @@ class _ConfigOption(click.Option):
             shown = str(field.default)
             choice = click.Choice([str(v) for v in typing.get_args(kind)]) if typing.get_origin(kind) is typing.Literal else kind
         wide = isinstance(choice, click.Choice) and len(f"  {flag} [{'|'.join(choice.choices)}]") > _WIDTH
+        choice = _Tokens() if name == "max_tokens_per_step" else choice
         metavar = "NAME" if wide else None  # a list wider than a terminal breaks inside a name; the description has all
-        if name == "max_tokens_per_step":
-            choice, metavar = str, "INTEGER|auto"  # `Config` reads it
         super().__init__([flag, name], type=choice, default=None, metavar=metavar, help=f"{field.description} [default: {shown}]", hidden=hidden)
 
 
