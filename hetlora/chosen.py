@@ -93,7 +93,7 @@ def train_chosen(work: Work) -> Trained:
         bytes_down=[whole.num_bytes(k) for k in everyone],
         bytes_up=[uploads.num_bytes(i) for i in range(len(arrived))],
         parameters=sum(numbers),
-        beside=state.bank.truncate([state.r_max]),
+        beside=state.bank.truncate([state.r_max]) if cfg.save_clients else None,
         rows=sent,
     )
 

@@ -252,7 +252,7 @@ def train_fold(work: Work) -> Trained:
         bytes_down=[down.num_bytes] * len(results),
         bytes_up=[numbers[k] * fresh.dtype.itemsize for k in arrived],
         parameters=sum(numbers),
-        beside=down.bank.truncate([state.r_max]),
+        beside=down.bank.truncate([state.r_max]) if cfg.save_clients else None,
     )
 
 

@@ -112,7 +112,10 @@ HETLORA_INLINE double* products(const typename P::Element* x, const typename P::
         if (triangle && ahead != 0) {
             HETLORA_UNROLL
             for (int i = 0; i < I; ++i) {
-                __builtin_prefetch(x + i * ld + c + ahead, 0, 2);
+                HETLORA_UNROLL
+                for (int line = 0; line < static_cast<int>(P::kStep * sizeof(typename P::Element) / kLine); ++line) {
+                    __builtin_prefetch(x + i * ld + c + ahead + line * (kLine / sizeof(typename P::Element)), 0, 2);
+                }
             }
         }
         HETLORA_UNROLL

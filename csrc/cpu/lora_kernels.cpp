@@ -5,6 +5,7 @@
 // both do at least two multiply-adds a load.
 #include "lora_kernels.h"
 
+#include <algorithm>
 #include <type_traits>
 
 #include "philox.h"
@@ -19,8 +20,8 @@ constexpr int64_t kChain = 64;
 
 // Rows of the right operand of `outer` that lie a multiple of kAliased bytes apart share a few sets of L1, and a strip of more than kAliasedRows of them falls out
 // of it before the next six rows of the left one want it again. kStrips strips of at most kPacked rows are copied first, so that whole lines of each row are read
-// together: where the right operand is rows of x (grouped_gram), which are read once. Measured under AVX2 alone, and done there alone.
-constexpr int64_t kAliased = 1024, kAliasedRows = 32, kPacked = 256, kStrips = 4;
+// together: where the right operand is rows of x (grouped_gram) or a panel made of them, which are read once. Measured under AVX2 alone, and done there alone.
+constexpr int64_t kAliased = 1024, kAliasedRows = 32, kPacked = 64, kStrips = 4;
 
 // Sum of the lanes, by halves.
 template <class E, int W>
@@ -50,7 +51,7 @@ HETLORA_INLINE typename VectorOf<E, W>::type leading(const E* from, int64_t n) {
 // Keeps an operand of J multiply-adds in its register. GCC reads one of two from memory each time: 14 loads for 12 of them under AVX2, which are two a clock.
 template <class E, int W, int J>
 HETLORA_INLINE void hold(typename VectorOf<E, W>::type& operand) {
-#if defined(HETLORA_X86)
+#if defined(HETLORA_X86) && !defined(__clang__)
     if constexpr (W * sizeof(E) == 32 && J > 1) {
         __asm__("" : "+x"(operand));
     }
@@ -190,16 +191,18 @@ HETLORA_INLINE void outer(const E* left, int64_t left_row, int64_t left_step, co
     alignas(64) E packed[packs ? kPacked * kStrip * kStrips : 1];
     const bool aliased = left_row == 1 && ld_right * static_cast<int64_t>(sizeof(E)) % kAliased == 0 && depth > kAliasedRows && depth <= kPacked;
     int64_t c = 0;
-    if (packs && aliased && rows >= 2 * kTileRows) {
-        for (; c + kStrip <= columns;) {
-            const int64_t strips = std::min<int64_t>(kStrips, (columns - c) / kStrip);
-            for (int64_t d = 0; d < depth; ++d) {
-                for (int64_t strip = 0; strip < strips; ++strip) {
-                    std::memcpy(packed + (strip * depth + d) * kStrip, right + d * ld_right + c + strip * kStrip, kStrip * sizeof(E));
+    if constexpr (packs) {
+        if (aliased && rows >= 2 * kTileRows) {
+            for (; c + kStrip <= columns;) {
+                const int64_t strips = std::min<int64_t>(kStrips, (columns - c) / kStrip);
+                for (int64_t d = 0; d < depth; ++d) {
+                    for (int64_t strip = 0; strip < strips; ++strip) {
+                        std::memcpy(packed + (strip * depth + d) * kStrip, right + d * ld_right + c + strip * kStrip, kStrip * sizeof(E));
+                    }
                 }
-            }
-            for (int64_t strip = 0; strip < strips; ++strip, c += kStrip) {
-                outer_columns<E, W, JMax>(left, left_row, left_step, packed + strip * depth * kStrip, kStrip, depth, rows, out + c, ld_out, add);
+                for (int64_t strip = 0; strip < strips; ++strip, c += kStrip) {
+                    outer_columns<E, W, JMax>(left, left_row, left_step, packed + strip * depth * kStrip, kStrip, depth, rows, out + c, ld_out, add);
+                }
             }
         }
     }

@@ -69,7 +69,7 @@ class Exchange(Protocol):
     def trained(
         self, cfg: Config, state: ServerState, names: Sequence[str], number: int, replies: Sequence[Reply | None], uploads: list[hk.AdapterBank]
     ) -> dict[str, Any]:
-        """The fields of `Trained` that depend on the kind: uploads, received, adapters, parameters. Empties `uploads`, which are as much memory again."""
+        """The fields of `Trained` that depend on the kind: uploads, received, beside, parameters. Empties `uploads`, which are as much memory again."""
         ...
 
 
@@ -194,7 +194,7 @@ class FoldedRows:
         return {
             "uploads": together,
             "received": fresh.select(arrived),
-            "beside": down.truncate([state.r_max]),
+            "beside": down.truncate([state.r_max]) if cfg.save_clients else None,
             "parameters": sum(rank * m for layout, m in widths for rank in layout.ranks),
         }
 

@@ -82,7 +82,8 @@ def test_a_way_has_a_number():
 def test_torch_itself_says_which_type_it_multiplies_fast(dtype):
     """Then the product has the bits of F.linear. Else a large call has those of the widened way, of its own accord."""
     layer = make_layer([0], [-1] * 40, 3000, 700)
-    layer.x[:, 1500:], layer.weight[:, 1500:], layer.bias = -layer.x[:, :1500], layer.weight[:, :1500], None  # sums of zero: what is left is an order's rounding
+    # Sums of zero: what is left is the rounding of each order.
+    layer.x[:, 1500:], layer.weight[:, 1500:], layer.bias = -layer.x[:, :1500], layer.weight[:, :1500], None
     leaves = leaf_tensors(layer, dtype, None, "cpu")
     own = run_fused(layer, dtype)["y"]
     with going(WIDENED):

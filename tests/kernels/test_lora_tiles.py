@@ -100,6 +100,17 @@ def test_s_of_bfloat16_pairs_over_steps_and_parts(n, device):
     assert_exact({"s": got}, {"s": s})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_a_multiple_of_1024_bytes_apart_have_the_bits_of_any_others(dtype, backend, device):
+    """They share sets of L1, and strips of them are copied first (csrc/cpu/lora_kernels.cpp)."""
+    if backend == "reference":
+        pytest.skip("the reference's products are the framework's")
+    draw, length, rank = drawn(0), 40, 13
+    s, x = torch.randn(length * rank, generator=draw).to(device, dtype), torch.randn(length, 1032, generator=draw).to(device, dtype)
+    aliased, apart = (_library.call("grouped_gram")(s, x[:, :n].contiguous(), None, None, None, [rank], [0], [length], 0.0, dtype) for n in (1024, 1032))
+    assert same_bits(aliased, apart[:, :1024].contiguous())
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 3.4e38, 2.0**-100])
 def test_numbers_at_the_ends_of_float32_in_a_factor_of_large_rank(value, device):
     """As S = x A^T has them, of which one element is this one times 1."""
