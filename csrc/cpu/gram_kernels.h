@@ -11,8 +11,8 @@ namespace hetlora {
 constexpr int64_t kLine = 64;  // bytes of a cache line
 constexpr int kLanes = 16;     // columns a panel is a multiple of, whatever the instruction set; 32 for bfloat16
 
-// What is fetched from memory while tiles are multiplied: so many lines a step from `at` on, as long as it is before `end`. Units lie one after another, so
-// a unit that is all arithmetic fetches for the next ones, which are all memory.
+// What is fetched from memory while tiles are multiplied: lines from `at` on, as long as it is before `end`. Units lie one after another, so a unit that is all
+// arithmetic fetches for the next ones, which are all memory.
 struct Stream {
     const char *at, *end;
 };

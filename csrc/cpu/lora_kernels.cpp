@@ -48,7 +48,8 @@ HETLORA_INLINE typename VectorOf<E, W>::type leading(const E* from, int64_t n) {
     return v;
 }
 
-// Keeps an operand of J multiply-adds in its register. GCC reads one of two from memory each time: 14 loads for 12 of them under AVX2, which are two a clock.
+// Keeps an operand of J multiply-adds in its register. Where J is 2, GCC reads it from memory each time: under AVX2 14 loads for 12 multiply-adds, and there are two
+// loads a clock. clang would refuse the constraint in a function without AVX.
 template <class E, int W, int J>
 HETLORA_INLINE void hold(typename VectorOf<E, W>::type& operand) {
 #if defined(HETLORA_X86) && !defined(__clang__)
