@@ -1,8 +1,8 @@
 // shrink, expand_, grouped_gram: the products of the multi-rank LoRA layer, client by client.
 //
 // shrink, S_k = scale_k drop(x_k) A_k^T: a task is kRows rows of one client; A_k stays in L2 while x passes once.
-// expand_, out_k += S_k B_k: the same rows; out is read and written once. Three cases make the product of kRows rows and kColumns columns in a buffer first,
-// and then add it to out: dropout (as in the pass of dx), rows gathered through an index, and an out that is not in the type of the arithmetic.
+// expand_, out_k += S_k B_k: the same rows, or up to kMostRows; out is read and written once. Three cases make the product of kRows rows and kColumns columns in
+// a buffer first, and then add it to out: dropout (as in the pass of dx), rows gathered through an index, and an out that is not in the type of the arithmetic.
 // grouped_gram, S_k^T drop(x_k): a task owns a span of columns of one client's result. It walks the client's rows in chunks of kChunk. A chunk's sums are made
 // in registers and added to the result in order, so there are no planes and no atomics. Its span depends on the number of threads, an element's sum does not.
 // Dropout is regenerated while a panel is made. bfloat16 and float16 are converted panel by panel, which the products repay from rank 4 on.
@@ -13,7 +13,7 @@
 
 namespace hetlora {
 
-constexpr int64_t kRows = 24, kColumns = 512, kChunk = 64, kSpan = 64;
+constexpr int64_t kRows = 24, kMostRows = 96, kColumns = 512, kChunk = 64, kSpan = 64;
 
 Layer::Layer(const Tensor& x_tensor, const MaybeTensor& weight, const Tensor& a_tensor, const Tensor& bt_tensor, const Tensor& scales, const MaybeTensor& seeds,
              const MaybeTensor& row_keys, const MaybeTensor& index, const Integers& segments, double dropout, bool transposed)
@@ -84,14 +84,14 @@ struct Block {
     int64_t t, rows;
 };
 
-// Of the clients whose products are not made `elsewhere(rank)`.
+// Blocks of at most so many rows, of the clients whose products are not made `elsewhere(rank)`.
 template <class Elsewhere>
-std::vector<Block> row_blocks(const RowWalk& walk, const Elsewhere& elsewhere) {
+std::vector<Block> row_blocks(const RowWalk& walk, int64_t most, const Elsewhere& elsewhere) {
     std::vector<Block> out;
-    out.reserve(static_cast<size_t>(walk.active_rows / kRows) + walk.segments.size());
+    out.reserve(static_cast<size_t>(walk.active_rows / most) + walk.segments.size());
     for (const Segment& segment : walk.segments) {
-        for (int64_t t = elsewhere(segment.rank) ? segment.length : 0; t < segment.length; t += kRows) {
-            out.push_back({&segment, t, std::min(kRows, segment.length - t)});
+        for (int64_t t = elsewhere(segment.rank) ? segment.length : 0; t < segment.length; t += most) {
+            out.push_back({&segment, t, std::min(most, segment.length - t)});
         }
     }
     return out;
@@ -99,7 +99,7 @@ std::vector<Block> row_blocks(const RowWalk& walk, const Elsewhere& elsewhere) {
 
 template <class E>
 void shrink_as(const RowWalk& walk, const Matrix& x, const Matrix& factor, const std::vector<double>& scale, E* out) {
-    const std::vector<Block> blocks = row_blocks(walk, [&](int64_t rank) { return on_tiles(x.type, rank) || by_pairs(x.type, factor.type, rank); });
+    const std::vector<Block> blocks = row_blocks(walk, kRows, [&](int64_t rank) { return on_tiles(x.type, rank) || by_pairs(x.type, factor.type, rank); });
     if (blocks.empty()) {
         return;
     }
@@ -117,16 +117,23 @@ void shrink_as(const RowWalk& walk, const Matrix& x, const Matrix& factor, const
     });
 }
 
+// Rows of a block where copying the factor's strips repays with each of them: as many as leave every thread two blocks.
+int64_t long_block(const RowWalk& walk) {
+    const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads()), share = threads == 1 ? kMostRows : walk.active_rows / (2 * threads);
+    return std::clamp(share / kRows * kRows, kRows, kMostRows);
+}
+
 template <class E>
 void expand_as(const RowWalk& walk, const Matrix& out, Type s_type, const void* s, const Matrix& factor, bool rounded) {
-    const std::vector<Block> blocks = row_blocks(walk, [&](int64_t rank) { return on_tiles(out.type, rank) || is_rounded(rounded, rank); });
+    const LoraKernels<E>& kernels = lora_kernels<E>();
+    const bool direct = out.type == type_for<E>() && !walk.gathers() && !walk.drops();
+    const std::vector<Block> blocks = row_blocks(walk, direct && kernels.copies ? long_block(walk) : kRows,
+                                                 [&](int64_t rank) { return on_tiles(out.type, rank) || is_rounded(rounded, rank); });
     if (blocks.empty()) {
         return;
     }
     const Operand<E> rows(factor.type, factor.data, factor.rows * factor.width), shrunk(s_type, s, walk.flat);
-    const LoraKernels<E>& kernels = lora_kernels<E>();
     const int64_t count = static_cast<int64_t>(blocks.size()), m = out.width, parts = part_count(count, 2 * walk.active_rows * m * size_of(out.type));
-    const bool direct = out.type == type_for<E>() && !walk.gathers() && !walk.drops();
     std::vector<E> products(static_cast<size_t>(direct ? 0 : parts * kRows * kColumns));
     for_tasks(parts, count, [&](int64_t part, int64_t b) {
         const auto [segment, t, height] = blocks[b];
@@ -196,8 +203,8 @@ void shrink(const RowWalk& walk, const Matrix& x, const Matrix& rows, const std:
     if (any_on_tiles(walk, x.type)) {
         shrink_on_tiles(walk, x, rows, scale, static_cast<float*>(out));
     }
-    if (any_by_pairs(walk, x.type, rows.type)) {
-        shrink_by_pairs(walk, x, rows, scale, static_cast<float*>(out), rounded ? kRoundedRank : INT64_MAX);
+    if (!rounded && any_by_pairs(walk, x.type, rows.type)) {
+        shrink_by_pairs(walk, x, rows, scale, static_cast<float*>(out));
     }
 }
 

@@ -19,9 +19,11 @@ constexpr int kTileRows = 6;
 constexpr int64_t kChain = 64;
 
 // Rows of the right operand of `outer` that lie a multiple of kAliased bytes apart share a few sets of L1, and a strip of more than kAliasedRows of them falls out
-// of it before the next six rows of the left one want it again. kStrips strips of at most kPacked rows are copied first, so that whole lines of each row are read
-// together: where the right operand is rows of x (grouped_gram) or a panel made of them, which are read once. Measured under AVX2 alone, and done there alone.
-constexpr int64_t kAliased = 1024, kAliasedRows = 32, kPacked = 64, kStrips = 4;
+// of it before the next six rows of the left one want it again. Up to kStrips strips, kCopied bytes at most, are copied first, so that whole lines of each row are
+// read together. Measured under AVX2 alone, and done there alone.
+constexpr int64_t kAliased = 1024, kAliasedRows = 32, kCopied = 65536, kStrips = 4;
+template <class E, int W>
+constexpr bool kCopies = W * sizeof(E) == 32;
 
 // Sum of the lanes, by halves.
 template <class E, int W>
@@ -188,21 +190,22 @@ template <class E, int W, int JMax>
 HETLORA_INLINE void outer(const E* left, int64_t left_row, int64_t left_step, const E* right, int64_t ld_right, int64_t depth, int64_t rows, int64_t columns,
                           E* out, int64_t ld_out, bool add) {
     constexpr int kStrip = W * JMax;
-    constexpr bool packs = W * sizeof(E) == 32;
-    alignas(64) E packed[packs ? kPacked * kStrip * kStrips : 1];
-    const bool aliased = left_row == 1 && ld_right * static_cast<int64_t>(sizeof(E)) % kAliased == 0 && depth > kAliasedRows && depth <= kPacked;
+    constexpr bool copies = kCopies<E, W>;
+    constexpr int64_t kMost = kCopied / (kStrip * sizeof(E));
+    alignas(64) E copied[copies ? kMost * kStrip : 1];
+    const bool aliased = ld_right * static_cast<int64_t>(sizeof(E)) % kAliased == 0 && depth > kAliasedRows && depth <= kMost;
     int64_t c = 0;
-    if constexpr (packs) {
+    if constexpr (copies) {
         if (aliased && rows >= 2 * kTileRows) {
             for (; c + kStrip <= columns;) {
-                const int64_t strips = std::min<int64_t>(kStrips, (columns - c) / kStrip);
+                const int64_t strips = std::min<int64_t>({kStrips, kMost / depth, (columns - c) / kStrip});
                 for (int64_t d = 0; d < depth; ++d) {
                     for (int64_t strip = 0; strip < strips; ++strip) {
-                        std::memcpy(packed + (strip * depth + d) * kStrip, right + d * ld_right + c + strip * kStrip, kStrip * sizeof(E));
+                        std::memcpy(copied + (strip * depth + d) * kStrip, right + d * ld_right + c + strip * kStrip, kStrip * sizeof(E));
                     }
                 }
                 for (int64_t strip = 0; strip < strips; ++strip, c += kStrip) {
-                    outer_columns<E, W, JMax>(left, left_row, left_step, packed + strip * depth * kStrip, kStrip, depth, rows, out + c, ld_out, add);
+                    outer_columns<E, W, JMax>(left, left_row, left_step, copied + strip * depth * kStrip, kStrip, depth, rows, out + c, ld_out, add);
                 }
             }
         }
@@ -240,7 +243,7 @@ HETLORA_INLINE void drop(const DropRow& row, const E* x, int64_t n, E inverse, E
         outer<E, W, JMax>(left, left_row, left_step, right, ld_right, depth, rows, columns, out, ld_out, add);                                              \
     }                                                                                                                                                       \
     target void drop_##suffix(const DropRow& row, const E* x, int64_t n, E inverse, E* out) { DROP(row, x, n, inverse, out); }                              \
-    constexpr LoraKernels<E> kernels_##suffix = {dots_##suffix, outer_##suffix, drop_##suffix};
+    constexpr LoraKernels<E> kernels_##suffix = {dots_##suffix, outer_##suffix, drop_##suffix, kCopies<E, W>};
 
 HETLORA_LORA(base_float, float, , 4, 2, drop)
 HETLORA_LORA(base_double, double, , 2, 2, drop)

@@ -23,6 +23,7 @@ struct LoraKernels {
                   int64_t ld_out, bool add);
     // out[j] = x[j] * inverse where kept, else 0, for n columns; out may be x
     void (*drop)(const DropRow& row, const E* x, int64_t n, E inverse, E* out);
+    bool copies;  // `outer` copies strips of `right` whose rows alias in L1: the more rows a call has, the better
 };
 
 template <class E>

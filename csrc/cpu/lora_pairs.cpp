@@ -127,10 +127,10 @@ bool by_pairs(Type rows, Type factor, int64_t rank) {
     return usable && rows == Type::bf16 && factor == Type::bf16 && rank >= kPairedRank && !on_tiles(rows, rank);
 }
 
-void shrink_by_pairs(const RowWalk& walk, const Matrix& x, const Matrix& factor, const std::vector<double>& scale, float* out, int64_t below) {
+void shrink_by_pairs(const RowWalk& walk, const Matrix& x, const Matrix& factor, const std::vector<double>& scale, float* out) {
     std::vector<Block> blocks;
     for (const Segment& segment : walk.segments) {
-        for (int64_t t = segment.rank < below && by_pairs(x.type, factor.type, segment.rank) ? 0 : segment.length; t < segment.length; t += kRows) {
+        for (int64_t t = by_pairs(x.type, factor.type, segment.rank) ? 0 : segment.length; t < segment.length; t += kRows) {
             blocks.push_back({&segment, t});
         }
     }
@@ -159,7 +159,7 @@ void shrink_by_pairs(const RowWalk& walk, const Matrix& x, const Matrix& factor,
 
 void mask_row(const DropRow&, const uint16_t*, int64_t, uint16_t*) {}
 bool by_pairs(Type, Type, int64_t) { return false; }
-void shrink_by_pairs(const RowWalk&, const Matrix&, const Matrix&, const std::vector<double>&, float*, int64_t) {}
+void shrink_by_pairs(const RowWalk&, const Matrix&, const Matrix&, const std::vector<double>&, float*) {}
 
 #endif
 

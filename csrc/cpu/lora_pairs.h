@@ -16,8 +16,8 @@ inline bool any_by_pairs(const RowWalk& walk, Type rows, Type factor) {
     return std::any_of(walk.segments.begin(), walk.segments.end(), [&](const Segment& segment) { return by_pairs(rows, factor, segment.rank); });
 }
 
-// shrink for these clients, if their rank is `below`; the others are left as they are.
-void shrink_by_pairs(const RowWalk& walk, const Matrix& x, const Matrix& factor, const std::vector<double>& scale, float* out, int64_t below = INT64_MAX);
+// shrink for these clients; the others are left as they are.
+void shrink_by_pairs(const RowWalk& walk, const Matrix& x, const Matrix& factor, const std::vector<double>& scale, float* out);
 
 // What dropout leaves of a bfloat16 row, not scaled; only where `by_pairs` may be.
 void mask_row(const DropRow& row, const uint16_t* from, int64_t n, uint16_t* to);

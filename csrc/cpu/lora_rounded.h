@@ -1,20 +1,16 @@
-// Products of bfloat16 clients of rank kRoundedRank and more. S and dS are rounded to bfloat16 where they are multiplied, as PEFT rounds them. Every product is
-// one of pairs (AVX512-BF16).
+// Products of clients whose S is made of pairs (lora_pairs.h), where both factors are bfloat16. S and dS are rounded to bfloat16 where they are multiplied, as
+// PEFT rounds them. Every product is one of pairs (AVX512-BF16).
 #pragma once
 
 #include "lora_pairs.h"
 
 namespace hetlora {
 
-// From this rank on a client's S and dS are rounded (docs/kernels-lora.md): below it products with a float32 S are fast enough. It is asked of the client's own
-// rank alone, so that its bits do not depend on the others of the batch.
-constexpr int64_t kRoundedRank = 96;
-
 // Whether a call on these types has such clients: all three are bfloat16, and pairs are used.
-inline bool rounds(Type rows, Type a, Type bt) { return by_pairs(rows, a, kRoundedRank) && by_pairs(rows, bt, kRoundedRank); }
+inline bool rounds(Type rows, Type a, Type bt) { return by_pairs(rows, a, kPairedRank) && by_pairs(rows, bt, kPairedRank); }
 
 // Whether this client is one, in a call that `rounds`.
-inline bool is_rounded(bool rounded, int64_t rank) { return rounded && rank >= kRoundedRank; }
+inline bool is_rounded(bool rounded, int64_t rank) { return rounded && rank >= kPairedRank; }
 
 // shrink of d_y, expand_ and grouped_gram for the rounded clients. Results of other clients stay as they are. b is B as PEFT keeps it, [m, S].
 // `lies_transposed`: the memory of `factor`, or of its gradient `out`, is that of its transpose.

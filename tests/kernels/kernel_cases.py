@@ -20,7 +20,7 @@ from hetlora_kernels.reference import compute_dtype, operand_dtype
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MIXED_RANKS = [4, 0, 1, 64, 3, 7, 8, 128, 16, 24]
 MIXED_LENGTHS = [5, 3, 0, 17, 1, 33, 2, 9, 1, 65]  # empty, one token, 2^k + 1 tokens, rows of a client of rank 0
-ROUNDED_RANK = 96  # csrc/cpu/lora_rounded.h
+ROUNDED_RANK = 32  # kPairedRank of csrc/cpu/lora_pairs.h
 _WORD = 0xFFFFFFFF
 
 
@@ -214,7 +214,7 @@ def estimated(layer: Layer, dtype: torch.dtype, device: torch.device | str = "cp
         if not rank or not len(rows):
             continue
         own_a, own_bt, own, d_y = a[end - rank : end], bt[end - rank : end], x[rows], grad[rows]
-        # As in PEFT, S and dS may be rounded to bfloat16 where the rank is large and rows and both factors are bfloat16: so they are on processors that
+        # As in PEFT, S and dS may be rounded to bfloat16 from rank 32 on, where rows and both factors are bfloat16: so they are on processors that
         # multiply pairs of such numbers (docs/kernels-lora.md). Factors in float32 have numbers that bfloat16 has not.
         in_bfloat16 = dtype == torch.bfloat16 and all(torch.equal(t, t.to(dtype).double()) for t in (layer.a, layer.bt))
         kind = dtype if rank >= ROUNDED_RANK and in_bfloat16 else operand
