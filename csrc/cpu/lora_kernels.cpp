@@ -94,14 +94,26 @@ HETLORA_INLINE void dots_part(const E* x, int64_t ld_x, const E* a, int64_t ld_a
     }
 }
 
+// Zeros, each in its register: `= {}` has GCC fill the array in memory, with an instruction that takes as long as fifty multiply-adds.
+template <class V, int I, int J>
+HETLORA_INLINE void clear(V (&sums)[I][J]) {
+    for (int i = 0; i < I; ++i) {
+        for (int j = 0; j < J; ++j) {
+            sums[i][j] = V{};
+        }
+    }
+}
+
 template <class E, int W, int I, int J>
 HETLORA_INLINE void dots_tile(const E* x, int64_t ld_x, const E* a, int64_t ld_a, int64_t n, E scale, E* out, int64_t ld_out) {
     typedef typename VectorOf<E, W>::type V;
     constexpr int64_t part = kChain * W;
-    V sums[I][J] = {};
+    V sums[I][J];
+    clear<V, I, J>(sums);
     dots_part<E, W, I, J>(x, ld_x, a, ld_a, n < part ? n : part, sums);
     for (int64_t c = part; c < n; c += part) {
-        V more[I][J] = {};
+        V more[I][J];
+        clear<V, I, J>(more);
         dots_part<E, W, I, J>(x + c, ld_x, a + c, ld_a, n - c < part ? n - c : part, more);
         for (int i = 0; i < I; ++i) {
             for (int j = 0; j < J; ++j) {
