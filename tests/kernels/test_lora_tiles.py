@@ -111,6 +111,20 @@ def test_rows_a_multiple_of_1024_bytes_apart_have_the_bits_of_any_others(dtype, 
     assert same_bits(aliased, apart[:, :1024].contiguous())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [33, 300, 600, 1030, 2050])  # four strips are copied together, fewer, or none
+def test_rows_of_a_factor_a_multiple_of_1024_bytes_apart_have_the_bits_of_any_others(rank, dtype, backend):
+    if backend != "cpu":
+        pytest.skip("strips are copied by the CPU rung")
+    draw, length = drawn(rank), 100  # more than one block of rows, and a rest
+    s, factor = torch.randn(length * rank, generator=draw, dtype=dtype), torch.randn(rank, 520, generator=draw, dtype=dtype)
+    aliased, apart = torch.randn(length, 512, generator=draw, dtype=dtype), torch.randn(length, 520, generator=draw, dtype=dtype)
+    apart[:, :512] = aliased
+    for out in (aliased, apart):
+        _library.call("expand_")(out, s, factor[:, : out.shape[1]].contiguous(), None, None, None, [rank], [0], [length], 0.0)
+    assert same_bits(aliased, apart[:, :512].contiguous())
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 3.4e38, 2.0**-100])
 def test_numbers_at_the_ends_of_float32_in_a_factor_of_large_rank(value, device):
     """As S = x A^T has them, of which one element is this one times 1."""
