@@ -22,10 +22,10 @@ from hetlora.models import target_shapes
 from hetlora.packing import probe
 from hetlora_kernels.peft import attach, client_segments
 
-WAYS = (PADDED, Batching("sorted"), Batching("packed"))
+BATCHINGS = (PADDED, Batching("sorted"), Batching("packed"))
 MODELS = {
     "small": {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
-    # SmolLM2-135M's shape, a tenth of its vocabulary: the loss of tokens that are padding is not computed on a CPU either way
+    # SmolLM2-135M's shape, a tenth of its vocabulary: the loss of tokens that are padding is not computed on a CPU either
     "smollm2": {"vocab_size": 4915, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3},
 }
 LENGTHS = {"even": (1.0, 1.0), "uniform": (0.05, 1.0), "long tail": (0.0, 0.0)}
@@ -48,30 +48,30 @@ class Case:
     rows: list[tuple[int, int, torch.Tensor]]
     max_tokens: int
 
-    def parts(self, way: Batching) -> list[Batch]:
-        return list(batches(self.rows, self.max_tokens, torch.device("cpu"), way))
+    def parts(self, batching: Batching) -> list[Batch]:
+        return list(batches(self.rows, self.max_tokens, torch.device("cpu"), batching))
 
-    def step(self, way: Batching) -> torch.Tensor:
+    def step(self, batching: Batching) -> torch.Tensor:
         """[gradients, end to end] of one step."""
         for factor in self.bank.parameters():
             factor.grad = None
-        for part in self.parts(way):
+        for part in self.parts(batching):
             with client_segments(self.model, part.owner, sequence_index=part.index, positions=part.positions):
                 token_losses(self.model, part.ids, part.labels, part.owner, self.bank.num_clients, part.positions).sum().backward()
         return torch.cat([factor.grad.flatten() for factor in self.bank.parameters() if factor.grad is not None])
 
-    def padded_share(self, way: Batching) -> float:
-        computed = sum(part.ids.numel() for part in self.parts(way))
+    def padded_share(self, batching: Batching) -> float:
+        computed = sum(part.ids.numel() for part in self.parts(batching))
         return 1 - sum(len(sequence) for _, _, sequence in self.rows) / computed
 
 
 def check(case: Case) -> None:
-    """Relative distance of the gradients: float32 sums in another order, on a way of some hundred products."""
+    """Relative distance of the gradients: float32 sums in another order, over some hundred products."""
     expected = case.step(PADDED)
-    for way in WAYS[1:]:
-        off = float((case.step(way) - expected).norm() / expected.norm())
+    for batching in BATCHINGS[1:]:
+        off = float((case.step(batching) - expected).norm() / expected.norm())
         if not off <= 1e-4:
-            raise SystemExit(f"{way.name}: gradients differ by {off:.1e}; nothing is measured")
+            raise SystemExit(f"{batching.name}: gradients differ by {off:.1e}; nothing is measured")
 
 
 def main() -> None:
@@ -105,14 +105,16 @@ def main() -> None:
         rows = [(*place, torch.randint(words, (length,), generator=draw)) for place, length in zip(places, drawn, strict=True)]
         case = Case(model, bank, rows, chosen.max_tokens)
         check(case)
-        times: dict[str, list[float]] = {way.name: [] for way in WAYS}
+        times: dict[str, list[float]] = {batching.name: [] for batching in BATCHINGS}
         for turn in range(chosen.rounds):
-            for way in WAYS if turn % 2 else reversed(WAYS):
+            for batching in BATCHINGS if turn % 2 else reversed(BATCHINGS):
                 start = time.thread_time()
-                case.step(way)
-                times[way.name].append(time.thread_time() - start)
+                case.step(batching)
+                times[batching.name].append(time.thread_time() - start)
         ratios = statistics.quantiles([two / one for one, two in zip(times["padded"], times["packed"], strict=True)], n=4)
-        cells = [kind, *(f"{100 * case.padded_share(way):.0f} %" for way in WAYS), *(f"{1e3 * statistics.median(times[way.name]):.0f} ms" for way in WAYS)]
+        shares = (f"{100 * case.padded_share(batching):.0f} %" for batching in BATCHINGS)
+        medians = (f"{1e3 * statistics.median(times[batching.name]):.0f} ms" for batching in BATCHINGS)
+        cells = [kind, *shares, *medians]
         print(f"| {' | '.join([*cells, f'{ratios[1]:.2f} ({ratios[0]:.2f} to {ratios[2]:.2f})'])} |", flush=True)
 
 

@@ -52,12 +52,12 @@ def test_rows_hold_every_sequence_once_and_no_more_than_they_have_room_for():
 
 
 @pytest.mark.parametrize("max_tokens", [1, 24, 10_000])
-@pytest.mark.parametrize("way", [PACKED, Batching("packed", one_row=True), Batching("sorted"), Batching("padded")], ids=str)
-def test_every_token_of_a_step_is_in_one_batch_with_its_client_and_its_label(way, max_tokens):
+@pytest.mark.parametrize("batching", [PACKED, Batching("packed", one_row=True), Batching("sorted"), Batching("padded")], ids=str)
+def test_every_token_of_a_step_is_in_one_batch_with_its_client_and_its_label(batching, max_tokens):
     rows = [(k % 3, k // 3, sequence) for k, sequence in enumerate(sequences([9, 4, 2, 12, 7, 5, 3]))]
     rows[4] = (1, 1, torch.where(torch.arange(7) < 3, ~rows[4][2], rows[4][2]))  # a prompt, not predicted
     found = {}
-    for batch in batches(rows, max_tokens, CPU, way):
+    for batch in batches(rows, max_tokens, CPU, batching):
         assert batch.ids.numel() <= max(max_tokens, 12)
         own = batch if batch.positions is not None else _by_token(batch)
         for client, index, place, token, label in zip(*(t.flatten().tolist() for t in (own.owner, own.index, own.positions, own.ids, own.labels)), strict=True):
@@ -192,8 +192,8 @@ def shapes_of(model):
 @pytest.mark.parametrize("name", CAN)
 def test_a_model_that_keeps_packed_sequences_apart_packs(name):
     model = CAN[name]()
-    way = probe(model, shapes_of(model), 32)
-    assert way.name == "packed", way.reason
+    batching = probe(model, shapes_of(model), 32)
+    assert batching.name == "packed", batching.reason
     assert all(parameter.requires_grad for parameter in model.parameters()), "the probe gives the model back as it was"
 
 
@@ -201,8 +201,8 @@ def test_a_model_that_keeps_packed_sequences_apart_packs(name):
 def test_a_model_that_does_not_show_it_takes_sorted_padding(name):
     make, reason = CANNOT[name]
     model = make()
-    way = probe(model, shapes_of(model), 32)
-    assert way.name == "sorted" and way.reason.startswith(reason), way.reason
+    batching = probe(model, shapes_of(model), 32)
+    assert batching.name == "sorted" and batching.reason.startswith(reason), batching.reason
 
 
 def test_a_model_whose_mask_alone_is_lost_is_refused(monkeypatch):
@@ -216,11 +216,11 @@ def test_on_is_an_error_for_a_model_that_cannot_and_auto_sorts(tmp_path):
     model = CANNOT["ALiBi"][0]()
     with pytest.raises(ConfigError, match=r"padding_free = 'on': BloomForCausalLM mixes packed sequences: .*; use 'auto'"):
         batching_of(model, tiny_config(tmp_path, padding_free="on"))
-    way = batching_of(model, tiny_config(tmp_path, padding_free="auto"))
+    batching = batching_of(model, tiny_config(tmp_path, padding_free="auto"))
     rows = [(0, i, sequence) for i, sequence in enumerate(sequences([3, 9, 4, 8, 5]))]
-    assert [tuple(part.ids.shape) for part in batches(rows, 18, CPU, way)] == [(2, 9), (3, 5)]
+    assert [tuple(part.ids.shape) for part in batches(rows, 18, CPU, batching)] == [(2, 9), (3, 5)]
     assert [tuple(part.ids.shape) for part in batches(rows, 18, CPU)] == [(2, 9), (2, 8), (1, 5)]
-    assert [part.index.tolist() for part in batches(rows, 1000, CPU, way)] == [[0, 1, 2, 3, 4]], "one batch needs no order"
+    assert [part.index.tolist() for part in batches(rows, 1000, CPU, batching)] == [[0, 1, 2, 3, 4]], "one batch needs no order"
 
 
 def test_sorted_batches_train_the_same(tmp_path):
