@@ -155,12 +155,11 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& d_y_given, const 
     // Uninitialised: a vector would be filled with zeros first.
     const std::unique_ptr<char[]> room(need_x || need_a ? new char[static_cast<size_t>(layer.walk.flat * size_of(s_type))] : nullptr);
     const Shrunk d_s{s_type, room.get(), layer.walk.flat};
-    const bool from_b = layer.rounded && layer.lies_transposed;  // dS of clients whose S is rounded from B as it lies
-    if (room && (layer.others || !from_b)) {
-        shrink(without, d_out, Matrix("bt", layer.rank_rows()), layer.scale, room.get(), from_b);
+    if (room && layer.others) {
+        shrink(without, d_out, Matrix("bt", layer.rank_rows()), layer.scale, room.get(), layer.rounded);
     }
-    if (room && from_b) {
-        shrink_rounded(without, d_out, layer.bt, layer.scale, reinterpret_cast<float*>(room.get()));
+    if (room && layer.rounded) {
+        shrink_rounded(without, d_out, layer.bt, layer.lies_transposed, layer.scale, reinterpret_cast<float*>(room.get()));
     }
     if (need_x) {
         if (layer.others) {

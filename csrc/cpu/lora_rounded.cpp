@@ -175,19 +175,32 @@ int64_t halves(int64_t n) { return (n + 1) / 2; }
 
 }  // namespace
 
-// B's rows are paired once; a task is kRows rows of d_y where they lie, multiplied by a strip of ranks in parts of kChunk columns.
-void shrink_rounded(const RowWalk& walk, const Matrix& d_y, const Matrix& b, const std::vector<double>& scale, float* out) {
+// The factor is paired once; a task is kRows rows of d_y where they lie, multiplied by a strip of ranks in parts of kChunk columns.
+void shrink_rounded(const RowWalk& walk, const Matrix& d_y, const Matrix& factor, bool lies_transposed, const std::vector<double>& scale, float* out) {
     const std::vector<Segment> segments = rounded_segments(walk);
     const int64_t m = d_y.width, depth = halves(m), bytes = walk.active_rows * m * size_of(d_y.type);
+    if (m == 0) {
+        for (const Segment& segment : segments) {
+            std::fill_n(out + segment.flat, segment.length * segment.rank, 0.0f);
+        }
+        return;
+    }
     const auto size = [&](const Segment& segment) { return (segment.rank + kStrip - 1) / kStrip * kStrip * depth; };
     const Work packing(segments, kStrip, [](const Segment& segment) { return segment.rank; }, size);
     const Aligned<uint32_t> right(packing.room);
-    for_tasks(part_count(packing.count(), bytes), packing.count(), [&](int64_t, int64_t task) {
+    const int64_t packers = part_count(packing.count(), bytes), copy_size = lies_transposed ? 0 : kStrip * depth;
+    const Aligned<uint32_t> copies(packers * copy_size);
+    for_tasks(packers, packing.count(), [&](int64_t part, int64_t task) {
         const auto [segment, j, place] = packing.pieces[static_cast<size_t>(task)];
-        const uint16_t* from = numbers(b, segment->row + j);
+        uint32_t* to = right.data() + place + j * depth;
+        if (!lies_transposed) {
+            pair_transposed(numbers(factor, (segment->row + j) * m), m, segment->rank - j, m, copies.data() + part * copy_size, to);
+            return;
+        }
+        const uint16_t* from = numbers(factor, segment->row + j);
         for (int64_t c = 0; c < m; c += 2) {
-            const uint16_t* even = from + c * b.width;
-            pair_rows(even, c + 1 < m ? even + b.width : nullptr, segment->rank - j, right.data() + place + j * depth + c / 2 * kStrip);
+            const uint16_t* even = from + c * factor.width;
+            pair_rows(even, c + 1 < m ? even + factor.width : nullptr, segment->rank - j, to + c / 2 * kStrip);
         }
     });
     const Work blocks(segments, kRows, [](const Segment& segment) { return segment.length; }, size);
@@ -348,7 +361,7 @@ void gram_rounded(const RowWalk& walk, const Matrix& x, const float* s, bool lie
 
 #else
 
-void shrink_rounded(const RowWalk&, const Matrix&, const Matrix&, const std::vector<double>&, float*) {}
+void shrink_rounded(const RowWalk&, const Matrix&, const Matrix&, bool, const std::vector<double>&, float*) {}
 void expand_rounded(const RowWalk&, const Matrix&, const float*, const Matrix&, bool) {}
 void gram_rounded(const RowWalk&, const Matrix&, const float*, bool, const Tensor&) {}
 

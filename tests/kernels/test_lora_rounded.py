@@ -47,6 +47,17 @@ def test_exact(p, shuffled, transposed, ranks, device):
     assert_exact(run(layer, transposed, device), estimated(layer, BF16, device))
 
 
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("ranks", [RANKS, [33, 128], [64, 128]])
+def test_no_bit_depends_on_how_b_lies(p, shuffled, ranks, backend, device):
+    if backend == "reference":
+        pytest.skip("the reference's products are the framework's")
+    layer = layer_of(p, shuffled, ranks)
+    rows, columns = (run(layer, transposed, device) for transposed in (False, True))
+    assert all(same_bits(rows[name], columns[name]) for name in ("y", "d_x", "d_a", "d_bt"))
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_no_bit_depends_on_threads_or_on_the_others_of_the_batch(p, transposed, backend, device):
@@ -95,6 +106,16 @@ def test_from_which_rank_and_in_which_types(rank, a_type, bt_type, may_round, de
     y = hk.lora_add(torch.zeros(2, 3, device=device), x, a, bt, hk.RankLayout([rank]), hk.Segments.from_lengths([2]))
     assert not y[0].any()
     assert set(y[1].tolist()) in ([{1.0}, {1 + 2.0**-9}] if may_round else [{1 + 2.0**-9}])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_no_outputs_give_no_gradient(transposed, device):
+    x, a = (torch.randn(rows, 48, generator=drawn(rows)).to(device, BF16).requires_grad_() for rows in (20, 40))
+    bt = torch.empty((0, 40) if transposed else (40, 0), device=device, dtype=BF16, requires_grad=True)
+    weight = torch.empty(0, 48, device=device, dtype=BF16)
+    y = hk.lora_linear(x, weight, None, a, bt, hk.RankLayout([40]), hk.Segments.from_lengths([20]), transposed=transposed)
+    y.sum().backward()
+    assert y.shape == (20, 0) and not x.grad.any() and not a.grad.any()
 
 
 @pytest.mark.parametrize("transposed", [False, True])
