@@ -117,7 +117,7 @@ void shrink_as(const RowWalk& walk, const Matrix& x, const Matrix& factor, const
     });
 }
 
-// Rows of a block where copying the factor's strips repays with each of them: as many as leave every thread two blocks.
+// Rows of a block where `outer` copies strips of the factor: each further row repays the copy. Every thread keeps two blocks.
 int64_t long_block(const RowWalk& walk) {
     const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads()), share = threads == 1 ? kMostRows : walk.active_rows / (2 * threads);
     return std::clamp(share / kRows * kRows, kRows, kMostRows);

@@ -94,7 +94,7 @@ HETLORA_INLINE void dots_part(const E* x, int64_t ld_x, const E* a, int64_t ld_a
     }
 }
 
-// Zeros, each in its register: `= {}` has GCC fill the array in memory, with an instruction that takes as long as fifty multiply-adds.
+// Zeros, each in its register: `= {}` has GCC fill the array in memory, by `rep stos`.
 template <class V, int I, int J>
 HETLORA_INLINE void clear(V (&sums)[I][J]) {
     for (int i = 0; i < I; ++i) {
