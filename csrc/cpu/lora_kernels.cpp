@@ -22,6 +22,9 @@ constexpr int64_t kChain = 64;
 // of it before the next six rows of the left one want it again. Up to kStrips strips, kCopied bytes at most, are copied first, so that whole lines of each row are
 // read together. Measured under AVX2 alone, and done there alone.
 constexpr int64_t kAliased = 1024, kAliasedRows = 32, kCopied = 65536, kStrips = 4;
+// Six rows of x and two of the factor, each of kHeldBytes and more, are more than L1 holds: every tile of ranks would read x from L2. From kHeldRanks on the copy
+// of x is repaid.
+constexpr int64_t kHeld = 128, kHeldRanks = 32, kHeldBytes = 5120;
 template <class E, int W>
 constexpr bool kCopies = W * sizeof(E) == 32;
 
@@ -105,6 +108,15 @@ HETLORA_INLINE void clear(V (&sums)[I][J]) {
 }
 
 template <class E, int W, int I, int J>
+HETLORA_INLINE void store_lanes(const typename VectorOf<E, W>::type (&sums)[I][J], E scale, E* out, int64_t ld_out) {
+    for (int i = 0; i < I; ++i) {
+        for (int j = 0; j < J; ++j) {
+            out[i * ld_out + j] = scale * lanes<E, W>(sums[i][j]);
+        }
+    }
+}
+
+template <class E, int W, int I, int J>
 HETLORA_INLINE void dots_tile(const E* x, int64_t ld_x, const E* a, int64_t ld_a, int64_t n, E scale, E* out, int64_t ld_out) {
     typedef typename VectorOf<E, W>::type V;
     constexpr int64_t part = kChain * W;
@@ -121,11 +133,7 @@ HETLORA_INLINE void dots_tile(const E* x, int64_t ld_x, const E* a, int64_t ld_a
             }
         }
     }
-    for (int i = 0; i < I; ++i) {
-        for (int j = 0; j < J; ++j) {
-            out[i * ld_out + j] = scale * lanes<E, W>(sums[i][j]);
-        }
-    }
+    store_lanes<E, W, I, J>(sums, scale, out, ld_out);
 }
 
 template <class E, int W, int I, int JMax>
@@ -144,9 +152,50 @@ HETLORA_INLINE void dots_rows(const E* x, int64_t ld_x, const E* a, int64_t ld_a
     }
 }
 
+// The same for kTileRows long rows and many ranks, with the same bits: the copy of a part of x stays in L1 for up to kHeld ranks, whose sums wait in memory.
+template <class E, int W, int JMax>
+HETLORA_INLINE void dots_held(const E* x, int64_t ld_x, const E* a, int64_t ld_a, int64_t rank, int64_t n, E scale, E* out, int64_t ld_out) {
+    typedef typename VectorOf<E, W>::type V;
+    constexpr int64_t part = kChain * W, whole = kHeld / JMax;
+    alignas(64) E own[kTileRows * part];
+    V sums[whole][kTileRows][JMax];
+    for (int64_t first = 0; first < rank; first += kHeld) {
+        const int64_t tiles = std::min(whole, (rank - first) / JMax);
+        for (int64_t c = 0; c < n; c += part) {
+            const int64_t width = std::min(part, n - c);
+            for (int i = 0; i < kTileRows; ++i) {
+                std::memcpy(own + i * part, x + i * ld_x + c, width * sizeof(E));
+            }
+            for (int64_t tile = 0; tile < tiles; ++tile) {
+                V more[kTileRows][JMax];
+                clear<V, kTileRows, JMax>(more);
+                dots_part<E, W, kTileRows, JMax>(own, part, a + (first + tile * JMax) * ld_a + c, ld_a, width, more);
+                for (int i = 0; i < kTileRows; ++i) {
+                    for (int j = 0; j < JMax; ++j) {
+                        sums[tile][i][j] = c == 0 ? more[i][j] : sums[tile][i][j] + more[i][j];
+                    }
+                }
+            }
+        }
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            store_lanes<E, W, kTileRows, JMax>(sums[tile], scale, out + first + tile * JMax, ld_out);
+        }
+    }
+    for (int64_t j = rank / JMax * JMax; j < rank; ++j) {
+        dots_tile<E, W, kTileRows, 1>(x, ld_x, a + j * ld_a, ld_a, n, scale, out + j, ld_out);
+    }
+}
+
 template <class E, int W, int JMax>
 HETLORA_INLINE void dots(const E* x, int64_t ld_x, int64_t rows, const E* a, int64_t ld_a, int64_t rank, int64_t n, E scale, E* out, int64_t ld_out) {
     int64_t i = 0;
+    if constexpr (kCopies<E, W>) {
+        if (rank >= kHeldRanks && n * static_cast<int64_t>(sizeof(E)) >= kHeldBytes) {
+            for (; i + kTileRows <= rows; i += kTileRows) {
+                dots_held<E, W, JMax>(x + i * ld_x, ld_x, a, ld_a, rank, n, scale, out + i * ld_out, ld_out);
+            }
+        }
+    }
     for (; i + kTileRows <= rows; i += kTileRows) {
         dots_rows<E, W, kTileRows, JMax>(x + i * ld_x, ld_x, a, ld_a, rank, n, scale, out + i * ld_out, ld_out);
     }

@@ -125,6 +125,20 @@ def test_rows_of_a_factor_a_multiple_of_1024_bytes_apart_have_the_bits_of_any_ot
     assert same_bits(aliased, apart[:, :512].contiguous())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rank", "columns"), [(31, 2048), (32, 2048), (127, 4096), (128, 2100), (300, 1543)])  # ranks held together: none, some, all at a time
+def test_s_of_many_columns_has_the_bits_of_its_rows_alone(rank, columns, dtype, backend):
+    """Of twelve rows together parts are copied, and sums wait in memory (csrc/cpu/lora_kernels.cpp); single rows are read where they lie."""
+    if backend != "cpu":
+        pytest.skip("parts are copied by the CPU rung")
+    draw, length = drawn(rank), 29  # whole groups of rows, and a rest
+    x, a = (torch.randn(rows, columns, generator=draw, dtype=dtype) for rows in (length, rank))
+    scale = torch.full((1,), 0.3, dtype=dtype)
+    whole = _library.call("shrink")(x, a, scale, None, None, None, [rank], [0], [length], 0.0)
+    alone = torch.cat([_library.call("shrink")(row[None], a, scale, None, None, None, [rank], [0], [1], 0.0) for row in x])
+    assert same_bits(whole, alone)
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 3.4e38, 2.0**-100])
 def test_numbers_at_the_ends_of_float32_in_a_factor_of_large_rank(value, device):
     """As S = x A^T has them, of which one element is this one times 1."""
