@@ -55,7 +55,7 @@ def _forward(layer: Any, base: Callable[..., Any] | None, x: Tensor, args: Any, 
     shared, name, _ = layer.__dict__[_ATTACHMENT]
     batch = shared.batch
     if batch.ids is None and shared.left:
-        shared.left = left_is_over(shared.left, name)
+        shared.left = left_is_over(name)
     if batch.follower is None:
         return _compute(layer, base, batch.rows(x, name), x, args, kwargs)
     with batch.follower.paused():
@@ -73,9 +73,8 @@ def _compute(layer: Any, base: Callable[..., Any] | None, rows: Rows, x: Tensor,
     shared, name, position = layer.__dict__[_ATTACHMENT]
     if _PLACES in layer.__dict__:
         return bank_experts.compute(layer, shared, layer.__dict__[_PLACES], rows, x, args, kwargs)
-    bank, batch, seeds = shared.bank, shared.batch, None
-    if shared.dropout:
-        seeds = batch.layer_seeds(position, x.device)
+    bank, batch = shared.bank, shared.batch
+    seeds = batch.layer_seeds(position, x.device) if shared.dropout else None
     options: dict[str, Any] = {"scale": shared.scale, "dropout": shared.dropout, "seeds": seeds, "training": layer.training or batch.seeds is not None}
     if bank.casts is not None and not torch.compiler.is_compiling():
         options["casts"] = bank.casts.of(name)

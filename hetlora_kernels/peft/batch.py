@@ -131,33 +131,25 @@ class Batch:
         rows, lengths = self.segments.num_rows, self.segments.lengths
         return self.ids is not None and rows > 0 and (not any(lengths) or max(lengths) == rows)
 
-    def resize(self, size: int) -> None:
-        """The model is called with so many sequences."""
-        self.size = size
-        self._rows.clear()
-        self._forms.clear()
-
-    def set_mode(self, training: bool) -> None:
-        """The model is called in this mode, in which its rows may go another way."""
-        if training != self.training:
-            self.training = training
+    def set_call(self, size: int, training: bool) -> None:
+        """The model is called with so many sequences, in this mode, in which its rows may go another way."""
+        if size != self.size:
+            self._forms.clear()
+        if (size, training) != (self.size, self.training):
             self._rows.clear()
+        self.size, self.training = size, training
 
     @contextmanager
     def as_called(self, size: int, training: bool) -> Iterator[None]:
         """While a checkpoint computes again what it computed in a call of this size and mode."""
-        before = self.size, self.training, self.repeated
-        self._become(size, training, True)
+        before, repeated = (self.size, self.training), self.repeated
+        self.set_call(size, training)
+        self.repeated = True
         try:
             yield
         finally:
-            self._become(*before)
-
-    def _become(self, size: int, training: bool, repeated: bool) -> None:
-        if size != self.size:
-            self.resize(size)
-        self.set_mode(training)
-        self.repeated = repeated
+            self.set_call(*before)
+            self.repeated = repeated
 
     def to_follow(self) -> bool:
         """Whether a layer's order is still to be learnt. Layers that many calls passed by do not count. After a first call, a batch of one
@@ -304,9 +296,8 @@ class Batch:
         return rows
 
     def _in_form(self, form: Form, leading: tuple[int, ...], name: str, device: torch.device) -> Rows:
-        if torch.compiler.is_compiling():
-            return self._made_in_form(form, leading, name, device)
-        return self._forms.get((form, leading)) or self._keep(self._forms, (form, leading), self._made_in_form(form, leading, name, device))
+        known = None if torch.compiler.is_compiling() else self._forms.get((form, leading))
+        return known or self._keep(self._forms, (form, leading), self._made_in_form(form, leading, name, device))
 
     @staticmethod
     def _keep(kept: dict[Any, Rows], key: Any, rows: Rows) -> Rows:
@@ -391,9 +382,9 @@ def _to_learn(own: Mapping[int, Any]) -> bool:
     return missed < 0 or _NONE in own.values()
 
 
-def left_is_over(left: bool, name: str) -> bool:
+def left_is_over(name: str) -> bool:
     """What a layer does at its first call after a `client_segments` block: refuse where a backward pass computes it again, for it would not know the batch."""
-    if left and not torch.compiler.is_compiling() and in_backward():
+    if not torch.compiler.is_compiling() and in_backward():
         raise RuntimeError(
             f"client_segments: layer {name!r} is computed again by a backward pass after its block; call backward() inside `with client_segments(...)`"
         )

@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -30,7 +30,7 @@ class ModelCalls:
         """modules: all of the model's.   layers: the adapted ones by name.   current: the batch of the innermost block, which alone follows."""
         self.current = current
         self.batch, self.layers, self.depth = batch, layers, 0
-        batch.set_mode(model.training)
+        batch.set_call(batch.size, model.training)
         self.mode: Follower | None = None
         self.root: nn.Module | None = None  # of the outermost call
         self.frame: FrameType | None = None  # of the same
@@ -67,10 +67,8 @@ class ModelCalls:
         given = _named(root, args, kwargs)
         main = _main(given)
         size = batch.size if main is None else main.shape[0]
-        if size != batch.size:
-            batch.resize(size)
+        batch.set_call(size, root.training)
         batch.fits = main is not None and batch.sequences(size) is not None and not self._either_way(main)
-        batch.set_mode(root.training)
         batch.called.add((size, root.training))
         batch.calls.clear()
         batch.unfollowed = False
@@ -198,45 +196,34 @@ def holding(holders: Sequence[Holder]) -> Iterator[None]:
             setattr(holder, name, value)
 
 
-class Checkpointing:
+def checkpointing(modules: Iterable[nn.Module], batch: Batch, holders: Callable[[nn.Module], Sequence[Holder]]) -> AbstractContextManager[None]:
     """transformers' checkpointed modules compute again in the backward pass as members of the batch they were first computed in, also after its block."""
+    name = "_gradient_checkpointing_func"
+    return holding([(module, name, _bound(module, module.__dict__[name], batch, holders)) for module in modules if name in module.__dict__])
 
-    def __init__(self, modules: Iterable[nn.Module], calls: ModelCalls, holders: Callable[[nn.Module], Sequence[Holder]]) -> None:
-        self.calls, self.holders = calls, holders
-        self.modules = [module for module in modules if "_gradient_checkpointing_func" in module.__dict__]
-        self.own = [module.__dict__["_gradient_checkpointing_func"] for module in self.modules]
 
-    def __enter__(self) -> None:
-        for module, function in zip(self.modules, self.own, strict=True):
-            module.__dict__["_gradient_checkpointing_func"] = self._bound(module, function)
+def _bound(module: nn.Module, checkpoint: Callable[..., Any], batch: Batch, holders: Callable[[nn.Module], Sequence[Holder]]) -> Callable[..., Any]:
+    def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        entries: list[Any] | None = None
+        first = True
+        size, training = batch.size, batch.training
 
-    def __exit__(self, *error: Any) -> None:
-        for module, function in zip(self.modules, self.own, strict=True):
-            module.__dict__["_gradient_checkpointing_func"] = function
-
-    def _bound(self, module: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            entries: list[Any] | None = None
-            first = True
-            batch = self.calls.batch
-            size, training = batch.size, batch.training
-
-            def run(*given: Any) -> Any:
-                nonlocal entries, first
-                if first:
-                    first = False
-                    if batch.follower is not None:
-                        entries = [(batch.follower.entry(value), batch.follower.constant(value)) for value in given]
+        def run(*given: Any) -> Any:
+            nonlocal entries, first
+            if first:
+                first = False
+                if batch.follower is not None:
+                    entries = [(batch.follower.entry(value), batch.follower.constant(value)) for value in given]
+                return function(*given)
+            with holding(holders(module)), batch.as_called(size, training):
+                if entries is None or batch.kept_follower is None:
                     return function(*given)
-                with holding(self.holders(module)), batch.as_called(size, training):
-                    if entries is None or batch.kept_follower is None:
-                        return function(*given)
-                    with holding([(batch, "follower", batch.kept_follower)]), batch.kept_follower as follower:
-                        for value, entry in zip(given, entries, strict=True):
-                            if isinstance(value, Tensor):
-                                follower.set(value, *entry)
-                        return function(*given)
+                with holding([(batch, "follower", batch.kept_follower)]), batch.kept_follower as follower:
+                    for value, entry in zip(given, entries, strict=True):
+                        if isinstance(value, Tensor):
+                            follower.set(value, *entry)
+                    return function(*given)
 
-            return checkpoint(run, *args, **kwargs)
+        return checkpoint(run, *args, **kwargs)
 
-        return checkpointed
+    return checkpointed

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hetlora_kernels.layout import check_int64
 from hetlora_kernels.peft.attached import Attachment, attachment
 from hetlora_kernels.peft.batch import Batch, known_forms
-from hetlora_kernels.peft.calls import Checkpointing, Holder, ModelCalls, holding
+from hetlora_kernels.peft.calls import Holder, ModelCalls, checkpointing, holding
 from hetlora_kernels.peft.fused import BASE, AdapterBatch, FusedLayer
 from hetlora_kernels.peft.ids import check_step, client_rows, client_table
 from hetlora_kernels.peft.training import Training, all_known
@@ -125,7 +125,7 @@ def client_segments(
         return everything if shared is not None else [holder for holder in everything if holder[0] in members]
 
     try:
-        with _of_this_thread(shared or next(iter(layers.values()))), holding(everything), calls, Checkpointing(modules, calls, inside):
+        with _of_this_thread(shared or next(iter(layers.values()))), holding(everything), calls, checkpointing(modules, batch, inside):
             yield table
         if training is not None:
             training.tell(batch.ran)

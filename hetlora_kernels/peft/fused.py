@@ -7,7 +7,7 @@ or a patched forward must run. All of it reads attributes; rank layouts and segm
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, cast
 
@@ -138,7 +138,7 @@ class FusedLayer(nn.Module):
         if self._hetlora_batch is not None:
             return self._mixed(self._hetlora_batch, x, args, kwargs)
         if self._hetlora_left:
-            self._hetlora_left = left_is_over(True, self._get_name())
+            self._hetlora_left = left_is_over(self._get_name())
         if self._disable_adapters or self.merged_adapters:
             return super().forward(x, *args, **kwargs)
         if kwargs and kwargs.get("adapter_names") is not None:
@@ -199,10 +199,19 @@ class FusedLayer(nn.Module):
             return "PEFT's casting of inputs to the adapter's type is switched off"
         return a, b, p, scaling
 
+    def _terms(self, names: Iterable[str], seeded: bool) -> tuple[list[Term | None], str | None]:
+        """(what each adapter adds here, None), or ([], why one of them must go through PEFT's own forward)."""
+        terms: list[Term | None] = []
+        for name in names:
+            term = self._term(name, seeded)
+            if isinstance(term, str):
+                return [], term
+            terms.append(term)
+        return terms, None
+
     def modes(self) -> tuple[str | None, str | None]:
         """(why the base product is not fused, why PEFT's own forward runs), for any of the layer's adapters; None where neither."""
-        reasons = [term for name in cast(nn.Module, self.lora_A)._modules if isinstance(term := self._term(name, False), str)]
-        return why_not_linear(cast(nn.Module, self.base_layer)), reasons[0] if reasons else None
+        return why_not_linear(cast(nn.Module, self.base_layer)), self._terms(cast(nn.Module, self.lora_A)._modules, False)[1]
 
     def _base(self, x: Tensor, extra: Tensor | None, args: Any, kwargs: Any) -> tuple[Tensor, Tensor | None] | Tensor:
         """(weight, bias with `extra` added) where the base product can be fused for this input, else the base layer's output with `extra` added.
@@ -220,8 +229,7 @@ class FusedLayer(nn.Module):
     def _with_names(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         """PEFT's mixed batches in inference: `adapter_names` names the adapter of each sequence."""
         names = kwargs["adapter_names"]
-        terms = [self._term(name, False) for name in dict.fromkeys(names) if name != BASE]
-        reason = next((term for term in terms if isinstance(term, str)), None)
+        _, reason = self._terms((name for name in dict.fromkeys(names) if name != BASE), False)
         if reason is not None:
             tell(reason)
         if reason is not None or len(x) != len(names) or x.dim() < 2 or x.dtype not in FLOATS:
@@ -236,11 +244,9 @@ class FusedLayer(nn.Module):
             return super().forward(x, *args, **kwargs)
         if self.merged_adapters:
             raise RuntimeError(f"client_segments: adapters {self.merged_adapters} are merged into the base; call unmerge_adapter() first")
-        terms = [self._term(name, batch.seeds is not None) for name in batch.names]
-        for term in terms:
-            if isinstance(term, str):
-                raise RuntimeError(f"client_segments: {term}; such an adapter cannot share a batch")
-        own = cast("list[Term | None]", terms)
+        own, reason = self._terms(batch.names, batch.seeds is not None)
+        if reason is not None:
+            raise RuntimeError(f"client_segments: {reason}; such an adapter cannot share a batch")
         name = batch.layers[position]
         if batch.follower is None:
             return self._mixed_rows(own, batch.rows(x, name), given, x, args, kwargs)

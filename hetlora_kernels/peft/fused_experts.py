@@ -26,7 +26,7 @@ class FusedExperts(FusedLayer):
         if self._hetlora_batch is not None:
             return self._mixed(self._hetlora_batch, x, args, kwargs)
         if self._hetlora_left:
-            self._hetlora_left = left_is_over(True, self._get_name())
+            self._hetlora_left = left_is_over(self._get_name())
         wrappers = self._wrappers()
         routed = routing(args, kwargs)
         terms = {wrapper.parameter_name: wrapper._active() for wrapper in wrappers if isinstance(wrapper, FusedExperts)}
@@ -88,12 +88,11 @@ class FusedExperts(FusedLayer):
                 reason = f"adapters {wrapper.merged_adapters} are merged into {wrapper.parameter_name}; call unmerge_adapter() first"
             if reason is None:
                 batch.rows(x, batch.layers[wrapper._hetlora_batch[1]])  # they are known by one call as these are
-                found = [None if wrapper._disable_adapters else wrapper._term(name, False) for name in batch.names]
-                reason = next((term for term in found if isinstance(term, str)), None)
-                terms[wrapper.parameter_name] = found
+                if not wrapper._disable_adapters:
+                    terms[wrapper.parameter_name], reason = wrapper._terms(batch.names, False)
         if reason is not None or routed is None:
             raise RuntimeError(f"client_segments: {reason}; such an adapter cannot share a batch")
-        adapters = {wrapper.parameter_name: [wrapper._factors(terms[wrapper.parameter_name])] for wrapper in wrappers if any(terms[wrapper.parameter_name])}
+        adapters = {wrapper.parameter_name: [wrapper._factors(held)] for wrapper in wrappers if any(held := terms.get(wrapper.parameter_name, []))}
         return run_experts(wrappers[-1].base_layer, x, *routed, adapters, len(batch.names), rows.ids)
 
     def _factors(self, terms: list[Term | None]) -> Factors:

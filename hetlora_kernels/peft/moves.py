@@ -113,15 +113,9 @@ def _linear(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
 
 def _product(one: Entry, two: Entry, a: Tensor, b: Tensor, dims: int) -> Entry:
     """a [..., i, k] times b [..., k, j]."""
-    parts: list[Entry] = []
-    for entry, tensor, inner in ((one, a, -1), (two, b, -2)):
-        if not isinstance(entry, Owners):
-            parts.append(entry)
-        elif tensor.dim() < 2 or entry.varies(inner):
-            return LOST
-        else:
-            parts.append(entry)
-    return join(parts, dims)
+    if any(isinstance(entry, Owners) and (tensor.dim() < 2 or entry.varies(inner)) for entry, tensor, inner in ((one, a, -1), (two, b, -2))):
+        return LOST
+    return join([one, two], dims)
 
 
 def _matmul(look: Look, func: Any, out: Any, args: Any, kwargs: Any) -> Entry:
