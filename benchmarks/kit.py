@@ -31,7 +31,7 @@ from .timing import How
 NEEDS = {"peft": ("peft", "transformers"), "round": ("peft", "transformers", "pydantic")}  # packages, beside torch
 PAGE_NEEDS = ("matplotlib", "jinja2", "pydantic", "safetensors")
 ONE_RUNG = ("loss", "peft", "round")
-WAY_OUT = "pip install 'hetlora[bench]'"
+WAY_OUT = f"pip install '{'.' if (Path(__file__).resolve().parents[1] / 'pyproject.toml').is_file() else 'hetlora'}[bench]'"  # in a checkout, and installed
 QUICK_SECONDS = 110.0
 ALIASES = {"model": "peft"}  # whole models are in it, beside single layers
 DEFAULT = ("server", "lora", "loss", "peft", "round")

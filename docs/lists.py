@@ -22,7 +22,14 @@ Written by `python docs/lists.py` from `hetlora.Config`. An option of `hetlora r
 A setting of yes or no is switched by `--NAME` and `--no-NAME`. In a file and in Python the names are those below.
 A unit, where there is one, is in the meaning. `hetlora run --help` prints the same.
 
-Options that are no settings, such as `--config`, `--resume` and `--threads`, are in `hetlora run --help` and on [federation.md](federation.md).
+The defaults are those of `hetlora.Config`. `hetlora run` without `--method`, and without a setting that belongs to one method, takes the method `fold` first:
+`train = fold`, `weights = samples` ([methods.md](methods.md)).
+
+In the code, a setting is declared in `hetlora/config.py` and made an option by `hetlora/cli_options.py`. `settings_rules.py`, `kinds.py` and `ahead.py`
+refuse what does not go together. `grep -rnw NAME hetlora` finds where it is used. Four are read by another name: `train` as `training_kind`, `merge` as
+`merge_kind`, `ranks` as `rank_rule`, `scale` through `scale_at`.
+
+Options that are no settings, such as `--config`, `--method`, `--resume` and `--threads`, are in `hetlora run --help` and on [federation.md](federation.md).
 """
 ENVIRONMENT = """## Environment variables
 
@@ -95,6 +102,20 @@ def cuda_kernels(op: str, binding: Path) -> list[Path]:
     return [path for path in kernels if any(f"cudaError_t {launcher}(" in read(path) for launcher in called)]
 
 
+def cpu_kernels(binding: Path) -> list[Path]:
+    """The files without an op of their own that share a header with the binding, or with a header it takes; not the headers that all take."""
+
+    def taken(path: Path) -> set[Path]:
+        own = {path.with_name(name) for name in re.findall(r'#include "(\w+\.h)"', read(path))} if path.is_file() else set()
+        return {header for header in own if header.stem not in ("simd", "tensors", "philox")}
+
+    headers = taken(binding)
+    while more := {header for known in headers for header in taken(known)} - headers:
+        headers |= more
+    files = sorted(binding.parent.glob("*.cpp"), key=lambda path: (not binding.stem.startswith(path.stem), path.name))  # the family's own first
+    return [path for path in files if 'impl("' not in read(path) and taken(path) & headers]
+
+
 def row(op: str) -> list[str]:
     from benchmarks.losses import ON_A_CHUNK
     from benchmarks.providers import PROVIDERS
@@ -107,6 +128,7 @@ def row(op: str) -> list[str]:
     names = " ".join(f"`{name}`" for name in public(op, own))
     bindings = holding(f'impl("{op}"', "csrc/cuda/*.cpp")
     cuda = [*bindings, *(kernel for binding in bindings for kernel in cuda_kernels(op, binding))]
+    cuda = [path if path.suffix != ".cu" or "__global__" in read(path) else path.with_suffix(".cuh") for path in cuda]
     launchers = [node for node in ast.walk(ast.parse(read(ROOT / "hetlora_kernels/triton/__init__.py"))) if isinstance(node, ast.ImportFrom)]
     imported = {alias.name: node.module for node in launchers for alias in node.names}
     triton = str(imported[op]).rpartition(".")[2]
@@ -115,8 +137,9 @@ def row(op: str) -> list[str]:
     benchmark = [f"`{file}.py`" for file, rows in measured.items() if op in rows or op.rstrip("_") in rows]
     pages = [path for path in sorted(ROOT.glob("docs/kernels*.md")) if f"`{op}`" in re.sub(f"{BEGIN}.*?{END}", "", read(path), flags=re.DOTALL)]
     links = " ".join(f"[{path.stem}]({path.name})" for path in pages)
-    python, cpu = f"{short([own], 'hetlora_kernels')} {names}".strip(), short(holding(f'impl("{op}"', "csrc/cpu/*.cpp"), "csrc/cpu")
-    return [f"`{op}`", python, cpu, short(cuda, "csrc/cuda"), f"`{triton}.py`", f"`test_{own.stem}*.py`", " ".join(benchmark), links]
+    python, bound = f"{short([own], 'hetlora_kernels')} {names}".strip(), holding(f'impl("{op}"', "csrc/cpu/*.cpp")
+    cpu = [*bound, *(kernel for binding in bound for kernel in cpu_kernels(binding))]
+    return [f"`{op}`", python, short(cpu, "csrc/cpu"), short(cuda, "csrc/cuda"), f"`{triton}.py`", f"`test_{own.stem}*.py`", " ".join(benchmark), links]
 
 
 def table() -> str:

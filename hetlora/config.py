@@ -36,7 +36,7 @@ def _choices(kinds: Iterable[TrainingKind | MergeKind]) -> str:
 
 
 class Config(BaseModel):
-    """Settings of one federated run. Units are in the descriptions; every default is what the paper uses where it says so.
+    """Settings of one federated run. Units are in the descriptions; every default but that of `clip_median` is what the paper uses where it says so.
 
     Raises `ConfigError` naming the setting, what was expected and what came.
 
@@ -134,7 +134,7 @@ class Config(BaseModel):
     prune_scope: Literal["client", "module"] = _setting("client", "federation", "One rank per client (tail summed over modules), or one per client and module.")
     weights: Literal["sparsity", "uniform", "samples"] = _setting("sparsity", "federation", "Aggregation weights: ||B_k A_k||, equal, or number of sequences.")
     weight_scope: Literal["module", "client"] = _setting("module", "federation", "Scope of ||B_k A_k||: one weight per client and module, or one per client.")
-    weight_cap: float = _setting(0.0, "federation", "Clip ||B_k A_k|| at this multiple of the round's median; 0 = no cap.", ge=0)
+    weight_cap: float = _setting(0.0, "federation", "Cap ||B_k A_k|| at this multiple of the round's median; 0 = no cap.", ge=0)
     clip_update: float = _setting(0.0, "federation", "Scale a client's update (upload - download) to at most this Frobenius norm; 0 = no clip.", ge=0)
     clip_median: float = _setting(
         3.0,
@@ -217,7 +217,8 @@ class Config(BaseModel):
     max_tokens_per_step: int = _setting(
         16384,
         "training",
-        "Largest forward/backward in tokens; larger batches are split with the same result. 'auto' (0): as the memory that is free allows, by a model of it.",
+        "Largest forward/backward in tokens; larger batches are split, with the same result but for rounding. 'auto' (0): as the memory that is free allows, "
+        "by a model of it.",
         ge=0,
     )
     padding_free: Literal["auto", "on", "off"] = _setting(

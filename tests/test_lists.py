@@ -39,10 +39,12 @@ def test_every_option_is_on_the_page():
 
 def test_files_of_an_op_are_where_the_table_says():
     cells = lists.row("gram")
-    assert cells[2:6] == ["`norms.cpp`", "`norms.cpp` `gram.cu`", "`gram.py`", "`test_norms*.py`"] and "`gram`" in cells[1]
+    assert cells[2:6] == ["`norms.cpp` `gram_kernels.cpp`", "`norms.cpp` `gram.cu`", "`gram.py`", "`test_norms*.py`"] and "`gram`" in cells[1]
     cuda = {op: lists.row(op)[3] for op in ("delta_norms", "tail_norms", "adamw_", "quantize_rows_", "lora_forward")}
-    assert cuda["delta_norms"] == "`norms.cpp` `gram.cu`" and cuda["tail_norms"] == "`norms.cpp` `norms.cu`" and cuda["adamw_"] == "`optim.cpp` `optim.cu`"
+    assert cuda["delta_norms"] == "`norms.cpp` `gram.cu`" and cuda["tail_norms"] == "`norms.cpp` `norms.cuh`" and cuda["adamw_"] == "`optim.cpp` `optim.cu`"
     assert cuda["quantize_rows_"] == "`quantize.cpp` `quantize.cu`" and cuda["lora_forward"] == "`lora.cpp` `expand.cu` `grouped_gram.cu` `shrink.cu`"
+    assert lists.row("truncate_")[2] == "`truncate.cpp`" and lists.row("adamw_")[2] == "`optim.cpp` `optim_kernels.cpp`"
+    assert {"`lora_ops.cpp`", "`lora.cpp`", "`lora_kernels.cpp`", "`lora_small.cpp`", "`base_product.cpp`"} <= {*lists.row("shrink")[2].split()}
 
 
 def test_every_variable_of_the_project_is_on_the_page():

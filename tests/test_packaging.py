@@ -227,6 +227,12 @@ def test_kernels_import_without_the_fed_extra(without_fed: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_fused_layers_without_peft_say_what_to_install(without_fed: Path) -> None:
+    result = run_python("-c", "from hetlora_kernels.peft import attach, fuse", cwd=without_fed, path=without_fed)
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 1 and last.endswith("hetlora_kernels.peft.fuse needs the packages peft and transformers: pip install peft transformers")
+
+
 def test_import_without_the_fed_extra_says_what_to_install(without_fed: Path) -> None:
     result = run_python("-c", "import hetlora", cwd=without_fed, path=without_fed)
     assert result.returncode == 1

@@ -53,7 +53,7 @@ def test_the_doors_train_every_adapter_as_if_it_were_alone(page, peft_model, cap
 
 def test_the_figures_of_the_first_screen_are_those_of_the_page():
     first = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split("### I use PEFT")[0].split())
-    words = r"batch take (\S+) of .*? and (\S+) \(BERT.*?adapter takes (\S+) and (\S+) with dropout 0\.1\..*?takes (\S+) and (\S+), which"
+    words = r"batch take (\S+) \(SmolLM2-135M\) and (\S+) \(BERT.*?adapter takes (\S+) and (\S+) with dropout 0\.1\..*?takes (\S+) and (\S+), which"
     found = re.search(words, first)
     assert found, f"README's first screen: expected the figures in the words of {words!r}"
     said = found.groups()

@@ -1,4 +1,4 @@
-// gram, delta_norms and tail_norms: checks and tables; the kernels are in gram.cu and norms.cu.
+// gram, delta_norms and tail_norms: checks and tables; the kernels are in gram.cu and norms.cuh.
 #include "calls.h"
 
 namespace {

@@ -45,6 +45,11 @@ _FROM_SWAP = ("FuseReport", "FusedLinear", "enable", "fuse", "unfuse")
 def __getattr__(name: str) -> Any:
     if name not in _FROM_SWAP:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from hetlora_kernels.peft import swap
-
+    try:
+        from hetlora_kernels.peft import swap
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("peft", "transformers"):
+            raise
+        needs = f"hetlora_kernels.peft.{name} needs the packages peft and transformers: pip install peft transformers"
+        raise ModuleNotFoundError(needs, name=error.name) from None
     return getattr(swap, name)

@@ -101,9 +101,9 @@ def test_without_peft_its_rows_are_left_out_and_said(tmp_path, monkeypatch, caps
     assert {r["suite"] for r in results} == {"ceilings", "lora"} and "torch padded bmm" in {r["provider"] for r in results}
     assert not [r for r in results if "PEFT" in r["provider"]]
     out = capsys.readouterr().out
-    assert "peft: not installed: peft (pip install 'hetlora[bench]')" in out and "lora: its rows of stock PEFT, not installed: peft" in out
+    assert "peft: not installed: peft (pip install '.[bench]')" in out and "lora: its rows of stock PEFT, not installed: peft" in out
     assert kit.main([*TINY, "--suite", "peft"]) == 2
-    assert capsys.readouterr().err == "hetlora bench: error: nothing to measure: peft: not installed: peft (pip install 'hetlora[bench]')\n"
+    assert capsys.readouterr().err == "hetlora bench: error: nothing to measure: peft: not installed: peft (pip install '.[bench]')\n"
 
 
 @pytest.mark.parametrize(

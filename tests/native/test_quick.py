@@ -128,7 +128,7 @@ def test_without_what_draws_the_file_is_written_and_the_rest_is_said(tmp_path, m
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else real(name, *rest))
     assert kit.main([*TINY, "--suite", "server", "--only", "gram", "--report", str(tmp_path / "out")]) == 0
-    assert "no report: not installed: matplotlib (pip install 'hetlora[bench]'); then: hetlora bench report " in capsys.readouterr().out
+    assert "no report: not installed: matplotlib (pip install '.[bench]'); then: hetlora bench report " in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["bench.json"]
 
 
