@@ -17,7 +17,7 @@ import pytest
 
 HERE = Path(__file__).parent
 # Bytes of shared memory that one block may have (CUDA C programming guide, compute capabilities).
-SHARED_LIMIT = {80: 163 << 10, 87: 163 << 10, 90: 227 << 10, 100: 227 << 10, 110: 227 << 10}
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 110: 227 << 10}
 STREAMING = {"_truncate_kernel", "_aggregate_kernel", "_accumulate_kernel", "_squares_kernel", "_adamw_kernel", "_sgd_kernel", "_gram_kernel"}
 STREAMING |= {"_quantize_kernel", "_dequantize_kernel", "_cross_entropy_kernel"}
 LAYER = {"_shrink_kernel", "_expand_kernel", "_grouped_gram_kernel", "_fused_kernel"}
